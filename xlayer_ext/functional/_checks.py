@@ -1,0 +1,97 @@
+"""Argument checks and the autocast policy that the functional API shares.
+
+Every error names the argument, what it got and what it needs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def check_floating(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+
+
+def check_common(**tensors: Tensor) -> None:
+    """One dtype and one device for all."""
+    (first_name, first), *rest = tensors.items()
+    for name, tensor in rest:
+        if tensor.dtype != first.dtype:
+            raise TypeError(f"{name} must have the dtype of {first_name}, {first.dtype}; got {tensor.dtype}")
+        if tensor.device != first.device:
+            raise ValueError(f"{name} must be on the device of {first_name}, {first.device}; got {tensor.device}")
+
+
+def check_mask(name: str, mask: Tensor | None, like: Tensor) -> None:
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor or None, got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name} must be a bool tensor (True = may be used), got {mask.dtype}")
+    if mask.device != like.device:
+        raise ValueError(f"{name} must be on {like.device} like the other inputs, got {mask.device}")
+
+
+def check_shapes(layouts: dict[str, str], **tensors: Tensor | None) -> None:
+    """Checks shapes against layouts such as ``{"query": "B Sq D", "weight1": "M 4D"}``.
+
+    An axis gets its size where it is met first; a number before it multiplies. ``None`` tensors are skipped.
+    """
+    sizes: dict[str, int] = {}
+    owners: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        axes = layouts[name].split()
+        wanted = f"{name} must have shape [{', '.join(axes)}]"
+        if tensor.dim() != len(axes):
+            raise ValueError(f"{wanted}, got {list(tensor.shape)}")
+        for axis, size in zip(axes, tensor.shape, strict=True):
+            symbol = axis.lstrip("0123456789")
+            if symbol not in sizes:
+                sizes[symbol] = size
+                owners[symbol] = name
+            if size != int(axis[: -len(symbol)] or 1) * sizes[symbol]:
+                why = f"{symbol} = {sizes[symbol]} as in {owners[symbol]}"
+                raise ValueError(f"{wanted} with {why}, got {list(tensor.shape)}")
+
+
+def check_choice(name: str, got: str, choices: Sequence[str]) -> None:
+    if got not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {got!r}")
+
+
+def check_temperature(temperature: float) -> None:
+    if not isinstance(temperature, (int, float)):
+        raise TypeError(f"temperature must be a float, got {type(temperature).__name__}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as autocast wants them: in its dtype where it is on, as they are otherwise. float64 stays."""
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def forbid_second_derivative(op: str) -> None:
+    """Makes differentiating ``xlayer::<op>``, itself a derivative, raise one clear line."""
+
+    def backward(ctx: object, *grads: Tensor) -> None:
+        raise RuntimeError(
+            f"xlayer::{op} cannot be differentiated: second derivatives need xlayer_ext.backend('reference')"
+        )
+
+    torch.library.register_autograd(f"xlayer::{op}", backward)

@@ -1,0 +1,118 @@
+"""Choosing which earlier layers a layer listens to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from xlayer_ext import functional as XF
+from xlayer_ext.functional._checks import check_choice, check_floating, check_shapes, check_temperature
+
+WEIGHTINGS = ("topk_softmax", "full_softmax")
+POOLS = ("mean", "cls")
+
+
+class LayerRouter(nn.Module):
+    r"""Scores source layers per example and keeps the k best.
+
+    .. math:: r_i = (W_q\, s(H_t) + b_q) \cdot (W_k\, s(H_i) + b_k) / \tau
+
+    ``topk_softmax`` weights the k chosen sources by the softmax over their k scores. At k = 1 that is 1 with gradient
+    exactly 0: such a router never learns. ``full_softmax`` weights each by its probability among all sources, which
+    learns at any k.
+
+    Args:
+        hidden_size: H, width of the layers.
+        route_dim: width of the router's query and key.
+        topk: k, sources kept per example.
+        temperature: τ.
+        weighting: ``"topk_softmax"`` or ``"full_softmax"``.
+        pool: how :meth:`summarize` turns tokens into a summary: ``"mean"`` over those that the mask allows, or
+            ``"cls"``, the first token.
+        query_mlp: :math:`W_q` is Linear(4H, 2H) → ReLU → Linear(2H, route_dim) on a sentence pair's summary
+            (:meth:`pair_summary`).
+
+    Shape:
+        - target_summary ``[B, H]`` (``[B, 4H]`` with ``query_mlp``), source_summaries ``[n, B, H]``
+        - indices int64 ``[B, min(k, n)]`` in descending order of score, weights alike, float32 at least
+
+    Example::
+
+        >>> router = LayerRouter(256, topk=2, weighting="full_softmax")
+        >>> layers = torch.randn(3, 8, 10, 256)
+        >>> summaries = torch.stack([router.summarize(layer) for layer in layers])
+        >>> indices, weights = router(router.summarize(torch.randn(8, 10, 256)), summaries)
+        >>> indices.shape, weights.shape
+        (torch.Size([8, 2]), torch.Size([8, 2]))
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        route_dim: int = 128,
+        *,
+        topk: int = 1,
+        temperature: float = 0.7,
+        weighting: str = "topk_softmax",
+        pool: str = "mean",
+        query_mlp: bool = False,
+    ) -> None:
+        super().__init__()
+        check_choice("weighting", weighting, WEIGHTINGS)
+        check_choice("pool", pool, POOLS)
+        check_temperature(temperature)
+        if topk < 1:
+            raise ValueError(f"topk must be at least 1, got {topk}")
+        self.hidden_size, self.route_dim, self.topk = hidden_size, route_dim, topk
+        self.temperature, self.weighting, self.pool, self.query_mlp = temperature, weighting, pool, query_mlp
+        self.query: nn.Module = nn.Linear(hidden_size, route_dim)
+        if query_mlp:
+            wide, narrow = nn.Linear(4 * hidden_size, 2 * hidden_size), nn.Linear(2 * hidden_size, route_dim)
+            self.query = nn.Sequential(wide, nn.ReLU(), narrow)
+        self.key = nn.Linear(hidden_size, route_dim)
+
+    def reset_parameters(self) -> None:
+        """Draws the projections anew."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()
+
+    def forward(self, target_summary: Tensor, source_summaries: Tensor) -> tuple[Tensor, Tensor]:
+        return self.select(self.logits(target_summary, source_summaries))
+
+    def logits(self, target_summary: Tensor, source_summaries: Tensor) -> Tensor:
+        """Scores ``[B, n]`` of all n sources, divided by the temperature, float32 at least."""
+        check_floating(target_summary=target_summary, source_summaries=source_summaries)
+        width = "4H" if self.query_mlp else "H"
+        layouts = {"source_summaries": "n B H", "target_summary": f"B {width}"}
+        check_shapes(layouts, source_summaries=source_summaries, target_summary=target_summary)
+        query, keys = self.query(target_summary), self.key(source_summaries)
+        # Scores decide between layers, so they are not left to a half-precision product.
+        statistics = torch.promote_types(query.dtype, torch.float32)
+        return (keys.to(statistics) * query.to(statistics)).sum(-1).t() / self.temperature
+
+    def select(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices and weights ``[B, min(k, n)]`` of the best sources, from their scores ``[B, n]``."""
+        best, indices = logits.topk(min(self.topk, logits.shape[1]), dim=-1)
+        if self.weighting == "topk_softmax":
+            return indices, best.softmax(-1)
+        return indices, logits.softmax(-1).gather(-1, indices)
+
+    def summarize(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+        """``[B, S, H] → [B, H]``: mean over the tokens that ``mask [B, S]`` allows, or the first token."""
+        if self.pool == "mean":
+            return XF.masked_mean(hidden, mask)
+        check_floating(hidden=hidden)
+        check_shapes({"hidden": "B S H"}, hidden=hidden)
+        return hidden[:, 0]
+
+    def pair_summary(self, hidden: Tensor, mask_a: Tensor, mask_b: Tensor) -> Tensor:
+        """``[a; b; |a − b|; a∘b]``, ``[B, 4H]``, of the means a and b over two sentences, for ``query_mlp``."""
+        a, b = XF.masked_mean(hidden, mask_a), XF.masked_mean(hidden, mask_b)
+        return torch.cat([a, b, (a - b).abs(), a * b], dim=-1)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.hidden_size}, route_dim={self.route_dim}, topk={self.topk}, temperature={self.temperature}, "
+            f"weighting={self.weighting!r}, pool={self.pool!r}, query_mlp={self.query_mlp}"
+        )
