@@ -1,0 +1,302 @@
+"""Attaches cross-layer routing bridges to a Hugging Face encoder with forward hooks; no model code is replaced."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xlayer_ext.nn import LayerRouter
+
+from .config import XLRBConfig
+from .target import Routing, TargetLayer, make_hdim
+from .usage import LayerUsage
+
+_KEY = "xlrb_routed"
+_EXPECTED = (
+    "a RoBERTa/BERT-like encoder: encoder.layer[i].attention.self.{query,key,value}, attention.output, and a "
+    "config with hidden_size and num_attention_heads"
+)
+
+
+@dataclass(frozen=True)
+class _Masks:
+    """True where a token may be used: `[B, S]`, but pair `[B, S, S]`."""
+
+    tokens: Tensor
+    pair: Tensor | None = None
+    first: Tensor | None = None
+    second: Tensor | None = None
+
+
+@dataclass
+class _Pass:
+    """One forward pass of the encoder while it runs: what its layers have put out so far."""
+
+    masks: _Masks
+    outputs: list[Tensor] = field(default_factory=list)
+    summaries: list[Tensor] = field(default_factory=list)
+    entropies: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class _Routed:
+    """What a target layer needs from the layers below it, handed in as a keyword argument of that layer.
+
+    Activation checkpointing keeps the arguments of a layer and calls it again in backward, so it sees this very
+    object again, whatever other passes ran in between. It holds earlier outputs only and never the `_Pass`: a
+    reference to anything later would tie the graph into a cycle and keep its memory.
+    """
+
+    masks: _Masks
+    sources: tuple[Tensor, ...]
+    routing: Routing
+    counted: bool = False
+
+
+class XLRBBridge(nn.Module):
+    """Routed messages from earlier layers into the last layers of an encoder (made by ``attach``).
+
+    Its parameters are the bridge's own; the encoder's are used, not owned. While attached, the encoder's forward
+    accepts two more keyword arguments: ``segment_ids`` `[B, S]` (0 first sentence, 1 second, -1 special or padding)
+    and ``special_tokens_mask`` `[B, S]` (1 = special token).
+
+    Attributes:
+        config: the options.
+        targets: numbers of the target layers, ascending.
+    """
+
+    def __init__(self, encoder: nn.Module, config: XLRBConfig) -> None:
+        super().__init__()
+        layers = _check_encoder(encoder)
+        hidden_size, heads = encoder.config.hidden_size, encoder.config.num_attention_heads
+        self.config = config
+        self.targets = _target_layers(len(layers), config)
+        self.router = LayerRouter(
+            hidden_size,
+            config.route_dim,
+            topk=config.topk,
+            temperature=config.route_temp,
+            weighting=config.router_weight,
+            pool=config.route_pool,
+            query_mlp=config.router_query == "pair_mlp",
+        )
+        self.layers = nn.ModuleDict({str(j): TargetLayer(config, hidden_size, heads) for j in self.targets})
+        copies = 0 if not config.use_hdim else 1 if config.share_hdim else len(self.targets)
+        self.hdim = nn.ModuleList(make_hdim(config, hidden_size) for _ in range(copies))
+        weight = layers[0].attention.self.query.weight
+        self.to(device=weight.device, dtype=weight.dtype)
+        self._usage = {j: LayerUsage(num_sources=j) for j in self.targets}
+        self._encoder_layers = (layers,)  # in a tuple, so that they do not become submodules
+        self._pass: _Pass | None = None
+        self._entropy: Tensor | None = None
+        self._handles = self._register(encoder, layers)
+
+    def _register(self, encoder: nn.Module, layers: nn.ModuleList) -> list[Any]:
+        handles = [
+            encoder.register_forward_pre_hook(self._begin, with_kwargs=True),
+            encoder.register_forward_hook(self._end, always_call=True),
+        ]
+        handles += [layer.register_forward_hook(self._record) for layer in layers[: self.targets[-1]]]
+        for j in self.targets:
+            attention = layers[j].attention
+            handles += [
+                layers[j].register_forward_pre_hook(partial(self._route, j), with_kwargs=True),
+                attention.self.register_forward_pre_hook(_strip, with_kwargs=True),
+                attention.register_forward_hook(partial(self._inject, j), with_kwargs=True),
+            ]
+        return handles
+
+    def remove(self) -> None:
+        """Detaches the bridge: the encoder then computes exactly what it did before."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def take_entropy(self) -> Tensor | None:
+        """Mean attention entropy (nats) of the last forward pass over its target layers, differentiable, once.
+
+        None with ``entropy_weight`` 0, where it is not computed.
+        """
+        entropy, self._entropy = self._entropy, None
+        return entropy
+
+    def usage(self, reset: bool = True) -> dict[str, Any]:
+        """What this process's forward passes did since the last reset, as a JSON-able dict.
+
+        ``{"layers": {"20": {...}, ...}}`` with, per target layer: ``sources`` (how often each source layer was
+        chosen), ``router_entropy`` (nats, mean over examples) and, for kind ``attn`` (the QKV message) and ``hdim``:
+        ``gate_*`` (now), ``norm_*`` (mean norm over real tokens), ``gate_variance_over_eps_*`` (α²·var/eps: far above
+        1 the LayerNorm behind the gate removes its effect). Means are None before the first pass.
+        """
+        report = {str(j): self._usage[j].report(self.layers[str(j)].blend) for j in self.targets}
+        if reset:
+            for usage in self._usage.values():
+                usage.reset()
+        return {"layers": report}
+
+    # The hooks, in the order in which they run.
+
+    def _begin(self, encoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        kwargs = dict(kwargs)
+        segments, special = kwargs.pop("segment_ids", None), kwargs.pop("special_tokens_mask", None)
+        _check_checkpointing(self._encoder_layers[0])
+        _keep_sources_unsharded(self._encoder_layers[0], self.config)
+        tokens = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+        mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+        self._pass = _Pass(_make_masks(self.config, tokens, mask, segments, special))
+        self._entropy = None
+        return args, kwargs
+
+    def _record(self, layer: nn.Module, args: tuple, output: Any) -> None:
+        if self._pass is None:
+            return
+        hidden = output[0] if isinstance(output, tuple) else output
+        self._pass.outputs.append(hidden)
+        self._pass.summaries.append(self.router.summarize(hidden, self._pass.masks.tokens))
+
+    def _route(self, j: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        current = self._pass
+        if current is None or len(current.outputs) != j:
+            raise RuntimeError("XLRB: a target layer ran outside its encoder's forward; call the encoder itself")
+        target = current.summaries[-1]
+        if self.config.router_query == "pair_mlp":
+            target = self.router.pair_summary(current.outputs[-1], current.masks.first, current.masks.second)
+        logits = self.router.logits(target, torch.stack(current.summaries))
+        routing = Routing.from_choice(*self.router.select(logits), logits)
+        return args, {**kwargs, _KEY: _Routed(current.masks, tuple(current.outputs), routing)}
+
+    def _inject(self, j: int, attention: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        routed: _Routed | None = kwargs.get(_KEY)
+        if routed is None:
+            raise RuntimeError(f"XLRB: {type(attention).__name__} is not given its layer's keyword arguments")
+        hidden = args[0] if args else kwargs["hidden_states"]
+        attended = output[0] if isinstance(output, tuple) else output
+        messages, entropy = self._messages(j, hidden, routed)
+        if not routed.counted:
+            routed.counted = True
+            self._usage[j].add(routed.routing, messages, routed.masks.tokens)
+            if entropy is not None and self._pass is not None:
+                self._pass.entropies.append(entropy)
+        blended = attended + self.layers[str(j)].blend(messages, attended).to(attended.dtype)
+        return (blended, *output[1:]) if isinstance(output, tuple) else blended
+
+    def _messages(self, j: int, hidden: Tensor, routed: _Routed) -> tuple[dict[str, Tensor], Tensor | None]:
+        target, routing, masks = self.layers[str(j)], routed.routing, routed.masks
+        chosen = [routed.sources[source][rows] for source, rows in routing.groups]
+        messages, entropy = {}, None
+        if self.config.use_qkv:
+            layers = self._encoder_layers[0]
+            messages["attn"] = target.qkv_message(layers, j, hidden, chosen, routing, masks.tokens)
+        if self.config.use_hdim:
+            hdim = self.hdim[0 if self.config.share_hdim else self.targets.index(j)]
+            sources = routing.slots(chosen)
+            messages["hdim"], entropy = target.hdim_message(hdim, hidden, sources, routing, masks.tokens, masks.pair)
+        return messages, entropy
+
+    def _end(self, encoder: nn.Module, args: tuple, output: Any) -> None:
+        if self._pass is not None and self._pass.entropies:
+            self._entropy = torch.stack(self._pass.entropies).mean()
+        self._pass = None
+
+
+def attach(encoder: nn.Module, config: XLRBConfig) -> XLRBBridge:
+    """Attaches routed cross-layer messages to a RoBERTa/BERT-like Hugging Face encoder, in place, with hooks.
+
+    Only the last ``route_last_n`` layers receive messages. The bridge is made on the encoder's device, in its dtype.
+    Gradient checkpointing (not reentrant), AMP, DDP and FSDP2 work; with FSDP2 and a QKV message, encoder layers that
+    are sharded one by one stay unsharded between forward and backward, since a later layer uses their projections.
+    One host synchronization per target layer groups the examples by source.
+
+    Args:
+        encoder: for example ``RobertaModel`` (not a model with a task head).
+        config: the options.
+
+    Returns:
+        The bridge, to be trained and saved beside the encoder. ``remove()`` detaches it.
+
+    Raises:
+        ValueError: if the encoder has another structure, fewer than two layers or a bridge already.
+    """
+    return XLRBBridge(encoder, config)
+
+
+def _check_encoder(encoder: nn.Module) -> nn.ModuleList:
+    layers = getattr(getattr(encoder, "encoder", None), "layer", None)
+    settings = getattr(encoder, "config", None)
+    fits = isinstance(layers, nn.ModuleList) and all(_is_bert_layer(layer) for layer in layers)
+    if not fits or not hasattr(settings, "hidden_size") or not hasattr(settings, "num_attention_heads"):
+        raise ValueError(f"XLRB attaches to {_EXPECTED}; got {type(encoder).__name__}")
+    if len(layers) < 2:
+        raise ValueError(f"XLRB needs an encoder of at least 2 layers, got {len(layers)}")
+    if any(isinstance(getattr(h, "__self__", None), XLRBBridge) for h in encoder._forward_pre_hooks.values()):
+        raise ValueError("this encoder has an XLRB bridge already; call its remove() first")
+    return layers
+
+
+def _is_bert_layer(layer: nn.Module) -> bool:
+    attention = getattr(layer, "attention", None)
+    own = getattr(attention, "self", None)
+    parts = [getattr(own, name, None) for name in ("query", "key", "value")]
+    takes_keywords = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(layer.forward).parameters.values())
+    has_parts = hasattr(attention, "output") and all(isinstance(part, nn.Module) for part in parts)
+    return has_parts and takes_keywords
+
+
+def _target_layers(num_layers: int, config: XLRBConfig) -> tuple[int, ...]:
+    count = config.route_last_n if config.inject_last is None else config.inject_last
+    return tuple(range(max(1, num_layers - count), num_layers))
+
+
+def _strip(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Keeps the bridge's keyword argument from the attention function, which would not know it."""
+    return args, {name: value for name, value in kwargs.items() if name != _KEY}
+
+
+def _check_checkpointing(layers: nn.ModuleList) -> None:
+    function: Callable | None = getattr(layers[0], "_gradient_checkpointing_func", None)
+    options = getattr(function, "keywords", {})
+    if getattr(layers[0], "gradient_checkpointing", False) and options.get("use_reentrant"):
+        raise ValueError("XLRB needs gradient checkpointing with use_reentrant=False: reentrant would lose gradients")
+
+
+def _keep_sources_unsharded(layers: nn.ModuleList, config: XLRBConfig) -> None:
+    """A later layer uses the source layers' K/V weights, in forward and backward, so FSDP2 must not free them."""
+    if not config.use_qkv or config.qkv_weights != "source":
+        return
+    for layer in layers:
+        if hasattr(layer, "set_reshard_after_forward"):
+            layer.set_reshard_after_forward(False, recurse=False)
+
+
+def _make_masks(
+    config: XLRBConfig, tokens: Tensor, mask: Tensor | None, segments: Tensor | None, special: Tensor | None
+) -> _Masks:
+    shape = tokens.shape[:2]
+    for name, value in (("attention_mask", mask), ("segment_ids", segments), ("special_tokens_mask", special)):
+        if value is not None and value.shape != shape:
+            raise ValueError(f"XLRB: {name} must have the shape of the input, {tuple(shape)}, got {tuple(value.shape)}")
+    allowed = torch.ones(shape, dtype=torch.bool, device=tokens.device) if mask is None else mask.bool()
+    if not config.needs_pairs:
+        return _Masks(allowed)
+    if segments is None:
+        raise ValueError("XLRB: this configuration compares two sentences and needs segment_ids [B, S]")
+    pair = None if config.pair_mask == "none" else _cross_sentence(segments, special, config)
+    return _Masks(allowed, pair, allowed & (segments == 0), allowed & (segments == 1))
+
+
+def _cross_sentence(segments: Tensor, special: Tensor | None, config: XLRBConfig) -> Tensor:
+    """`[B, S, S]`, True between tokens of different sentences; everything from the second one on counts to it."""
+    side = (segments == 1).cumsum(1) > 0
+    pair = side[:, :, None] != side[:, None, :]
+    if config.pair_mask == "cross":
+        return pair
+    ordinary = segments >= 0
+    if special is not None:
+        ordinary = ordinary & ~special.bool()
+    return pair & ordinary[:, :, None] & ordinary[:, None, :]

@@ -1,0 +1,248 @@
+"""A sentence (pair) classifier on an encoder with, or without, cross-layer routing bridges."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from .bridge import XLRBBridge, attach
+from .config import XLRBConfig
+
+_CONFIG_FILE = "xlrb_config.json"
+_WEIGHTS_FILE = "xlrb.safetensors"
+
+
+@dataclass
+class XLRBOutput(ModelOutput):
+    """Result of ``XLRBClassifier``: ``loss`` (scalar, None without labels) and ``logits`` `[B, num_labels]`."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+
+
+class ClassifierHead(nn.Sequential):
+    """LayerNorm → Linear → ReLU → dropout → Linear on one vector per example, `[B, H]` → `[B, num_labels]`."""
+
+    def __init__(self, hidden_size: int, num_labels: int, dropout: float) -> None:
+        width = max(128, hidden_size // 2)
+        super().__init__(
+            nn.LayerNorm(hidden_size),
+            nn.Linear(hidden_size, width),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(width, num_labels),
+        )
+
+
+class XLRBClassifier(nn.Module):
+    """An encoder, optionally with an XLRB bridge, and a classification head on token 0.
+
+    The loss is cross entropy with label smoothing, plus ``entropy_weight`` times the mean HDIM attention entropy,
+    in training and in evaluation.
+
+    Args:
+        backbone: a Hugging Face encoder; of a model with a task head the base model is used. Its pooler is dropped.
+        config: the bridge's options, or None for the plain encoder with the same head.
+        num_labels: number of classes.
+        label_smoothing: in [0, 1).
+        dropout: of the head, in [0, 1).
+
+    Raises:
+        ValueError: for a backbone the bridge cannot attach to, or a number out of range.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        config: XLRBConfig | None,
+        num_labels: int,
+        *,
+        label_smoothing: float = 0.05,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if num_labels < 1:
+            raise ValueError(f"num_labels must be at least 1, got {num_labels}")
+        for name, value in (("label_smoothing", label_smoothing), ("dropout", dropout)):
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {value}")
+        self.config = config
+        self.num_labels = num_labels
+        self.label_smoothing = label_smoothing
+        self.dropout = dropout
+        self.encoder = getattr(backbone, "base_model", backbone)
+        if getattr(self.encoder, "pooler", None) is not None:
+            self.encoder.pooler = None  # unused parameters would stop DDP
+        self.bridge: XLRBBridge | None = None if config is None else attach(self.encoder, config)
+        self.head = ClassifierHead(self.encoder.config.hidden_size, num_labels, dropout)
+        weight = next(self.encoder.parameters())
+        self.head.to(device=weight.device, dtype=weight.dtype)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        segment_ids: Tensor | None = None,
+        special_tokens_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> XLRBOutput:
+        """Classifies a batch.
+
+        Args:
+            input_ids: token numbers `[B, S]`.
+            attention_mask: `[B, S]`, non-zero at real tokens.
+            segment_ids: `[B, S]`, 0 in the first sentence, 1 in the second, -1 at special tokens and padding. Needed
+                by configurations with ``needs_pairs``; gives token types to backbones that have them.
+            special_tokens_mask: `[B, S]`, 1 at special tokens.
+            labels: class numbers `[B]`.
+
+        Returns:
+            ``XLRBOutput`` with the loss (None without labels) and logits `[B, num_labels]`.
+        """
+        inputs: dict[str, Tensor | None] = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if segment_ids is not None and getattr(self.encoder.config, "type_vocab_size", 0) > 1:
+            inputs["token_type_ids"] = ((segment_ids == 1).cumsum(1) > 0).long() * (attention_mask != 0)
+        if self.bridge is not None:
+            inputs |= {"segment_ids": segment_ids, "special_tokens_mask": special_tokens_mask}
+        hidden = self.encoder(**inputs).last_hidden_state
+        logits = self.head(hidden[:, 0])
+        entropy = None if self.bridge is None else self.bridge.take_entropy()
+        if labels is None:
+            return XLRBOutput(logits=logits)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
+        if entropy is not None and self.config is not None:
+            loss = loss + self.config.entropy_weight * entropy
+        return XLRBOutput(loss=loss, logits=logits)
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Recomputes each encoder layer, bridges included, in backward instead of keeping its activations."""
+        self.encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def parameter_groups(
+        self, encoder_lr: float, head_lr: float, bridge_lr: float | None = None, weight_decay: float = 0.01
+    ) -> list[dict[str, Any]]:
+        """Optimizer groups (name, params, lr, weight_decay), every trainable parameter in exactly one.
+
+        Args:
+            encoder_lr: learning rate of the encoder.
+            head_lr: learning rate of the head.
+            bridge_lr: learning rate of the bridge; None gives it the encoder's, as published.
+            weight_decay: for everything but biases and LayerNorm weights, which have none.
+        """
+        rates = {"encoder": encoder_lr, "bridge": encoder_lr if bridge_lr is None else bridge_lr, "head": head_lr}
+        groups = []
+        for part, rate in rates.items():
+            module = getattr(self, part)
+            decayed, plain = _split_by_decay(module) if module is not None else ([], [])
+            for suffix, params, decay in (("", decayed, weight_decay), ("_no_decay", plain, 0.0)):
+                if params:
+                    groups.append({"name": part + suffix, "params": params, "lr": rate, "weight_decay": decay})
+        return groups
+
+    def usage(self, reset: bool = True) -> dict[str, Any]:
+        """``XLRBBridge.usage``; ``{"layers": {}}`` without a bridge."""
+        return {"layers": {}} if self.bridge is None else self.bridge.usage(reset)
+
+    def save_pretrained(self, directory: str | Path, *, include_encoder: bool = False) -> None:
+        """Writes the bridge and the head (safetensors) and their configuration (JSON) into `directory`.
+
+        Args:
+            directory: made if missing.
+            include_encoder: also write the encoder's weights. A fine-tuned encoder is part of the result: without
+                them, ``from_pretrained`` needs a backbone with the same fine-tuned weights.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        state = {name: tensor.contiguous() for name, tensor in self._own_state(include_encoder).items()}
+        save_file(state, directory / _WEIGHTS_FILE)
+        settings = self._settings() | {"include_encoder": include_encoder}
+        (directory / _CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | Path, backbone: nn.Module, config: XLRBConfig | None = None
+    ) -> XLRBClassifier:
+        """Loads what ``save_pretrained`` wrote onto `backbone` (whose own weights are kept if none were saved).
+
+        Args:
+            directory: where it was saved.
+            backbone: an encoder of the same kind and size.
+            config: if given, the configuration that the checkpoint must have.
+
+        Raises:
+            ValueError: if the checkpoint is missing or of another configuration or backbone size.
+        """
+        directory = Path(directory)
+        missing = [name for name in (_CONFIG_FILE, _WEIGHTS_FILE) if not (directory / name).is_file()]
+        if missing:
+            raise ValueError(f"no XLRB checkpoint in {directory}: {', '.join(missing)} missing")
+        saved = json.loads((directory / _CONFIG_FILE).read_text())
+        saved_config = None if saved["config"] is None else XLRBConfig.from_dict(saved["config"])
+        _check_same_config(saved_config, config)
+        _check_same_backbone(saved["backbone"], getattr(backbone, "base_model", backbone))
+        options = {"label_smoothing": saved["label_smoothing"], "dropout": saved["dropout"]}
+        model = cls(backbone, saved_config, saved["num_labels"], **options)
+        state = load_file(directory / _WEIGHTS_FILE)
+        expected = model._own_state(saved["include_encoder"])
+        _check_same_tensors(state, expected, directory)
+        model.load_state_dict(state, strict=False)
+        return model
+
+    def _own_state(self, include_encoder: bool) -> dict[str, Tensor]:
+        return {name: t for name, t in self.state_dict().items() if include_encoder or not name.startswith("encoder.")}
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "config": None if self.config is None else self.config.to_dict(),
+            "num_labels": self.num_labels,
+            "label_smoothing": self.label_smoothing,
+            "dropout": self.dropout,
+            "backbone": _describe_backbone(self.encoder),
+        }
+
+
+def _split_by_decay(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Trainable parameters: those with weight decay, and those without (biases and LayerNorm weights)."""
+    decayed, plain = [], []
+    for owner in module.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            if parameter.requires_grad:
+                (plain if isinstance(owner, nn.LayerNorm) or "bias" in name else decayed).append(parameter)
+    return decayed, plain
+
+
+def _describe_backbone(encoder: nn.Module) -> dict[str, Any]:
+    settings = encoder.config
+    return {name: getattr(settings, name, None) for name in ("model_type", "hidden_size", "num_hidden_layers")}
+
+
+def _check_same_config(saved: XLRBConfig | None, wanted: XLRBConfig | None) -> None:
+    if wanted is None or wanted == saved:
+        return
+    if saved is None:
+        raise ValueError("the checkpoint is of a plain encoder without a bridge, another config was asked for")
+    listed = ", ".join(f"{name}={old!r} (asked for {new!r})" for name, (old, new) in saved.differences(wanted).items())
+    raise ValueError(f"the checkpoint has another XLRB config: {listed}")
+
+
+def _check_same_backbone(saved: dict[str, Any], encoder: nn.Module) -> None:
+    found = _describe_backbone(encoder)
+    for name, value in saved.items():
+        if found.get(name) != value:
+            raise ValueError(f"the checkpoint needs a backbone with {name} {value!r}, got {found.get(name)!r}")
+
+
+def _check_same_tensors(state: dict[str, Tensor], expected: dict[str, Tensor], directory: Path) -> None:
+    wrong = sorted(set(state) ^ set(expected))
+    wrong += [name for name in state if name in expected and state[name].shape != expected[name].shape]
+    if wrong:
+        raise ValueError(
+            f"the weights in {directory} do not fit their config: {wrong[0]} is missing, extra or misshapen"
+        )

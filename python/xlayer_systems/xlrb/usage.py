@@ -1,0 +1,130 @@
+"""What the bridges did: gates, message sizes and routing per target layer, gathered on the device and plotted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .target import MessageBlend, Routing
+
+KINDS = ("attn", "hdim")
+
+
+class LayerUsage:
+    """Running sums for one target layer, kept on the device: adding to them never waits for it.
+
+    Args:
+        num_sources: number of sources the layer can choose from.
+    """
+
+    def __init__(self, num_sources: int) -> None:
+        self.num_sources = num_sources
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.examples = 0
+        self.sources: Tensor | None = None
+        self.sums: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def add(self, routing: Routing, messages: Mapping[str, Tensor], mask: Tensor) -> None:
+        """Adds one batch: its routing, its messages `[B, S, H]` by kind and the mask `[B, S]` of real tokens."""
+        self.examples += routing.indices.shape[0]
+        counts = torch.nn.functional.one_hot(routing.indices.flatten(), self.num_sources).sum(0)
+        self.sources = counts if self.sources is None else self.sources + counts
+        self._sum("tokens", mask.float())
+        log_probability = torch.log_softmax(routing.logits.float(), dim=-1)
+        self._sum("entropy", -(log_probability.exp() * log_probability))
+        for kind, message in messages.items():
+            message = message.detach().float()
+            self._sum(f"{kind}_norm", message.norm(dim=-1) * mask)
+            self._sum(f"{kind}_variance", message.var(dim=-1, unbiased=False) * mask)
+
+    def _sum(self, name: str, values: Tensor) -> None:
+        total = values.sum(dtype=torch.float64 if values.device.type == "cpu" else torch.float32)
+        self.sums[name] = self.sums[name] + total if name in self.sums else total
+
+    def report(self, blend: MessageBlend) -> dict[str, Any]:
+        """The metrics as plain numbers (see ``XLRBBridge.usage``); None where nothing was added."""
+        metrics: dict[str, Any] = {
+            "sources": [0] * self.num_sources if self.sources is None else self.sources.tolist(),
+            "router_entropy": self._mean("entropy", self.examples),
+        }
+        tokens = float(self.sums["tokens"]) if self.sums else 0.0
+        for kind in (kind for kind in KINDS if kind in blend.gates):
+            gate = float(blend.gates[kind]().detach())
+            variance = self._mean(f"{kind}_variance", tokens)
+            metrics[f"gate_{kind}"] = gate
+            metrics[f"norm_{kind}"] = self._mean(f"{kind}_norm", tokens)
+            metrics[f"gate_variance_over_eps_{kind}"] = None if variance is None else gate**2 * variance / blend.eps
+        return metrics
+
+    def _mean(self, name: str, count: float) -> float | None:
+        return float(self.sums[name]) / count if count else None
+
+
+def plot_usage(history: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Draws the usage of one run, one entry of ``history`` per epoch, into a PNG at ``path``.
+
+    Four curves per target layer (gates, α²·var/eps, message norms, router entropy) and a map of the chosen sources,
+    one row per target layer and epoch.
+
+    Raises:
+        ValueError: if `history` is empty or has no routed layer.
+    """
+    if not history or not history[0].get("layers"):
+        raise ValueError("plot_usage needs at least one usage() dict with a routed layer")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 3).flatten()
+    titles = {
+        "gate": "gate",
+        "gate_variance_over_eps": "gate² · message variance / eps  (≫ 1: the norm removes the gate)",
+        "norm": "mean message norm",
+    }
+    for axis, (name, title) in zip(axes, titles.items(), strict=False):
+        for kind, style in (("attn", "--"), ("hdim", "-")):
+            _draw_curves(axis, history, f"{name}_{kind}", style, kind)
+        axis.set_title(title, fontsize=10)
+    axes[1].set_yscale("log")
+    _draw_curves(axes[3], history, "router_entropy", "-", "")
+    axes[3].set_title("router entropy (nats)", fontsize=10)
+    for axis in axes[:4]:
+        axis.set_xlabel("epoch")
+        axis.legend(fontsize=7)
+    axes[5].remove()
+    _draw_sources(figure, axes[4], history)
+    figure.savefig(Path(path), dpi=110)
+
+
+def _draw_curves(axis: Any, history: Sequence[Mapping[str, Any]], key: str, style: str, kind: str) -> None:
+    epochs = range(1, len(history) + 1)
+    for index, layer in enumerate(history[0]["layers"]):
+        values = [usage["layers"][layer].get(key) for usage in history]
+        if all(value is not None for value in values):
+            axis.plot(epochs, values, style, marker=".", color=f"C{index}", label=f"layer {layer} {kind}".strip())
+
+
+def _draw_sources(figure: Any, axis: Any, history: Sequence[Mapping[str, Any]]) -> None:
+    layers = list(history[0]["layers"])
+    width = max(len(history[0]["layers"][layer]["sources"]) for layer in layers)
+    rows, labels = [], []
+    for layer in layers:
+        for epoch, usage in enumerate(history, start=1):
+            counts = usage["layers"][layer]["sources"]
+            rows.append([count / max(1, sum(counts)) for count in counts] + [float("nan")] * (width - len(counts)))
+            labels.append(f"layer {layer}, epoch {epoch}")
+    image = axis.imshow(rows, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+    step = max(1, len(labels) // 24)
+    axis.set_yticks(range(0, len(labels), step), labels[::step], fontsize=7)
+    axis.set_xlabel("source layer")
+    axis.set_title("share of choices per source", fontsize=10)
+    figure.colorbar(image, ax=axis)
