@@ -1,0 +1,130 @@
+// What every operator file needs to get from tensors to a kernel's contract: checks that name the argument, dtype
+// mapping, torch's thread pool, and the device and stream of a CUDA call. Stable ABI only: no ATen, no c10.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <atomic>
+#include <exception>
+#include <initializer_list>
+#include <optional>
+#include <string>
+
+#include "xlayer/types.h"
+
+// Only CUDA builds of torch have this function, and only their headers declare it. Weak, so that one library loads in
+// CPU builds too, where the address is null.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                                                   void** ret_stream);
+
+namespace xlayer {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline std::string shape_string(const Tensor& tensor) {
+    std::string text = "[";
+    for (int64_t d = 0; d < tensor.dim(); ++d) text += (d ? ", " : "") + std::to_string(tensor.size(d));
+    return text + "]";
+}
+
+// The tensor has exactly this shape; -1 accepts any length.
+inline void check_shape(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
+    bool fits = tensor.dim() == static_cast<int64_t>(shape.size());
+    std::string wanted;
+    int64_t d = 0;
+    for (int64_t length : shape) {
+        fits = fits && (length < 0 || tensor.size(d) == length);
+        wanted += (d ? ", " : "") + (length < 0 ? std::string("*") : std::to_string(length));
+        ++d;
+    }
+    STD_TORCH_CHECK(fits, name, " must have shape [", wanted, "], got ", shape_string(tensor));
+}
+
+inline void check_dtype(const Tensor& tensor, const char* name, ScalarType dtype) {
+    STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, " must have dtype ", torch::headeronly::toString(dtype),
+                    ", got ", torch::headeronly::toString(tensor.scalar_type()));
+}
+
+inline void check_same_device(const Tensor& tensor, const char* name, const Tensor& first, const char* first_name) {
+    STD_TORCH_CHECK(tensor.is_cuda() == first.is_cuda() && tensor.is_cpu() == first.is_cpu() &&
+                        tensor.get_device_index() == first.get_device_index(),
+                    name, " must be on the same device as ", first_name);
+}
+
+// The kernels' name for a tensor's dtype; refuses every dtype that no kernel has.
+inline DType kernel_dtype(const Tensor& tensor, const char* name) {
+    switch (tensor.scalar_type()) {
+        case ScalarType::Double:
+            return DType::float64;
+        case ScalarType::Float:
+            return DType::float32;
+        case ScalarType::BFloat16:
+            return DType::bfloat16;
+        case ScalarType::Half:
+            return DType::float16;
+        default:
+            STD_TORCH_CHECK(false, name, " must be float64, float32, bfloat16 or float16, got ",
+                            torch::headeronly::toString(tensor.scalar_type()));
+    }
+    __builtin_unreachable();
+}
+
+// The tensor itself if neighbours along its last dimension are neighbours in memory, else a contiguous copy.
+inline Tensor unit_stride_last(const Tensor& tensor) {
+    const int64_t last = tensor.dim() - 1;
+    return tensor.stride(last) == 1 || tensor.size(last) <= 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
+// One call of torch_parallel_for. An exception must not leave a worker thread: the first one is kept here, and thrown
+// again in the thread that made the call.
+class PoolTask {
+  public:
+    PoolTask(ThreadPool::Body body, void* context) : body_(body), context_(context) {}
+
+    static void run(int64_t begin, int64_t end, int64_t grain, ThreadPool::Body body, void* context) {
+        PoolTask task(body, context);
+        const AOTITorchError status = torch_parallel_for(begin, end, grain, &PoolTask::range, &task);
+        if (task.error_) std::rethrow_exception(task.error_);
+        STD_TORCH_CHECK(status == AOTI_TORCH_SUCCESS, "torch_parallel_for failed");
+    }
+
+  private:
+    static void range(int64_t begin, int64_t end, void* opaque) {
+        auto& task = *static_cast<PoolTask*>(opaque);
+        try {
+            task.body_(begin, end, task.context_);
+        } catch (...) {
+            if (!task.failed_.exchange(true)) task.error_ = std::current_exception();
+        }
+    }
+
+    ThreadPool::Body body_;
+    void* context_;
+    std::atomic<bool> failed_{false};
+    std::exception_ptr error_;
+};
+
+// torch's own intra-op threads.
+inline ThreadPool torch_pool() { return {&PoolTask::run, static_cast<int64_t>(torch::stable::get_num_threads())}; }
+
+// For the length of a CUDA operator: makes the tensor's device current and holds torch's current stream there.
+class CudaScope {
+  public:
+    explicit CudaScope(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+        STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+                        "this PyTorch has no CUDA streams: it is a CPU build");
+        STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream_) == AOTI_TORCH_SUCCESS,
+                        "could not get the current CUDA stream");
+    }
+    void* stream() const { return stream_; }
+
+  private:
+    torch::stable::accelerator::DeviceGuard guard_;
+    void* stream_ = nullptr;
+};
+
+}  // namespace xlayer

@@ -1,0 +1,98 @@
+// xlayer::masked_mean and its backward: schemas, checks, allocation. Shapes and formulas: xlayer/routing.h.
+#include "xlayer/routing.h"
+
+#include "common.h"
+
+namespace xlayer {
+namespace {
+
+TokenMask token_mask(const std::optional<Tensor>& mask, const Tensor& like, const char* like_name, int64_t tokens) {
+    if (!mask) return {nullptr, 0, 0};
+    check_dtype(*mask, "mask", ScalarType::Bool);
+    check_shape(*mask, "mask", {like.size(0), tokens});
+    check_same_device(*mask, "mask", like, like_name);
+    return {static_cast<const bool*>(mask->const_data_ptr()), mask->stride(0), mask->stride(1)};
+}
+
+template <class Kernel>
+Tensor masked_mean(const Tensor& x, const std::optional<Tensor>& mask, const Kernel& kernel) {
+    check_shape(x, "x", {-1, -1, -1});
+    MaskedMeanForward args{};
+    args.dtype = kernel_dtype(x, "x");
+    args.batch = x.size(0), args.tokens = x.size(1), args.width = x.size(2);
+    args.mask = token_mask(mask, x, "x", args.tokens);
+    const Tensor rows = unit_stride_last(x);
+    args.x = rows.const_data_ptr();
+    args.x_batch_stride = rows.stride(0), args.x_token_stride = rows.stride(1);
+    Tensor out = torch::stable::new_empty(x, {args.batch, args.width});
+    args.out = out.mutable_data_ptr();
+    kernel(args);
+    return out;
+}
+
+template <class Kernel>
+Tensor masked_mean_backward(const Tensor& grad, const std::optional<Tensor>& mask, int64_t tokens,
+                            const Kernel& kernel) {
+    check_shape(grad, "grad", {-1, -1});
+    STD_TORCH_CHECK(tokens >= 0, "tokens must not be negative, got ", tokens);
+    MaskedMeanBackward args{};
+    args.dtype = kernel_dtype(grad, "grad");
+    args.batch = grad.size(0), args.tokens = tokens, args.width = grad.size(1);
+    args.mask = token_mask(mask, grad, "grad", tokens);
+    const Tensor rows = unit_stride_last(grad);
+    args.grad = rows.const_data_ptr();
+    args.grad_batch_stride = rows.stride(0);
+    Tensor grad_x = torch::stable::new_empty(grad, {args.batch, args.tokens, args.width});
+    args.grad_x = grad_x.mutable_data_ptr();
+    kernel(args);
+    return grad_x;
+}
+
+Tensor masked_mean_cpu(const Tensor& x, const std::optional<Tensor>& mask) {
+    return masked_mean(x, mask, [](MaskedMeanForward& args) {
+        args.pool = torch_pool();
+        cpu::masked_mean_forward(args);
+    });
+}
+
+Tensor masked_mean_backward_cpu(const Tensor& grad, const std::optional<Tensor>& mask, int64_t tokens) {
+    return masked_mean_backward(grad, mask, tokens, [](MaskedMeanBackward& args) {
+        args.pool = torch_pool();
+        cpu::masked_mean_backward(args);
+    });
+}
+
+#ifdef XLAYER_CUDA
+Tensor masked_mean_cuda(const Tensor& x, const std::optional<Tensor>& mask) {
+    const CudaScope scope(x);
+    return masked_mean(x, mask,
+                       [&](const MaskedMeanForward& args) { cuda::masked_mean_forward(args, scope.stream()); });
+}
+
+Tensor masked_mean_backward_cuda(const Tensor& grad, const std::optional<Tensor>& mask, int64_t tokens) {
+    const CudaScope scope(grad);
+    return masked_mean_backward(
+        grad, mask, tokens, [&](const MaskedMeanBackward& args) { cuda::masked_mean_backward(args, scope.stream()); });
+}
+#endif
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(xlayer, m) {
+    m.def("masked_mean(Tensor x, Tensor? mask) -> Tensor");
+    m.def("masked_mean_backward(Tensor grad, Tensor? mask, SymInt tokens) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(xlayer, CPU, m) {
+    m.impl("masked_mean", TORCH_BOX(&masked_mean_cpu));
+    m.impl("masked_mean_backward", TORCH_BOX(&masked_mean_backward_cpu));
+}
+
+#ifdef XLAYER_CUDA
+STABLE_TORCH_LIBRARY_IMPL(xlayer, CUDA, m) {
+    m.impl("masked_mean", TORCH_BOX(&masked_mean_cuda));
+    m.impl("masked_mean_backward", TORCH_BOX(&masked_mean_backward_cuda));
+}
+#endif
+
+}  // namespace xlayer
