@@ -1,0 +1,358 @@
+"""What every benchmark needs: the machine's limits, fair timing, peak memory, and rows that can be kept.
+
+A time alone says little. Each row therefore counts the fewest bytes that must move and the fewest operations that must
+be done, and reports how near the machine's measured limit the implementation came:
+
+    fraction_of_limit = max(bytes / copy_rate, flops / gemm_rate) / median time
+
+1 means that nothing faster is possible by that count; a value above 1 means that a cache beat the memory's copy rate.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Work = Callable[[], object]
+Builder = Callable[..., Work]
+PASSES = ("fwd", "bwd", "fwd+bwd")
+
+
+class Unavailable(RuntimeError):
+    """Raised by a builder whose implementation cannot run here; the benchmark skips it and says why."""
+
+
+# ---- the machine's limits ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The best rates seen on one device: `copy_rate` in bytes/s (read + written), `gemm_rate` in flop/s by dtype."""
+
+    copy_rate: float
+    gemm_rate: dict[str, float]
+
+    def best(self, other: Limits) -> Limits:
+        """The higher of two measurements: whatever disturbs one only ever lowers it."""
+        dtypes = self.gemm_rate.keys() | other.gemm_rate.keys()
+        rates = {name: max(self.gemm_rate.get(name, 0.0), other.gemm_rate.get(name, 0.0)) for name in sorted(dtypes)}
+        return Limits(max(self.copy_rate, other.copy_rate), rates)
+
+    def fraction(self, bytes_moved: float, flops: float, dtype: str, seconds: float) -> float:
+        """Least time for that many bytes and operations, if the two overlap perfectly, ÷ the time taken."""
+        return max(bytes_moved / self.copy_rate, flops / self.gemm_rate[dtype]) / seconds
+
+
+def measure_limits(device: str, dtypes: Iterable[str], *, seconds: float = 0.5, buffer_bytes: int = 0) -> Limits:
+    """Measures copy bandwidth and GEMM rate with all of torch's threads, `seconds` for each of them.
+
+    `buffer_bytes` is the size of each copy buffer; the default is twice the largest cache, in 256 MiB … 1 GiB.
+    """
+    size = buffer_bytes or min(max(2 * cache_bytes(device), 1 << 28), 1 << 30)
+    source = torch.ones(size // 4, device=device)
+    target = torch.zeros_like(source)
+    copy_rate = 2 * source.nbytes / _fastest(partial(target.copy_, source), device, seconds)
+    del source, target
+    return Limits(copy_rate, {name: _gemm_rate(device, getattr(torch, name), seconds) for name in dtypes})
+
+
+def _gemm_rate(device: str, dtype: torch.dtype, seconds: float) -> float:
+    """Best over several shapes: which of them a library likes most differs between machines and dtypes."""
+    sizes = (1024, 2048) if torch.device(device).type == "cpu" else (4096, 8192)
+    shapes = [(n, n, n) for n in sizes] + [(4 * sizes[0], sizes[0], sizes[0] // 2)]
+    best = 0.0
+    for m, n, k in shapes:
+        a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((m, k), (k, n)))
+        best = max(best, 2 * m * n * k / _fastest(partial(torch.mm, a, b), device, seconds / len(shapes)))
+    return best
+
+
+def _fastest(work: Work, device: str, seconds: float) -> float:
+    timing = compare({"work": work}, device=device, seconds=seconds, min_rounds=3, turn_seconds=0.0, cold=False)
+    return timing["work"].minimum
+
+
+def cache_bytes(device: str) -> int:
+    """Size of the largest cache in front of the device's memory; 64 MiB where the system does not tell."""
+    if torch.device(device).type == "cuda":
+        return int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 64 << 20))
+    found = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    return max((int(path.read_text().strip().removesuffix("K")) << 10 for path in found), default=64 << 20)
+
+
+# ---- timing --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Samples of one implementation, in seconds."""
+
+    samples: list[float] = field(repr=False)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def minimum(self) -> float:
+        return min(self.samples)
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range ÷ median: 0.02 is a quiet machine, 0.2 one that was busy with something else."""
+        low, _, high = statistics.quantiles(self.samples, n=4)
+        return (high - low) / self.median
+
+
+def compare(
+    works: Mapping[str, Work],
+    *,
+    device: str = "cpu",
+    seconds: float = 3.0,
+    min_rounds: int = 5,
+    turn_seconds: float = 0.05,
+    cold: bool | None = None,
+    seed: int = 0,
+) -> dict[str, Timing]:
+    """Times several implementations of one thing in turns, so that a slow minute of the machine hits all of them.
+
+    Each round gives every implementation one turn, in a fresh random order; a turn repeats a short call until it fills
+    `turn_seconds`, so that what its neighbour left in the caches does not decide. Rounds go on for `seconds`, and for
+    at least `min_rounds`. `cold` empties the caches before every call: the default on CUDA, where the time that takes
+    also lets the host run ahead, so that launch latency is not part of the sample.
+    """
+    cuda = torch.device(device).type == "cuda"
+    scratch = None
+    if cuda if cold is None else cold:
+        scratch = torch.empty(2 * cache_bytes(device), dtype=torch.int8, device=device)
+    turn = _cuda_turn if cuda else _cpu_turn
+    calls = {}
+    for name, work in works.items():
+        turn(work, 1, scratch)  # compilation, allocation, first touch
+        estimate = max(min(turn(work, 2, scratch)), 1e-9)
+        calls[name] = max(1, min(100, int(turn_seconds / estimate)))
+    samples: dict[str, list[float]] = {name: [] for name in works}
+    shuffle = random.Random(seed).shuffle
+    start, rounds, order = time.perf_counter(), 0, list(works)
+    while rounds < min_rounds or time.perf_counter() - start < seconds:
+        shuffle(order)
+        for name in order:
+            samples[name] += turn(works[name], calls[name], scratch)
+        rounds += 1
+    return {name: Timing(values) for name, values in samples.items()}
+
+
+def _cpu_turn(work: Work, calls: int, scratch: Tensor | None) -> list[float]:
+    times = []
+    for _ in range(calls):
+        if scratch is not None:
+            scratch.fill_(1)
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def _cuda_turn(work: Work, calls: int, scratch: Tensor | None) -> list[float]:
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+    for start, end in events:
+        if scratch is not None:
+            scratch.fill_(1)
+        start.record()
+        work()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) * 1e-3 for start, end in events]
+
+
+# ---- peak memory ---------------------------------------------------------------------------------------------------
+
+# glibc and MKL keep freed memory for later, which would hide a temporary from the resident size. With these, every
+# block of 64 KiB or more is a mapping of its own that goes back to the system when freed, and MKL caches nothing.
+# One arena: a second thread's arena would otherwise count as memory of the kernel that first woke that thread.
+_PLAIN_ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_MMAP_MAX_": "1000000",
+    "MALLOC_TRIM_THRESHOLD_": "0",
+    "MALLOC_ARENA_MAX": "1",
+    "MKL_DISABLE_FAST_MM": "1",
+}
+_PR_SET_THP_DISABLE = 41  # huge pages would round every allocation up to 2 MiB
+
+
+def peak_memory(build: Builder, arguments: Mapping[str, Any], *, device: str = "cpu", timeout: float = 600) -> int:
+    """Bytes that `build(**arguments)()` needs at its peak beyond its inputs and what it returns.
+
+    Runs in a fresh process, which imports `build` by name (a function at the top of a module) and gets `arguments` as
+    JSON. `build` makes the inputs and returns the work; the work returns every output and gradient that it makes.
+    On the CPU this is the resident size's high-water mark (Linux), on CUDA the caching allocator's.
+    Raises `Unavailable` when the child fails, with the last line that it said.
+    """
+    request = json.dumps([*_importable_name(build), dict(arguments), device, torch.get_num_threads()])
+    environment = os.environ | _PLAIN_ALLOCATOR | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", f"from {__name__} import _child; _child()", request]
+    child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+    lines = (child.stderr if child.returncode else child.stdout).strip().splitlines()
+    if child.returncode or not lines:
+        raise Unavailable(f"peak memory: {lines[-1] if lines else f'child ended with {child.returncode}'}")
+    return int(lines[-1])
+
+
+def _importable_name(build: Builder) -> tuple[str, str]:
+    module = build.__module__
+    if module == "__main__":  # run as `python -m package.name` or as `python folder/name.py`
+        main = sys.modules["__main__"]
+        module = main.__spec__.name if main.__spec__ else Path(str(main.__file__)).stem
+    return module, build.__qualname__
+
+
+def _child() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
+    module, name, arguments, device, threads = json.loads(sys.argv[1])
+    torch.set_num_threads(threads)
+    work = getattr(__import__(module, fromlist=[name]), name)(**arguments)
+    work()  # what is made once and kept (thread pools, compiled code, workspaces) is no part of a call's need
+    peaks = [_cuda_peak(work, device) if torch.device(device).type == "cuda" else _resident_peak(work) for _ in "123"]
+    print(statistics.median(peaks))
+
+
+def _resident_peak(work: Work) -> int:
+    result = work()
+    settled = _status_bytes("VmRSS")  # inputs, outputs and gradients exist
+    del result  # the measured call makes its own
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the present size
+    work()
+    return max(0, _status_bytes("VmHWM") - settled)
+
+
+def _status_bytes(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key + ":"))
+
+
+def _cuda_peak(work: Work, device: str) -> int:
+    result = work()
+    settled = torch.cuda.memory_allocated(device)
+    del result
+    torch.cuda.reset_peak_memory_stats(device)
+    work()
+    return max(0, torch.cuda.max_memory_allocated(device) - settled)
+
+
+# ---- correctness ---------------------------------------------------------------------------------------------------
+
+
+def relative_error(actual: Tensor, exact: Tensor) -> float:
+    """rms(actual - exact) ÷ rms(exact), in float64; the plain rms where the exact result is 0."""
+    exact, actual = exact.detach().double(), actual.detach().double()
+    difference, scale = (actual - exact).square().mean().sqrt(), exact.square().mean().sqrt()
+    return float(difference / scale if scale > 0 else difference)
+
+
+def check_oracle(name: str, actual: Tensor, exact: Tensor, plain: Tensor) -> float:
+    """Error of `actual` against float64 `exact`; raises `AssertionError` where the plain formula's is much smaller.
+
+    Bound: 1.1 × the error of `plain` (the plain PyTorch formula at the dtype of `actual`) + 2·eps; float64: 1e-12.
+    """
+    error = relative_error(actual, exact)
+    bound = 1.1 * relative_error(plain, exact) + 2 * torch.finfo(actual.dtype).eps
+    if actual.dtype == torch.float64:
+        bound = 1e-12
+    if not error <= bound:  # NaN fails too
+        raise AssertionError(f"{name}: error {error:.2e} exceeds {bound:.2e} ({actual.dtype})")
+    return error
+
+
+# ---- rows ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a results file; `benchmarks/README.md` explains every key. JSON calls `pass_` "pass"."""
+
+    family: str
+    op: str
+    case: str
+    pass_: str
+    dtype: str
+    device: str
+    impl: str
+    ms_median: float
+    ms_min: float
+    bytes: int
+    flops: int
+    peak_bytes: int | None
+    fraction_of_limit: float
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.pass_ not in PASSES:
+            raise ValueError(f"pass: got {self.pass_!r}, expected one of {', '.join(PASSES)}")
+        if not 0 < self.ms_min <= self.ms_median:
+            raise ValueError(f"times: got ms_min {self.ms_min} and ms_median {self.ms_median}")
+
+    def to_json(self) -> str:
+        values = asdict(self)
+        extra = values.pop("extra")
+        return json.dumps({key.rstrip("_"): value for key, value in values.items()} | extra)
+
+    @classmethod
+    def from_json(cls, line: str) -> Row:
+        """Keys beyond the schema go to `extra`; raises `ValueError` when one of the schema's is missing."""
+        values = json.loads(line)
+        names = {item.name.rstrip("_"): item.name for item in fields(cls) if item.name != "extra"}
+        if missing := names.keys() - values.keys():
+            raise ValueError(f"row lacks {', '.join(sorted(missing))}")
+        known = {attribute: values.pop(key) for key, attribute in names.items()}
+        return cls(**known, extra=values)
+
+
+def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
+    """Appends rows to a JSON-lines file, which is made with its folder if need be."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.writelines(row.to_json() + "\n" for row in rows)
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    return [Row.from_json(line) for line in Path(path).read_text().splitlines() if line]
+
+
+def provenance() -> dict[str, Any]:
+    """Where and when: date, commit (with "-dirty" when tracked files differ), versions, threads, machine."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return {"date": now, "commit": commit, "versions": versions, "threads": torch.get_num_threads()}
+
+
+def device_name(device: str) -> str:
+    """The name that rows carry: the GPU's, or the processor's with the instruction set that torch uses."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.processor() or platform.machine()
+    if (info := Path("/proc/cpuinfo")).exists():
+        names = (line.partition(":")[2] for line in info.read_text().splitlines() if line.startswith("model name"))
+        model = next(names, model).replace("(R)", "").strip()
+    return f"{model} {torch.backends.cpu.get_cpu_capability()}"

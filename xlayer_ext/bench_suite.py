@@ -1,0 +1,192 @@
+"""The frame of a benchmark script: cases, one run over all implementations, a table, the command line.
+
+A script says what its cases are and how one is built, and calls `main`; `xlayer_ext.bench` does the measuring.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from xlayer_ext.bench import (
+    Builder,
+    Limits,
+    Row,
+    Timing,
+    Unavailable,
+    Work,
+    compare,
+    device_name,
+    measure_limits,
+    peak_memory,
+    provenance,
+    write_rows,
+)
+
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+IMPLS = ("native", "eager", "compile")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison. `build(impl=…, **arguments)` makes the inputs and returns the work to be timed.
+
+    `bytes` and `flops` are the fewest that the work needs: each input read once, each output written once.
+    """
+
+    family: str
+    op: str
+    name: str
+    pass_: str
+    dtype: str
+    bytes: int
+    flops: int
+    build: Builder
+    arguments: dict[str, Any]
+    suite: str = "main"  # "main", "full" (only with --suite full) or "toy" (only with --quick)
+
+
+Check = Callable[[Case], None]
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compile` for the shapes of one case.
+
+    Earlier cases are forgotten: at its recompilation limit dynamo would quietly run the plain function.
+    """
+    torch.compiler.reset()
+    return torch.compile(function, dynamic=False)
+
+
+def settled(work: Work) -> Work:
+    """The work after a first call; a compiler that fails in it, in whatever way, is only `Unavailable`."""
+    try:
+        work()
+    except Exception as error:
+        raise Unavailable(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}") from error
+    return work
+
+
+def run(
+    cases: Sequence[Case],
+    impls: Sequence[str],
+    *,
+    device: str = "cpu",
+    seconds: float = 3.0,
+    limit_seconds: float = 1.0,
+    buffer_bytes: int = 0,
+    memory: bool = True,
+    check: Check | None = None,
+) -> list[Row]:
+    """Times every case with every implementation that is available; what is skipped is said on stderr.
+
+    `check(case)` comes first where the native kernel is available, and raises when its results are wrong. `seconds` is
+    spent on each case; `limit_seconds` and `buffer_bytes` are those of `bench.measure_limits`. The limits are measured
+    before and after, and the higher of the two holds, so that a busy moment of the machine cannot flatter.
+    """
+    dtypes = sorted({case.dtype for case in cases})
+    limits_now = partial(measure_limits, device, dtypes, seconds=limit_seconds, buffer_bytes=buffer_bytes)
+    limits = limits_now()
+    measured = [(case, *_measure(case, impls, device, seconds, memory, check)) for case in cases]
+    limits = limits.best(limits_now())
+    origin = provenance() | {"copy_rate": limits.copy_rate}
+    return [row for found in measured for row in _rows(*found, limits, device_name(device), origin)]
+
+
+def _measure(
+    case: Case, impls: Sequence[str], device: str, seconds: float, memory: bool, check: Check | None
+) -> tuple[dict[str, Timing], dict[str, int | None]]:
+    works: dict[str, Work] = {}
+    peaks: dict[str, int | None] = {}
+    for impl in impls:
+        arguments = {"impl": impl, **case.arguments}
+        try:
+            works[impl] = case.build(**arguments)
+            if check and impl == "native":
+                check(case)
+            peaks[impl] = peak_memory(case.build, arguments, device=device) if memory else None
+        except Unavailable as reason:
+            print(f"note: {case.name} {case.pass_} {case.dtype} {impl}: {reason}", file=sys.stderr)
+    return (compare(works, device=device, seconds=seconds) if works else {}), peaks
+
+
+def _rows(
+    case: Case,
+    times: Mapping[str, Timing],
+    peaks: Mapping[str, int | None],
+    limits: Limits,
+    device: str,
+    origin: Mapping[str, Any],
+) -> Iterator[Row]:
+    for impl, timing in times.items():
+        extra = {"spread": timing.spread, "gemm_rate": limits.gemm_rate[case.dtype], **origin}
+        if "eager" in times:
+            extra["speedup_over_eager"] = times["eager"].median / timing.median
+        fraction = limits.fraction(case.bytes, case.flops, case.dtype, timing.median)
+        what = (case.family, case.op, case.name, case.pass_, case.dtype, device, impl)
+        ms = (timing.median * 1e3, timing.minimum * 1e3)
+        yield Row(*what, *ms, case.bytes, case.flops, peaks.get(impl), fraction, extra)
+
+
+def main(
+    description: str,
+    make_cases: Callable[[argparse.Namespace], list[Case]],
+    argv: Sequence[str] | None = None,
+    check: Check | None = None,
+) -> int:
+    """Runs a benchmark script: its cases, with every implementation, as a table or as JSON lines on stdout."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print rows as JSON lines, not as a table")
+    parser.add_argument("--out", metavar="FILE", help="append the rows to this JSON-lines file as well")
+    parser.add_argument("--case", nargs="+", metavar="NAME", help="only these cases, whatever the suite")
+    parser.add_argument("--suite", choices=("main", "full"), default="main", help="full: masks and variants as well")
+    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES, help="element types")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: what torch takes)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="time for one case, shared by its implementations")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
+    parser.add_argument("--quick", action="store_true", help="the toy case only, in an instant: shows that all runs")
+    options = parser.parse_args(argv)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    cases = make_cases(options)
+    wanted = options.case or (["toy"] if options.quick else None)
+    if wanted and (unknown := set(wanted) - {case.name for case in cases}):
+        names = ", ".join(dict.fromkeys(case.name for case in cases))
+        parser.error(f"unknown case {', '.join(sorted(unknown))}; there are {names}")
+    chosen = [case for case in cases if (case.name in wanted if wanted else case.suite in ("main", options.suite))]
+    impls = [impl for impl in IMPLS if not (impl == "compile" and options.no_compile)]
+    quick = {"seconds": 0.1, "limit_seconds": 0.02, "buffer_bytes": 32 << 20}
+    amount: dict[str, Any] = quick if options.quick else {"seconds": options.seconds}
+    rows = run(chosen, impls, device=options.device, memory=not options.no_memory, check=check, **amount)
+    print("\n".join(row.to_json() for row in rows) if options.json else format_table(rows))
+    if options.out:
+        write_rows(options.out, rows)
+    return 0
+
+
+def format_table(rows: Sequence[Row]) -> str:
+    """The rows for reading, under the device's name and measured limits."""
+    head = f"{'case':<14}{'pass':<9}{'dtype':<10}{'impl':<9}{'ms':>10}{'min':>10}{'spread':>8}{'MB peak':>10}"
+    lines = [f"{head}{'÷ eager':>9}{'of limit':>10}"]
+    for row in rows:
+        peak = "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.1f}"
+        speedup = f"{row.extra['speedup_over_eager']:.2f}x" if "speedup_over_eager" in row.extra else "-"
+        lines.append(
+            f"{row.case:<14}{row.pass_:<9}{row.dtype:<10}{row.impl:<9}{row.ms_median:>10.3f}{row.ms_min:>10.3f}"
+            f"{row.extra['spread']:>8.2f}{peak:>10}{speedup:>9}{row.fraction_of_limit:>10.3f}"
+        )
+    if rows:
+        extra = rows[-1].extra
+        rates = {row.dtype: row.extra["gemm_rate"] for row in rows}
+        gemm = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in rates.items())
+        limits = f"copy {extra['copy_rate'] / 1e9:.1f} GB/s, GEMM {gemm}"
+        lines.insert(0, f"{rows[-1].device}, {extra['threads']} threads; {limits}")
+    return "\n".join(lines)
