@@ -1,6 +1,6 @@
 """Drives CMake, which alone knows what is built (CMakeLists.txt).
 
-XLAYER_CUDA=0 builds the CPU kernels only; XLAYER_CUDA_ARCHS names CUDA architectures in CMake's form (80-real;90a-real);
+XLAYER_CUDA=0 builds the CPU kernels only; XLAYER_CUDA_ARCHS names CUDA architectures in the form 80-real;90a-real;
 XLAYER_NVTX=1 marks kernel launches; MAX_JOBS bounds the parallel compilations.
 """
 

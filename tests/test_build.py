@@ -1,0 +1,239 @@
+"""The native build: what was linked, what is exported, and what happens where it does not fit."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import xlayer_ext
+from xlayer_ext import _library
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = Path(xlayer_ext.__file__).parent
+
+needs_library = pytest.mark.skipif(not _library.LOADED, reason=f"no native library: {_library.REASON}")
+
+
+def run_python(code: str, path: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs code in a fresh interpreter, with `path` first on its path."""
+    variables = {**os.environ, **environment}
+    if path is not None:
+        variables["PYTHONPATH"] = str(path)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=variables, cwd="/")
+
+
+def package_without_library(folder: Path) -> Path:
+    """A copy of the Python files alone."""
+    copy = folder / "xlayer_ext"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return copy
+
+
+# Imports the package, prints where from, its backend, its warnings, and a result.
+REPORT = """
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import xlayer_ext, torch
+    from xlayer_ext import _backend, _library
+    _library.load()
+    mean = xlayer_ext.functional.masked_mean(torch.ones(1, 2, 3))
+ours = [w for w in caught if "xlayer" in str(w.message)]
+print(xlayer_ext.__file__, _backend.current_backend(), len(ours), mean.tolist(), sep="\\n")
+print(*(f"{w.category.__name__}: {w.message}" for w in ours), sep="\\n")
+"""
+
+
+def report(folder: Path) -> list[str]:
+    result = run_python(REPORT, folder, XLAYER_BACKEND="")
+    assert result.returncode == 0, result.stderr
+    file, *lines = result.stdout.splitlines()
+    assert Path(file).is_relative_to(folder)
+    return lines
+
+
+@needs_library
+def test_loads_without_a_warning() -> None:
+    result = run_python("import xlayer_ext, torch; print(torch.ops.xlayer.masked_mean.default)", PACKAGE.parent)
+    assert (result.returncode, result.stdout.strip(), result.stderr) == (0, "xlayer.masked_mean.default", "")
+
+
+def test_without_library_the_reference_serves_after_one_warning(tmp_path: Path) -> None:
+    package_without_library(tmp_path)
+    backend, count, mean, warning = report(tmp_path)
+    assert (backend, count, mean) == ("reference", "1", "[[1.0, 1.0, 1.0]]")
+    assert warning.startswith(
+        "RuntimeWarning: xlayer_ext uses its reference backend (plain PyTorch): the native library"
+    )
+    assert "libxlayer.so is missing" in warning and "pip install" in warning
+
+
+def test_a_file_that_is_no_library_is_named(tmp_path: Path) -> None:
+    (package_without_library(tmp_path) / "libxlayer.so").write_text("not a library")
+    backend, count, _, warning = report(tmp_path)
+    assert (backend, count) == ("reference", "1")
+    assert "not a library that this machine can load" in warning and "build it again" in warning
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_a_library_for_another_torch_is_explained(tmp_path: Path) -> None:
+    source = tmp_path / "other.cpp"
+    source.write_text('extern "C" void torch_of_the_future();\nvoid* use = (void*)&torch_of_the_future;\n')
+    library = package_without_library(tmp_path) / "libxlayer.so"
+    subprocess.run(["c++", "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
+    backend, count, _, warning = report(tmp_path)
+    assert (backend, count) == ("reference", "1")
+    assert f"does not fit this torch {torch.__version__}" in warning
+    assert "torch lacks `torch_of_the_future`" in warning and "build it again" in warning
+
+
+def test_an_old_torch_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(_library, "PATH", tmp_path / "libxlayer.so")
+    (tmp_path / "libxlayer.so").touch()
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+    assert _library._try_load() == (
+        "the native library needs torch >= 2.10, and this is torch 2.9.1+cpu; upgrade torch"
+    )
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "schema",
+    [
+        "masked_mean(Tensor x, Tensor? mask) -> Tensor",
+        "masked_mean_backward(Tensor grad, Tensor? mask, SymInt tokens) -> Tensor",
+        "hdim_attention(Tensor query, Tensor key, Tensor value, Tensor weight1, Tensor bias1, Tensor weight2, "
+        "Tensor? key_mask, Tensor? pair_mask, float temperature, bool gelu) "
+        "-> (Tensor context, Tensor logsumexp, Tensor row_entropy)",
+        "hdim_attention_backward(Tensor grad_context, Tensor? grad_row_entropy, Tensor query, Tensor key, "
+        "Tensor value, Tensor weight1, Tensor bias1, Tensor weight2, Tensor? key_mask, Tensor? pair_mask, "
+        "Tensor context, Tensor logsumexp, Tensor row_entropy, float temperature, bool gelu) "
+        "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_weight1, Tensor grad_bias1, "
+        "Tensor grad_weight2)",
+    ],
+    ids=lambda schema: schema.split("(")[0],
+)
+def test_schema(schema: str) -> None:
+    name = schema.split("(")[0]
+    found = str(getattr(torch.ops.xlayer, name).default._schema)
+    assert found.removeprefix("xlayer::") == schema
+
+
+def dynamic_section() -> str:
+    return subprocess.run(["readelf", "-d", str(_library.PATH)], capture_output=True, text=True, check=True).stdout
+
+
+@needs_library
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="needs binutils")
+def test_needs_libtorch_and_no_cuda_library() -> None:
+    """Through libtorch the linker reaches the CUDA half of torch; the CUDA runtime is inside, paths are nowhere."""
+    section = dynamic_section()
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", section)
+    assert "libtorch.so" in needed
+    assert not [name for name in needed if "cuda" in name or "python" in name]
+    assert "RPATH" not in section and "RUNPATH" not in section
+
+
+@needs_library
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs binutils")
+def test_only_the_stable_abi_is_used() -> None:
+    def names(*flags: str) -> list[str]:
+        command = ["nm", "--dynamic", "--demangle", *flags, str(_library.PATH)]
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        return [re.sub(r"^[0-9a-f]*\s+\w ", "", line) for line in lines]
+
+    assert not [name for name in names("--undefined-only") if re.search(r"\b(at|c10|torch)::", name)]
+    exported = {name for name in names("--defined-only") if "xlayer" in name}
+    assert exported and all(re.fullmatch(r"xlayer_\w+", name) for name in exported)
+
+
+@needs_library
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs binutils")
+def test_wide_instructions_stay_in_their_own_functions() -> None:
+    """An inline function shared by two instruction sets must be the baseline's copy, or old processors crash in it."""
+    command = ["objdump", "--disassemble", "--demangle", "--no-show-raw-insn", str(_library.PATH)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    functions = re.split(r"\n(?=[0-9a-f]{16} <)", text)
+    wide = {body.split("\n", 1)[0] for body in functions if "%zmm" in body or "%ymm" in body}
+    if not wide:
+        pytest.skip("this build has no wide instructions")
+    assert not [header for header in wide if "avx2" not in header and "avx512" not in header]
+
+
+@needs_library
+def test_instruction_set_can_be_chosen() -> None:
+    code = "import xlayer_ext; from xlayer_ext import _native; print(_native.isa())"
+    result = run_python(code, PACKAGE.parent, XLAYER_CPU_ISA="baseline")
+    assert result.stdout.strip() == "baseline", result.stderr
+
+
+@needs_library
+def test_cuda_kernel_resources() -> None:
+    from xlayer_ext import _native
+
+    rows = _native.kernel_resources()
+    assert bool(rows) == _native.cuda_built()
+    if not rows:
+        pytest.skip("this build has no CUDA kernels")
+    real = {f"sm_{arch.removesuffix('-real')}" for arch in _native.archs() if not arch.endswith("-virtual")}
+    for kernel in ("masked_mean_kernel", "masked_mean_backward_kernel"):
+        mine = [row for row in rows if f"::{kernel}<" in row["kernel"]]
+        assert {row["arch"] for row in mine} == real
+        # the ceiling that csrc/cuda/routing.cu states
+        assert all(row["threads"] == 256 and row["registers"] <= 64 for row in mine)
+        assert all(row["shared_bytes"] <= 8 * 1024 + 64 for row in mine)
+        assert all(row["stack_bytes"] == row["spill_store_bytes"] == row["spill_load_bytes"] == 0 for row in mine)
+        known = [row["occupancy"] for row in mine if row["arch"] in ("sm_80", "sm_90a")]
+        assert all(occupancy >= 0.5 for occupancy in known)
+
+
+def resources_module() -> ModuleType:
+    path = ROOT / "csrc" / "native" / "kernel_resources.py"
+    spec = importlib.util.spec_from_file_location("kernel_resources", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("arch", "threads", "registers", "shared", "expected"),
+    [
+        ("sm_80", 256, 32, 0, 1.0),
+        ("sm_80", 256, 64, 0, 0.5),
+        ("sm_80", 256, 65, 0, 0.375),  # registers are given out in units of 256 per warp
+        ("sm_90a", 128, 32, 100 * 1024, 0.125),  # two blocks' shared memory fit
+        ("sm_80", 128, 32, 100 * 1024, 0.0625),
+        ("sm_90a", 32, 16, 0, 0.5),  # 32 blocks at most
+        ("sm_12345", 256, 32, 0, 0.0),
+    ],
+)
+def test_occupancy(arch: str, threads: int, registers: int, shared: int, expected: float) -> None:
+    assert resources_module().occupancy(arch, threads, registers, shared) == expected
+
+
+def test_report_of_ptxas_is_read() -> None:
+    report = """block _Z1kv 256
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_Z1kv' for 'sm_80'
+ptxas info    : Function properties for _Z1kv
+    24 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 2048 bytes smem, 360 bytes cmem[0]
+ptxas info    : Compiling entry function '_Z1hv' for 'sm_90a'
+ptxas info    : Function properties for _Z1hv
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 12 registers, used 0 barriers
+"""
+    assert resources_module().kernels_of(report) == [
+        ("_Z1kv", "sm_80", 256, 40, 2048, 24, 8, 12),
+        ("_Z1hv", "sm_90a", 0, 12, 0, 0, 0, 0),
+    ]
