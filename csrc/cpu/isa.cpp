@@ -1,0 +1,65 @@
+#include "isa.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+
+#include "xlayer/hdim.h"
+#include "xlayer/routing.h"
+
+namespace xlayer::cpu {
+
+namespace {
+
+bool supported(Isa isa) {
+#if defined(__x86_64__)
+    switch (isa) {
+        case Isa::avx512:
+            return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && supported(Isa::avx2);
+        case Isa::avx2:
+            return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+        default:
+            return true;
+    }
+#else
+    return isa == Isa::baseline;
+#endif
+}
+
+Isa choose() {
+    const char* wanted = std::getenv("XLAYER_CPU_ISA");
+    for (Isa candidate : {Isa::avx512, Isa::avx2, Isa::baseline}) {
+        if (wanted != nullptr && *wanted != '\0' && std::strcmp(wanted, isa_name(candidate)) != 0) continue;
+        if (supported(candidate)) return candidate;
+    }
+    return Isa::baseline;
+}
+
+}  // namespace
+
+const char* isa_name(Isa isa) {
+    switch (isa) {
+        case Isa::avx512:
+            return "avx512";
+        case Isa::avx2:
+            return "avx2";
+        default:
+            return "baseline";
+    }
+}
+
+Isa isa() {
+    static const Isa chosen = choose();
+    return chosen;
+}
+
+// One line per kernel entry point.
+XLAYER_DISPATCH(void, masked_mean_forward, MaskedMeanForward)
+XLAYER_DISPATCH(void, masked_mean_backward, MaskedMeanBackward)
+XLAYER_DISPATCH(void, hdim_forward, HdimForward)
+XLAYER_DISPATCH(void, hdim_backward, HdimBackward)
+XLAYER_DISPATCH(int64_t, hdim_forward_workspace, HdimForward)
+XLAYER_DISPATCH(int64_t, hdim_backward_workspace, HdimBackward)
+
+}  // namespace xlayer::cpu

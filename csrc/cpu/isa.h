@@ -1,0 +1,43 @@
+// Which instruction set the CPU kernels run with. Each kernel file is compiled once per set into its own namespace
+// (xlayer::cpu::baseline, ::avx2, ::avx512); this header picks one, once, at run time.
+#pragma once
+
+namespace xlayer::cpu {
+
+enum class Isa { baseline, avx2, avx512 };
+
+// The best set that this processor has, or the one named by XLAYER_CPU_ISA if the processor has that too.
+Isa isa();
+const char* isa_name(Isa isa);
+
+}  // namespace xlayer::cpu
+
+// Defines xlayer::cpu::NAME(const ARGS&), which calls the variant for isa(). For isa.cpp only.
+#if defined(__x86_64__)
+#define XLAYER_DISPATCH(RETURN, NAME, ARGS)  \
+    namespace baseline {                     \
+    RETURN NAME(const ARGS&);                \
+    }                                        \
+    namespace avx2 {                         \
+    RETURN NAME(const ARGS&);                \
+    }                                        \
+    namespace avx512 {                       \
+    RETURN NAME(const ARGS&);                \
+    }                                        \
+    RETURN NAME(const ARGS& args) {          \
+        switch (isa()) {                     \
+            case Isa::avx512:                \
+                return avx512::NAME(args);   \
+            case Isa::avx2:                  \
+                return avx2::NAME(args);     \
+            default:                         \
+                return baseline::NAME(args); \
+        }                                    \
+    }
+#else
+#define XLAYER_DISPATCH(RETURN, NAME, ARGS) \
+    namespace baseline {                    \
+    RETURN NAME(const ARGS&);               \
+    }                                       \
+    RETURN NAME(const ARGS& args) { return baseline::NAME(args); }
+#endif

@@ -1,0 +1,70 @@
+// hdim: token-pair messaging. The contract that csrc/cpu and csrc/cuda implement.
+//
+//   pre_ijm = W1[m] · [q_i; k_j; q_i∘k_j; |q_i−k_j|] + b1[m]
+//   logit_ij = w2 · act(pre_ij) / temperature,   P_i = softmax_j(logit_i),   context_i = Σ_j P_ij v_j
+//
+// over the allowed pairs only; a row without one gets context 0, logsumexp −inf, entropy 0 and no gradient.
+// A pair that is not allowed is never computed with, so NaN and inf in its key or value stay there.
+//
+// Shapes: q [B,Sq,D], k [B,Sk,D], v [B,Sk,H], W1 [M,4D], b1 [M], w2 [M], key_mask [B,Sk], pair_mask [B,Sq,Sk].
+// Strides count elements. "Accumulation type" is double for float64 and float for every other dtype.
+#pragma once
+
+#include "xlayer/types.h"
+
+namespace xlayer {
+
+struct HdimInputs {
+    DType dtype;
+    bool gelu;  // act: exact GELU, else ReLU
+    double temperature;
+    int64_t batch, queries, keys, proj_dim, mlp_dim, value_dim;  // B, Sq, Sk, D, M, H
+    const void* query;
+    const void* key;
+    const void* value;
+    int64_t query_stride[3], key_stride[3], value_stride[3];
+    const void* weight1;  // contiguous, like bias1 and weight2
+    const void* bias1;
+    const void* weight2;
+    const bool* key_mask;   // null: every key may be used
+    const bool* pair_mask;  // null: every pair may be used
+    int64_t key_mask_stride[2], pair_mask_stride[3];
+};
+
+struct HdimForward {
+    HdimInputs in;
+    void* context;      // [B,Sq,H], contiguous, dtype
+    void* logsumexp;    // [B,Sq], contiguous, accumulation type
+    void* row_entropy;  // [B,Sq], contiguous, accumulation type
+    void* workspace;    // hdim_forward_workspace() bytes, aligned to 64
+    ThreadPool pool;
+};
+
+struct HdimBackward {
+    HdimInputs in;
+    const void* grad_context;      // [B,Sq,H], contiguous, dtype
+    const void* grad_row_entropy;  // [B,Sq], contiguous, accumulation type; null: zero
+    const void* context;           // the forward's outputs
+    const void* logsumexp;
+    const void* row_entropy;
+    void* grad_query;  // all contiguous, dtype
+    void* grad_key;
+    void* grad_value;
+    void* grad_weight1;
+    void* grad_bias1;
+    void* grad_weight2;
+    void* workspace;  // hdim_backward_workspace() bytes, aligned to 64
+    ThreadPool pool;
+};
+
+namespace cpu {
+
+// Bytes of scratch that the kernel needs for these sizes, dtype and number of threads.
+int64_t hdim_forward_workspace(const HdimForward& args);
+int64_t hdim_backward_workspace(const HdimBackward& args);
+
+void hdim_forward(const HdimForward& args);
+void hdim_backward(const HdimBackward& args);
+
+}  // namespace cpu
+}  // namespace xlayer
