@@ -6,12 +6,12 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from xlayer_ext.nn import LayerRouter
+from xlayer_ext.nn import HDIMMessage, LayerRouter
 
 from .config import XLRBConfig
 from .target import Routing, TargetLayer, make_hdim
@@ -71,7 +71,7 @@ class XLRBBridge(nn.Module):
         targets: numbers of the target layers, ascending.
     """
 
-    def __init__(self, encoder: nn.Module, config: XLRBConfig) -> None:
+    def __init__(self, encoder: Any, config: XLRBConfig) -> None:
         super().__init__()
         layers = _check_encoder(encoder)
         hidden_size, heads = encoder.config.hidden_size, encoder.config.num_attention_heads
@@ -92,12 +92,12 @@ class XLRBBridge(nn.Module):
         weight = layers[0].attention.self.query.weight
         self.to(device=weight.device, dtype=weight.dtype)
         self._usage = {j: LayerUsage(num_sources=j) for j in self.targets}
-        self._encoder_layers = (layers,)  # in a tuple, so that they do not become submodules
+        self._encoder_layers: tuple[Any] = (layers,)  # in a tuple, so that they do not become submodules
         self._pass: _Pass | None = None
         self._entropy: Tensor | None = None
         self._handles = self._register(encoder, layers)
 
-    def _register(self, encoder: nn.Module, layers: nn.ModuleList) -> list[Any]:
+    def _register(self, encoder: nn.Module, layers: Any) -> list[Any]:
         handles = [
             encoder.register_forward_pre_hook(self._begin, with_kwargs=True),
             encoder.register_forward_hook(self._end, always_call=True),
@@ -134,11 +134,14 @@ class XLRBBridge(nn.Module):
         ``gate_*`` (now), ``norm_*`` (mean norm over real tokens), ``gate_variance_over_eps_*`` (α²·var/eps: far above
         1 the LayerNorm behind the gate removes its effect). Means are None before the first pass.
         """
-        report = {str(j): self._usage[j].report(self.layers[str(j)].blend) for j in self.targets}
+        report = {str(j): self._usage[j].report(self._target(j).blend) for j in self.targets}
         if reset:
             for usage in self._usage.values():
                 usage.reset()
         return {"layers": report}
+
+    def _target(self, j: int) -> TargetLayer:
+        return cast(TargetLayer, self.layers[str(j)])
 
     # The hooks, in the order in which they run.
 
@@ -147,7 +150,7 @@ class XLRBBridge(nn.Module):
         segments, special = kwargs.pop("segment_ids", None), kwargs.pop("special_tokens_mask", None)
         _check_checkpointing(self._encoder_layers[0])
         _keep_sources_unsharded(self._encoder_layers[0], self.config)
-        tokens = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+        tokens = args[0] if args else kwargs["input_ids" if kwargs.get("input_ids") is not None else "inputs_embeds"]
         mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
         self._pass = _Pass(_make_masks(self.config, tokens, mask, segments, special))
         self._entropy = None
@@ -166,6 +169,7 @@ class XLRBBridge(nn.Module):
             raise RuntimeError("XLRB: a target layer ran outside its encoder's forward; call the encoder itself")
         target = current.summaries[-1]
         if self.config.router_query == "pair_mlp":
+            assert current.masks.first is not None and current.masks.second is not None
             target = self.router.pair_summary(current.outputs[-1], current.masks.first, current.masks.second)
         logits = self.router.logits(target, torch.stack(current.summaries))
         routing = Routing.from_choice(*self.router.select(logits), logits)
@@ -183,18 +187,19 @@ class XLRBBridge(nn.Module):
             self._usage[j].add(routed.routing, messages, routed.masks.tokens)
             if entropy is not None and self._pass is not None:
                 self._pass.entropies.append(entropy)
-        blended = attended + self.layers[str(j)].blend(messages, attended).to(attended.dtype)
+        blended = attended + self._target(j).blend(messages, attended).to(attended.dtype)
         return (blended, *output[1:]) if isinstance(output, tuple) else blended
 
     def _messages(self, j: int, hidden: Tensor, routed: _Routed) -> tuple[dict[str, Tensor], Tensor | None]:
-        target, routing, masks = self.layers[str(j)], routed.routing, routed.masks
+        target, routing, masks = self._target(j), routed.routing, routed.masks
         chosen = [routed.sources[source][rows] for source, rows in routing.groups]
-        messages, entropy = {}, None
+        messages: dict[str, Tensor] = {}
+        entropy = None
         if self.config.use_qkv:
             layers = self._encoder_layers[0]
             messages["attn"] = target.qkv_message(layers, j, hidden, chosen, routing, masks.tokens)
         if self.config.use_hdim:
-            hdim = self.hdim[0 if self.config.share_hdim else self.targets.index(j)]
+            hdim = cast(HDIMMessage, self.hdim[0 if self.config.share_hdim else self.targets.index(j)])
             sources = routing.slots(chosen)
             messages["hdim"], entropy = target.hdim_message(hdim, hidden, sources, routing, masks.tokens, masks.pair)
         return messages, entropy
@@ -226,11 +231,20 @@ def attach(encoder: nn.Module, config: XLRBConfig) -> XLRBBridge:
     return XLRBBridge(encoder, config)
 
 
-def _check_encoder(encoder: nn.Module) -> nn.ModuleList:
+def check_masks(tokens: Tensor, **masks: Tensor | None) -> None:
+    """Raises ``ValueError`` naming the mask that has not the shape `[B, S]` of `tokens` `[B, S]` or `[B, S, H]`."""
+    shape = tuple(tokens.shape[:2])
+    for name, mask in masks.items():
+        if mask is not None and tuple(mask.shape) != shape:
+            raise ValueError(f"{name} must have the shape of the input, {shape}, got {tuple(mask.shape)}")
+
+
+def _check_encoder(encoder: Any) -> Any:
+    """The encoder's layers, or ValueError."""
     layers = getattr(getattr(encoder, "encoder", None), "layer", None)
     settings = getattr(encoder, "config", None)
-    fits = isinstance(layers, nn.ModuleList) and all(_is_bert_layer(layer) for layer in layers)
-    if not fits or not hasattr(settings, "hidden_size") or not hasattr(settings, "num_attention_heads"):
+    has_sizes = hasattr(settings, "hidden_size") and hasattr(settings, "num_attention_heads")
+    if not has_sizes or not isinstance(layers, nn.ModuleList) or not all(_is_bert_layer(layer) for layer in layers):
         raise ValueError(f"XLRB attaches to {_EXPECTED}; got {type(encoder).__name__}")
     if len(layers) < 2:
         raise ValueError(f"XLRB needs an encoder of at least 2 layers, got {len(layers)}")
@@ -239,7 +253,7 @@ def _check_encoder(encoder: nn.Module) -> nn.ModuleList:
     return layers
 
 
-def _is_bert_layer(layer: nn.Module) -> bool:
+def _is_bert_layer(layer: Any) -> bool:
     attention = getattr(layer, "attention", None)
     own = getattr(attention, "self", None)
     parts = [getattr(own, name, None) for name in ("query", "key", "value")]
@@ -258,14 +272,14 @@ def _strip(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict
     return args, {name: value for name, value in kwargs.items() if name != _KEY}
 
 
-def _check_checkpointing(layers: nn.ModuleList) -> None:
+def _check_checkpointing(layers: Any) -> None:
     function: Callable | None = getattr(layers[0], "_gradient_checkpointing_func", None)
     options = getattr(function, "keywords", {})
     if getattr(layers[0], "gradient_checkpointing", False) and options.get("use_reentrant"):
         raise ValueError("XLRB needs gradient checkpointing with use_reentrant=False: reentrant would lose gradients")
 
 
-def _keep_sources_unsharded(layers: nn.ModuleList, config: XLRBConfig) -> None:
+def _keep_sources_unsharded(layers: Any, config: XLRBConfig) -> None:
     """A later layer uses the source layers' K/V weights, in forward and backward, so FSDP2 must not free them."""
     if not config.use_qkv or config.qkv_weights != "source":
         return
@@ -277,11 +291,8 @@ def _keep_sources_unsharded(layers: nn.ModuleList, config: XLRBConfig) -> None:
 def _make_masks(
     config: XLRBConfig, tokens: Tensor, mask: Tensor | None, segments: Tensor | None, special: Tensor | None
 ) -> _Masks:
-    shape = tokens.shape[:2]
-    for name, value in (("attention_mask", mask), ("segment_ids", segments), ("special_tokens_mask", special)):
-        if value is not None and value.shape != shape:
-            raise ValueError(f"XLRB: {name} must have the shape of the input, {tuple(shape)}, got {tuple(value.shape)}")
-    allowed = torch.ones(shape, dtype=torch.bool, device=tokens.device) if mask is None else mask.bool()
+    check_masks(tokens, attention_mask=mask, segment_ids=segments, special_tokens_mask=special)
+    allowed = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if mask is None else mask.bool()
     if not config.needs_pairs:
         return _Masks(allowed)
     if segments is None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from .bridge import XLRBBridge, attach
+from .bridge import XLRBBridge, attach, check_masks
 from .config import XLRBConfig
 
 _CONFIG_FILE = "xlrb_config.json"
@@ -60,7 +60,7 @@ class XLRBClassifier(nn.Module):
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: Any,
         config: XLRBConfig | None,
         num_labels: int,
         *,
@@ -77,7 +77,7 @@ class XLRBClassifier(nn.Module):
         self.num_labels = num_labels
         self.label_smoothing = label_smoothing
         self.dropout = dropout
-        self.encoder = getattr(backbone, "base_model", backbone)
+        self.encoder: Any = getattr(backbone, "base_model", backbone)
         if getattr(self.encoder, "pooler", None) is not None:
             self.encoder.pooler = None  # unused parameters would stop DDP
         self.bridge: XLRBBridge | None = None if config is None else attach(self.encoder, config)
@@ -106,6 +106,12 @@ class XLRBClassifier(nn.Module):
         Returns:
             ``XLRBOutput`` with the loss (None without labels) and logits `[B, num_labels]`.
         """
+        masks = {
+            "attention_mask": attention_mask,
+            "segment_ids": segment_ids,
+            "special_tokens_mask": special_tokens_mask,
+        }
+        check_masks(input_ids, **masks)
         inputs: dict[str, Tensor | None] = {"input_ids": input_ids, "attention_mask": attention_mask}
         if segment_ids is not None and getattr(self.encoder.config, "type_vocab_size", 0) > 1:
             inputs["token_type_ids"] = ((segment_ids == 1).cumsum(1) > 0).long() * (attention_mask != 0)
@@ -123,7 +129,8 @@ class XLRBClassifier(nn.Module):
 
     def gradient_checkpointing_enable(self) -> None:
         """Recomputes each encoder layer, bridges included, in backward instead of keeping its activations."""
-        self.encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable = getattr(self.encoder, "activation_checkpointing_enable", self.encoder.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
 
     def parameter_groups(
         self, encoder_lr: float, head_lr: float, bridge_lr: float | None = None, weight_decay: float = 0.01
@@ -166,9 +173,7 @@ class XLRBClassifier(nn.Module):
         (directory / _CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
     @classmethod
-    def from_pretrained(
-        cls, directory: str | Path, backbone: nn.Module, config: XLRBConfig | None = None
-    ) -> XLRBClassifier:
+    def from_pretrained(cls, directory: str | Path, backbone: Any, config: XLRBConfig | None = None) -> XLRBClassifier:
         """Loads what ``save_pretrained`` wrote onto `backbone` (whose own weights are kept if none were saved).
 
         Args:
@@ -210,7 +215,8 @@ class XLRBClassifier(nn.Module):
 
 def _split_by_decay(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Trainable parameters: those with weight decay, and those without (biases and LayerNorm weights)."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for owner in module.modules():
         for name, parameter in owner.named_parameters(recurse=False):
             if parameter.requires_grad:
@@ -218,7 +224,7 @@ def _split_by_decay(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
     return decayed, plain
 
 
-def _describe_backbone(encoder: nn.Module) -> dict[str, Any]:
+def _describe_backbone(encoder: Any) -> dict[str, Any]:
     settings = encoder.config
     return {name: getattr(settings, name, None) for name in ("model_type", "hidden_size", "num_hidden_layers")}
 
@@ -232,7 +238,7 @@ def _check_same_config(saved: XLRBConfig | None, wanted: XLRBConfig | None) -> N
     raise ValueError(f"the checkpoint has another XLRB config: {listed}")
 
 
-def _check_same_backbone(saved: dict[str, Any], encoder: nn.Module) -> None:
+def _check_same_backbone(saved: dict[str, Any], encoder: Any) -> None:
     found = _describe_backbone(encoder)
     for name, value in saved.items():
         if found.get(name) != value:
@@ -243,6 +249,4 @@ def _check_same_tensors(state: dict[str, Tensor], expected: dict[str, Tensor], d
     wrong = sorted(set(state) ^ set(expected))
     wrong += [name for name in state if name in expected and state[name].shape != expected[name].shape]
     if wrong:
-        raise ValueError(
-            f"the weights in {directory} do not fit their config: {wrong[0]} is missing, extra or misshapen"
-        )
+        raise ValueError(f"the weights in {directory} do not fit their config: {wrong[0]} is missing or wrong")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -164,7 +165,7 @@ class TargetLayer(nn.Module):
 
     def qkv_message(
         self,
-        layers: nn.ModuleList,
+        layers: Any,
         layer: int,
         hidden: Tensor,
         chosen: Sequence[Tensor],

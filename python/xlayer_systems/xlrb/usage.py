@@ -99,7 +99,8 @@ def plot_usage(history: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     axes[3].set_title("router entropy (nats)", fontsize=10)
     for axis in axes[:4]:
         axis.set_xlabel("epoch")
-        axis.legend(fontsize=7)
+        if axis.get_lines():
+            axis.legend(fontsize=7)
     axes[5].remove()
     _draw_sources(figure, axes[4], history)
     figure.savefig(Path(path), dpi=110)
