@@ -125,16 +125,15 @@ struct Plan {
 
 // ∂L/∂logit for one query's pairs, and their probabilities.
 template <class T>
-XLAYER_INLINE void softmax_backward(const T* logit, T* grad, int64_t n, double temperature, T logsumexp, T delta,
-                                    T grad_entropy, T entropy, T* probability) {
-    const T scale = static_cast<T>(1 / temperature);
+XLAYER_INLINE void softmax_backward(const T* logit, T* grad, int64_t n, T logsumexp, T delta, T grad_entropy, T entropy,
+                                    T* probability) {
     for (int64_t t = 0; t < n; t += lanes<T>) {
-        const Vec<T> log_p = load(logit + t) * scale - logsumexp;
+        const Vec<T> log_p = load(logit + t) - logsumexp;
         const Vec<T> p = exponential(log_p);
         Vec<T> g = p * (load(grad + t) - delta);
         if (grad_entropy != 0) g -= p > Vec<T>{} ? p * (log_p + entropy) * grad_entropy : p;
         store<T>(probability + t, p);
-        store<T>(grad + t, g * scale);
+        store<T>(grad + t, p < splat<T>(1) ? g : p * 0);  // alone in its row: exactly 0
     }
     for (int64_t t = n; t < kPairTile; ++t) grad[t] = 0;
 }
@@ -232,11 +231,12 @@ void backward_chunk(const HdimBackward& args, const Plan<T>& plan, Worker<T>& w,
             T* probability = w.probability + i * plan.chunk;
             const bool empty = logsumexp[i] == -HUGE_VAL;
             const int64_t pairs = empty ? 0 : allowed_pairs(in, index, b, i, 0, n, w.position);
+            T* query = w.queries.packed + r * s.Dp;
             if (pairs == 0) {
                 clear(probability, n);
+                clear(query, s.Dp);  // 0·NaN would reach the weights
                 continue;
             }
-            const T* query = w.queries.packed + r * s.Dp;
             for (int64_t t = 0; t < pairs; t += kPairTile) {
                 const int64_t count = lesser(kPairTile, pairs - t);
                 HdimTile<T>& tile = w.tile;
@@ -244,9 +244,8 @@ void backward_chunk(const HdimBackward& args, const Plan<T>& plan, Worker<T>& w,
                 for (int64_t k = 0; k < count; ++k) w.grad_logit[k] = probability[tile.position[k]];
                 tile.gather(s, query, keys, count);
                 tile.template score<Activation, true>(s, plan.weights, w.queries.hidden + r * s.Mp, key_hidden, count);
-                softmax_backward<T>(tile.logit, w.grad_logit, count, in.temperature, logsumexp[i],
-                                    plan.delta[b * in.queries + i], grad_entropy == nullptr ? T(0) : grad_entropy[i],
-                                    entropy[i], tile.logit);
+                softmax_backward<T>(tile.logit, w.grad_logit, count, logsumexp[i], plan.delta[b * in.queries + i],
+                                    grad_entropy == nullptr ? T(0) : grad_entropy[i], entropy[i], tile.logit);
                 for (int64_t k = 0; k < count; ++k) probability[tile.position[k]] = tile.logit[k];
                 hidden_backward<Activation, T>(s, tile, w.grad_logit, count, plan.weights.weight2, w.block.weight2,
                                                w.grad_query_hidden + r * s.Mp, w.grad_key_hidden);
@@ -334,7 +333,8 @@ void add_up_weights(const HdimBackward& args, const Plan<T>& plan) {
         write_row(sum.pair_weight + m * s.Fp, 2 * s.D, row + 2 * s.D);
     }
     write_row(sum.bias1, s.M, static_cast<S*>(args.grad_bias1));
-    write_row(sum.weight2, s.M, static_cast<S*>(args.grad_weight2));
+    for (int64_t m = 0; m < s.M; ++m)  // the kernel's w2 is w2 / temperature
+        narrow(sum.weight2[m] * static_cast<T>(1 / args.in.temperature), static_cast<S*>(args.grad_weight2) + m);
 }
 
 template <class Activation, class S, class T>
@@ -344,7 +344,7 @@ void backward(const HdimBackward& args) {
     plan.template pack_weights<S>(in);
     parallel_for_each(args.pool, in.batch, [&](int64_t b) {
         plan.keys.template pack<S>(in, plan.sizes, plan.weights, b);
-        if (in.key_mask == nullptr) return;
+        if (in.key_mask == nullptr && in.pair_mask == nullptr) return;  // every key gets its gradient from a task
         clear(static_cast<S*>(args.grad_key) + b * in.keys * in.proj_dim, in.keys * in.proj_dim);
         clear(static_cast<S*>(args.grad_value) + b * in.keys * in.value_dim, in.keys * in.value_dim);
     });

@@ -61,15 +61,14 @@ void find_finite_values(const HdimInputs& in, const int32_t* index, int64_t n, i
 
 // Turns n logits into probabilities in place (row is padded to whole vectors).
 template <class T>
-XLAYER_INLINE void softmax_row(T* row, int64_t n, double temperature, T* logsumexp, T* entropy) {
-    const T scale = static_cast<T>(1 / temperature);
+XLAYER_INLINE void softmax_row(T* row, int64_t n, T* logsumexp, T* entropy) {
     T top = row[0];
     for (int64_t t = 1; t < n; ++t) top = greater(top, row[t]);
     const int64_t padded = round_up(n, lanes<T>);
     for (int64_t t = n; t < padded; ++t) row[t] = -HUGE_VAL;
     Vec<T> sum = {}, moment = {};
     for (int64_t t = 0; t < padded; t += lanes<T>) {
-        const Vec<T> shifted = (load(row + t) - top) * scale;
+        const Vec<T> shifted = load(row + t) - top;
         const Vec<T> weight = exponential(shifted);
         sum += weight;
         moment += weight > Vec<T>{} ? weight * shifted : weight;
@@ -78,7 +77,7 @@ XLAYER_INLINE void softmax_row(T* row, int64_t n, double temperature, T* logsume
     const T total = sum_lanes<T>(sum), inverse = 1 / total;
     for (int64_t t = 0; t < padded; t += lanes<T>) store<T>(row + t, load(row + t) * inverse);
     const T log_total = std::log(total);
-    *logsumexp = top * scale + log_total;
+    *logsumexp = top + log_total;
     *entropy = log_total - sum_lanes<T>(moment) * inverse;
 }
 
@@ -111,7 +110,7 @@ void forward_block(const HdimForward& args, const Plan<T>& plan, Worker<T>& w, i
             entropy = 0;
             continue;
         }
-        softmax_row(w.row, pairs, in.temperature, &logsumexp, &entropy);
+        softmax_row(w.row, pairs, &logsumexp, &entropy);
         for (int64_t t = 0; t < pairs; ++t) probability[w.position[t]] = w.row[t];
     }
 

@@ -44,7 +44,7 @@ XLAYER_INLINE void clear(T* array, int64_t count) {
     std::memset(static_cast<void*>(array), 0, count * sizeof(T));
 }
 
-// W1's four column blocks, each transposed to [inputs][Mp], and b1, w2 padded.
+// W1's four column blocks, each transposed to [inputs][Mp], b1, and w2 divided by the temperature.
 template <class T>
 struct HdimWeights {
     T *query, *key, *pair, *bias1, *weight2;
@@ -71,7 +71,8 @@ struct HdimWeights {
         clear(bias1, s.Mp);
         clear(weight2, s.Mp);
         read_row(static_cast<const S*>(in.bias1), 1, s.M, bias1);
-        read_row(static_cast<const S*>(in.weight2), 1, s.M, weight2);
+        const S* scorer = static_cast<const S*>(in.weight2);
+        for (int64_t m = 0; m < s.M; ++m) weight2[m] = widen(scorer[m]) * static_cast<T>(1 / in.temperature);
     }
 };
 
@@ -92,14 +93,25 @@ struct HdimKeys {
         hidden = arena.take<T>(in.batch * in.keys * s.Mp);
     }
 
+    // usable[j] = 1 if some query may use key j, else 0.
+    static void mark_usable(const HdimInputs& in, int64_t b, int32_t* usable) {
+        for (int64_t j = 0; j < in.keys; ++j) usable[j] = in.pair_mask == nullptr;
+        for (int64_t i = 0; in.pair_mask != nullptr && i < in.queries; ++i) {
+            const bool* row = in.pair_mask + b * in.pair_mask_stride[0] + i * in.pair_mask_stride[1];
+            for (int64_t j = 0; j < in.keys; ++j) usable[j] |= row[j * in.pair_mask_stride[2]];
+        }
+        for (int64_t j = 0; in.key_mask != nullptr && j < in.keys; ++j)
+            usable[j] &= in.key_mask[b * in.key_mask_stride[0] + j * in.key_mask_stride[1]];
+    }
+
     template <class S>
     void pack(const HdimInputs& in, const HdimSizes& s, const HdimWeights<T>& weights, int64_t b) {
         const S* key = static_cast<const S*>(in.key) + b * in.key_stride[0];
         int32_t* list = index + b * capacity;
+        mark_usable(in, b, list);
         int32_t n = 0;
         for (int64_t j = 0; j < in.keys; ++j)
-            if (in.key_mask == nullptr || in.key_mask[b * in.key_mask_stride[0] + j * in.key_mask_stride[1]])
-                list[n++] = static_cast<int32_t>(j);
+            if (list[j]) list[n++] = static_cast<int32_t>(j);
         count[b] = n;
         T* to = packed + b * capacity * s.Dp;
         clear(to, n * s.Dp);
@@ -188,7 +200,7 @@ struct HdimTile {
         }
     }
 
-    // logit[t] = w2 · act(W1·features + u + w) for t < n, before the temperature.
+    // logit[t] = w2 · act(W1·features + u + w) / temperature for t < n.
     template <class Activation, bool Keep>
     __attribute__((noinline)) void score(const HdimSizes& s, const HdimWeights<T>& weights, const T* query_hidden,
                                          const T* key_hidden, int64_t n) {
