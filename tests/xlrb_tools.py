@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel
 
-from xlayer_systems.xlrb import XLRBClassifier, XLRBConfig
+from xlayer_systems.xlrb import PRESETS, XLRBClassifier, XLRBConfig
 
 VOCABULARY, HIDDEN, LAYERS, HEADS, TOKENS = 50, 32, 8, 4, 10
+LAST = LAYERS - 1
 SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": HIDDEN,
@@ -81,3 +84,24 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def config_without_dropout(id: str, **changes) -> XLRBConfig:
+    return replace(PRESETS[id], dropout=0.0, **changes)
+
+
+def watch(model: XLRBClassifier, batch: dict[str, Tensor], layer: int = LAST) -> dict[str, Any]:
+    """Runs `model` and returns the outputs of all layers, and of `layer`'s attention before and after the message."""
+    seen: dict[str, Any] = {"layers": []}
+    encoder = model.encoder
+    attention = encoder.encoder.layer[layer].attention
+    handles = [
+        module.register_forward_hook(lambda _, args, output: seen["layers"].append(output))
+        for module in encoder.encoder.layer
+    ]
+    handles.append(attention.output.register_forward_hook(lambda _, args, output: seen.update(before=output)))
+    handles.append(attention.register_forward_hook(lambda _, args, output: seen.update(after=output[0])))
+    seen["logits"] = model(**batch).logits
+    for handle in handles:
+        handle.remove()
+    return seen

@@ -131,10 +131,10 @@ class XLRBBridge(nn.Module):
 
         ``{"layers": {"20": {...}, ...}}`` with, per target layer: ``sources`` (how often each source layer was
         chosen), ``router_entropy`` (nats, mean over examples) and, for kind ``attn`` (the QKV message) and ``hdim``:
-        ``gate_*`` (now), ``norm_*`` (mean norm over real tokens), ``gate_variance_over_eps_*`` (α²·var/eps: far above
-        1 the LayerNorm behind the gate removes its effect). Means are None before the first pass.
+        ``gate_*`` (of the last pass), ``norm_*`` (mean over real tokens), ``gate_variance_over_eps_*`` (α²·var/eps:
+        far above 1 the LayerNorm behind the gate removes its effect). Means over no pass at all are None.
         """
-        report = {str(j): self._usage[j].report(self._target(j).blend) for j in self.targets}
+        report = {str(j): self._usage[j].report(self._target(j).blend.eps) for j in self.targets}
         if reset:
             for usage in self._usage.values():
                 usage.reset()
@@ -184,7 +184,7 @@ class XLRBBridge(nn.Module):
         messages, entropy = self._messages(j, hidden, routed)
         if not routed.counted:
             routed.counted = True
-            self._usage[j].add(routed.routing, messages, routed.masks.tokens)
+            self._usage[j].add(routed.routing, messages, routed.masks.tokens, self._target(j).blend)
             if entropy is not None and self._pass is not None:
                 self._pass.entropies.append(entropy)
         blended = attended + self._target(j).blend(messages, attended).to(attended.dtype)

@@ -157,18 +157,21 @@ class XLRBClassifier(nn.Module):
         """``XLRBBridge.usage``; ``{"layers": {}}`` without a bridge."""
         return {"layers": {}} if self.bridge is None else self.bridge.usage(reset)
 
-    def save_pretrained(self, directory: str | Path, *, include_encoder: bool = False) -> None:
+    def save_pretrained(
+        self, directory: str | Path, *, include_encoder: bool = False, state_dict: dict[str, Tensor] | None = None
+    ) -> None:
         """Writes the bridge and the head (safetensors) and their configuration (JSON) into `directory`.
 
         Args:
             directory: made if missing.
             include_encoder: also write the encoder's weights. A fine-tuned encoder is part of the result: without
                 them, ``from_pretrained`` needs a backbone with the same fine-tuned weights.
+            state_dict: the whole weights, for a sharded model that had them gathered (``accelerator.get_state_dict``).
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        state = {name: tensor.contiguous() for name, tensor in self._own_state(include_encoder).items()}
-        save_file(state, directory / _WEIGHTS_FILE)
+        state = _own_state(self.state_dict() if state_dict is None else state_dict, include_encoder)
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, directory / _WEIGHTS_FILE)
         settings = self._settings() | {"include_encoder": include_encoder}
         (directory / _CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
@@ -195,13 +198,10 @@ class XLRBClassifier(nn.Module):
         options = {"label_smoothing": saved["label_smoothing"], "dropout": saved["dropout"]}
         model = cls(backbone, saved_config, saved["num_labels"], **options)
         state = load_file(directory / _WEIGHTS_FILE)
-        expected = model._own_state(saved["include_encoder"])
+        expected = _own_state(model.state_dict(), saved["include_encoder"])
         _check_same_tensors(state, expected, directory)
         model.load_state_dict(state, strict=False)
         return model
-
-    def _own_state(self, include_encoder: bool) -> dict[str, Tensor]:
-        return {name: t for name, t in self.state_dict().items() if include_encoder or not name.startswith("encoder.")}
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -211,6 +211,10 @@ class XLRBClassifier(nn.Module):
             "dropout": self.dropout,
             "backbone": _describe_backbone(self.encoder),
         }
+
+
+def _own_state(state: dict[str, Tensor], include_encoder: bool) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in state.items() if include_encoder or not name.startswith("encoder.")}
 
 
 def _split_by_decay(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

@@ -23,17 +23,21 @@ class LayerUsage:
 
     def __init__(self, num_sources: int) -> None:
         self.num_sources = num_sources
+        self.gates: dict[str, Tensor] = {}
         self.reset()
 
     def reset(self) -> None:
-        """Forgets everything."""
+        """Forgets everything but the gates last seen."""
         self.examples = 0
         self.sources: Tensor | None = None
         self.sums: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def add(self, routing: Routing, messages: Mapping[str, Tensor], mask: Tensor) -> None:
-        """Adds one batch: its routing, its messages `[B, S, H]` by kind and the mask `[B, S]` of real tokens."""
+    def add(self, routing: Routing, messages: Mapping[str, Tensor], mask: Tensor, blend: MessageBlend) -> None:
+        """Adds one batch: its routing, its messages `[B, S, H]` by kind and the mask `[B, S]` of real tokens.
+
+        The gates are read here, where they are whole: between forward passes FSDP2 may hold only a part of them.
+        """
         self.examples += routing.indices.shape[0]
         counts = torch.nn.functional.one_hot(routing.indices.flatten(), self.num_sources).sum(0)
         self.sources = counts if self.sources is None else self.sources + counts
@@ -41,7 +45,8 @@ class LayerUsage:
         log_probability = torch.log_softmax(routing.logits.float(), dim=-1)
         self._sum("entropy", -(log_probability.exp() * log_probability))
         for kind, message in messages.items():
-            message = message.detach().float()
+            self.gates[kind] = blend.gates[kind]().clone()
+            message = message.float()
             self._sum(f"{kind}_norm", message.norm(dim=-1) * mask)
             self._sum(f"{kind}_variance", message.var(dim=-1, unbiased=False) * mask)
 
@@ -49,19 +54,18 @@ class LayerUsage:
         total = values.sum(dtype=torch.float64 if values.device.type == "cpu" else torch.float32)
         self.sums[name] = self.sums[name] + total if name in self.sums else total
 
-    def report(self, blend: MessageBlend) -> dict[str, Any]:
-        """The metrics as plain numbers (see ``XLRBBridge.usage``); None where nothing was added."""
+    def report(self, eps: float) -> dict[str, Any]:
+        """The metrics as plain numbers (see ``XLRBBridge.usage``), for the `eps` of the norm behind the gates."""
         metrics: dict[str, Any] = {
             "sources": [0] * self.num_sources if self.sources is None else self.sources.tolist(),
             "router_entropy": self._mean("entropy", self.examples),
         }
         tokens = float(self.sums["tokens"]) if self.sums else 0.0
-        for kind in (kind for kind in KINDS if kind in blend.gates):
-            gate = float(blend.gates[kind]().detach())
-            variance = self._mean(f"{kind}_variance", tokens)
+        for kind, value in self.gates.items():
+            gate, variance = float(value), self._mean(f"{kind}_variance", tokens)
             metrics[f"gate_{kind}"] = gate
             metrics[f"norm_{kind}"] = self._mean(f"{kind}_norm", tokens)
-            metrics[f"gate_variance_over_eps_{kind}"] = None if variance is None else gate**2 * variance / blend.eps
+            metrics[f"gate_variance_over_eps_{kind}"] = None if variance is None else gate**2 * variance / eps
         return metrics
 
     def _mean(self, name: str, count: float) -> float | None:
