@@ -86,6 +86,13 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
+def check_one_device(*arguments: object) -> None:
+    """For fake kernels, which also serve calls that mix meta tensors with real ones, and must not."""
+    devices = {argument.device for argument in arguments if isinstance(argument, Tensor)}
+    if len(devices) > 1:
+        raise ValueError(f"all tensors must be on one device, got {', '.join(sorted(map(str, devices)))}")
+
+
 def forbid_second_derivative(op: str) -> None:
     """Makes differentiating ``xlayer::<op>``, itself a derivative, raise one clear line."""
 

@@ -16,6 +16,7 @@ from xlayer_ext.functional._checks import (
     check_common,
     check_floating,
     check_mask,
+    check_one_device,
     check_shapes,
     check_temperature,
     forbid_second_derivative,
@@ -116,7 +117,8 @@ def hdim_attention(
         )
         if not return_entropy:
             return context
-        return context, row_entropy.sum() / (logsumexp != -torch.inf).sum().clamp(min=1)
+        # In two steps: a sum over everything at once would be split by the number of threads.
+        return context, row_entropy.sum(1).sum() / (logsumexp != -torch.inf).sum().clamp(min=1)
     context, entropy = reference.hdim_attention(
         query, key, value, weight1, bias1, weight2,
         key_mask=key_mask, pair_mask=pair_mask, temperature=temperature, activation=activation,
@@ -272,8 +274,9 @@ def _dot_product_attention(
 
 
 def _fake(
-    query: Tensor, key: Tensor, value: Tensor, *unused: Tensor | float | bool | None
+    query: Tensor, key: Tensor, value: Tensor, *rest: Tensor | float | bool | None
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_one_device(query, key, value, *rest)
     rows = query.shape[:2]
     statistics = torch.promote_types(query.dtype, torch.float32)
     return (
@@ -286,6 +289,7 @@ def _fake(
 def _fake_backward(
     grad_context: Tensor, grad_row_entropy: Tensor | None, *inputs: Tensor | float | bool | None
 ) -> tuple[Tensor, ...]:
+    check_one_device(grad_context, grad_row_entropy, *inputs)
     # query, key, value, weight1, bias1, weight2; shaped by hand because empty_like would keep strides
     return tuple(t.new_empty(t.shape) for t in inputs[:6] if isinstance(t, Tensor))
 

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from xlayer_ext import reference
 from xlayer_ext._backend import native_available, use_native
-from xlayer_ext.functional._checks import check_floating, check_mask, check_shapes, forbid_second_derivative
+from xlayer_ext.functional._checks import (
+    check_floating,
+    check_mask,
+    check_one_device,
+    check_shapes,
+    forbid_second_derivative,
+)
 
 
 def masked_mean(x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -44,10 +50,12 @@ def masked_mean(x: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def _fake(x: Tensor, mask: Tensor | None) -> Tensor:
+    check_one_device(x, mask)
     return x.new_empty((x.shape[0], x.shape[2]))
 
 
 def _fake_backward(grad: Tensor, mask: Tensor | None, tokens: int) -> Tensor:
+    check_one_device(grad, mask)
     return grad.new_empty((grad.shape[0], tokens, grad.shape[1]))
 
 

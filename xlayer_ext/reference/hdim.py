@@ -2,7 +2,7 @@
 
 For target token i and source token j
 
-    logit_ij = w2 · act(W1·[q_i; k_j; q_i∘k_j; |q_i − k_j|] + b1),   P = softmax_j(logit / temperature),   context = P·v.
+    logit_ij = w2 · act(W1·[q_i; k_j; q_i∘k_j; |q_i − k_j|] + b1),  P = softmax_j(logit / temperature),  context = P·v.
 
 A second bias would move every logit of a row alike, so the softmax removes it; it is no argument here.
 The pair features ``[B, Sq, Sk, 4D]`` are materialized.

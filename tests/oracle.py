@@ -1,0 +1,161 @@
+"""Helpers of the tests: fresh random cases, both implementations of a case, and the oracle rule."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from xlayer_ext import _backend, backend, reference
+from xlayer_ext import functional as XF
+from xlayer_ext.bench import relative_error
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FLOATS = ("query", "key", "value", "weight1", "bias1", "weight2", "bias2")
+
+Results = dict[str, Tensor]
+
+
+def fresh_generator(seed: int | None = None) -> torch.Generator:
+    """A generator with a seed that differs from run to run; pytest shows the seed of a test that fails."""
+    seed = random.SystemRandom().randrange(2**31) if seed is None else seed
+    print(f"seed {seed}")
+    return torch.Generator().manual_seed(seed)
+
+
+def need_native(op: str, device: str = "cpu") -> None:
+    """Skips the test where the native library, or this operator for this device, is not there."""
+    if not any(name == op and kind == torch.device(device).type for name, kind in _backend._KERNELS):
+        pytest.skip(f"no native {op} for {device} in this build")
+
+
+@dataclass(frozen=True)
+class HdimCase:
+    """Arguments of one `hdim_attention` call and the gradients that come back to it."""
+
+    floats: dict[str, Tensor]
+    masks: dict[str, Tensor | None]
+    grad_context: Tensor
+    options: dict[str, Any] = field(default_factory=dict)
+    grad_entropy: float | None = None  # None: the entropy is not asked for
+
+    def to(self, dtype: torch.dtype) -> HdimCase:
+        floats = {name: tensor.to(dtype) for name, tensor in self.floats.items()}
+        return replace(self, floats=floats, grad_context=self.grad_context.to(dtype))
+
+    def with_floats(self, **floats: Tensor) -> HdimCase:
+        return replace(self, floats=self.floats | floats)
+
+
+def hdim_case(
+    generator: torch.Generator,
+    *,
+    sizes: tuple[int, int, int, int, int, int] = (2, 19, 37, 24, 33, 20),
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
+    key_mask: bool = False,
+    pair_mask: bool = False,
+    grad_entropy: float | None = None,
+    scale: float = 1.0,
+    **options: Any,
+) -> HdimCase:
+    """Normal inputs of sizes (B, Sq, Sk, D, M, H). Some dimensions of some queries equal those of a key (ties), and
+    with masks the last batch element's first row has no allowed pair."""
+    b, sq, sk, d, m, h = sizes
+
+    def draw(*shape: int, gain: float = 1.0) -> Tensor:
+        return (gain * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype).to(device)
+
+    def mask(*shape: int) -> Tensor:
+        return (torch.rand(shape, generator=generator) < 0.7).to(device)
+
+    query, key = draw(b, sq, d, gain=scale), draw(b, sk, d, gain=scale)
+    tied = min(sq, sk)
+    query[:, :tied, ::2] = key[:, :tied, ::2]
+    floats = {"query": query, "key": key, "value": draw(b, sk, h)}
+    floats |= {"weight1": draw(m, 4 * d, gain=(4 * d) ** -0.5), "bias1": draw(m)}
+    floats |= {"weight2": draw(m, gain=2 * m**-0.5), "bias2": draw(1)}
+    masks: dict[str, Tensor | None] = {"key_mask": mask(b, sk) if key_mask else None, "pair_mask": None}
+    if pair_mask:
+        masks["pair_mask"] = mask(b, sq, sk)
+        if b and sq:
+            masks["pair_mask"][-1, 0] = False
+    return HdimCase(floats, masks, draw(b, sq, h), options, grad_entropy)
+
+
+def evaluate(case: HdimCase, call: Callable[..., Any]) -> Results:
+    """Outputs of ``call(**floats, **masks, **options)`` → (context, entropy) and every gradient, by name."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in case.floats.items()}
+    context, entropy = call(**leaves, **case.masks, **case.options)
+    outputs, cotangents = [context], [case.grad_context]
+    if case.grad_entropy is not None:
+        outputs.append(entropy)
+        cotangents.append(torch.full_like(entropy, case.grad_entropy))
+    grads = torch.autograd.grad(outputs, list(leaves.values()), cotangents, materialize_grads=True)
+    results = {"context": context.detach()} | {f"grad_{name}": g for name, g in zip(leaves, grads, strict=True)}
+    return results if entropy is None else results | {"entropy": entropy.detach()}
+
+
+def evaluate_functional(case: HdimCase, choice: str = "native") -> Results:
+    """The case through the functional API, on one backend."""
+    wanted = case.grad_entropy is not None
+
+    def call(**arguments: Any) -> Any:
+        out = XF.hdim_attention(**arguments, return_entropy=wanted)
+        return out if wanted else (out, None)
+
+    with backend(choice):
+        return evaluate(case, call)
+
+
+def evaluate_formula(case: HdimCase) -> Results:
+    """The case through the plain formula, at the dtype that it has."""
+
+    def call(*, bias2: Tensor, **arguments: Any) -> Any:
+        context, entropy = reference.hdim_attention(**arguments)
+        return context + 0 * bias2, entropy if case.grad_entropy is not None else None
+
+    return evaluate(case, call)
+
+
+def check_cases(cases: list[HdimCase], choice: str = "native") -> None:
+    """The oracle rule of the design, for outputs and every gradient.
+
+    Errors are pooled over the cases (rms): some gradients have few elements, and there the ratio of two single errors
+    says more about luck than about the implementations.
+    """
+    actual_error, plain_error = defaultdict[str, float](float), defaultdict[str, float](float)
+    dtype = cases[0].grad_context.dtype
+    for case in cases:
+        exact, plain = evaluate_formula(case.to(torch.float64)), evaluate_formula(case)
+        actual = evaluate_functional(case, choice)
+        assert actual.keys() == exact.keys()
+        assert torch.equal(actual.pop("grad_bias2"), torch.zeros_like(case.floats["bias2"]))
+        for name, tensor in actual.items():
+            assert tensor.dtype == plain[name].dtype and tensor.shape == plain[name].shape, name
+            actual_error[name] += relative_error(tensor, exact[name]) ** 2 / len(cases)
+            plain_error[name] += relative_error(plain[name], exact[name]) ** 2 / len(cases)
+    for name, square in actual_error.items():
+        bound = 1e-12 if dtype == torch.float64 else 1.1 * plain_error[name] ** 0.5 + 2 * torch.finfo(dtype).eps
+        assert square**0.5 <= bound, f"{name}: error {square**0.5:.2e} exceeds {bound:.2e} ({dtype})"
+
+
+def assert_same_bits(actual: Results, expected: Results) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in actual.items():
+        assert torch.equal(tensor, expected[name]), f"{name} differs"
+
+
+def assert_near(actual: Results, expected: Results, tolerance: float) -> None:
+    """Every result within ``tolerance`` of the expected one, relative to the largest magnitude (at least 1)."""
+    assert actual.keys() == expected.keys()
+    for name, tensor in actual.items():
+        wanted = expected[name]
+        room = tolerance * max(1.0, float(wanted.abs().max()) if wanted.numel() else 0.0)
+        torch.testing.assert_close(tensor, wanted.to(tensor.dtype), rtol=0, atol=room, msg=lambda m, n=name: f"{n}: {m}")
