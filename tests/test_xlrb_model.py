@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -132,6 +134,22 @@ def test_gradient_checkpointing_changes_nothing(id: str) -> None:
     for name, grad in results[0].items():
         torch.testing.assert_close(results[1][name], grad, rtol=1e-5, atol=1e-7, msg=name)
     assert usages[0] == usages[1] and sum(usages[0]["layers"]["7"]["sources"]) == 12 * config.topk
+
+
+@pytest.mark.parametrize("id", ["H16", "A12"])
+def test_a_dropped_pass_is_freed_at_once(id: str) -> None:
+    """Recomputation keeps what a layer was given; were that to lead back to later layers, its graph would never go."""
+    model = make_classifier(PRESETS[id]).train()
+    model.gradient_checkpointing_enable()
+    outputs: list[weakref.ref] = []
+    for layer in model.encoder.encoder.layer:
+        layer.register_forward_hook(lambda _, args, output: outputs.append(weakref.ref(output)))
+    gc.disable()
+    try:
+        model(**make_batch())
+        assert len(outputs) == LAYERS and all(output() is None for output in outputs)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
