@@ -69,7 +69,9 @@ def _missing(facts: Facts) -> list[str]:
     if facts["native_module"] is not None:
         lines.append(facts["native_module"])
     if library["loaded"] and library.get("cuda_built") is False:
-        lines.append("CUDA kernels were not built: no nvcc was found; install the CUDA toolkit and build again")
+        lines.append(
+            "CUDA kernels were not built (no nvcc was found, or XLAYER_CUDA=0); install the CUDA toolkit and build again"
+        )
     if library.get("cuda_built") and not library["stream_symbol_resolved"]:
         lines.append("CUDA kernels were built, but this torch is a CPU build; install torch's CUDA build to use them")
     elif library.get("cuda_built") and not facts["devices"]:
@@ -137,9 +139,11 @@ def _lines(facts: Facts) -> list[str]:
         ]
     if facts["kernels"]:
         lines.append(f"  operators   {', '.join(facts['kernels'])}")
-    lines += ["", *(f"GPU {i}         {d['name']} (sm_{d['capability']})" for i, d in enumerate(facts["devices"]))]
+    lines += [
+        f"GPU {i}         {gpu['name']}, capability {gpu['capability']}" for i, gpu in enumerate(facts["devices"])
+    ]
     if facts["cuda_kernel_resources"]:
-        lines += ["CUDA kernels, as ptxas reports them:"]
+        lines += ["", "CUDA kernels, as ptxas reports them:"]
         lines += [f"  {line}" for line in _cuda_kernel_lines(facts["cuda_kernel_resources"])]
     lines += ["", *(f"missing: {line}" for line in facts["missing"] or ["nothing"])]
     return lines
