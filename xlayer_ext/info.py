@@ -70,7 +70,7 @@ def _missing(facts: Facts) -> list[str]:
         lines.append(facts["native_module"])
     if library["loaded"] and library.get("cuda_built") is False:
         lines.append(
-            "CUDA kernels were not built (no nvcc was found, or XLAYER_CUDA=0); install the CUDA toolkit and build again"
+            "CUDA kernels were not built (no nvcc, or XLAYER_CUDA=0); install the CUDA toolkit and build again"
         )
     if library.get("cuda_built") and not library["stream_symbol_resolved"]:
         lines.append("CUDA kernels were built, but this torch is a CPU build; install torch's CUDA build to use them")
