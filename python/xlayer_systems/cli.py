@@ -1,0 +1,216 @@
+"""The ``xlayer`` command."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from xlayer_systems.errors import UserError
+
+EXIT_USER_ERROR = 2
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="""Train and compare systems for cross-layer communication in transformers.
+
+**First steps** (no download; two CPU cores are enough):
+
+    xlayer train xlrb --preset H9 --quick
+
+    xlayer sweep xlrb --presets plain,H9,A3,A8 --seeds 0,1,2 --quick
+
+    xlayer eval runs/xlrb-H9-stdlib-topics-seed0-quick
+
+**Real data and backbones** are named in the same place:
+
+    xlayer train xlrb --preset H9 --dataset glue/rte --backbone roberta-large --set dtype=bfloat16
+
+**Many GPUs**: `accelerate launch -m xlayer_systems.cli train xlrb --preset H9 ...`
+
+Wrong input gives one line that starts with `error:` and exit code 2.""",
+)
+pretrain_app = typer.Typer(no_args_is_help=True, help="Make the small backbone that the other commands start from.")
+app.add_typer(pretrain_app, name="pretrain")
+
+System = Annotated[str, typer.Argument(help="What to train: xlrb.")]
+Dataset = Annotated[
+    str,
+    typer.Option(help="stdlib-topics, stdlib-pairs (embedded), glue/rte or another hub name, or a local folder."),
+]
+Backbone = Annotated[
+    str, typer.Option(help="small (shipped), small-scratch, a Hugging Face name such as roberta-large, or a folder.")
+]
+Quick = Annotated[bool, typer.Option("--quick", help="Settings that train in about a minute on two CPU cores.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a training option or a field of the preset; repeatable."),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of an interrupted run.")]
+
+
+@app.command()
+def train(
+    system: System,
+    preset: Annotated[str, typer.Option(help="plain (the backbone alone), H1 to H30, A1 to A20.")] = "H9",
+    dataset: Dataset = "stdlib-topics",
+    backbone: Backbone = "small",
+    seed: Annotated[int, typer.Option(help="Initial parameters, order of the examples, dropout.")] = 0,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training set.")] = None,
+    quick: Quick = False,
+    run_dir: Annotated[Path | None, typer.Option(help="A new directory; by default runs/<what is trained>.")] = None,
+    resume: Resume = False,
+    settings: Settings = None,
+) -> None:
+    """Train one preset with one seed and report its accuracy with a 95 % interval.
+
+    Examples:
+
+        xlayer train xlrb --preset plain --quick
+
+        xlayer train xlrb --preset H9 --set topk=2 --set router_weight=full_softmax
+
+        xlayer train xlrb --preset H9 --run-dir runs/mine --resume    (the same options as before)
+    """
+    from xlayer_systems.jobs import format_result, make_spec, train_run
+    from xlayer_systems.options import parse_overrides
+
+    overrides = _with_epochs(parse_overrides(settings or []), epochs)
+    spec = make_spec(system, preset, dataset=dataset, backbone=backbone, seed=seed, quick=quick, overrides=overrides)
+    path = run_dir or Path("runs") / _run_name(system, preset, dataset, seed, quick)
+    result = train_run(spec, path, resume)
+    if _is_main_process():
+        print(format_result(result))
+        print(f"run directory: {path}  ({result['seconds']:.0f} s)")
+
+
+@app.command()
+def sweep(
+    system: System,
+    presets: Annotated[
+        str,
+        typer.Option(help="Separated by commas; each may carry overrides: H9:router_weight=full_softmax:topk=2."),
+    ] = "plain,H9",
+    seeds: Annotated[str, typer.Option(help="Separated by commas.")] = "0",
+    dataset: Dataset = "stdlib-topics",
+    backbone: Backbone = "small",
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training set.")] = None,
+    quick: Quick = False,
+    out: Annotated[Path | None, typer.Option(help="A new directory; by default runs/sweep-<system>-<dataset>.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep finished runs and go on with the others.")] = False,
+    settings: Settings = None,
+) -> None:
+    """Train several presets with several seeds and print a table.
+
+    Per preset: mean accuracy on the whole validation set and its 95 % interval (Wilson for one seed, Student's t over
+    seeds for more), parameters, seconds. Writes results.json, report.md, curves and routing as PNG, and one run
+    directory per preset and seed.
+
+    Examples:
+
+        xlayer sweep xlrb --presets plain,H9,A3,A8 --seeds 0,1,2 --quick
+
+        xlayer sweep xlrb --presets H9,H9:router_weight=full_softmax,H9:gate_position=after_norm --seeds 0,1,2,3,4
+    """
+    from xlayer_systems.jobs import make_spec
+    from xlayer_systems.options import parse_overrides
+    from xlayer_systems.sweep import format_sweep, parse_seeds, parse_variants, run_sweep
+
+    common = _with_epochs(parse_overrides(settings or []), epochs)
+    numbers = parse_seeds(seeds)
+    specs = {
+        variant.name: [
+            make_spec(
+                system,
+                variant.preset,
+                dataset=dataset,
+                backbone=backbone,
+                seed=seed,
+                quick=quick,
+                overrides={**common, **variant.overrides},
+            )
+            for seed in numbers
+        ]
+        for variant in parse_variants(presets)
+    }
+    path = out or Path("runs") / f"sweep-{system}-{dataset.replace('/', '-')}{'-quick' * quick}"
+    summary = run_sweep(specs, path, resume)
+    if _is_main_process():
+        print(format_sweep(summary))
+        print(f"sweep directory: {path}")
+
+
+@app.command(name="eval")
+def evaluate(run: Annotated[Path, typer.Argument(help="Run directory of a finished run.")]) -> None:
+    """Evaluate the model of a finished run on the whole validation set."""
+    from xlayer_systems.jobs import evaluate_run, format_result
+
+    result = evaluate_run(run)
+    if _is_main_process():
+        print(format_result(result))
+
+
+@app.command()
+def info() -> None:
+    """Say what was built, what is in use on this machine and why (the same as `python -m xlayer_ext.info`)."""
+    import runpy
+
+    runpy.run_module("xlayer_ext.info", run_name="__main__")
+
+
+@pretrain_app.command()
+def encoder(
+    out: Annotated[Path, typer.Argument(help="A new directory: run files, and the encoder itself in its encoder/.")],
+    epochs: Annotated[int | None, typer.Option(help="Passes over the passages of the training files.")] = None,
+    contrast: Annotated[float, typer.Option(help="Weight of the contrastive loss; 0 leaves masked tokens only.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Parameters, pairs, masks.")] = 0,
+    resume: Resume = False,
+    settings: Settings = None,
+) -> None:
+    """Pretrain the small encoder (1.7 M parameters) on the Python standard library's training files.
+
+    Masked-token prediction and in-batch contrast of passages that belong together. Validation files are never read.
+
+    Example:
+
+        xlayer pretrain encoder runs/encoder && xlayer train xlrb --backbone runs/encoder/encoder --quick
+    """
+    from xlayer_systems.options import parse_overrides
+    from xlayer_systems.pretrain import pretrain_encoder
+
+    overrides = _with_epochs(parse_overrides(settings or []), epochs)
+    result = pretrain_encoder(out, contrast=contrast, seed=seed, overrides=overrides, resume=resume)
+    if _is_main_process():
+        print(f"masked-token loss {result['masked_loss']:.3f} nats, pairs found {100 * result['pairs_found']:.1f} %")
+        print(f"encoder: {out / 'encoder'}")
+
+
+def main() -> None:
+    """Entry point: wrong input ends in one line on stderr and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+
+
+def _with_epochs(overrides: dict[str, str], epochs: int | None) -> dict[str, str]:
+    return overrides if epochs is None else {"epochs": str(epochs), **overrides}
+
+
+def _run_name(system: str, preset: str, dataset: str, seed: int, quick: bool) -> str:
+    return f"{system}-{preset}-{dataset.strip('/').replace('/', '-')}-seed{seed}{'-quick' * quick}"
+
+
+def _is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+if __name__ == "__main__":
+    main()

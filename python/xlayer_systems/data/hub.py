@@ -1,0 +1,121 @@
+"""Data sets by name or path through ``datasets``: one loader for the hub, a saved data set and local files."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xlayer_systems.data.tasks import Example, TextTask
+from xlayer_systems.errors import UserError
+
+# Column names in the order in which they are looked for; a pair comes before a single text.
+PAIR_COLUMNS = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question", "passage"),
+    ("question1", "question2"),
+)
+TEXT_COLUMNS = ("sentence", "text")
+LABEL_COLUMNS = ("label", "coarse_label", "answer")
+VALIDATION_SPLITS = ("validation", "dev", "validation_matched", "test")
+COLLECTIONS = ("glue", "super_glue")  # "glue/rte" names a subset; elsewhere "a/b" is an owner and a name
+FILE_LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True)
+class _Columns:
+    first: str
+    second: str | None
+    label: str
+
+
+def load_named(name: str) -> TextTask:
+    """``glue/rte``, ``ag_news`` or any other hub name, a folder written by ``save_to_disk``, or a folder of files.
+
+    A folder of files holds one ``train`` and one ``validation`` file, as .jsonl, .csv or .parquet. Rows whose label is
+    missing or -1 (GLUE's hidden test labels) are left out.
+    """
+    splits = _load(name)
+    if "train" not in splits:
+        raise UserError(f"data set {name!r}: expected a split named train, found {', '.join(splits)}")
+    validation = next((split for split in VALIDATION_SPLITS if split in splits), None)
+    if validation is None:
+        raise UserError(f"data set {name!r}: expected a split named validation, found {', '.join(splits)}")
+    train, held_out = splits["train"], splits[validation]
+    columns = _find_columns(name, train.column_names)
+    _find_columns(name, held_out.column_names)
+    labels, index_of = _labels(train, columns.label)
+    examples = [_examples(name, split, columns, index_of) for split in (train, held_out)]
+    digest = hashlib.sha256(repr((labels, examples)).encode()).hexdigest()[:16]
+    return TextTask(name, examples[0], examples[1], labels, digest)
+
+
+def _load(name: str) -> Any:
+    import datasets
+
+    path = Path(name)
+    try:
+        if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
+            loaded = datasets.load_from_disk(name)
+            return loaded if isinstance(loaded, dict) else {"train": loaded}
+        if path.is_dir():
+            files = _split_files(path)
+            return datasets.load_dataset(FILE_LOADERS[Path(files["train"]).suffix], data_files=files)
+        collection, _, subset = name.partition("/")
+        return datasets.load_dataset(collection, subset) if collection in COLLECTIONS else datasets.load_dataset(name)
+    except UserError:
+        raise
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        expected = "stdlib-topics, stdlib-pairs, a hub data set such as glue/rte or a local folder"
+        raise UserError(f"cannot load data set {name!r}; expected {expected} ({reason})") from error
+
+
+def _split_files(folder: Path) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for split in ("train", *VALIDATION_SPLITS):
+        matches = [folder / f"{split}{suffix}" for suffix in FILE_LOADERS if (folder / f"{split}{suffix}").is_file()]
+        if matches:
+            found[split] = str(matches[0])
+    if "train" not in found:
+        present = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
+        expected = "a train and a validation file (.jsonl, .csv or .parquet)"
+        raise UserError(f"data set folder {folder}: expected {expected}, found {present}")
+    return found
+
+
+def _find_columns(name: str, found: list[str]) -> _Columns:
+    label = next((column for column in LABEL_COLUMNS if column in found), None)
+    pair = next((pair for pair in PAIR_COLUMNS if set(pair) <= set(found)), None)
+    text = next((column for column in TEXT_COLUMNS if column in found), None)
+    if label and pair:
+        return _Columns(pair[0], pair[1], label)
+    if label and text:
+        return _Columns(text, None, label)
+    expected = "sentence1, sentence2, label (a pair) or sentence, label (one text)"
+    raise UserError(f"data set {name!r}: expected the columns {expected}; found {', '.join(found)}")
+
+
+def _labels(train: Any, column: str) -> tuple[tuple[str, ...], dict[Any, int]]:
+    names = getattr(train.features[column], "names", None)
+    if names:
+        return tuple(names), {index: index for index in range(len(names))}
+    values = sorted({value for value in train[column] if value is not None and value != -1})
+    return tuple(str(value) for value in values), {value: index for index, value in enumerate(values)}
+
+
+def _examples(name: str, rows: Any, columns: _Columns, index_of: dict[Any, int]) -> tuple[Example, ...]:
+    found: list[Example] = []
+    for row in rows:
+        label = row[columns.label]
+        if label is None or label == -1:
+            continue
+        if label not in index_of:
+            raise UserError(f"data set {name!r}: validation has the label {label!r}, which training does not have")
+        second = None if columns.second is None else str(row[columns.second])
+        found.append(Example(str(row[columns.first]), second, index_of[label]))
+    if not found:
+        raise UserError(f"data set {name!r}: a split has no labelled row")
+    return tuple(found)

@@ -1,0 +1,120 @@
+"""The options of the shared training loop, and how ``--set key=value`` changes a dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from xlayer_systems.errors import UserError
+
+DTYPES = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # to Accelerate's names for mixed precision
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOptions:
+    """How to train. The defaults are the published ones for roberta-large on RTE.
+
+    Attributes:
+        batch_size: examples per optimizer step, over all processes and accumulation steps together, so that a run
+            means the same on one CPU and on eight GPUs.
+        accumulate: micro-batches per optimizer step and process.
+        bridge_lr: learning rate of the parameters that a system adds; None gives them the encoder's, as published.
+        warmup: share of all steps in which the rate rises linearly; it falls linearly to 0 over the rest.
+        dtype: float32, or bfloat16 and float16 for mixed precision.
+        stop_below: stop after the first epoch when its validation accuracy is below this.
+        checkpoint_every: steps between checkpoints, beside the one at the end of every epoch.
+    """
+
+    epochs: int = 3
+    batch_size: int = 8
+    accumulate: int = 1
+    max_length: int = 128
+    encoder_lr: float = 1.5e-5
+    head_lr: float = 3e-4
+    bridge_lr: float | None = None
+    weight_decay: float = 0.01
+    warmup: float = 0.1
+    clip: float = 1.0
+    label_smoothing: float = 0.05
+    head_dropout: float = 0.1
+    dtype: str = "float32"
+    gradient_checkpointing: bool = False
+    stop_below: float | None = None
+    eval_batch_size: int = 64
+    log_every: int = 20
+    checkpoint_every: int = 200
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise UserError(f"unknown dtype {self.dtype!r}; expected one of {', '.join(DTYPES)}")
+        for name in ("batch_size", "accumulate", "max_length", "eval_batch_size", "log_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.epochs < 0:
+            raise UserError(f"epochs must not be negative, got {self.epochs}")
+        if not 0 <= self.warmup <= 1:
+            raise UserError(f"warmup is a share of all steps between 0 and 1, got {self.warmup}")
+
+    def micro_batch(self, processes: int) -> int:
+        """Examples per process and forward pass."""
+        parts = processes * self.accumulate
+        if self.batch_size % parts:
+            expected = f"a multiple of processes x accumulate = {processes} x {self.accumulate}"
+            raise UserError(f"batch_size {self.batch_size} must be {expected}")
+        return self.batch_size // parts
+
+
+Settings = TypeVar("Settings")
+
+
+def parse_overrides(items: list[str]) -> dict[str, str]:
+    """``["a=1", "b=x"]`` as a dict."""
+    pairs = [item.partition("=") for item in items]
+    for key, equals, _ in pairs:
+        if not key or not equals:
+            raise UserError(f"expected key=value, got {key + equals!r}")
+    return {key: value for key, _, value in pairs}
+
+
+def apply_overrides(settings: Settings, overrides: Mapping[str, str]) -> Settings:
+    """A copy of the dataclass ``settings`` with ``overrides``, each parsed as its field's type."""
+    hints = typing.get_type_hints(type(settings))
+    values = {key: _parse(key, text, hints[key]) for key, text in overrides.items()}
+    try:
+        return dataclasses.replace(settings, **values)  # type: ignore[type-var]
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error)) from error
+
+
+def split_overrides(overrides: Mapping[str, str], *targets: Any) -> list[dict[str, str]]:
+    """Which of the dataclasses ``targets`` each key belongs to; an unknown key is refused with the known ones."""
+    fields = [{f.name for f in dataclasses.fields(target)} if target is not None else set() for target in targets]
+    for key in overrides:
+        if not any(key in names for names in fields):
+            known = ", ".join(sorted(set().union(*fields)))
+            raise UserError(f"unknown setting {key!r}; expected one of {known}")
+    return [{key: value for key, value in overrides.items() if key in names} for names in fields]
+
+
+def _parse(key: str, text: str, hint: Any) -> Any:
+    origin = typing.get_origin(hint)
+    if origin is typing.Literal:
+        choices = {str(choice): choice for choice in typing.get_args(hint)}
+        if text not in choices:
+            raise UserError(f"unknown {key} {text!r}; expected one of {', '.join(choices)}")
+        return choices[text]
+    if origin in (types.UnionType, typing.Union):
+        inner = [argument for argument in typing.get_args(hint) if argument is not type(None)]
+        return None if text.lower() == "none" else _parse(key, text, inner[0])
+    if hint is bool:
+        if text.lower() not in ("true", "false"):
+            raise UserError(f"{key} is true or false, got {text!r}")
+        return text.lower() == "true"
+    try:
+        return hint(text)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{key} takes a value of type {getattr(hint, '__name__', hint)}, got {text!r}") from error

@@ -1,0 +1,308 @@
+"""Pretraining of the small encoder on the corpus's training files.
+
+Two objectives on pairs of passages (docstrings and function bodies) that belong together: masked-token prediction on
+both (Devlin et al., 2019), and in-batch contrast between the pair's first tokens (van den Oord et al., 2018): the pair
+must find each other among all passages of the batch. The second makes the first token a summary of the passage, which
+is what a classification head reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xlayer_systems.backbones import start_as_average
+from xlayer_systems.data.corpus import Corpus, SourceFile, load_corpus
+from xlayer_systems.data.tasks import words
+from xlayer_systems.errors import UserError
+from xlayer_systems.options import TrainOptions, apply_overrides, split_overrides
+from xlayer_systems.plots import plot_curves
+from xlayer_systems.runs import Record, RunDirectory, environment
+from xlayer_systems.tokenizer import SPECIAL_TOKENS, train_tokenizer
+from xlayer_systems.training import Trainer, make_accelerator, seed_everything
+
+PRETRAINING = TrainOptions(
+    epochs=3, batch_size=32, max_length=64, encoder_lr=1e-3, head_lr=1e-3, warmup=0.05, eval_batch_size=32
+)
+MIN_WORDS = 4
+MIN_BODY_CHARACTERS = 40
+IGNORED = -100
+FIRST_SCALE, LARGEST_SCALE = 5.0, 50.0  # of similarities: the contrast's inverse temperature
+FINE_TUNING_DROPOUT = 0.1
+
+
+@dataclass(frozen=True)
+class EncoderShape:
+    """Size of the small encoder (about 1.7 M parameters)."""
+
+    vocabulary: int = 5000
+    hidden_size: int = 128
+    layers: int = 6
+    heads: int = 4
+    feed_forward: int = 512
+    positions: int = 130
+
+
+class PretrainOutput(NamedTuple):
+    """``loss`` and its two parts, as scalars; the parts per example ``[B]`` for evaluation."""
+
+    loss: Tensor
+    masked_loss: Tensor
+    hits: Tensor
+
+
+class Pair(NamedTuple):
+    """Two passages that belong together, as token ids."""
+
+    first: list[int]
+    second: list[int]
+
+
+class PassagePairs:
+    """Pairs of passages from the corpus, in the form that the training loop asks for.
+
+    A documented function gives (docstring, body); any other docstring or body is paired with another passage of
+    its file, and so is one documented function in two: that a file's passages belong together is what topics are about.
+    """
+
+    def __init__(self, corpus: Corpus, tokenizer: Any, max_length: int, seed: int) -> None:
+        generator = random.Random(f"pairs/{seed}")
+        self.pad_id: int = tokenizer.pad_token_id
+        self.train = self._pairs(corpus.of("train"), tokenizer, max_length, generator)
+        self.validation = self._pairs(corpus.of("validation"), tokenizer, max_length, generator)
+
+    def lengths(self) -> list[int]:
+        """Tokens of the longer passage of each training pair."""
+        return [max(len(pair.first), len(pair.second)) for pair in self.train]
+
+    def log_frequencies(self, vocabulary: int) -> Tensor:
+        """Natural logarithm of each token's share of the training passages (each token counted once more)."""
+        counts = torch.ones(vocabulary)
+        for pair in self.train:
+            counts += torch.bincount(torch.tensor(pair.first + pair.second), minlength=vocabulary)
+        return (counts / counts.sum()).log()
+
+    def collate(self, examples: Sequence[Pair]) -> dict[str, Tensor]:
+        """``input_ids`` and ``attention_mask`` ``[2 B, S]``: all first passages, then all second ones."""
+        rows = [pair.first for pair in examples] + [pair.second for pair in examples]
+        width = max(map(len, rows))
+        return {
+            "input_ids": torch.tensor([row + [self.pad_id] * (width - len(row)) for row in rows]),
+            "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]),
+        }
+
+    def score(self, output: PretrainOutput, batch: dict[str, Tensor]) -> Tensor:
+        """Per pair: masked-token loss (the batch's mean), whether the pair found each other, 1."""
+        ones = torch.ones_like(output.hits)
+        return torch.stack([output.masked_loss * ones, output.hits, ones], dim=1).double()
+
+    def summarize(self, sums: Tensor) -> dict[str, float | int]:
+        """Mean masked-token loss in nats, and how often the pair was found among a batch of passages."""
+        return {"masked_loss": float(sums[0] / sums[2]), "pairs_found": float(sums[1] / sums[2])}
+
+    def _pairs(
+        self, files: Sequence[SourceFile], tokenizer: Any, max_length: int, generator: random.Random
+    ) -> list[Pair]:
+        texts = [pair for file in files for pair in _file_pairs(file, generator)]
+        ids = [
+            tokenizer([pair[side] for pair in texts], truncation=True, max_length=max_length)["input_ids"]
+            for side in (0, 1)
+        ]
+        return [Pair(first, second) for first, second in zip(*ids, strict=True)]
+
+
+class PretrainModel(nn.Module):
+    """An encoder with a head for masked tokens (tied to its embeddings) and the contrastive loss.
+
+    Args:
+        encoder: a RoBERTa-like encoder.
+        special_tokens: ids 0 to ``special_tokens - 1`` are never masked.
+        mask_id: the id of the mask token.
+        log_frequencies: natural logarithm of each token's share of the training text, ``[vocabulary]``.
+        contrast: weight of the contrastive loss.
+        mask_share: share of tokens to predict; of these 80 % are masked, 10 % random, 10 % kept.
+    """
+
+    def __init__(
+        self,
+        encoder: Any,
+        special_tokens: int,
+        mask_id: int,
+        log_frequencies: Tensor,
+        contrast: float,
+        mask_share: float = 0.2,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.vocabulary: int = encoder.config.vocab_size
+        self.embeddings: nn.Embedding = encoder.get_input_embeddings()
+        self.special_tokens, self.mask_id = special_tokens, mask_id
+        self.contrast, self.mask_share = contrast, mask_share
+        hidden = encoder.config.hidden_size
+        self.transform = nn.Sequential(nn.Linear(hidden, hidden), nn.GELU(), nn.LayerNorm(hidden))
+        # Starting from the tokens' frequencies; learning these first would flatten everything else.
+        self.bias = nn.Parameter(log_frequencies.clone())
+        self.log_scale = nn.Parameter(torch.tensor(math.log(FIRST_SCALE)))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> PretrainOutput:
+        """Losses for a batch of pairs ``[2 B, S]``; in evaluation the mask is the same every time."""
+        masked, targets = self._mask(input_ids)
+        hidden = self.encoder(input_ids=masked, attention_mask=attention_mask).last_hidden_state
+        chosen = targets != IGNORED
+        logits = F.linear(self.transform(hidden[chosen]), self.embeddings.weight, self.bias)
+        masked_loss = F.cross_entropy(logits, targets[chosen])
+        # Centred: what all first tokens share does not tell which belong together, and without this they collapse.
+        summary = hidden[:, 0].float()
+        summary = F.normalize(summary - summary.mean(0), dim=-1)
+        first, second = summary.chunk(2)
+        similarity = self.log_scale.exp().clamp(max=LARGEST_SCALE) * first @ second.T
+        own = torch.arange(len(first), device=first.device)
+        contrast = (F.cross_entropy(similarity, own) + F.cross_entropy(similarity.T, own)) / 2
+        hits = (similarity.argmax(1) == own).double()
+        return PretrainOutput(masked_loss + self.contrast * contrast, masked_loss.detach(), hits)
+
+    def _mask(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        generator = None if self.training else torch.Generator(ids.device).manual_seed(0)
+
+        def uniform() -> Tensor:
+            return torch.rand(ids.shape, generator=generator, device=ids.device)
+
+        chosen = (uniform() < self.mask_share) & (ids >= self.special_tokens)
+        # At least one token per batch, or the mean over none would be NaN.
+        chosen[0, 1] = True
+        action = uniform()
+        noise = torch.randint(self.special_tokens, self.vocabulary, ids.shape, generator=generator, device=ids.device)
+        masked = torch.where(chosen & (action < 0.8), torch.full_like(ids, self.mask_id), ids)
+        masked = torch.where(chosen & (action >= 0.9), noise, masked)
+        return masked, torch.where(chosen, ids, torch.full_like(ids, IGNORED))
+
+
+def pretrain_encoder(
+    out: Path,
+    *,
+    contrast: float = 1.0,
+    seed: int = 0,
+    overrides: Mapping[str, str] | None = None,
+    resume: bool = False,
+    shape: EncoderShape | None = None,
+    corpus: Corpus | None = None,
+) -> Record:
+    """Pretrain the small encoder in the run directory ``out`` and write it, in half precision, to ``out/encoder``.
+
+    Returns the last evaluation, on pairs from the validation files.
+    """
+    if out.exists() and not resume:
+        raise UserError(f"run directory {out} exists; choose another one, or continue it with --resume")
+    shape, corpus = shape or EncoderShape(), corpus or load_corpus()
+    split_overrides(overrides or {}, PRETRAINING)
+    options = apply_overrides(PRETRAINING, overrides or {})
+    accelerator = make_accelerator(options)
+    run = RunDirectory(out, accelerator.is_main_process)
+    description = {
+        "system": "encoder",
+        "seed": seed,
+        "contrast": contrast,
+        "shape": dataclasses.asdict(shape),
+        "options": dataclasses.asdict(options),
+    }
+    surroundings = environment(corpus.hash)
+    resume = resume and out.exists()
+    if resume:
+        run.check_resumable(description, surroundings)
+    accelerator.wait_for_everyone()
+    texts = (text for file in corpus.of("train") for pair in passages(file) for text in pair if text)
+    tokenizer = train_tokenizer(texts, shape.vocabulary, shape.positions)
+    data = PassagePairs(corpus, tokenizer, options.max_length, seed)
+    seed_everything(seed)
+    # A short pretraining underfits, so it goes without dropout; fine-tuning on far less text needs it.
+    encoder = make_encoder(dataclasses.replace(shape, vocabulary=len(tokenizer)), tokenizer, dropout=0.0)
+    frequencies = data.log_frequencies(len(tokenizer))
+    model = PretrainModel(encoder, len(SPECIAL_TOKENS), tokenizer.mask_token_id, frequencies, contrast)
+    trainer = Trainer(accelerator, model, _groups(model, options), data, options, run, seed, "pretraining")
+    if resume:
+        trainer.resume()
+    else:
+        run.create(description, surroundings)
+    accelerator.wait_for_everyone()
+    result = trainer.train()
+    if accelerator.is_main_process:
+        trained = accelerator.unwrap_model(trainer.model).encoder
+        _save_encoder(trained, tokenizer, out / "encoder", {"run": description, "environment": surroundings})
+        plot_curves({"encoder": [run.metrics()]}, out / "plots" / "curves.png")
+        run.write_json("result.json", result)
+    return result
+
+
+def make_encoder(shape: EncoderShape, tokenizer: Any, dropout: float) -> nn.Module:
+    """A RoBERTa encoder of this shape with fresh parameters."""
+    from transformers import RobertaConfig, RobertaModel
+
+    config = RobertaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden_size,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        intermediate_size=shape.feed_forward,
+        max_position_embeddings=shape.positions + 2,
+        type_vocab_size=1,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return start_as_average(RobertaModel(config, add_pooling_layer=False))
+
+
+def passages(file: SourceFile) -> list[tuple[str, str]]:
+    """(docstring, body) of each definition, "" for one that is absent or too short to say anything."""
+    found = []
+    for definition in file.definitions:
+        docstring = definition.docstring if len(words(definition.docstring)) >= MIN_WORDS else ""
+        body = definition.body if len(definition.body) >= MIN_BODY_CHARACTERS else ""
+        if docstring or body:
+            found.append((docstring, body))
+    return found
+
+
+def _file_pairs(file: SourceFile, generator: random.Random) -> list[tuple[str, str]]:
+    found = passages(file)
+    everything = [text for pair in found for text in pair if text]
+    pairs = []
+    for docstring, body in found:
+        own = docstring or body
+        partner = generator.choice(everything)
+        if docstring and body and (generator.random() < 0.5 or partner == own):
+            partner = body
+        if partner != own:
+            pairs.append((own, partner))
+    return pairs
+
+
+def _groups(model: nn.Module, options: TrainOptions) -> list[dict[str, Any]]:
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    return [
+        {"params": matrices, "lr": options.encoder_lr, "weight_decay": options.weight_decay},
+        {"params": others, "lr": options.encoder_lr, "weight_decay": 0.0},
+    ]
+
+
+def _save_encoder(encoder: Any, tokenizer: Any, folder: Path, recipe: Record) -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    encoder.config.hidden_dropout_prob = encoder.config.attention_probs_dropout_prob = FINE_TUNING_DROPOUT
+    encoder.half().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")

@@ -1,0 +1,308 @@
+"""The training loop that every system shares, on Accelerate.
+
+A system brings a model whose ``forward(**batch)`` returns an object with ``.loss``, its parameter groups, and its data
+in the shape of `TrainingData`. Started through ``accelerate launch`` the same loop runs under DDP or FSDP2 on many
+devices; a batch is then divided among the processes, so the run takes the same steps as on one.
+
+A run that is killed and resumed ends with the same bits on the CPU: a checkpoint holds model, optimizer, schedule,
+random state and position, and what was logged after it is cut off again.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from xlayer_systems.data.batches import epoch_batches
+from xlayer_systems.errors import UserError
+from xlayer_systems.options import DTYPES, TrainOptions
+from xlayer_systems.runs import Record, RunDirectory
+
+EMA_DECAY = 0.98
+
+
+class TrainingData(Protocol):
+    """What the loop asks of a data set."""
+
+    @property
+    def train(self) -> Sequence[Any]:
+        """The training examples."""
+
+    @property
+    def validation(self) -> Sequence[Any]:
+        """The validation examples."""
+
+    def lengths(self) -> list[int]:
+        """Tokens of each training example."""
+
+    def collate(self, examples: Sequence[Any]) -> dict[str, Tensor]:
+        """A batch, to be passed to the model as keyword arguments."""
+
+    def score(self, output: Any, batch: dict[str, Tensor]) -> Tensor:
+        """What is summed over validation, ``[B, m]`` float64, one row per example."""
+
+    def summarize(self, sums: Tensor) -> dict[str, float | int]:
+        """Metrics from the sum ``[m]`` over all validation examples."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands; part of its checkpoints."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    metrics_size: int = 0
+    epoch_loss: float = 0.0
+    loss_ema: float = 0.0
+    is_stopped: bool = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """For Accelerate's checkpoints."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        vars(self).update(state)
+
+
+def make_accelerator(options: TrainOptions) -> Any:
+    """An `accelerate.Accelerator` for these options; a second run in one process may use another precision."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    return Accelerator(mixed_precision=DTYPES[options.dtype], gradient_accumulation_steps=options.accumulate)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch, and ask torch for deterministic kernels where it has them."""
+    import numpy
+
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def linear_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: float) -> torch.optim.lr_scheduler.LambdaLR:
+    """Rates that rise linearly over the share ``warmup`` of all ``steps`` and then fall linearly to 0."""
+    rising = round(steps * warmup)
+
+    def factor(step: int) -> float:
+        if step < rising:
+            return (step + 1) / (rising + 1)
+        return max(0.0, (steps - step) / max(1, steps - rising))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+class Trainer:
+    """One run of the loop.
+
+    Args:
+        accelerator: from `make_accelerator`.
+        model: the model, on any device.
+        groups: parameter groups for AdamW.
+        data: training and validation examples.
+        options: how to train.
+        run: where to log and to keep checkpoints.
+        seed: order of the examples and dropout.
+        name: shown beside the progress bar.
+    """
+
+    def __init__(
+        self,
+        accelerator: Any,
+        model: nn.Module,
+        groups: list[dict[str, Any]],
+        data: TrainingData,
+        options: TrainOptions,
+        run: RunDirectory,
+        seed: int,
+        name: str = "training",
+    ) -> None:
+        self.accelerator, self.data, self.options, self.run = accelerator, data, options, run
+        self.seed, self.name = seed, name
+        self.lengths = data.lengths()
+        self.micro_batch = options.micro_batch(accelerator.num_processes)
+        self.steps_per_epoch = len(self.lengths) // options.batch_size
+        if options.epochs and not self.steps_per_epoch:
+            raise UserError(f"batch_size {options.batch_size} is more than the {len(self.lengths)} training examples")
+        if options.gradient_checkpointing:
+            _enable_checkpointing(model)
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.schedule = linear_schedule(optimizer, options.epochs * self.steps_per_epoch, options.warmup)
+        self.progress = Progress()
+        accelerator.register_for_checkpointing(self.schedule, self.progress)
+        # After the model was built, so that its parameters do not depend on the number of processes.
+        seed_everything(seed * 1000 + accelerator.process_index)
+
+    def resume(self) -> None:
+        """Go back to the newest checkpoint, or to the start when there is none."""
+        checkpoint = self.run.latest_checkpoint()
+        if checkpoint is not None:
+            self.accelerator.load_state(str(checkpoint), load_kwargs={"weights_only": False})
+        self.run.cut_metrics(self.progress.metrics_size)
+
+    def train(self) -> Record:
+        """Train to the end and return the last evaluation."""
+        if self.options.tensorboard:
+            self.run.open_tensorboard(self.progress.step)
+        with self._progress_bar() as advance:
+            while self.progress.epoch < self.options.epochs and not self.progress.is_stopped:
+                self._train_epoch(advance)
+        if not self.options.epochs:
+            self._evaluate_epoch()
+        self.accelerator.wait_for_everyone()
+        self.run.close()
+        return [record for record in self.run.metrics() if record["event"] == "eval"][-1]
+
+    def _train_epoch(self, advance: Any) -> None:
+        progress, options = self.progress, self.options
+        batches = epoch_batches(self.lengths, options.batch_size, self.seed, progress.epoch)
+        started = time.perf_counter()
+        first_batch = progress.batch
+        window: list[Tensor] = []
+        self.model.train()
+        for batch in batches[progress.batch :]:
+            window.append(self._step(batch))
+            progress.step += 1
+            progress.batch += 1
+            is_last = progress.batch == len(batches)
+            is_checkpoint = progress.step % options.checkpoint_every == 0 and not is_last
+            if progress.step % options.log_every == 0 or is_checkpoint or is_last:
+                self._log_window(window)
+                window.clear()
+            if is_checkpoint:
+                self._save_checkpoint()
+            advance()
+        trained = time.perf_counter()
+        accuracy = self._evaluate_epoch()
+        timing = {"epoch": progress.epoch, "steps": len(batches) - first_batch, "train_seconds": trained - started}
+        self.run.log_time({**timing, "eval_seconds": time.perf_counter() - trained})
+        progress.is_stopped = options.stop_below is not None and progress.epoch == 0 and accuracy < options.stop_below
+        if progress.is_stopped:
+            self.run.log({"event": "stopped", "step": progress.step, "epoch": 1, "below": options.stop_below})
+        progress.epoch, progress.batch, progress.epoch_loss = progress.epoch + 1, 0, 0.0
+        self._save_checkpoint()
+
+    def _step(self, batch: list[int]) -> Tensor:
+        """One optimizer step on the examples ``batch``; returns this process's mean loss without synchronizing."""
+        losses = []
+        for part in range(self.options.accumulate):
+            start = (part * self.accelerator.num_processes + self.accelerator.process_index) * self.micro_batch
+            examples = [self.data.train[index] for index in batch[start : start + self.micro_batch]]
+            with self.accelerator.accumulate(self.model):
+                loss = self.model(**self._on_device(self.data.collate(examples))).loss
+                self.accelerator.backward(loss)
+                if self.accelerator.sync_gradients:
+                    self.accelerator.clip_grad_norm_(self.parameters, self.options.clip)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            losses.append(loss.detach().double())
+        if not self.accelerator.optimizer_step_was_skipped:
+            self.schedule.step()
+        return torch.stack(losses).mean()
+
+    def _log_window(self, window: list[Tensor]) -> None:
+        losses = self.accelerator.reduce(torch.stack(window), "mean").tolist()
+        progress = self.progress
+        for loss in losses:
+            progress.loss_ema = EMA_DECAY * progress.loss_ema + (1 - EMA_DECAY) * loss
+        progress.epoch_loss += sum(losses)
+        self.run.log(
+            {
+                "event": "train",
+                "step": progress.step,
+                "epoch": progress.epoch + 1,
+                "loss": sum(losses) / len(losses),
+                "loss_ema": progress.loss_ema / (1 - EMA_DECAY**progress.step),
+                "learning_rate": max(self.schedule.get_last_lr()),
+            }
+        )
+
+    def _evaluate_epoch(self) -> float:
+        """Evaluate and log; returns the accuracy (0 for data without one)."""
+        model, progress = self.accelerator.unwrap_model(self.model), self.progress
+        usage = getattr(model, "usage", None)
+        if usage is not None:
+            usage(reset=True)
+        metrics = evaluate(self.accelerator, self.model, self.data, self.options.eval_batch_size)
+        record: Record = {"event": "eval", "step": progress.step, "epoch": progress.epoch + 1, **metrics}
+        if self.steps_per_epoch and self.options.epochs:
+            record["train_loss"] = progress.epoch_loss / self.steps_per_epoch
+        if usage is not None:
+            # Gathered over validation, not over training: then it does not depend on where a run was interrupted.
+            record["usage"] = usage(reset=True)
+        self.run.log(record)
+        return float(metrics.get("accuracy", 0.0))
+
+    def _save_checkpoint(self) -> None:
+        self.progress.metrics_size = self.run.metrics_size()
+
+        def save(folder: Path) -> None:
+            # torch's own format: safetensors would drop the second name of a parameter that two modules share.
+            self.accelerator.save_state(str(folder), safe_serialization=False)
+
+        self.run.save_checkpoint(self.progress.step, save, self.accelerator.wait_for_everyone)
+
+    def _on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {key: value.to(self.accelerator.device, non_blocking=True) for key, value in batch.items()}
+
+    @contextmanager
+    def _progress_bar(self) -> Iterator[Any]:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        is_hidden = not (self.accelerator.is_main_process and sys.stderr.isatty())
+        total = self.options.epochs * self.steps_per_epoch
+        with Bar(*columns, disable=is_hidden, transient=True) as bar:
+            task = bar.add_task(self.name, total=total, completed=self.progress.step)
+            yield lambda: bar.advance(task)
+
+
+def evaluate(accelerator: Any, model: nn.Module, data: TrainingData, batch_size: int) -> dict[str, float | int]:
+    """Metrics of ``model`` over the whole validation set, divided among the processes; each example counts once."""
+    total = len(data.validation)
+    was_training = model.training
+    model.eval()
+    sums: Tensor | None = None
+    with torch.no_grad():
+        for start in range(0, total, batch_size * accelerator.num_processes):
+            # Every process runs the same number of batches (FSDP needs that); positions past the end do not count.
+            first = start + accelerator.process_index * batch_size
+            positions = range(first, min(first + batch_size, max(total, first + 1)))
+            examples = [data.validation[min(position, total - 1)] for position in positions]
+            batch = {key: value.to(accelerator.device) for key, value in data.collate(examples).items()}
+            scores = data.score(model(**batch), batch)
+            kept = torch.tensor([position < total for position in positions], device=scores.device)
+            part = (scores * kept[:, None]).sum(0)
+            sums = part if sums is None else sums + part
+    model.train(was_training)
+    if sums is None:
+        raise UserError("the validation set is empty")
+    return data.summarize(accelerator.reduce(sums, "sum").cpu())
+
+
+def _enable_checkpointing(model: nn.Module) -> None:
+    enable = getattr(model, "gradient_checkpointing_enable", None)
+    if enable is None:
+        raise UserError(f"{type(model).__name__} has no gradient checkpointing; leave gradient_checkpointing at false")
+    enable()
