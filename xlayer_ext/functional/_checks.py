@@ -80,7 +80,8 @@ def check_temperature(temperature: float) -> None:
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors as autocast wants them: in its dtype where it is on, as they are otherwise. float64 stays."""
     device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    # torch.amp.is_autocast_available would say so of meta, but torch.compile of torch 2.11 cannot trace it.
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
