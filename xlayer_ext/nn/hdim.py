@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xlayer_ext import functional as XF
-from xlayer_ext.functional._checks import check_choice, check_floating, check_mask, check_shapes
+from xlayer_ext.functional._checks import check_choice, check_floating, check_mask, check_shapes, check_temperature
 from xlayer_ext.functional.hdim import ACTIVATIONS, FUSIONS
 
 SCORERS = ("4term", "bilinear", "cosine")
@@ -84,6 +84,7 @@ class HDIMMessage(nn.Module):
         check_choice("activation", activation, ACTIVATIONS)
         check_choice("value_activation", value_activation, ACTIVATIONS)
         check_choice("fusion", fusion, tuple(FUSIONS))
+        check_temperature(temperature)
         self.hidden_size, self.proj_dim, self.mlp_dim = hidden_size, proj_dim, mlp_dim
         self.scorer, self.activation, self.fusion, self.value_activation = scorer, activation, fusion, value_activation
         self.temperature, self.residual_beta, self.alpha_init = temperature, residual_beta, alpha_init

@@ -78,7 +78,10 @@ class LayerRouter(nn.Module):
                 module.reset_parameters()
 
     def forward(self, target_summary: Tensor, source_summaries: Tensor) -> tuple[Tensor, Tensor]:
-        return self.select(self.logits(target_summary, source_summaries))
+        logits = self.logits(target_summary, source_summaries)
+        if self.topk > logits.shape[1]:
+            raise ValueError(f"topk is {self.topk}, but there are only {logits.shape[1]} source layers")
+        return self.select(logits)
 
     def logits(self, target_summary: Tensor, source_summaries: Tensor) -> Tensor:
         """Scores ``[B, n]`` of all n sources, divided by the temperature, float32 at least."""
@@ -92,7 +95,10 @@ class LayerRouter(nn.Module):
         return (keys.to(statistics) * query.to(statistics)).sum(-1).t() / self.temperature
 
     def select(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Indices and weights ``[B, min(k, n)]`` of the best sources, from their scores ``[B, n]``."""
+        """Indices and weights ``[B, min(k, n)]`` of the best sources, from their scores ``[B, n]``.
+
+        Takes all n where there are fewer than k, as a model's first layers need; calling the module refuses that.
+        """
         best, indices = logits.topk(min(self.topk, logits.shape[1]), dim=-1)
         if self.weighting == "topk_softmax":
             return indices, best.softmax(-1)
