@@ -94,7 +94,7 @@ __attribute__((noinline)) void gemm(int64_t rows, int64_t columns, int64_t depth
 
 // A product whose B is large or not in memory as T: pack(k, column, count, to) writes columns [column, column + count)
 // of its row k, slice by slice, to `packed` (packed_size<T> elements).
-constexpr int64_t kDepthSlice = 128;
+constexpr int64_t kDepthSlice = 32;  // short: a sum of short sums rounds less than one long sum
 template <class T>
 constexpr int64_t kPanelColumns = int64_t{kMaxPanelVectors} * lanes<T>;
 template <class T>

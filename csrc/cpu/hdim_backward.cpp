@@ -138,29 +138,34 @@ XLAYER_INLINE void softmax_backward(const T* logit, T* grad, int64_t n, T logsum
     for (int64_t t = n; t < kPairTile; ++t) grad[t] = 0;
 }
 
-// From ∂L/∂logit to ∂L/∂pre, in place of act(pre); adds up the gradients of w2, u_i and w_j on the way.
+// From ∂L/∂logit to ∂L/∂pre, in place of act(pre); adds up the gradients of w2, u_i and w_j on the way, in four sums
+// each: short sums round less, and one would wait for itself.
 template <class Activation, class T>
 XLAYER_INLINE void hidden_backward(const HdimSizes& s, const HdimTile<T>& tile, const T* grad_logit, int64_t n,
                                    const T* weight2, T* grad_weight2, T* grad_query_hidden, T* grad_key_hidden) {
+    constexpr int kSums = 4;
     for (int64_t m = 0; m < s.Mp; m += lanes<T>) {
         const Vec<T> w2 = load(weight2 + m);
-        Vec<T> sum_w2 = {}, sum_u = {};
-        for (int64_t t = 0; t < n; ++t) {
+        Vec<T> sum_w2[kSums] = {}, sum_u[kSums] = {};
+        auto pair = [&](int64_t t, int k) XLAYER_FLATTEN {
             const Vec<T> act = load(tile.value + t * s.Mp + m);
-            sum_w2 += grad_logit[t] * act;
+            sum_w2[k] += grad_logit[t] * act;
             Vec<T> g = grad_logit[t] * w2;
             if constexpr (Activation::kKeepsSlope) {
                 g *= load(tile.slope + t * s.Mp + m);
             } else {
                 g = act > Vec<T>{} ? g : Vec<T>{};
             }
-            sum_u += g;
+            sum_u[k] += g;
             store<T>(tile.value + t * s.Mp + m, g);
             T* w = grad_key_hidden + tile.position[t] * s.Mp + m;
             store<T>(w, load(w) + g);
-        }
-        store<T>(grad_weight2 + m, load(grad_weight2 + m) + sum_w2);
-        store<T>(grad_query_hidden + m, load(grad_query_hidden + m) + sum_u);
+        };
+        int64_t t = 0;
+        for (; t + kSums <= n; t += kSums) XLAYER_UNROLL for (int k = 0; k < kSums; ++k) pair(t + k, k);
+        for (; t < n; ++t) pair(t, 0);
+        store<T>(grad_weight2 + m, load(grad_weight2 + m) + ((sum_w2[0] + sum_w2[1]) + (sum_w2[2] + sum_w2[3])));
+        store<T>(grad_query_hidden + m, load(grad_query_hidden + m) + ((sum_u[0] + sum_u[1]) + (sum_u[2] + sum_u[3])));
     }
 }
 
@@ -181,6 +186,14 @@ XLAYER_INLINE void feature_backward(const HdimSizes& s, const int32_t* position,
         }
         store<T>(grad_query + d, sum);
     }
+}
+
+// Row 0 becomes the sum of all rows, in pairs of pairs; the others are lost.
+template <class T>
+void add_up_rows(T* array, int64_t rows, int64_t width) {
+    for (int64_t step = 1; step < rows; step *= 2)
+        for (int64_t r = 0; r + step < rows; r += 2 * step)
+            for (int64_t e = 0; e < width; ++e) array[r * width + e] += array[(r + step) * width + e];
 }
 
 template <class Activation, class S, class T>
@@ -267,8 +280,8 @@ void backward_chunk(const HdimBackward& args, const Plan<T>& plan, Worker<T>& w,
         gemm(rows, s.D, s.M, w.grad_query_hidden, s.Mp, 1, plan.query_back, s.Dp, grad_query + first * s.Dp, s.Dp,
              true);
         gemm(s.M, s.D, rows, w.grad_query_hidden, 1, s.Mp, w.queries.packed, s.Dp, w.block.query_weight, s.Dp, true);
-        for (int64_t r = 0; r < rows; ++r)
-            for (int64_t m = 0; m < s.Mp; ++m) w.block.bias1[m] += w.grad_query_hidden[r * s.Mp + m];
+        add_up_rows(w.grad_query_hidden, rows, s.Mp);
+        std::memcpy(w.block.bias1, w.grad_query_hidden, s.Mp * sizeof(T));
         for (int64_t e = 0; e < plan.partial_size(); ++e) partial.begin()[e] += w.block.begin()[e];
     }
     // w_j = W1b·k_j
@@ -353,14 +366,14 @@ void backward(const HdimBackward& args) {
         const S* context = static_cast<const S*>(args.context) + i * in.value_dim;
         if constexpr (!std::is_same_v<S, T>)
             read_row(from, 1, in.value_dim, const_cast<T*>(plan.grad_context) + i * in.value_dim);
-        T residue[lanes<T>] = {};  // one sum per lane, so that the order of addition does not hold up the loop
-        int64_t h = 0;
-        for (; h + lanes<T> <= in.value_dim; h += lanes<T>)
-            for (int64_t l = 0; l < lanes<T>; ++l) residue[l] += widen(from[h + l]) * widen(context[h + l]);
-        T sum = 0;
-        for (; h < in.value_dim; ++h) sum += widen(from[h]) * widen(context[h]);
+        // In double: an error here would shift the whole row's gradient. One sum per lane, so that none waits.
+        double residue[lanes<T>] = {};
+        for (int64_t h = 0; h < in.value_dim; h += lanes<T>)
+            for (int64_t l = 0; l < lesser<int64_t>(lanes<T>, in.value_dim - h); ++l)
+                residue[l] += static_cast<double>(widen(from[h + l])) * widen(context[h + l]);
+        double sum = 0;
         for (int64_t l = 0; l < lanes<T>; ++l) sum += residue[l];
-        plan.delta[i] = sum;
+        plan.delta[i] = static_cast<T>(sum);
     });
     parallel_tasks(args.pool, in.batch * plan.chunks, [&](int64_t index, int64_t task) {
         Worker<T> worker;

@@ -59,7 +59,9 @@ void find_finite_values(const HdimInputs& in, const int32_t* index, int64_t n, i
     }
 }
 
-// Turns n logits into probabilities in place (row is padded to whole vectors).
+// Turns n logits into probabilities in place (row is padded to whole vectors). They are the exp(logit − logsumexp) that
+// backward computes again, normalized: with the same weights behind both, Σ_j ∂L/∂logit_ij stays 0 as it should,
+// however logsumexp was rounded.
 template <class T>
 XLAYER_INLINE void softmax_row(T* row, int64_t n, T* logsumexp, T* entropy) {
     T top = row[0];
@@ -72,13 +74,18 @@ XLAYER_INLINE void softmax_row(T* row, int64_t n, T* logsumexp, T* entropy) {
         const Vec<T> weight = exponential(shifted);
         sum += weight;
         moment += weight > Vec<T>{} ? weight * shifted : weight;
-        store<T>(row + t, weight);
     }
-    const T total = sum_lanes<T>(sum), inverse = 1 / total;
-    for (int64_t t = 0; t < padded; t += lanes<T>) store<T>(row + t, load(row + t) * inverse);
-    const T log_total = std::log(total);
+    const T total = sum_lanes<T>(sum), log_total = std::log(total);
     *logsumexp = top + log_total;
-    *entropy = log_total - sum_lanes<T>(moment) * inverse;
+    *entropy = log_total - sum_lanes<T>(moment) / total;
+    sum = Vec<T>{};
+    for (int64_t t = 0; t < padded; t += lanes<T>) {
+        const Vec<T> p = exponential(load(row + t) - *logsumexp);
+        sum += p;
+        store<T>(row + t, p);
+    }
+    const T inverse = 1 / sum_lanes<T>(sum);
+    for (int64_t t = 0; t < padded; t += lanes<T>) store<T>(row + t, load(row + t) * inverse);
 }
 
 template <class Activation, class S, class T>
