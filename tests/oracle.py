@@ -32,9 +32,28 @@ class Draw(NamedTuple):
 
 def fresh_generator(seed: int | None = None) -> torch.Generator:
     """A generator with a seed that differs from run to run; pytest shows the seed of a test that fails."""
-    seed = random.SystemRandom().randrange(2**31) if seed is None else seed
-    print(f"seed {seed}")
+    if seed is None:
+        seed = random.SystemRandom().randrange(2**31)
+        print(f"seed {seed}")
     return torch.Generator().manual_seed(seed)
+
+
+def draw(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def draw_layers(
+    generator: torch.Generator, width: int, device: str, dtype: torch.dtype = torch.float64
+) -> dict[str, Tensor]:
+    """Target, source and masks of a module's call; the last element's first target token has no allowed source."""
+    arguments = {
+        "target": draw(generator, 2, 5, width, dtype=dtype),
+        "source": draw(generator, 2, 7, width, dtype=dtype),
+        "key_mask": torch.rand(2, 7, generator=generator) < 0.8,
+        "pair_mask": torch.rand(2, 5, 7, generator=generator) < 0.8,
+    }
+    arguments["pair_mask"][-1, 0] = False
+    return {name: tensor.to(device) for name, tensor in arguments.items()}
 
 
 def need_native(op: str, device: str = "cpu") -> None:

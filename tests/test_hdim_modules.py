@@ -1,7 +1,9 @@
-"""HDIMMessage, QKVMessage, and the functions between the kernel and them."""
+"""HDIMMessage and QKVMessage."""
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import io
 import itertools
 import math
@@ -12,184 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from oracle import DTYPES, Draw, Results, check_oracle_rule, fresh_generator
-from xlayer_ext import backend, reference
-from xlayer_ext import functional as XF
+from oracle import draw, draw_layers, fresh_generator
+from xlayer_ext import backend
 from xlayer_ext.nn import HDIMMessage, QKVMessage
 
 SCORERS = ("4term", "bilinear", "cosine")
-FUSIONS = {"concat_hadam": 3, "concat_only": 2, "concat_diff_hadam": 4}
+FUSIONS = ("concat_hadam", "concat_only", "concat_diff_hadam")
 H, D, M = 32, 8, 12
-
-
-def draw(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def layers(generator: torch.Generator, device: str, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    """Target, source and masks; the last element's first target token has no allowed source."""
-    arguments = {
-        "target": draw(generator, 2, 5, H, dtype=dtype),
-        "source": draw(generator, 2, 7, H, dtype=dtype),
-        "key_mask": torch.rand(2, 7, generator=generator) < 0.8,
-        "pair_mask": torch.rand(2, 5, 7, generator=generator) < 0.8,
-    }
-    arguments["pair_mask"][-1, 0] = False
-    return {name: tensor.to(device) for name, tensor in arguments.items()}
 
 
 def message(device: str, dtype: torch.dtype = torch.float64, **options: Any) -> HDIMMessage:
     return HDIMMessage(H, D, M, **({"dropout": 0.0} | options)).to(device, dtype)
-
-
-def evaluate(function: Any, floats: list[Tensor], cotangent: Tensor, dtype: torch.dtype, **options: Any) -> Results:
-    """The function's (first) output and the gradients of its inputs, all at ``dtype``."""
-    leaves = [tensor.to(dtype).requires_grad_() for tensor in floats]
-    out = function(*leaves, **options)
-    out = out if isinstance(out, Tensor) else out[0]
-    grads = torch.autograd.grad(out, leaves, cotangent.to(dtype))
-    return {"out": out.detach()} | {f"grad {index}": grad for index, grad in enumerate(grads)}
-
-
-# ---- bilinear and cosine scorers -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("masks", [(), ("key_mask",), ("pair_mask",), ("key_mask", "pair_mask")], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("scorer", ["bilinear", "cosine"])
-def test_other_scorers_agree_with_their_formula(
-    device: str, scorer: str, dtype: torch.dtype, masks: tuple[str, ...]
-) -> None:
-    generator = fresh_generator()
-    function, formula = (getattr(module, f"{scorer}_attention") for module in (XF, reference))
-    draws = []
-    for _ in range(8):
-        drawn = layers(generator, device)
-        options = {name: drawn[name] for name in masks} | {"temperature": 0.8}
-        floats = [draw(generator, 2, 5, D), draw(generator, 2, 7, D), draw(generator, 2, 7, H)]
-        if scorer == "bilinear":
-            floats.append(draw(generator, D, D) / math.sqrt(D))
-        floats = [tensor.to(device, dtype) for tensor in floats]
-        cotangent = draw(generator, 2, 5, H).to(device, dtype)
-        runs = ((function, dtype), (formula, torch.float64), (formula, dtype))
-        draws.append(Draw(*(evaluate(f, floats, cotangent, d, **options) for f, d in runs)))
-    check_oracle_rule(draws, dtype)
-
-
-@pytest.mark.parametrize("scorer", ["bilinear", "cosine"])
-@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_other_scorers_ignore_what_is_masked(device: str, scorer: str, poison: float) -> None:
-    generator = fresh_generator()
-    masks = {name: mask for name, mask in layers(generator, device).items() if name.endswith("mask")}
-    masks["pair_mask"][:, :, 2] = False
-    masks["pair_mask"][:, 3, 2] = True  # row 3 may use key 2, no other row may
-    masks["key_mask"][:] = True
-    masks["key_mask"][:, 5] = False
-    clean = [draw(generator, 2, 5, D), draw(generator, 2, 7, D), draw(generator, 2, 7, H), draw(generator, D, D)]
-    clean = [tensor.to(device) for tensor in clean][: 4 if scorer == "bilinear" else 3]
-    dirty = [tensor.clone() for tensor in clean]
-    for tensor in dirty[1:3]:
-        tensor[:, 5] = poison
-        tensor[:, 2] = poison
-    dirty[0][-1, 0] = poison  # a row without an allowed key
-
-    def run(floats: list[Tensor]) -> tuple[Tensor, Tensor]:
-        leaves = [tensor.requires_grad_() for tensor in floats]
-        context = getattr(XF, f"{scorer}_attention")(*leaves, **masks)
-        others = torch.arange(5) != 3
-        (grad,) = torch.autograd.grad(context[:, others].square().sum(), leaves[0])
-        return context, grad
-
-    (actual, grad), (expected, expected_grad) = run(dirty), run(clean)
-    others = torch.arange(5) != 3
-    assert torch.equal(actual[:, others], expected[:, others]) and torch.equal(grad, expected_grad)
-    assert actual[:, 3].isnan().all()
-    assert not actual[-1, 0].any()
-
-
-@pytest.mark.parametrize("scorer", ["bilinear", "cosine"])
-@pytest.mark.parametrize("sizes", [(0, 3, 4), (2, 0, 4), (2, 3, 0)], ids=str)
-@pytest.mark.parametrize("masked", [False, True])
-def test_other_scorers_take_empty_dimensions(device: str, scorer: str, sizes: tuple[int, ...], masked: bool) -> None:
-    b, sq, sk = sizes
-    floats = [torch.ones(shape, device=device, requires_grad=True) for shape in [(b, sq, D), (b, sk, D), (b, sk, H)]]
-    if scorer == "bilinear":
-        floats.append(torch.ones(D, D, device=device, requires_grad=True))
-    masks = {"key_mask": torch.ones(b, sk, dtype=torch.bool, device=device)} if masked else {}
-    context = getattr(XF, f"{scorer}_attention")(*floats, **masks)
-    context.sum().backward()
-    assert context.shape == (b, sq, H) and not context.any()
-    assert all(tensor.grad.shape == tensor.shape for tensor in floats)
-
-
-@pytest.mark.parametrize("scorer", ["bilinear", "cosine"])
-def test_entropy_of_other_scorers(device: str, scorer: str) -> None:
-    generator = fresh_generator()
-    q, k, v = (draw(generator, 2, n, D).to(device) for n in (5, 7, 7))
-    extra = [draw(generator, D, D).to(device)] if scorer == "bilinear" else []
-    mask = layers(generator, device)["key_mask"]
-    mask[:, 0] = True
-    context, entropy = getattr(XF, f"{scorer}_attention")(q, k, v, *extra, key_mask=mask, return_entropy=True)
-    logits = q @ extra[0] @ k.mT if extra else 10 * F.cosine_similarity(q.unsqueeze(2), k.unsqueeze(1), dim=-1)
-    weights = logits.masked_fill(~mask.unsqueeze(1), -torch.inf).softmax(-1)
-    torch.testing.assert_close(context, weights @ v)
-    torch.testing.assert_close(entropy, torch.special.entr(weights).sum(-1).mean())
-
-
-# ---- value fusion ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("mode", FUSIONS)
-def test_value_fusion_agrees_with_the_concatenation(device: str, mode: str, dtype: torch.dtype) -> None:
-    generator = fresh_generator()
-    shapes = [(3, 50, H), (3, 50, H), (40, FUSIONS[mode] * H), (40,)]
-    runs = ((XF.value_fusion, dtype), (reference.value_fusion, torch.float64), (reference.value_fusion, dtype))
-    draws = []
-    for _ in range(4):
-        floats = [draw(generator, *shape).to(device, dtype) for shape in shapes]
-        cotangent = draw(generator, 3, 50, 40).to(device, dtype)
-        draws.append(Draw(*(evaluate(f, floats, cotangent, d, mode=mode) for f, d in runs)))
-    check_oracle_rule(draws, dtype)
-
-
-@pytest.mark.parametrize("mode", FUSIONS)
-def test_value_fusion_never_concatenates(mode: str) -> None:
-    context, hidden = torch.randn(4, 16, H), torch.randn(4, 16, H)
-    weight = torch.randn(9, FUSIONS[mode] * H)
-    largest = 0
-
-    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            nonlocal largest
-            out = function(*args, **(kwargs or {}))
-            largest = max(
-                [largest, *(t.numel() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor))]
-            )
-            return out
-
-    with Largest():
-        out = XF.value_fusion(context, hidden, weight, None, mode)
-    assert largest == context.numel()
-    torch.testing.assert_close(out, reference.value_fusion(context, hidden, weight, None, mode))
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "told"),
-    [
-        ({"mode": "sum"}, ValueError, "mode must be one of concat_hadam, concat_only, concat_diff_hadam; got 'sum'"),
-        ({"weight": torch.ones(6, 8)}, ValueError, r"weight must have shape \[E, 12\]"),
-        ({"weight": torch.ones(12)}, ValueError, "weight must have shape"),
-        ({"hidden": torch.ones(2, 4)}, ValueError, "hidden must have the shape of context"),
-        ({"bias": torch.ones(5)}, ValueError, "bias must have shape"),
-        ({"bias": torch.ones(6).double()}, TypeError, "bias must have the dtype of context"),
-        ({"context": torch.ones(3, 4).long()}, TypeError, "context must be a floating-point tensor"),
-    ],
-)
-def test_value_fusion_names_bad_arguments(change: dict[str, Any], error: type[Exception], told: str) -> None:
-    good = {"context": torch.ones(3, 4), "hidden": torch.ones(3, 4), "weight": torch.ones(6, 12)}
-    with pytest.raises(error, match=told):
-        XF.value_fusion(**(good | {"bias": torch.ones(6), "mode": "concat_hadam"} | change))
 
 
 # ---- HDIMMessage -----------------------------------------------------------------------------------------------------
@@ -241,14 +76,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("choice", ["auto", "reference"])
-@pytest.mark.parametrize(("scorer", "fusion"), itertools.product(SCORERS, FUSIONS))
+@pytest.mark.parametrize(("scorer", "fusion"), list(itertools.product(SCORERS, FUSIONS)))
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_message_is_its_formula(device: str, choice: str, scorer: str, fusion: str, options: dict[str, Any]) -> None:
     generator = fresh_generator()
     module = message(device, scorer=scorer, fusion=fusion, **options)
     for parameter in module.parameters():  # norms and biases away from 1 and 0
         parameter.data += 0.1 * draw(generator, *parameter.shape).to(device)
-    arguments = layers(generator, device)
+    arguments = draw_layers(generator, H, device)
     allowed = arguments["key_mask"].unsqueeze(1) & arguments["pair_mask"]
     with backend(choice):
         actual = module(**arguments)
@@ -265,7 +100,7 @@ def test_message_is_its_formula(device: str, choice: str, scorer: str, fusion: s
 @pytest.mark.parametrize("scorer", SCORERS)
 def test_every_parameter_gets_a_finite_gradient(device: str, scorer: str) -> None:
     module = message(device, scorer=scorer, value_residual=True, alpha_init=0.1, norm_projections=True)
-    arguments = layers(fresh_generator(), device)
+    arguments = draw_layers(fresh_generator(), H, device)
     arguments["source"][~arguments["key_mask"]] = float("nan")
     out, entropy = module(**arguments, return_entropy=True)
     (out.square().sum() + entropy).backward()
@@ -277,7 +112,7 @@ def test_every_parameter_gets_a_finite_gradient(device: str, scorer: str) -> Non
 @pytest.mark.parametrize("scorer", SCORERS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_message_in_half_precision(device: str, scorer: str, dtype: torch.dtype) -> None:
-    arguments = layers(fresh_generator(), device, torch.float32)
+    arguments = draw_layers(fresh_generator(), H, device, torch.float32)
     module = message(device, torch.float32, scorer=scorer, value_residual=True, alpha_init=0.1, norm_projections=True)
     exact = module(**arguments)
     with torch.autocast(torch.device(device).type, dtype):
@@ -294,7 +129,7 @@ def test_message_in_half_precision(device: str, scorer: str, dtype: torch.dtype)
 
 def test_dropout_acts_in_training_only(device: str) -> None:
     module = message(device, dropout=0.5)
-    arguments = layers(fresh_generator(), device)
+    arguments = draw_layers(fresh_generator(), H, device)
     zeros = (module(**arguments) == 0).double().mean()
     assert 0.2 < zeros < 0.8
     module.eval()
@@ -309,7 +144,7 @@ def test_state_dict_round_trip(device: str, scorer: str) -> None:
     torch.save(first.state_dict(), file)
     file.seek(0)
     second.load_state_dict(torch.load(file, weights_only=True))
-    arguments = layers(fresh_generator(), device)
+    arguments = draw_layers(fresh_generator(), H, device)
     assert torch.equal(first(**arguments), second(**arguments))
 
 
@@ -395,7 +230,7 @@ def test_qkv_message_is_multi_head_attention(device: str, masked: bool, extra: b
     generator = fresh_generator()
     module = QKVMessage(4, 8, extra_value_projection=extra).to(device, torch.float64).eval()
     q, k, v = (draw(generator, 2, n, 32).to(device) for n in (5, 7, 7))
-    mask = layers(generator, device)["key_mask"] if masked else None
+    mask = draw_layers(generator, H, device)["key_mask"] if masked else None
     expected = torch.zeros_like(q)
     for head in range(4):
         columns = slice(8 * head, 8 * head + 8)
@@ -410,7 +245,7 @@ def test_qkv_message_is_multi_head_attention(device: str, masked: bool, extra: b
 def test_qkv_message_ignores_masked_keys_and_zeroes_empty_rows(device: str) -> None:
     generator = fresh_generator()
     module = QKVMessage(4, 8, extra_value_projection=True).to(device, torch.float64).eval()
-    mask = layers(generator, device)["key_mask"]
+    mask = draw_layers(generator, H, device)["key_mask"]
     mask[0, :2] = True
     mask[1] = False
     clean = [draw(generator, 2, n, 32).to(device) for n in (5, 7, 7)]
@@ -488,7 +323,7 @@ def test_messages_through_inductor(device: str) -> None:
 
     generator, net = fresh_generator(), Net().to(device)
     x, y = draw(generator, 2, 5, H).float().to(device), draw(generator, 2, 7, H).float().to(device)
-    mask = layers(generator, device)["key_mask"]
+    mask = draw_layers(generator, H, device)["key_mask"]
     actual, expected = torch.compile(net, fullgraph=True)(x, y, mask), net(x, y, mask)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     actual.square().sum().backward()
@@ -497,3 +332,9 @@ def test_messages_through_inductor(device: str) -> None:
     expected.square().sum().backward()
     for parameter, grad in zip(net.parameters(), compiled, strict=True):
         torch.testing.assert_close(grad, parameter.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_examples_in_the_docstrings() -> None:
+    for name in ("functional.hdim", "functional.routing", "nn.hdim", "nn.routing"):
+        result = doctest.testmod(importlib.import_module(f"xlayer_ext.{name}"))
+        assert result.attempted and not result.failed, name
