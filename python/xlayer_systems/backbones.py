@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,7 @@ def _load(loader: Any, name: str) -> Any:
     if is_small(name) and not folder.is_dir():
         raise UserError(f"the backbone {name!r} needs {folder}; make it with `xlayer pretrain encoder`")
     logging.disable_progress_bar()
+    getLogger("huggingface_hub").setLevel(ERROR)  # the one line below says what went wrong
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # "newly initialized pooler": the classifier drops the pooler
     try:

@@ -159,9 +159,9 @@ def evaluate(run: Annotated[Path, typer.Argument(help="Run directory of a finish
 @app.command()
 def info() -> None:
     """Say what was built, what is in use on this machine and why (the same as `python -m xlayer_ext.info`)."""
-    import runpy
+    from xlayer_ext.info import main as print_info
 
-    runpy.run_module("xlayer_ext.info", run_name="__main__")
+    print_info([])
 
 
 @pretrain_app.command()

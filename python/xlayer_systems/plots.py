@@ -9,13 +9,16 @@ from typing import Any
 Records = Sequence[Mapping[str, Any]]
 
 
-def plot_curves(runs: Mapping[str, Sequence[Records]], path: Path, majority: float | None = None) -> None:
-    """Training loss per step and validation accuracy per epoch.
+def plot_curves(
+    runs: Mapping[str, Sequence[Records]], path: Path, majority: float | None = None, metric: str = "accuracy"
+) -> None:
+    """Training loss per step and a validation metric per epoch.
 
     Args:
         runs: per name the records of its runs (metrics.jsonl), one per seed; seeds share a colour.
         path: the PNG to write.
         majority: accuracy of the majority class, drawn as a line.
+        metric: the metric's key in the records.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -23,7 +26,6 @@ def plot_curves(runs: Mapping[str, Sequence[Records]], path: Path, majority: flo
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     loss_axis, metric_axis = figure.subplots(1, 2)
-    metric = "accuracy" if _has_accuracy(runs) else "loss"
     for index, (name, seeds) in enumerate(runs.items()):
         for number, records in enumerate(seeds):
             style: dict[str, Any] = {"color": f"C{index}", "label": name if number == 0 else None}
@@ -34,15 +36,11 @@ def plot_curves(runs: Mapping[str, Sequence[Records]], path: Path, majority: flo
     if majority is not None:
         metric_axis.axhline(majority, color="gray", linestyle=":", label="majority")
     loss_axis.set(xlabel="step", ylabel="training loss (moving average)")
-    metric_axis.set(xlabel="epoch", ylabel=f"validation {metric}")
+    metric_axis.set(xlabel="epoch", ylabel=f"validation {metric.replace('_', ' ')}")
     for axis in (loss_axis, metric_axis):
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)
-
-
-def _has_accuracy(runs: Mapping[str, Sequence[Records]]) -> bool:
-    return any("accuracy" in record for seeds in runs.values() for records in seeds for record in records)
 
 
 def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:

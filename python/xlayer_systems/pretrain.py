@@ -80,6 +80,8 @@ class PassagePairs:
         self.pad_id: int = tokenizer.pad_token_id
         self.train = self._pairs(corpus.of("train"), tokenizer, max_length, generator)
         self.validation = self._pairs(corpus.of("validation"), tokenizer, max_length, generator)
+        # It is evaluated in this order, and within one file the contrast would be harder than in training.
+        generator.shuffle(self.validation)
 
     def lengths(self) -> list[int]:
         """Tokens of the longer passage of each training pair."""
@@ -238,7 +240,7 @@ def pretrain_encoder(
     if accelerator.is_main_process:
         trained = accelerator.unwrap_model(trainer.model).encoder
         _save_encoder(trained, tokenizer, out / "encoder", {"run": description, "environment": surroundings})
-        plot_curves({"encoder": [run.metrics()]}, out / "plots" / "curves.png")
+        plot_curves({"encoder": [run.metrics()]}, out / "plots" / "curves.png", metric="masked_loss")
         run.write_json("result.json", result)
     return result
 

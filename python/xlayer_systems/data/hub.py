@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,11 @@ def load_named(name: str) -> TextTask:
         raise UserError(f"data set {name!r}: expected a split named validation, found {', '.join(splits)}")
     train, held_out = splits["train"], splits[validation]
     columns = _find_columns(name, train.column_names)
-    _find_columns(name, held_out.column_names)
+    if _find_columns(name, held_out.column_names) != columns:
+        expected = f"the columns of training, {', '.join(train.column_names)}"
+        raise UserError(
+            f"data set {name!r}: expected in {validation} {expected}; found {', '.join(held_out.column_names)}"
+        )
     labels, index_of = _labels(train, columns.label)
     examples = [_examples(name, split, columns, index_of) for split in (train, held_out)]
     digest = hashlib.sha256(repr((labels, examples)).encode()).hexdigest()[:16]
@@ -55,14 +60,19 @@ def load_named(name: str) -> TextTask:
 def _load(name: str) -> Any:
     import datasets
 
+    datasets.disable_progress_bars()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # the one line below says what went wrong
     path = Path(name)
     try:
         if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
             loaded = datasets.load_from_disk(name)
             return loaded if isinstance(loaded, dict) else {"train": loaded}
         if path.is_dir():
-            files = _split_files(path)
-            return datasets.load_dataset(FILE_LOADERS[Path(files["train"]).suffix], data_files=files)
+            # One by one: files that disagree in their columns then reach the check below instead of failing inside.
+            return {
+                split: datasets.load_dataset(FILE_LOADERS[file.suffix], data_files=str(file), split="train")
+                for split, file in _split_files(path).items()
+            }
         collection, _, subset = name.partition("/")
         return datasets.load_dataset(collection, subset) if collection in COLLECTIONS else datasets.load_dataset(name)
     except UserError:
@@ -73,12 +83,12 @@ def _load(name: str) -> Any:
         raise UserError(f"cannot load data set {name!r}; expected {expected} ({reason})") from error
 
 
-def _split_files(folder: Path) -> dict[str, str]:
-    found: dict[str, str] = {}
+def _split_files(folder: Path) -> dict[str, Path]:
+    found: dict[str, Path] = {}
     for split in ("train", *VALIDATION_SPLITS):
         matches = [folder / f"{split}{suffix}" for suffix in FILE_LOADERS if (folder / f"{split}{suffix}").is_file()]
         if matches:
-            found[split] = str(matches[0])
+            found[split] = matches[0]
     if "train" not in found:
         present = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
         expected = "a train and a validation file (.jsonl, .csv or .parquet)"
