@@ -12,7 +12,7 @@ namespace {
 // (one [Sq,D] per chunk) would grow. A function of the sizes only, so that the bits do not depend on the machine.
 int64_t chunk_size(const HdimInputs& in) {
     const int64_t tasks = in.batch * ceil_div(in.keys, kPairTile);
-    if (tasks < 8) return kPairTile / 2;
+    if (tasks < 8 && in.keys > kPairTile) return kPairTile / 2;
     return greater(kPairTile, round_up(ceil_div(in.keys, 16), kPairTile));
 }
 
@@ -123,19 +123,32 @@ struct Plan {
     }
 };
 
-// ∂L/∂logit for one query's pairs, and their probabilities.
+// ∂L/∂logit for one query's pairs, and their probabilities. Where the tile holds the whole row, delta comes from these
+// very probabilities, so that the row's gradients sum to 0.
 template <class T>
-XLAYER_INLINE void softmax_backward(const T* logit, T* grad, int64_t n, T logsumexp, T delta, T grad_entropy, T entropy,
-                                    T* probability) {
+XLAYER_INLINE void softmax_backward(T* logit, T* grad, int64_t n, bool whole_row, T logsumexp, T delta, T grad_entropy,
+                                    T entropy, T* probability) {
+    for (int64_t t = n; t < kPairTile; ++t) {
+        logit[t] = -HUGE_VAL;
+        grad[t] = 0;
+    }
+    if (whole_row) {
+        Vec<T> sum = {}, moment = {};
+        for (int64_t t = 0; t < n; t += lanes<T>) {
+            const Vec<T> p = exponential(load(logit + t) - logsumexp);
+            sum += p;
+            moment += p * load(grad + t);
+        }
+        delta = sum_lanes<T>(moment) / sum_lanes<T>(sum);
+    }
     for (int64_t t = 0; t < n; t += lanes<T>) {
         const Vec<T> log_p = load(logit + t) - logsumexp;
         const Vec<T> p = exponential(log_p);
         Vec<T> g = p * (load(grad + t) - delta);
         if (grad_entropy != 0) g -= p > Vec<T>{} ? p * (log_p + entropy) * grad_entropy : p;
-        store<T>(probability + t, p);
         store<T>(grad + t, p < splat<T>(1) ? g : p * 0);  // alone in its row: exactly 0
+        store<T>(probability + t, p);
     }
-    for (int64_t t = n; t < kPairTile; ++t) grad[t] = 0;
 }
 
 // From ∂L/∂logit to ∂L/∂pre, in place of act(pre); adds up the gradients of w2, u_i and w_j on the way, in four sums
@@ -257,8 +270,10 @@ void backward_chunk(const HdimBackward& args, const Plan<T>& plan, Worker<T>& w,
                 for (int64_t k = 0; k < count; ++k) w.grad_logit[k] = probability[tile.position[k]];
                 tile.gather(s, query, keys, count);
                 tile.template score<Activation, true>(s, plan.weights, w.queries.hidden + r * s.Mp, key_hidden, count);
-                softmax_backward<T>(tile.logit, w.grad_logit, count, logsumexp[i], plan.delta[b * in.queries + i],
-                                    grad_entropy == nullptr ? T(0) : grad_entropy[i], entropy[i], tile.logit);
+                softmax_backward<T>(tile.logit, w.grad_logit, count,
+                                    plan.keys.count[b] <= kPairTile && n == plan.keys.count[b], logsumexp[i],
+                                    plan.delta[b * in.queries + i], grad_entropy == nullptr ? T(0) : grad_entropy[i],
+                                    entropy[i], tile.logit);
                 for (int64_t k = 0; k < count; ++k) probability[tile.position[k]] = tile.logit[k];
                 hidden_backward<Activation, T>(s, tile, w.grad_logit, count, plan.weights.weight2, w.block.weight2,
                                                w.grad_query_hidden + r * s.Mp, w.grad_key_hidden);
