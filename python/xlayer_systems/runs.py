@@ -55,10 +55,13 @@ class RunDirectory:
         if self.path.exists():
             raise UserError(f"run directory {self.path} exists; choose another --run-dir, or continue it with --resume")
         if self.is_writer:
-            self.path.mkdir(parents=True)
-            (self.path / "checkpoints").mkdir()
-            (self.path / "plots").mkdir()
-            self.write_json("config.json", {"run": config, "environment": environment})
+            # Under another name until it is whole: a directory that exists can then always be resumed.
+            unfinished = RunDirectory(self.path.with_name(f".{self.path.name}.tmp"))
+            shutil.rmtree(unfinished.path, ignore_errors=True)
+            (unfinished.path / "checkpoints").mkdir(parents=True)
+            (unfinished.path / "plots").mkdir()
+            unfinished.write_json("config.json", {"run": config, "environment": environment})
+            os.rename(unfinished.path, self.path)
 
     def check_resumable(self, config: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
         """Refuse to continue a run of another config, another Python version or other data."""

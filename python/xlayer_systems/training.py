@@ -2,7 +2,8 @@
 
 A system brings a model whose ``forward(**batch)`` returns an object with ``.loss``, its parameter groups, and its data
 in the shape of `TrainingData`. Started through ``accelerate launch`` the same loop runs under DDP or FSDP2 on many
-devices; a batch is then divided among the processes, so the run takes the same steps as on one.
+devices (with the run directory on a shared disk); a batch is then divided among the processes, so the run takes the
+same steps as on one.
 
 A run that is killed and resumed ends with the same bits on the CPU: a checkpoint holds model, optimizer, schedule,
 random state and position, and what was logged after it is cut off again.
@@ -16,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -66,6 +67,7 @@ class Progress:
     epoch_loss: float = 0.0
     loss_ema: float = 0.0
     is_stopped: bool = False
+    last_evaluation: Record = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
         """For Accelerate's checkpoints."""
@@ -171,7 +173,7 @@ class Trainer:
             self._evaluate_epoch()
         self.accelerator.wait_for_everyone()
         self.run.close()
-        return [record for record in self.run.metrics() if record["event"] == "eval"][-1]
+        return self.progress.last_evaluation
 
     def _train_epoch(self, advance: Any) -> None:
         progress, options = self.progress, self.options
@@ -251,6 +253,7 @@ class Trainer:
             # Gathered over validation, not over training: then it does not depend on where a run was interrupted.
             record["usage"] = usage(reset=True)
         self.run.log(record)
+        progress.last_evaluation = record
         return float(metrics.get("accuracy", 0.0))
 
     def _save_checkpoint(self) -> None:
