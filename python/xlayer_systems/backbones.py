@@ -39,7 +39,7 @@ def load_backbone(name: str) -> Any:
     from transformers import AutoConfig, AutoModel
 
     if name == SMALL_SCRATCH:
-        return start_as_average(AutoModel.from_config(_load(AutoConfig, name)))
+        return start_as_average(AutoModel.from_config(_load(AutoConfig, name)).float())
     return _load(AutoModel, name).float()
 
 

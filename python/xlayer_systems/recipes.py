@@ -68,6 +68,8 @@ class XLRBRecipe:
         if backbones.is_small(backbone) or quick:
             # The published rates are for 355 M pretrained parameters.
             options = dataclasses.replace(options, batch_size=32, encoder_lr=5e-4, head_lr=1e-3, stop_below=None)
+        if backbone == backbones.SMALL_SCRATCH:
+            options = dataclasses.replace(options, encoder_lr=1e-3)
         if quick:
             options = dataclasses.replace(options, epochs=3, max_length=64)
         return options
