@@ -6,6 +6,8 @@ import os
 
 # Before anything imports a Hugging Face library: no test may reach for the network.
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+# Before torch: OpenMP threads that wait by spinning slow the tests with several processes by an order of magnitude.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
