@@ -11,7 +11,7 @@ import torch
 from benchmarks import bench_hdim, bench_routing
 from xlayer_ext import bench, bench_suite
 
-LIMITS = bench.Limits(copy_rate=100.0, gemm_rate={"float32": 1000.0})
+LIMITS = bench.Limits(copy_rate=100.0, gemm_rate=1000.0)
 
 
 def make_row(**changes):
@@ -36,22 +36,19 @@ def make_row(**changes):
 # ---- limits --------------------------------------------------------------------------------------------------------
 
 
-def test_limits_are_measured_for_every_dtype():
-    limits = bench.measure_limits("cpu", ["float32", "float64"], seconds=0.02, buffer_bytes=32 << 20)
-    assert limits.copy_rate > 1e8
-    assert limits.gemm_rate.keys() == {"float32", "float64"}
-    assert min(limits.gemm_rate.values()) > 1e8
+def test_limits_come_from_the_rounds_of_a_comparison():
+    probe = bench.LimitProbe("cpu", torch.float64, seconds=0.02, buffer_bytes=32 << 20)
+    times = bench.compare(probe.works | {"other": lambda: time.sleep(0.001)}, seconds=0.1)
+    limits = probe.limits(times)
+    assert limits.copy_rate == pytest.approx(2 * (32 << 20) / times["limit: copy"].median)
+    assert limits.gemm_rate > 1e8
+    assert probe.best_gemm_rate > 1e8
 
 
 def test_fraction_is_the_slower_of_bytes_and_flops_over_time():
-    assert LIMITS.fraction(50, 100, "float32", seconds=1.0) == pytest.approx(0.5)  # 0.5 s of bytes, 0.1 s of flops
-    assert LIMITS.fraction(50, 800, "float32", seconds=1.0) == pytest.approx(0.8)
-    assert LIMITS.fraction(50, 0, "float32", seconds=2.0) == pytest.approx(0.25)
-
-
-def test_best_limits_keep_the_higher_rate_of_each_kind():
-    other = bench.Limits(copy_rate=90.0, gemm_rate={"float32": 1100.0, "float64": 5.0})
-    assert LIMITS.best(other) == bench.Limits(100.0, {"float32": 1100.0, "float64": 5.0})
+    assert LIMITS.fraction(50, 100, seconds=1.0) == pytest.approx(0.5)  # 0.5 s of bytes, 0.1 s of flops
+    assert LIMITS.fraction(50, 800, seconds=1.0) == pytest.approx(0.8)
+    assert LIMITS.fraction(50, 0, seconds=2.0) == pytest.approx(0.25)
 
 
 # ---- timing --------------------------------------------------------------------------------------------------------

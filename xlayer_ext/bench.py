@@ -42,44 +42,47 @@ class Unavailable(RuntimeError):
 
 @dataclass(frozen=True)
 class Limits:
-    """The best rates seen on one device: `copy_rate` in bytes/s (read + written), `gemm_rate` in flop/s by dtype."""
+    """Rates of one device for one dtype: `copy_rate` in bytes/s (read + written), `gemm_rate` in flop/s."""
 
     copy_rate: float
-    gemm_rate: dict[str, float]
+    gemm_rate: float
 
-    def best(self, other: Limits) -> Limits:
-        """The higher of two measurements: whatever disturbs one only ever lowers it."""
-        dtypes = self.gemm_rate.keys() | other.gemm_rate.keys()
-        rates = {name: max(self.gemm_rate.get(name, 0.0), other.gemm_rate.get(name, 0.0)) for name in sorted(dtypes)}
-        return Limits(max(self.copy_rate, other.copy_rate), rates)
-
-    def fraction(self, bytes_moved: float, flops: float, dtype: str, seconds: float) -> float:
+    def fraction(self, bytes_moved: float, flops: float, seconds: float) -> float:
         """Least time for that many bytes and operations, if the two overlap perfectly, ÷ the time taken."""
-        return max(bytes_moved / self.copy_rate, flops / self.gemm_rate[dtype]) / seconds
+        return max(bytes_moved / self.copy_rate, flops / self.gemm_rate) / seconds
 
 
-def measure_limits(device: str, dtypes: Iterable[str], *, seconds: float = 0.5, buffer_bytes: int = 0) -> Limits:
-    """Measures copy bandwidth and GEMM rate with all of torch's threads, `seconds` for each of them.
+class LimitProbe:
+    """The works that show a device's limits: a copy far larger than its caches, and the GEMM that it does fastest.
 
-    `buffer_bytes` is the size of each copy buffer; the default is twice the largest cache, in 256 MiB … 1 GiB.
+    `works` go into `compare` beside what is measured, and `limits` reads the rates off its result. A processor's clock
+    and a shared host's load drift within seconds, so only rates from the same rounds are those of the same machine.
+
+    Args:
+        device: where to measure, with all of torch's threads.
+        dtype: of the GEMM.
+        seconds: spent here on finding the fastest GEMM shape; which one that is differs between machines and dtypes.
+        buffer_bytes: size of each copy buffer; the default is twice the largest cache, in 256 MiB … 1 GiB.
     """
-    size = buffer_bytes or min(max(2 * cache_bytes(device), 1 << 28), 1 << 30)
-    source = torch.ones(size // 4, device=device)
-    target = torch.zeros_like(source)
-    copy_rate = 2 * source.nbytes / _fastest(partial(target.copy_, source), device, seconds)
-    del source, target
-    return Limits(copy_rate, {name: _gemm_rate(device, getattr(torch, name), seconds) for name in dtypes})
 
+    def __init__(self, device: str, dtype: torch.dtype, *, seconds: float = 0.5, buffer_bytes: int = 0) -> None:
+        size = buffer_bytes or min(max(2 * cache_bytes(device), 1 << 28), 1 << 30)
+        source = torch.ones(size // 4, device=device)
+        sizes = (1024, 2048) if torch.device(device).type == "cpu" else (4096, 8192)
+        shapes = [(n, n, n) for n in sizes] + [(4 * sizes[0], sizes[0], sizes[0] // 2)]
+        gemms: dict[float, tuple[Work, int]] = {}
+        for m, n, k in shapes:
+            work = partial(torch.mm, *(torch.randn(shape, device=device).to(dtype) for shape in ((m, k), (k, n))))
+            gemms[2 * m * n * k / _fastest(work, device, seconds / len(shapes))] = (work, 2 * m * n * k)
+        self.best_gemm_rate = max(gemms)  # the fastest single call: what the machine can do at its best moment
+        gemm, self._flops = gemms[self.best_gemm_rate]
+        self._bytes = 2 * source.nbytes
+        self.works: dict[str, Work] = {"limit: copy": partial(torch.zeros_like(source).copy_, source)}
+        self.works["limit: gemm"] = gemm
 
-def _gemm_rate(device: str, dtype: torch.dtype, seconds: float) -> float:
-    """Best over several shapes: which of them a library likes most differs between machines and dtypes."""
-    sizes = (1024, 2048) if torch.device(device).type == "cpu" else (4096, 8192)
-    shapes = [(n, n, n) for n in sizes] + [(4 * sizes[0], sizes[0], sizes[0] // 2)]
-    best = 0.0
-    for m, n, k in shapes:
-        a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((m, k), (k, n)))
-        best = max(best, 2 * m * n * k / _fastest(partial(torch.mm, a, b), device, seconds / len(shapes)))
-    return best
+    def limits(self, times: Mapping[str, Timing]) -> Limits:
+        """The median rates of `works` in the result of `compare`."""
+        return Limits(self._bytes / times["limit: copy"].median, self._flops / times["limit: gemm"].median)
 
 
 def _fastest(work: Work, device: str, seconds: float) -> float:

@@ -9,21 +9,19 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 
 from xlayer_ext.bench import (
     Builder,
-    Limits,
+    LimitProbe,
     Row,
     Timing,
     Unavailable,
     Work,
     compare,
     device_name,
-    measure_limits,
     peak_memory,
     provenance,
     write_rows,
@@ -87,20 +85,30 @@ def run(
     """Times every case with every implementation that is available; what is skipped is said on stderr.
 
     `check(case)` comes first where the native kernel is available, and raises when its results are wrong. `seconds` is
-    spent on each case; `limit_seconds` and `buffer_bytes` are those of `bench.measure_limits`. The limits are measured
-    before and after, and the higher of the two holds, so that a busy moment of the machine cannot flatter.
+    spent on each case, the machine's limits included, which are measured in the same rounds; `limit_seconds` and
+    `buffer_bytes` are those of `bench.LimitProbe`.
     """
-    dtypes = sorted({case.dtype for case in cases})
-    limits_now = partial(measure_limits, device, dtypes, seconds=limit_seconds, buffer_bytes=buffer_bytes)
-    limits = limits_now()
-    measured = [(case, *_measure(case, impls, device, seconds, memory, check)) for case in cases]
-    limits = limits.best(limits_now())
-    origin = provenance() | {"copy_rate": limits.copy_rate}
-    return [row for found in measured for row in _rows(*found, limits, device_name(device), origin)]
+    dtypes = dict.fromkeys(case.dtype for case in cases)
+    probes = {
+        name: LimitProbe(device, getattr(torch, name), seconds=limit_seconds, buffer_bytes=buffer_bytes)
+        for name in dtypes
+    }
+    origin = provenance()
+    rows: list[Row] = []
+    for case in cases:
+        times, peaks = _measure(case, impls, probes[case.dtype], device, seconds, memory, check)
+        rows += _rows(case, times, peaks, probes[case.dtype], device_name(device), origin)
+    return rows
 
 
 def _measure(
-    case: Case, impls: Sequence[str], device: str, seconds: float, memory: bool, check: Check | None
+    case: Case,
+    impls: Sequence[str],
+    probe: LimitProbe,
+    device: str,
+    seconds: float,
+    memory: bool,
+    check: Check | None,
 ) -> tuple[dict[str, Timing], dict[str, int | None]]:
     works: dict[str, Work] = {}
     peaks: dict[str, int | None] = {}
@@ -113,22 +121,28 @@ def _measure(
             peaks[impl] = peak_memory(case.build, arguments, device=device) if memory else None
         except Unavailable as reason:
             print(f"note: {case.name} {case.pass_} {case.dtype} {impl}: {reason}", file=sys.stderr)
-    return (compare(works, device=device, seconds=seconds) if works else {}), peaks
+    return (compare(works | probe.works, device=device, seconds=seconds) if works else {}), peaks
 
 
 def _rows(
     case: Case,
     times: Mapping[str, Timing],
     peaks: Mapping[str, int | None],
-    limits: Limits,
+    probe: LimitProbe,
     device: str,
     origin: Mapping[str, Any],
 ) -> Iterator[Row]:
+    if not times:
+        return
+    limits = probe.limits(times)
+    rates = {"copy_rate": limits.copy_rate, "gemm_rate": limits.gemm_rate, "best_gemm_rate": probe.best_gemm_rate}
     for impl, timing in times.items():
-        extra = {"spread": timing.spread, "gemm_rate": limits.gemm_rate[case.dtype], **origin}
+        if impl in probe.works:
+            continue
+        extra = {"spread": timing.spread, **rates, **origin}
         if "eager" in times:
             extra["speedup_over_eager"] = times["eager"].median / timing.median
-        fraction = limits.fraction(case.bytes, case.flops, case.dtype, timing.median)
+        fraction = limits.fraction(case.bytes, case.flops, timing.median)
         what = (case.family, case.op, case.name, case.pass_, case.dtype, device, impl)
         ms = (timing.median * 1e3, timing.minimum * 1e3)
         yield Row(*what, *ms, case.bytes, case.flops, peaks.get(impl), fraction, extra)
@@ -185,8 +199,10 @@ def format_table(rows: Sequence[Row]) -> str:
         )
     if rows:
         extra = rows[-1].extra
-        rates = {row.dtype: row.extra["gemm_rate"] for row in rows}
-        gemm = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in rates.items())
+        rates: dict[str, list[float]] = {}
+        for row in rows:
+            rates.setdefault(row.dtype, []).append(row.extra["gemm_rate"] / 1e9)
+        gemm = ", ".join(f"{name} {min(found):.0f} to {max(found):.0f} GFLOP/s" for name, found in rates.items())
         limits = f"copy {extra['copy_rate'] / 1e9:.1f} GB/s, GEMM {gemm}"
         lines.insert(0, f"{rows[-1].device}, {extra['threads']} threads; {limits}")
     return "\n".join(lines)
