@@ -71,6 +71,7 @@ def test_a_sweep_prints_its_table_and_goes_on_from_finished_runs(tmp_path, optio
     assert (out / "curves.png").exists() and (out / "usage-H9-router_weight_full_softmax.png").exists()
     config = json.loads((out / "H9-router_weight_full_softmax-seed1" / "config.json").read_text())
     assert config["run"]["config"]["router_weight"] == "full_softmax" and config["run"]["seed"] == 1
+    assert results["environment"] == config["environment"]
     before = contents(out / "plain-seed0")
     assert run_xlayer(monkeypatch, *sweep, "--presets", f"{presets},A3", "--resume") == 0
     assert contents(out / "plain-seed0") == before

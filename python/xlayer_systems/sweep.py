@@ -130,6 +130,7 @@ def _write(summary: Record, specs: dict[str, list[RunSpec]], paths: dict[str, li
         evaluations: list[Any] = [record for record in records[name][0] if record["event"] == "eval"]
         if variants[0].recipe.plot(evaluations, out / picture):
             pictures.append(f"Gates, messages and routing of {name}, seed {variants[0].seed}:\n\n![usage]({picture})")
-    (out / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
+    environment = RunDirectory(next(iter(paths.values()))[0]).read_config()["environment"]
+    (out / "results.json").write_text(json.dumps({**summary, "environment": environment}, indent=2) + "\n")
     table = f"```\n{format_sweep(summary)}\n```"
     (out / "report.md").write_text("\n\n".join(["# Sweep", table, *pictures]) + "\n")
