@@ -86,6 +86,7 @@ def test_variants_are_presets_with_overrides():
 
 BAD_TRAIN = [
     (["--preset", "H99"], "unknown preset 'H99'; expected plain, H1 to H30 or A1 to A20"),
+    (["--preset", "H21", "--dataset", "stdlib-topics"], "preset H21 reads sentence pairs, and stdlib-topics has"),
     (["--dataset", "no-such-data"], "cannot load data set 'no-such-data'; expected stdlib-topics, stdlib-pairs"),
     (["--dataset", "stdlib-lm"], "expected a classification data set"),
     (["--backbone", "no-such-model"], "cannot load backbone 'no-such-model'; expected small, small-scratch"),

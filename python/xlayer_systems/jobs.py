@@ -104,6 +104,11 @@ def train_run(spec: RunSpec, path: Path, resume: bool = False) -> Record:
     resume = resume and path.exists()
     accelerator.wait_for_everyone()
     data = prepare_data(spec.dataset, spec.backbone, spec.options.max_length)
+    if getattr(spec.config, "needs_pairs", False) and not data.task.has_pairs:
+        raise UserError(
+            f"preset {spec.preset} reads sentence pairs, and {spec.dataset} has single texts; "
+            "expected a data set such as stdlib-pairs or glue/rte"
+        )
     description, surroundings = spec.to_dict(), environment(data.task.fingerprint)
     if resume:
         run.check_resumable(description, surroundings)

@@ -28,6 +28,11 @@ class TextTask:
     labels: tuple[str, ...]
     fingerprint: str
 
+    @property
+    def has_pairs(self) -> bool:
+        """Whether the examples are pairs of texts."""
+        return self.train[0].second is not None
+
     def majority(self) -> tuple[int, int]:
         """Correct answers and examples in validation for always answering training's most frequent label."""
         label = Counter(example.label for example in self.train).most_common(1)[0][0]
@@ -38,7 +43,7 @@ class TextTask:
 
         The score of a pair is the share of the shorter text's words that the other one has too.
         """
-        if self.train[0].second is None or len(self.labels) != 2:
+        if not self.has_pairs or len(self.labels) != 2:
             return None
         ranked = sorted((_overlap(example), example.label) for example in self.train)
         # Scanning thresholds upwards: everything below the threshold is answered ``below``, the rest 1 - ``below``.
