@@ -16,11 +16,19 @@ import torch
 
 import xlayer_ext
 from xlayer_ext import _library
+from xlayer_ext._backend import native_available
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(xlayer_ext.__file__).parent
 
 needs_library = pytest.mark.skipif(not _library.LOADED, reason=f"no native library: {_library.REASON}")
+
+
+def test_the_suite_has_its_native_library() -> None:
+    """Tests of kernels skip where there is no kernel; this one fails instead, so that they cannot all skip unseen."""
+    assert _library.LOADED, _library.REASON
+    for op in ("hdim_attention", "hdim_attention_backward", "masked_mean", "masked_mean_backward"):
+        assert native_available(op), op
 
 
 def run_python(code: str, path: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
