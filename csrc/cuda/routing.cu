@@ -2,7 +2,7 @@
 //
 // Bound by memory: forward reads B·S·H (allowed tokens only) and writes B·H elements, backward the reverse.
 // Ceiling per block of either kernel: 256 threads, 64 registers (4 blocks, half occupancy, on sm_80 and sm_90),
-// 8 KiB + 32 B of shared memory, no spills.
+// 8 KiB + 64 B of shared memory, no spills.
 #include "device.cuh"
 #include "xlayer/routing.h"
 
@@ -33,11 +33,18 @@ __device__ bool allowed(const TokenMask& mask, int64_t b, int64_t s, int64_t tok
     return s < tokens && (mask.data == nullptr || mask.data[b * mask.batch_stride + s * mask.token_stride]);
 }
 
+// What the forward keeps in shared memory; the backward has the counts alone.
+template <class A, int N>
+struct Shared {
+    int64_t counts[kWarps];
+    A partial[kWarps][kWarp * N];
+};
+
 // Sum of `value` over the block's warps, equal in all threads; `value` is the same in all lanes of a warp.
 __device__ int64_t sum_over_warps(int64_t value, int64_t* shared) {
-    __syncthreads();  // the last use of `shared` is over
+    sync_block();  // the last use of `shared` is over
     if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = value;
-    __syncthreads();
+    sync_block();
     int64_t sum = 0;
 #pragma unroll
     for (int warp = 0; warp < kWarps; ++warp) sum += shared[warp];
@@ -47,8 +54,7 @@ __device__ int64_t sum_over_warps(int64_t value, int64_t* shared) {
 template <class T, int N>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) masked_mean_kernel(MaskedMeanForward args) {
     using A = Accumulator<T>;
-    __shared__ A partial[kWarps][kWarp * N];
-    __shared__ int64_t counts[kWarps];
+    Shared<A, N>& shared = *shared_memory<Shared<A, N>>();
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     const int64_t tiles = args.batch * tiles_of<N>(args.width);
 
@@ -64,7 +70,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) masked_mea
         int64_t count = 0;
         for (int64_t first = warp; first < args.tokens; first += kWarps * kWarp) {
             const unsigned bits = ballot(allowed(args.mask, tile.b, first + lane * kWarps, args.tokens));
-            count += __popc(bits);
+            count += count_ones(bits);
             A step[N] = {};
 #pragma unroll 4
             for (int turn = 0; turn < kWarp; ++turn) {
@@ -78,16 +84,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) masked_mea
         }
 
 #pragma unroll
-        for (int n = 0; n < N; ++n) partial[warp][lane * N + n] = sum[n];
-        const int64_t total = sum_over_warps(count, counts);  // its barrier also completes `partial`
+        for (int n = 0; n < N; ++n) shared.partial[warp][lane * N + n] = sum[n];
+        const int64_t total = sum_over_warps(count, shared.counts);  // its barrier also completes `partial`
         for (int c = threadIdx.x; c < kWarp * N && tile.column + c < args.width; c += kThreads) {
             A mean = 0;
 #pragma unroll
-            for (int w = 0; w < kWarps; ++w) mean += partial[w][c];
+            for (int w = 0; w < kWarps; ++w) mean += shared.partial[w][c];
             static_cast<T*>(args.out)[tile.b * args.width + tile.column + c] =
                 narrow<T>(total ? mean / static_cast<A>(total) : A(0));
         }
-        __syncthreads();  // `partial` is free again
+        sync_block();  // `partial` is free again
     }
 }
 
@@ -95,7 +101,7 @@ template <class T, int N>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     masked_mean_backward_kernel(MaskedMeanBackward args) {
     using A = Accumulator<T>;
-    __shared__ int64_t counts[kWarps];
+    int64_t* counts = shared_memory<int64_t>();
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     const int64_t tiles = args.batch * tiles_of<N>(args.width);
 
@@ -104,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
         const int64_t column = tile.column + lane * N;
         int64_t count = 0;
         for (int64_t first = warp * kWarp; first < args.tokens; first += kThreads) {
-            count += __popc(ballot(allowed(args.mask, tile.b, first + lane, args.tokens)));
+            count += count_ones(ballot(allowed(args.mask, tile.b, first + lane, args.tokens)));
         }
         const A total = static_cast<A>(sum_over_warps(count, counts));
         if (column >= args.width) continue;  // all barriers of this tile are behind
@@ -126,53 +132,34 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 
 template <class T, int N>
 void forward(const MaskedMeanForward& args, void* stream) {
-    launch("masked_mean", masked_mean_kernel<T, N>, args.batch * tiles_of<N>(args.width), kThreads, stream, args);
+    const size_t shared = sizeof(Shared<Accumulator<T>, N>);
+    launch("masked_mean", masked_mean_kernel<T, N>, {args.batch * tiles_of<N>(args.width), kThreads, stream, shared},
+           args);
 }
 
 template <class T, int N>
 void backward(const MaskedMeanBackward& args, void* stream) {
-    launch("masked_mean_backward", masked_mean_backward_kernel<T, N>, args.batch * tiles_of<N>(args.width), kThreads,
-           stream, args);
-}
-
-template <class T>
-void forward(const MaskedMeanForward& args, void* stream) {
-    const int length = vector_length<T>(args.x, args.x_batch_stride, args.x_token_stride, args.width);
-    return length > 1 ? forward<T, 16 / sizeof(T)>(args, stream) : forward<T, 1>(args, stream);
-}
-
-template <class T>
-void backward(const MaskedMeanBackward& args, void* stream) {
-    const int length = vector_length<T>(args.grad, args.grad_batch_stride, args.width);
-    return length > 1 ? backward<T, 16 / sizeof(T)>(args, stream) : backward<T, 1>(args, stream);
+    const size_t shared = sizeof(int64_t) * kWarps;
+    launch("masked_mean_backward", masked_mean_backward_kernel<T, N>,
+           {args.batch * tiles_of<N>(args.width), kThreads, stream, shared}, args);
 }
 
 }  // namespace
 
 void masked_mean_forward(const MaskedMeanForward& args, void* stream) {
-    switch (args.dtype) {
-        case DType::float64:
-            return forward<double>(args, stream);
-        case DType::float32:
-            return forward<float>(args, stream);
-        case DType::bfloat16:
-            return forward<__nv_bfloat16>(args, stream);
-        case DType::float16:
-            return forward<__half>(args, stream);
-    }
+    with_element(args.dtype, [&](auto element) {
+        using T = decltype(element);
+        const int length = vector_length<T>(args.x, args.x_batch_stride, args.x_token_stride, args.width);
+        return length > 1 ? forward<T, 16 / sizeof(T)>(args, stream) : forward<T, 1>(args, stream);
+    });
 }
 
 void masked_mean_backward(const MaskedMeanBackward& args, void* stream) {
-    switch (args.dtype) {
-        case DType::float64:
-            return backward<double>(args, stream);
-        case DType::float32:
-            return backward<float>(args, stream);
-        case DType::bfloat16:
-            return backward<__nv_bfloat16>(args, stream);
-        case DType::float16:
-            return backward<__half>(args, stream);
-    }
+    with_element(args.dtype, [&](auto element) {
+        using T = decltype(element);
+        const int length = vector_length<T>(args.grad, args.grad_batch_stride, args.width);
+        return length > 1 ? backward<T, 16 / sizeof(T)>(args, stream) : backward<T, 1>(args, stream);
+    });
 }
 
 }  // namespace xlayer::cuda
