@@ -1,5 +1,6 @@
 // What every operator file needs to get from tensors to a kernel's contract: checks that name the argument, dtype
-// mapping, torch's thread pool, and the device and stream of a CUDA call. Stable ABI only: no ATen, no c10.
+// mapping, a kernel's inputs and outputs, torch's thread pool, and the device and stream of a CUDA call. Stable ABI
+// only: no ATen, no c10.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -14,6 +15,22 @@
 #include <string>
 
 #include "xlayer/types.h"
+
+// Where operators are registered. The emulator (tests/emulator) runs the CUDA kernels on tensors of the CPU, in a
+// namespace of its own, so that both libraries can be loaded into one process.
+#ifdef XLAYER_EMULATED
+#include <cstring>
+
+#include "checker.h"
+#define XLAYER_OPS xlayer_emulated
+#define XLAYER_CUDA_KEY CPU
+#else
+#define XLAYER_OPS xlayer
+#define XLAYER_CUDA_KEY CUDA
+#endif
+#if defined(XLAYER_CUDA) || defined(XLAYER_EMULATED)
+#define XLAYER_HAS_CUDA_KERNELS
+#endif
 
 // Only CUDA builds of torch have this function, and only their headers declare it. Weak, so that one library loads in
 // CPU builds too, where the address is null.
@@ -79,6 +96,34 @@ inline Tensor unit_stride_last(const Tensor& tensor) {
     return tensor.stride(last) == 1 || tensor.size(last) <= 1 ? tensor : torch::stable::contiguous(tensor);
 }
 
+// A new contiguous tensor for a kernel to write to; its contents are arbitrary, for the emulator NaN. `name` is what
+// the emulator calls it when a kernel leaves its bounds.
+inline Tensor allocate(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype,
+                       [[maybe_unused]] const char* name) {
+    Tensor tensor = torch::stable::new_empty(like, shape, dtype);
+#ifdef XLAYER_EMULATED
+    const size_t bytes = static_cast<size_t>(tensor.numel()) * tensor.element_size();
+    if (bytes > 0) std::memset(tensor.mutable_data_ptr(), 0xFF, bytes);
+    emulator::allow_memory(tensor.const_data_ptr(), bytes, true, name);
+#endif
+    return tensor;
+}
+
+inline Tensor allocate(const Tensor& like, std::initializer_list<int64_t> shape, const char* name) {
+    return allocate(like, shape, like.scalar_type(), name);
+}
+
+// The data of a tensor that a kernel reads. The emulator lets it read what the strides reach, and write nothing there.
+inline const void* kernel_input(const Tensor& tensor, [[maybe_unused]] const char* name) {
+#ifdef XLAYER_EMULATED
+    int64_t elements = 1;
+    for (int64_t d = 0; d < tensor.dim(); ++d) elements += (tensor.size(d) - 1) * tensor.stride(d);
+    if (tensor.numel() == 0) elements = 0;
+    emulator::allow_memory(tensor.const_data_ptr(), static_cast<size_t>(elements) * tensor.element_size(), false, name);
+#endif
+    return tensor.const_data_ptr();
+}
+
 // One call of torch_parallel_for. An exception must not leave a worker thread: the first one is kept here, and thrown
 // again in the thread that made the call.
 class PoolTask {
@@ -111,6 +156,16 @@ class PoolTask {
 // torch's own intra-op threads.
 inline ThreadPool torch_pool() { return {&PoolTask::run, static_cast<int64_t>(torch::stable::get_num_threads())}; }
 
+#ifdef XLAYER_EMULATED
+// For the length of an operator: the emulator's kernels may touch the tensors that were named in it, and nothing else.
+class CudaScope {
+  public:
+    explicit CudaScope(const Tensor&) { emulator::forget_memory(); }
+    CudaScope(const CudaScope&) = delete;
+    ~CudaScope() { emulator::forget_memory(); }
+    void* stream() const { return nullptr; }
+};
+#else
 // For the length of a CUDA operator: makes the tensor's device current and holds torch's current stream there.
 class CudaScope {
   public:
@@ -126,5 +181,6 @@ class CudaScope {
     torch::stable::accelerator::DeviceGuard guard_;
     void* stream_ = nullptr;
 };
+#endif
 
 }  // namespace xlayer

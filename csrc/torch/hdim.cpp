@@ -151,7 +151,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> hdim_attention_backwa
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(xlayer, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(XLAYER_OPS, m) {
     m.def(
         "hdim_attention(Tensor query, Tensor key, Tensor value, Tensor weight1, Tensor bias1, Tensor weight2, "
         "Tensor? key_mask, Tensor? pair_mask, float temperature, bool gelu) "
@@ -164,9 +164,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(xlayer, m) {
         "Tensor grad_weight2)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(xlayer, CPU, m) {
+#ifndef XLAYER_EMULATED
+STABLE_TORCH_LIBRARY_IMPL(XLAYER_OPS, CPU, m) {
     m.impl("hdim_attention", TORCH_BOX(&hdim_attention_cpu));
     m.impl("hdim_attention_backward", TORCH_BOX(&hdim_attention_backward_cpu));
 }
+#endif
 
 }  // namespace xlayer

@@ -11,7 +11,7 @@ TokenMask token_mask(const std::optional<Tensor>& mask, const Tensor& like, cons
     check_dtype(*mask, "mask", ScalarType::Bool);
     check_shape(*mask, "mask", {like.size(0), tokens});
     check_same_device(*mask, "mask", like, like_name);
-    return {static_cast<const bool*>(mask->const_data_ptr()), mask->stride(0), mask->stride(1)};
+    return {static_cast<const bool*>(kernel_input(*mask, "mask")), mask->stride(0), mask->stride(1)};
 }
 
 template <class Kernel>
@@ -22,9 +22,9 @@ Tensor masked_mean(const Tensor& x, const std::optional<Tensor>& mask, const Ker
     args.batch = x.size(0), args.tokens = x.size(1), args.width = x.size(2);
     args.mask = token_mask(mask, x, "x", args.tokens);
     const Tensor rows = unit_stride_last(x);
-    args.x = rows.const_data_ptr();
+    args.x = kernel_input(rows, "x");
     args.x_batch_stride = rows.stride(0), args.x_token_stride = rows.stride(1);
-    Tensor out = torch::stable::new_empty(x, {args.batch, args.width});
+    Tensor out = allocate(x, {args.batch, args.width}, "out");
     args.out = out.mutable_data_ptr();
     kernel(args);
     return out;
@@ -40,14 +40,15 @@ Tensor masked_mean_backward(const Tensor& grad, const std::optional<Tensor>& mas
     args.batch = grad.size(0), args.tokens = tokens, args.width = grad.size(1);
     args.mask = token_mask(mask, grad, "grad", tokens);
     const Tensor rows = unit_stride_last(grad);
-    args.grad = rows.const_data_ptr();
+    args.grad = kernel_input(rows, "grad");
     args.grad_batch_stride = rows.stride(0);
-    Tensor grad_x = torch::stable::new_empty(grad, {args.batch, args.tokens, args.width});
+    Tensor grad_x = allocate(grad, {args.batch, args.tokens, args.width}, "grad_x");
     args.grad_x = grad_x.mutable_data_ptr();
     kernel(args);
     return grad_x;
 }
 
+#ifndef XLAYER_EMULATED
 Tensor masked_mean_cpu(const Tensor& x, const std::optional<Tensor>& mask) {
     return masked_mean(x, mask, [](MaskedMeanForward& args) {
         args.pool = torch_pool();
@@ -61,8 +62,9 @@ Tensor masked_mean_backward_cpu(const Tensor& grad, const std::optional<Tensor>&
         cpu::masked_mean_backward(args);
     });
 }
+#endif
 
-#ifdef XLAYER_CUDA
+#ifdef XLAYER_HAS_CUDA_KERNELS
 Tensor masked_mean_cuda(const Tensor& x, const std::optional<Tensor>& mask) {
     const CudaScope scope(x);
     return masked_mean(x, mask,
@@ -78,18 +80,20 @@ Tensor masked_mean_backward_cuda(const Tensor& grad, const std::optional<Tensor>
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(xlayer, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(XLAYER_OPS, m) {
     m.def("masked_mean(Tensor x, Tensor? mask) -> Tensor");
     m.def("masked_mean_backward(Tensor grad, Tensor? mask, SymInt tokens) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(xlayer, CPU, m) {
+#ifndef XLAYER_EMULATED
+STABLE_TORCH_LIBRARY_IMPL(XLAYER_OPS, CPU, m) {
     m.impl("masked_mean", TORCH_BOX(&masked_mean_cpu));
     m.impl("masked_mean_backward", TORCH_BOX(&masked_mean_backward_cpu));
 }
+#endif
 
-#ifdef XLAYER_CUDA
-STABLE_TORCH_LIBRARY_IMPL(xlayer, CUDA, m) {
+#ifdef XLAYER_HAS_CUDA_KERNELS
+STABLE_TORCH_LIBRARY_IMPL(XLAYER_OPS, XLAYER_CUDA_KEY, m) {
     m.impl("masked_mean", TORCH_BOX(&masked_mean_cuda));
     m.impl("masked_mean_backward", TORCH_BOX(&masked_mean_backward_cuda));
 }
