@@ -13,9 +13,6 @@
 
 namespace xlayer::emulator {
 
-// Around the block's shared memory nothing else may lie this close: such an address can only mean shared memory.
-constexpr size_t kSharedGuard = 64 * 1024;
-
 // --- By the scheduler ----------------------------------------------------------------------------------------------
 
 void launch_begins(const char* kernel, int threads);            // what earlier launches did races with nothing

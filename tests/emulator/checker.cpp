@@ -1,0 +1,575 @@
+// What is remembered of every byte: its last writer and its last readers, each in one 64-bit record with the phase in
+// which it happened. A phase is a stretch between two barriers of the block, numbered through the life of the process;
+// within it, a warp's own barriers divide the phase into the warp's turns. So two accesses of one block are ordered if
+// their phases differ, or if the warp is the same and the turns differ; and because numbers only grow, a block's or a
+// launch's beginning makes all older records meaningless without touching them.
+#include "checker.h"
+
+#include <link.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "emulator.h"
+
+#ifndef XLAYER_EMULATOR_HOOKS
+#define XLAYER_EMULATOR_HOOKS 1
+#endif
+
+namespace xlayer::emulator {
+namespace {
+
+// --- Records ---------------------------------------------------------------------------------------------------------
+
+// From the top: phase 36 bits, turn 15, thread 10, flags 3.
+using Record = uint64_t;
+constexpr int kThreadShift = 3, kTurnShift = 13, kPhaseShift = 28;
+constexpr uint64_t kMostTurns = uint64_t{1} << (kPhaseShift - kTurnShift);
+constexpr Record kFlags = 7;
+constexpr Record kInFlight = 1;                                      // of a writer: its copy has not landed
+constexpr Record kManyLanes = 1, kManyWarps = 2, kEarlierBlock = 4;  // of a reader: besides the thread it names
+
+uint64_t phase_of(Record record) { return record >> kPhaseShift; }
+uint64_t turn_of(Record record) { return record >> kTurnShift & (kMostTurns - 1); }
+int thread_of(Record record) { return static_cast<int>(record >> kThreadShift & 1023); }
+int warp_of(Record record) { return thread_of(record) / kLanes; }
+
+// For the bytes of one page, of shared memory or of global memory.
+constexpr size_t kPage = 4096;
+struct Page {
+    Record writer[kPage], reader[kPage];
+};
+
+// --- State -----------------------------------------------------------------------------------------------------------
+
+struct Region {
+    uintptr_t begin;
+    size_t bytes;
+    bool writable;
+    bool constant;  // no kernel may write any of it, so reading it races with nothing
+    std::string name;
+
+    bool holds(uintptr_t at, size_t size) const { return at - begin < bytes && size <= bytes - (at - begin); }
+};
+
+struct State {
+    uint64_t phase = 1;  // 0: of bytes never touched
+    uint64_t block_phase = 1, launch_phase = 1;
+    std::array<uint64_t, kMaxThreads / kLanes> turns{};
+
+    uintptr_t shared = 0;
+    size_t shared_bytes = 0;
+
+    // The blocks of this launch so far, with their first phases.
+    std::vector<std::pair<uint64_t, uint64_t>> blocks;
+
+    std::vector<Region> regions;
+};
+State state;
+
+// This library as loaded: its constants, and variables such as threadIdx, are nobody's memory.
+struct Image {
+    uintptr_t begin = 0;
+    size_t bytes = 0;
+
+    Image() {
+        dl_iterate_phdr(
+            [](dl_phdr_info* module, size_t, void* out) {
+                uintptr_t low = UINTPTR_MAX, high = 0;
+                for (int i = 0; i < module->dlpi_phnum; ++i) {
+                    const auto& segment = module->dlpi_phdr[i];
+                    if (segment.p_type != PT_LOAD) continue;
+                    low = std::min<uintptr_t>(low, module->dlpi_addr + segment.p_vaddr);
+                    high = std::max<uintptr_t>(high, module->dlpi_addr + segment.p_vaddr + segment.p_memsz);
+                }
+                const auto here = reinterpret_cast<uintptr_t>(&state);
+                if (here < low || here >= high) return 0;
+                *static_cast<Image*>(out) = Image(low, high - low);
+                return 1;
+            },
+            this);
+    }
+    Image(uintptr_t begin, size_t bytes) : begin(begin), bytes(bytes) {}
+};
+const Image image;
+
+// --- Where records are -----------------------------------------------------------------------------------------------
+
+// Pages come zeroed from the system, many at a time, and are used again by later launches.
+class Pages {
+  public:
+    Page* find(uintptr_t number) {
+        Entry& entry = recent_[number % recent_.size()];
+        if (entry.number != number || entry.page == nullptr) entry = {number, find_or_add(number)};
+        return entry.page;
+    }
+
+    // Gives memory back if there is much of it; only while no record matters.
+    void trim() {
+        if (slabs_.size() <= kMostSlabs) return;
+        for (Page* slab : slabs_) munmap(slab, kSlab * sizeof(Page));
+        slabs_.clear();
+        pages_.clear();
+        recent_.fill({});
+        used_ = kSlab;
+    }
+
+  private:
+    static constexpr size_t kSlab = 64, kMostSlabs = 64;  // 4 MiB each
+    struct Entry {
+        uintptr_t number;
+        Page* page;
+    };
+
+    Page* find_or_add(uintptr_t number) {
+        Page*& page = pages_[number];
+        if (page != nullptr) return page;
+        if (used_ == kSlab) {
+            void* slab = mmap(nullptr, kSlab * sizeof(Page), PROT_READ | PROT_WRITE,
+                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+            if (slab == MAP_FAILED) fault("the checker finds no memory for its records", nullptr);
+            slabs_.push_back(static_cast<Page*>(slab));
+            used_ = 0;
+        }
+        return page = slabs_.back() + used_++;
+    }
+
+    std::unordered_map<uintptr_t, Page*> pages_;
+    std::vector<Page*> slabs_;
+    size_t used_ = kSlab;
+    std::array<Entry, 512> recent_{};
+};
+Pages pages;
+
+// The region of the last access from the same instruction: most touch one tensor only.
+class RecentRegions {
+  public:
+    const Region*& of(const void* pc) { return at_[reinterpret_cast<uintptr_t>(pc) / 2 % at_.size()]; }
+    void forget() { at_.fill(nullptr); }
+
+  private:
+    std::array<const Region*, 256> at_{};
+};
+RecentRegions recent_regions;
+
+// --- Messages --------------------------------------------------------------------------------------------------------
+
+enum class Kind { read, warp_read, write, copy };
+const char* const kKindNames[] = {"read", "read by all lanes", "write", "asynchronous copy"};
+
+struct Access {
+    uintptr_t at;
+    size_t bytes;
+    Kind kind;
+    const void* pc;
+
+    bool writes() const { return kind == Kind::write || kind == Kind::copy; }
+};
+
+std::string count(uint64_t n, const char* what) { return std::to_string(n) + " " + what + (n == 1 ? "" : "s"); }
+
+bool near_shared(uintptr_t at) { return at - (state.shared - kSharedGuard) < state.shared_bytes + 2 * kSharedGuard; }
+
+// "write of 4 bytes at offset 16 of 1024 bytes of shared memory"
+std::string describe(const Access& access) {
+    std::string text = std::string(kKindNames[static_cast<int>(access.kind)]) + " of " + count(access.bytes, "byte");
+    if (near_shared(access.at)) {
+        const auto offset = static_cast<int64_t>(access.at - state.shared);
+        return text + " at offset " + std::to_string(offset) + " of " + count(state.shared_bytes, "byte") +
+               " of shared memory";
+    }
+    for (const Region& region : state.regions) {
+        if (region.holds(access.at, access.bytes)) {
+            return text + " at byte " + std::to_string(access.at - region.begin) + " of `" + region.name + "`";
+        }
+    }
+    char address[32];
+    snprintf(address, sizeof address, "%#zx", static_cast<size_t>(access.at));
+    return text + " at address " + address;
+}
+
+// Of an access that no region holds: where it is, from the nearest.
+std::string describe_outside(const Access& access) {
+    const std::string text =
+        std::string(kKindNames[static_cast<int>(access.kind)]) + " of " + count(access.bytes, "byte");
+    const Region* nearest = nullptr;
+    uintptr_t nearest_distance = 0;
+    for (const Region& region : state.regions) {
+        const uintptr_t end = region.begin + region.bytes;
+        const uintptr_t distance = access.at < region.begin ? region.begin - access.at
+                                   : access.at < end        ? 0
+                                                            : access.at - end;
+        if (nearest == nullptr || distance < nearest_distance) {
+            nearest = &region;
+            nearest_distance = distance;
+        }
+    }
+    const std::string name = " `" + nearest->name + "`";
+    const uintptr_t end = nearest->begin + nearest->bytes;
+    if (access.at < nearest->begin) return text + ", " + count(nearest_distance, "byte") + " before" + name;
+    if (access.at >= end) return text + ", " + count(nearest_distance, "byte") + " past the end of" + name;
+    return text + ", the last " + std::to_string(access.at + access.bytes - end) + " of them past the end of" + name;
+}
+
+uint64_t block_of(Record record) {
+    const auto after = std::upper_bound(state.blocks.begin(), state.blocks.end(),
+                                        std::pair<uint64_t, uint64_t>(phase_of(record), UINT64_MAX));
+    return (after - 1)->second;
+}
+
+[[noreturn]] void fault_race(const Access& access, const std::string& other, bool one_warp) {
+    fault("race: " + describe(access) + " here, and " + other + " with no barrier between (missing " +
+              (one_warp ? "sync_warp)" : "sync_block)"),
+          access.pc);
+}
+
+[[noreturn]] void fault_block_order(const Access& access, const std::string& other_block, const char* did) {
+    const std::string here = std::to_string(current_thread()->block);
+    fault("blocks " + (other_block.empty() ? here + " and an earlier one" : other_block + " and " + here) +
+              " depend on the order of blocks: " + describe(access) + ", which the other block " + did,
+          access.pc);
+}
+
+// --- One byte --------------------------------------------------------------------------------------------------------
+
+// Who accesses: the record to leave, and whether all lanes of the warp do it at once.
+struct Now {
+    Record record;
+    bool all_lanes;
+
+    explicit Now(const Thread* thread, bool all_lanes = false)
+        : record(state.phase << kPhaseShift | state.turns[thread->warp] << kTurnShift |
+                 static_cast<Record>(thread->index) << kThreadShift),
+          all_lanes(all_lanes) {}
+};
+
+bool ordered(Record earlier, const Now& now) {
+    if (phase_of(earlier) != phase_of(now.record)) return true;
+    return warp_of(earlier) == warp_of(now.record) && turn_of(earlier) != turn_of(now.record);
+}
+
+// The last writer, before a read or a write.
+inline void check_writer(Record writer, const Now& now, const Access& access, bool shared) {
+    if (phase_of(writer) < state.block_phase) {
+        if (shared) {
+            if (!access.writes()) fault(describe(access) + " before anything is written there", access.pc);
+        } else if (phase_of(writer) >= state.launch_phase) {
+            fault_block_order(access, std::to_string(block_of(writer)), "wrote");
+        }
+        return;
+    }
+    if (writer & kInFlight) {
+        fault(describe(access) + " while an asynchronous copy of " +
+                  (thread_of(writer) == thread_of(now.record) ? "its own"
+                                                              : "thread " + std::to_string(thread_of(writer))) +
+                  " to there is in flight (missing wait_copies)",
+              access.pc);
+    }
+    const bool itself = thread_of(writer) == thread_of(now.record) && !now.all_lanes;
+    if (!itself && !ordered(writer, now)) {
+        fault_race(access, "a write by thread " + std::to_string(thread_of(writer)),
+                   warp_of(writer) == warp_of(now.record));
+    }
+}
+
+// The last readers, before a write.
+inline void check_readers(Record reader, const Now& now, const Access& access, bool shared) {
+    if (phase_of(reader) < state.launch_phase) return;
+    if (!shared && phase_of(reader) < state.block_phase) {
+        fault_block_order(access, std::to_string(block_of(reader)), "read");
+    }
+    if (!shared && (reader & kEarlierBlock)) fault_block_order(access, "", "read");
+    if (phase_of(reader) != phase_of(now.record)) return;
+    if (reader & kManyWarps) fault_race(access, "reads by several warps", false);
+    const bool one_warp = warp_of(reader) == warp_of(now.record);
+    if (one_warp && turn_of(reader) != turn_of(now.record)) return;
+    if (reader & kManyLanes) fault_race(access, "reads by several lanes of one warp", one_warp);
+    if (thread_of(reader) != thread_of(now.record)) {
+        fault_race(access, "a read by thread " + std::to_string(thread_of(reader)), one_warp);
+    }
+}
+
+// The readers to remember, of which `reader` are those so far. A later write races with one of them exactly if it races
+// with what is kept: any second warp makes it race; of one warp, only reads of its last turn can.
+inline Record joined(Record reader, const Now& now) {
+    const Record alone = now.record | (now.all_lanes ? kManyLanes : 0);
+    if (phase_of(reader) < state.launch_phase) return alone;
+    if (phase_of(reader) < state.block_phase) return alone | kEarlierBlock;
+    if (phase_of(reader) != phase_of(now.record)) return alone | (reader & kEarlierBlock);
+    if (warp_of(reader) != warp_of(now.record)) return reader | kManyWarps;
+    if (reader & kManyWarps) return reader;
+    if (turn_of(reader) != turn_of(now.record)) return alone | (reader & kEarlierBlock);
+    const bool same = thread_of(reader) == thread_of(now.record) && !now.all_lanes;
+    return same ? reader : reader | kManyLanes;
+}
+
+// --- One access ------------------------------------------------------------------------------------------------------
+
+// Bytes [first, first + n) of a page. Nearly always they have one history, and one byte speaks for all.
+template <size_t n>
+inline void see_bytes(Page* page, size_t first, const Now& now, const Access& access, bool shared) {
+    Record* const writer = page->writer + first;
+    Record* const reader = page->reader + first;
+    Record differing = 0;
+    for (size_t i = 1; i < n; ++i) differing |= (writer[i] ^ writer[0]) | (reader[i] ^ reader[0]);
+    if (n > 1 && differing != 0) {
+        for (size_t i = 0; i < n; ++i) see_bytes<1>(page, first + i, now, access, shared);
+        return;
+    }
+    check_writer(writer[0], now, access, shared);
+    if (access.writes()) {
+        check_readers(reader[0], now, access, shared);
+        const Record left = now.record | (access.kind == Kind::copy ? kInFlight : 0);
+        for (size_t i = 0; i < n; ++i) writer[i] = left;
+    } else {
+        const Record left = joined(reader[0], now);
+        if (left == reader[0]) return;
+        for (size_t i = 0; i < n; ++i) reader[i] = left;
+    }
+}
+
+// The access's `bytes` bytes, of which byte 0 is byte `at` of those that `page_of` numbers.
+template <size_t n, class PageOf>
+inline void see(uintptr_t at, const PageOf& page_of, const Now& now, const Access& access, bool shared) {
+    if (access.bytes == n && at % kPage <= kPage - n) {
+        return see_bytes<n>(page_of(at / kPage), at % kPage, now, access, shared);
+    }
+    for (const uintptr_t end = at + access.bytes; at < end;) {
+        Page* const page = page_of(at / kPage);
+        const uintptr_t stop = std::min(end, (at / kPage + 1) * kPage);
+        for (; at + 16 <= stop; at += 16) see_bytes<16>(page, at % kPage, now, access, shared);
+        for (; at < stop; ++at) see_bytes<1>(page, at % kPage, now, access, shared);
+    }
+}
+
+std::array<Page*, (kMaxShared + kPage - 1) / kPage> shared_pages;
+
+const Region* find_region(const Access& access) {
+    const Region* found = nullptr;
+    for (const Region& region : state.regions) {
+        if (!region.holds(access.at, access.bytes)) continue;
+        if (!access.writes() || region.writable) return &region;
+        found = &region;
+    }
+    if (found != nullptr) fault(describe(access) + ", which the kernel may only read", access.pc);
+    fault("out of bounds: " + describe_outside(access), access.pc);
+}
+
+template <size_t n>
+inline void check_shared(const Thread* thread, const Access& access) {
+    const uintptr_t offset = access.at - state.shared;
+    if (offset >= state.shared_bytes || access.bytes > state.shared_bytes - offset) {
+        fault("out of bounds: " + describe(access), access.pc);
+    }
+    if (!XLAYER_EMULATOR_HOOKS) return;
+    const auto page_of = [](uintptr_t number) { return shared_pages[number]; };
+    see<n>(offset, page_of, Now(thread, access.kind == Kind::warp_read), access, true);
+}
+
+template <size_t n>
+inline void check_global(const Thread* thread, const Access& access) {
+    if (!state.regions.empty()) {
+        const Region*& recent = recent_regions.of(access.pc);
+        if (recent == nullptr || !recent->holds(access.at, access.bytes) || (access.writes() && !recent->writable)) {
+            recent = find_region(access);
+        }
+        if (recent->constant) return;
+    } else if (access.at < kPage) {
+        fault("out of bounds: " + describe(access) + ", a null pointer", access.pc);
+    }
+    if (!XLAYER_EMULATOR_HOOKS) return;
+    const auto page_of = [](uintptr_t number) { return pages.find(number); };
+    see<n>(access.at, page_of, Now(thread, access.kind == Kind::warp_read), access, false);
+}
+
+// n: the number of bytes if known to the compiler, and only for speed.
+template <size_t n>
+inline void check(const Access& access) {
+    const Thread* const thread = current_thread();
+    if (thread == nullptr) return;
+    const auto stack = reinterpret_cast<uintptr_t>(thread->stack_begin);
+    if (access.at - stack < reinterpret_cast<uintptr_t>(thread->stack_end) - stack) return;
+    if (access.at - image.begin < image.bytes || access.bytes == 0) return;
+    if (near_shared(access.at)) return check_shared<n>(thread, access);
+    check_global<n>(thread, access);
+}
+
+void check_alignment(const Access& access, size_t alignment) {
+    if (current_thread() == nullptr || access.at % alignment == 0) return;
+    fault("misaligned: " + describe(access) + ", which must be a multiple of " + std::to_string(alignment), access.pc);
+}
+
+uintptr_t number(const void* address) { return reinterpret_cast<uintptr_t>(address); }
+
+}  // namespace
+
+// --- By the scheduler ------------------------------------------------------------------------------------------------
+
+void launch_begins(const char*, int) {
+    state.launch_phase = state.block_phase = ++state.phase;
+    state.blocks.clear();
+}
+
+void block_begins(uint64_t block, void* shared, size_t bytes) {
+    for (size_t i = 0; i < (bytes + kPage - 1) / kPage; ++i) {
+        if (shared_pages[i] == nullptr) shared_pages[i] = new Page{};
+    }
+    state.shared = number(shared);
+    state.shared_bytes = bytes;
+    state.block_phase = ++state.phase;
+    state.turns.fill(0);
+    state.blocks.emplace_back(state.phase, block);
+}
+
+void block_barrier_passed() {
+    ++state.phase;
+    state.turns.fill(0);
+}
+
+void warp_barrier_passed(int warp) {
+    // Where a warp has had all the turns that a phase can number, the whole block begins another: a race between warps
+    // across this point goes unseen, which is better than one reported that there is not.
+    if (++state.turns[warp] == kMostTurns) block_barrier_passed();
+}
+
+void launch_ends() {
+    state.launch_phase = state.block_phase = ++state.phase;
+    pages.trim();
+}
+
+// --- By instructions -------------------------------------------------------------------------------------------------
+
+void check_access(const void* address, size_t bytes, bool write, const void* pc, size_t alignment) {
+    const Access access{number(address), bytes, write ? Kind::write : Kind::read, pc};
+    check_alignment(access, alignment);
+    check<16>(access);
+}
+
+void check_warp_read(const void* address, size_t bytes, const void* pc, size_t alignment) {
+    const Access access{number(address), bytes, Kind::warp_read, pc};
+    check_alignment(access, alignment);
+    check<16>(access);
+}
+
+void copy_began(const void* shared, size_t bytes, const void* pc) {
+    check<16>({number(shared), bytes, Kind::copy, pc});
+}
+
+void copy_landed(const void* shared, size_t bytes) {
+    if (!XLAYER_EMULATOR_HOOKS) return;
+    const Now now(current_thread());
+    const uintptr_t offset = number(shared) - state.shared;
+    for (uintptr_t at = offset; at < offset + bytes; ++at) shared_pages[at / kPage]->writer[at % kPage] = now.record;
+}
+
+// --- Global memory ---------------------------------------------------------------------------------------------------
+
+void allow_memory(const void* address, size_t bytes, bool writable, const char* name) {
+    Region added{number(address), bytes, writable, !writable, name};
+    for (Region& region : state.regions) {
+        const bool overlap = region.begin < added.begin + bytes && added.begin < region.begin + region.bytes;
+        if (overlap && writable) region.constant = false;
+        if (overlap && region.writable) added.constant = false;
+    }
+    state.regions.push_back(std::move(added));
+    recent_regions.forget();
+}
+
+void forget_memory() {
+    state.regions.clear();
+    recent_regions.forget();
+}
+
+}  // namespace xlayer::emulator
+
+// --- What the compiler calls -----------------------------------------------------------------------------------------
+
+#if XLAYER_EMULATOR_HOOKS
+
+#pragma GCC visibility push(hidden)  // of no concern to other libraries of the process
+
+namespace {
+
+using xlayer::emulator::Kind;
+
+template <size_t n>
+inline void announced(const void* address, size_t bytes, Kind kind, const void* pc) {
+    xlayer::emulator::check<n>({reinterpret_cast<uintptr_t>(address), bytes, kind, pc});
+}
+
+}  // namespace
+
+#define XLAYER_HOOK(name, n, kind) \
+    void __tsan_##name(void* address) { announced<n>(address, n, Kind::kind, __builtin_return_address(0)); }
+#define XLAYER_HOOKS(n) XLAYER_HOOK(read##n, n, read) XLAYER_HOOK(write##n, n, write)
+#define XLAYER_UNALIGNED_HOOKS(n) XLAYER_HOOK(unaligned_read##n, n, read) XLAYER_HOOK(unaligned_write##n, n, write)
+
+extern "C" {
+
+XLAYER_HOOKS(1)
+XLAYER_HOOKS(2)
+XLAYER_HOOKS(4)
+XLAYER_HOOKS(8)
+XLAYER_HOOKS(16)
+XLAYER_UNALIGNED_HOOKS(2)
+XLAYER_UNALIGNED_HOOKS(4)
+XLAYER_UNALIGNED_HOOKS(8)
+XLAYER_UNALIGNED_HOOKS(16)
+
+void __tsan_read_range(void* address, size_t bytes) {
+    announced<16>(address, bytes, Kind::read, __builtin_return_address(0));
+}
+void __tsan_write_range(void* address, size_t bytes) {
+    announced<16>(address, bytes, Kind::write, __builtin_return_address(0));
+}
+
+// Of clang alone; g++ announces the ranges.
+void* __tsan_memcpy(void* to, const void* from, size_t bytes) {
+    announced<16>(from, bytes, Kind::read, __builtin_return_address(0));
+    announced<16>(to, bytes, Kind::write, __builtin_return_address(0));
+    return std::memcpy(to, from, bytes);
+}
+void* __tsan_memmove(void* to, const void* from, size_t bytes) {
+    announced<16>(from, bytes, Kind::read, __builtin_return_address(0));
+    announced<16>(to, bytes, Kind::write, __builtin_return_address(0));
+    return std::memmove(to, from, bytes);
+}
+void* __tsan_memset(void* to, int value, size_t bytes) {
+    announced<16>(to, bytes, Kind::write, __builtin_return_address(0));
+    return std::memset(to, value, bytes);
+}
+
+void __tsan_init() {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit(void*) {}
+void __tsan_vptr_read(void**) {}
+void __tsan_vptr_update(void**, void*) {}
+
+// By -fsanitize=alignment: an access whose address its type's alignment does not divide.
+struct TypeMismatch {
+    struct {
+        const char* file;
+        uint32_t line, column;
+    } where;
+    const void* type;
+    unsigned char log_alignment, what;
+};
+void __ubsan_handle_type_mismatch_v1(TypeMismatch* mismatch, uintptr_t at) {
+    const size_t alignment = size_t{1} << mismatch->log_alignment;
+    const bool write = mismatch->what == 1;
+    xlayer::emulator::check_alignment({at, alignment, write ? Kind::write : Kind::read, __builtin_return_address(0)},
+                                      alignment);
+}
+
+}  // extern "C"
+
+#pragma GCC visibility pop
+
+#endif  // XLAYER_EMULATOR_HOOKS
