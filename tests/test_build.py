@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -18,7 +16,6 @@ import xlayer_ext
 from xlayer_ext import _library
 from xlayer_ext._backend import native_available
 
-ROOT = Path(__file__).parents[1]
 PACKAGE = Path(xlayer_ext.__file__).parent
 
 needs_library = pytest.mark.skipif(not _library.LOADED, reason=f"no native library: {_library.REASON}")
@@ -182,66 +179,3 @@ def test_instruction_set_can_be_chosen() -> None:
     code = "import xlayer_ext; from xlayer_ext import _native; print(_native.isa())"
     result = run_python(code, PACKAGE.parent, XLAYER_CPU_ISA="baseline")
     assert result.stdout.strip() == "baseline", result.stderr
-
-
-@needs_library
-def test_cuda_kernel_resources() -> None:
-    from xlayer_ext import _native
-
-    rows = _native.kernel_resources()
-    assert bool(rows) == _native.cuda_built()
-    if not rows:
-        pytest.skip("this build has no CUDA kernels")
-    real = {f"sm_{arch.removesuffix('-real')}" for arch in _native.archs() if not arch.endswith("-virtual")}
-    for kernel in ("masked_mean_kernel", "masked_mean_backward_kernel"):
-        mine = [row for row in rows if f"::{kernel}<" in row["kernel"]]
-        assert {row["arch"] for row in mine} == real
-        # the ceiling that csrc/cuda/routing.cu states
-        assert all(row["threads"] == 256 and row["registers"] <= 64 for row in mine)
-        assert all(row["shared_bytes"] <= 8 * 1024 + 64 for row in mine)
-        assert all(row["stack_bytes"] == row["spill_store_bytes"] == row["spill_load_bytes"] == 0 for row in mine)
-        known = [row["occupancy"] for row in mine if row["arch"] in ("sm_80", "sm_90a")]
-        assert all(occupancy >= 0.5 for occupancy in known)
-
-
-def resources_module() -> ModuleType:
-    path = ROOT / "csrc" / "native" / "kernel_resources.py"
-    spec = importlib.util.spec_from_file_location("kernel_resources", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.parametrize(
-    ("arch", "threads", "registers", "shared", "expected"),
-    [
-        ("sm_80", 256, 32, 0, 1.0),
-        ("sm_80", 256, 64, 0, 0.5),
-        ("sm_80", 256, 65, 0, 0.375),  # registers are given out in units of 256 per warp
-        ("sm_90a", 128, 32, 100 * 1024, 0.125),  # two blocks' shared memory fit
-        ("sm_80", 128, 32, 100 * 1024, 0.0625),
-        ("sm_90a", 32, 16, 0, 0.5),  # 32 blocks at most
-        ("sm_12345", 256, 32, 0, 0.0),
-    ],
-)
-def test_occupancy(arch: str, threads: int, registers: int, shared: int, expected: float) -> None:
-    assert resources_module().occupancy(arch, threads, registers, shared) == expected
-
-
-def test_report_of_ptxas_is_read() -> None:
-    report = """block _Z1kv 256
-ptxas info    : 0 bytes gmem
-ptxas info    : Compiling entry function '_Z1kv' for 'sm_80'
-ptxas info    : Function properties for _Z1kv
-    24 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
-ptxas info    : Used 40 registers, used 1 barriers, 2048 bytes smem, 360 bytes cmem[0]
-ptxas info    : Compiling entry function '_Z1hv' for 'sm_90a'
-ptxas info    : Function properties for _Z1hv
-    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
-ptxas info    : Used 12 registers, used 0 barriers
-"""
-    assert resources_module().kernels_of(report) == [
-        ("_Z1kv", "sm_80", 256, 40, 2048, 24, 8, 12),
-        ("_Z1hv", "sm_90a", 0, 12, 0, 0, 0, 0),
-    ]

@@ -103,15 +103,15 @@ def _cuda_kernel_lines(rows: list[Facts]) -> list[str]:
     """One line per kernel and architecture, over all its template variants."""
     groups: dict[tuple[str, str], list[Facts]] = defaultdict(list)
     for row in rows:
-        name = row["kernel"].split("<")[0].split("::")[-1]
-        groups[name, row["arch"]].append(row)
+        groups[row["kernel"].split("<")[0], row["arch"]].append(row)
     lines = []
     for (name, arch), group in sorted(groups.items()):
-        registers, shared = max(r["registers"] for r in group), max(r["shared_bytes"] for r in group)
-        spills, occupancy = sum(r["spill_store_bytes"] for r in group), min(r["occupancy"] for r in group)
+        registers, ceiling = max(r["registers"] for r in group), max(r["register_ceiling"] for r in group)
+        occupancy, floor = min(r["occupancy"] for r in group), min(r["occupancy_floor"] for r in group)
+        shared, spills = max(r["shared_bytes"] for r in group), sum(r["spill_store_bytes"] for r in group)
         lines.append(
-            f"{name:32} {arch:8} up to {registers} registers, {shared} B shared, "
-            f"{spills} B spilled, occupancy at least {100 * occupancy:.0f} %"
+            f"{name:32} {arch:8} up to {registers} registers (stated {ceiling}), {shared} B shared, "
+            f"{spills} B spilled, occupancy at least {100 * occupancy:.0f} % (stated {100 * floor:.0f} %)"
         )
     return lines
 
@@ -143,7 +143,7 @@ def _lines(facts: Facts) -> list[str]:
         f"GPU {i}         {gpu['name']}, capability {gpu['capability']}" for i, gpu in enumerate(facts["devices"])
     ]
     if facts["cuda_kernel_resources"]:
-        lines += ["", "CUDA kernels, as ptxas reports them:"]
+        lines += ["", "CUDA kernels, as ptxas reports them and as their sources state:"]
         lines += [f"  {line}" for line in _cuda_kernel_lines(facts["cuda_kernel_resources"])]
     lines += ["", *(f"missing: {line}" for line in facts["missing"] or ["nothing"])]
     return lines

@@ -17,8 +17,8 @@ namespace {
 struct KernelResources {
     const char* kernel;
     const char* arch;
-    int threads, registers, shared_bytes, stack_bytes, spill_store_bytes, spill_load_bytes;
-    double occupancy;
+    int threads, registers, shared_bytes, stack_bytes, spill_store_bytes, spill_load_bytes, register_ceiling;
+    double occupancy, occupancy_floor;
 };
 
 const std::vector<KernelResources> kKernels = {
@@ -62,7 +62,9 @@ py::list kernel_resources() {
         row["stack_bytes"] = kernel.stack_bytes;
         row["spill_store_bytes"] = kernel.spill_store_bytes;
         row["spill_load_bytes"] = kernel.spill_load_bytes;
+        row["register_ceiling"] = kernel.register_ceiling;
         row["occupancy"] = kernel.occupancy;
+        row["occupancy_floor"] = kernel.occupancy_floor;
         rows.append(row);
     }
     return rows;
@@ -90,6 +92,7 @@ PYBIND11_MODULE(_native, m) {
     m.def(
         "kernel_resources", &kernel_resources,
         "One dict per CUDA kernel and architecture, from ptxas: kernel, arch, threads (of a block, 0 if not bounded), "
-        "registers (per thread), shared_bytes (static), stack_bytes, spill_store_bytes, spill_load_bytes, and "
-        "occupancy (resident threads over the most possible; 0 if not known).");
+        "registers (per thread), shared_bytes (with what its source says that a launch asks for), stack_bytes, "
+        "spill_store_bytes, spill_load_bytes, occupancy (resident threads over the most possible; 0 if not known), and "
+        "register_ceiling and occupancy_floor, which its source promises (0 if it does not).");
 }
