@@ -45,6 +45,9 @@ std::string source_line(const void* pc);
 // Of all launches that follow; XLAYER_EMULATOR_SEED in the environment is the first one.
 void set_seed(uint64_t seed);
 
+// How many launches there have been in this process.
+uint64_t launches();
+
 // --- For cuda_runtime.h ---------------------------------------------------------------------------------------------
 
 struct Grid {
@@ -67,7 +70,7 @@ class KernelName {
     const char* outer_;
 };
 
-// --- For instructions.h: each is called by a thread of a kernel -----------------------------------------------------
+// --- For instructions.h, called by threads of kernels ---------------------------------------------------------------
 
 enum class MatrixKind { bfloat16_16x8x16, float16_16x8x16, tf32_16x8x8, float64_8x8x4 };
 
@@ -75,7 +78,8 @@ void* shared_base();
 void sync_block(Site site);
 void sync_warp(Site site);
 unsigned ballot(bool vote, Site site);
-uint64_t shuffle(uint64_t value, int source, Site site);
+uint64_t shuffle(uint64_t value, int lane, Site site);
+uint64_t shuffle_xor(uint64_t value, int mask, Site site);
 void multiply_matrices(MatrixKind kind, void* d, const void* a, const void* b, Site site);
 
 // `pc`: where the kernel called from, for messages of the checker.
@@ -83,5 +87,11 @@ void load_matrices(uint32_t* to, int count, bool transposed, const void* row, Si
 void copy_async(void* shared, const void* global, const void* pc);
 void commit_copies();
 void wait_copies(int may_stay);
+
+uint32_t to_tf32(float x);
+uint32_t pair_min_bfloat16(uint32_t a, uint32_t b);
+uint32_t pair_min_float16(uint32_t a, uint32_t b);
+uint32_t pair_fma_bfloat16(uint32_t a, uint32_t b, uint32_t c);
+uint32_t pair_fma_float16(uint32_t a, uint32_t b, uint32_t c);
 
 }  // namespace xlayer::emulator

@@ -1,0 +1,322 @@
+// What the instructions of a warp compute, and the asynchronous copies of a thread.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "checker.h"
+#include "cuda_bf16.h"
+#include "cuda_fp16.h"
+#include "emulator.h"
+#include "scheduler.h"
+
+namespace xlayer::emulator {
+namespace {
+
+float as_float(uint32_t bits) {
+    float out;
+    memcpy(&out, &bits, sizeof out);
+    return out;
+}
+uint32_t as_bits(float x) {
+    uint32_t out;
+    memcpy(&out, &x, sizeof out);
+    return out;
+}
+
+Operands& own_operands() { return running_warp().operands[running_fiber().lane]; }
+
+// --- Matrix products ------------------------------------------------------------------------------------------------
+
+constexpr uint32_t kNaN = 0x7fffffff;  // the one that the device makes
+
+// The device drops what it cannot keep of a sum, so that the result is never further from zero than the sum. Too large
+// a sum becomes infinity.
+float toward_zero(double x) {
+    const auto nearest = static_cast<float>(x);
+    if (std::isnan(nearest)) return as_float(kNaN);
+    const bool beyond = std::fabs(static_cast<double>(nearest)) > std::fabs(x) && !std::isinf(nearest);
+    return as_float(as_bits(nearest) - (beyond ? 1 : 0));
+}
+
+template <int rows, int inner, int columns>
+struct Product {
+    double a[rows][inner], b[inner][columns], sum[rows][columns];
+
+    // Products of 16-bit and tf32 elements are exact in float64.
+    void multiply() {
+        for (int i = 0; i < rows; ++i) {
+            double row[columns] = {};
+            for (int k = 0; k < inner; ++k) {
+                for (int j = 0; j < columns; ++j) row[j] += a[i][k] * b[k][j];
+            }
+            for (int j = 0; j < columns; ++j) sum[i][j] = row[j];
+        }
+    }
+};
+
+// d += sum for the layout that all 16×8 results have.
+template <int inner>
+void add_to_lanes(const Product<16, inner, 8>& product, Warp& warp) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+        const int g = lane / 4, t = lane % 4;
+        auto* d = static_cast<float*>(warp.operands[lane].to);
+        for (int n = 0; n < 4; ++n) d[n] = toward_zero(product.sum[g + n / 2 * 8][2 * t + n % 2] + d[n]);
+    }
+}
+
+template <float widen(uint16_t)>
+void multiply_16x8x16(Warp& warp) {
+    Product<16, 16, 8> product;
+    for (int lane = 0; lane < kLanes; ++lane) {
+        const int g = lane / 4, t = lane % 4;
+        const auto* a = static_cast<const uint32_t*>(warp.operands[lane].a);
+        const auto* b = static_cast<const uint32_t*>(warp.operands[lane].b);
+        for (int n = 0; n < 4; ++n) {
+            double* to = &product.a[g + n % 2 * 8][2 * t + n / 2 * 8];
+            to[0] = widen(static_cast<uint16_t>(a[n]));
+            to[1] = widen(static_cast<uint16_t>(a[n] >> 16));
+        }
+        for (int n = 0; n < 2; ++n) {
+            product.b[2 * t + n * 8][g] = widen(static_cast<uint16_t>(b[n]));
+            product.b[2 * t + n * 8 + 1][g] = widen(static_cast<uint16_t>(b[n] >> 16));
+        }
+    }
+    product.multiply();
+    add_to_lanes(product, warp);
+}
+
+float widen_bfloat16(uint16_t bits) { return __bfloat162float({bits}); }
+float widen_float16(uint16_t bits) { return __half2float({bits}); }
+float widen_tf32(uint32_t bits) { return as_float(bits & ~uint32_t{0x1fff}); }
+
+void multiply_16x8x8(Warp& warp) {
+    Product<16, 8, 8> product;
+    for (int lane = 0; lane < kLanes; ++lane) {
+        const int g = lane / 4, t = lane % 4;
+        const auto* a = static_cast<const uint32_t*>(warp.operands[lane].a);
+        const auto* b = static_cast<const uint32_t*>(warp.operands[lane].b);
+        for (int n = 0; n < 4; ++n) product.a[g + n % 2 * 8][t + n / 2 * 4] = widen_tf32(a[n]);
+        for (int n = 0; n < 2; ++n) product.b[t + n * 4][g] = widen_tf32(b[n]);
+    }
+    product.multiply();
+    add_to_lanes(product, warp);
+}
+
+void multiply_8x8x4(Warp& warp) {
+    double a[8][4], b[4][8];
+    for (int lane = 0; lane < kLanes; ++lane) {
+        const int g = lane / 4, t = lane % 4;
+        a[g][t] = *static_cast<const double*>(warp.operands[lane].a);
+        b[t][g] = *static_cast<const double*>(warp.operands[lane].b);
+    }
+    for (int lane = 0; lane < kLanes; ++lane) {
+        const int g = lane / 4, t = lane % 4;
+        auto* d = static_cast<double*>(warp.operands[lane].to);
+        for (int n = 0; n < 2; ++n) {
+            for (int k = 0; k < 4; ++k) d[n] = std::fma(a[g][k], b[k][2 * t + n], d[n]);
+        }
+    }
+}
+
+// --- Matrices from shared memory ------------------------------------------------------------------------------------
+
+[[noreturn]] void fault_address(const char* what, const void* address, const char* why, const void* pc) {
+    char text[32];
+    snprintf(text, sizeof text, "%p", address);
+    fault(std::string(what) + " with address " + text + ", which " + why, pc);
+}
+
+// Row r of matrix n, whose address lane 8n + r brought.
+const char* row_of(const Warp& warp, int n, int r) {
+    const Operands& operands = warp.operands[8 * n + r];
+    const auto* row = static_cast<const char*>(operands.a);
+    const InTheNameOf lane(warp.lanes[8 * n + r]);
+    if (outside_shared(row)) fault_address("load_matrices", row, "is not in shared memory", operands.b);
+    if (reinterpret_cast<uintptr_t>(row) % 16 != 0) {
+        fault_address("misaligned load_matrices", row, "is not a multiple of 16", operands.b);
+    }
+    check_warp_read(row, 16, operands.b);
+    return row;
+}
+
+template <bool transposed>
+void load(Warp& warp) {
+    const int count = warp.operands[0].lane;
+    for (int n = 0; n < count; ++n) {
+        uint16_t matrix[8][8];
+        for (int r = 0; r < 8; ++r) memcpy(matrix[r], row_of(warp, n, r), sizeof matrix[r]);
+        for (int lane = 0; lane < kLanes; ++lane) {
+            const int g = lane / 4, t = lane % 4;
+            const uint16_t first = transposed ? matrix[2 * t][g] : matrix[g][2 * t];
+            const uint16_t second = transposed ? matrix[2 * t + 1][g] : matrix[g][2 * t + 1];
+            static_cast<uint32_t*>(warp.operands[lane].to)[n] = first | uint32_t{second} << 16;
+        }
+    }
+}
+
+// --- Pairs ----------------------------------------------------------------------------------------------------------
+
+template <class F>
+uint32_t each_half(const F& f) {
+    return f(0) | uint32_t{f(16)} << 16;
+}
+
+// NaN if either is, else the lesser; −0 is less than +0.
+float least(float a, float b) {
+    if (std::isnan(a) || std::isnan(b)) return as_float(kNaN);
+    if (a == b) return std::signbit(a) ? a : b;
+    return a < b ? a : b;
+}
+
+// Rounded to odd: of the two neighbors of an inexact value, the one whose last bit is set. Rounding that to a format
+// with at least two bits less gives what rounding the value itself gives.
+double odd_sum(double a, double b) {
+    const double sum = a + b;
+    if (!std::isfinite(sum)) return sum;
+    const double part = sum - a, error = (a - (sum - part)) + (b - part);
+    uint64_t bits;
+    memcpy(&bits, &sum, sizeof bits);
+    if (error == 0 || bits % 2 != 0) return sum;
+    bits += (error > 0) == (sum > 0) ? 1 : -1;
+    double out;
+    memcpy(&out, &bits, sizeof out);
+    return out;
+}
+float odd_float(double x) {
+    const float chopped = toward_zero(x);
+    if (!std::isfinite(chopped)) {
+        return std::isfinite(x) ? std::copysign(std::numeric_limits<float>::max(), static_cast<float>(x)) : chopped;
+    }
+    return chopped == x ? chopped : as_float(as_bits(chopped) | 1);
+}
+
+// a·b is exact in float64.
+float fma_to_narrow(float a, float b, float c) {
+    return odd_float(odd_sum(static_cast<double>(a) * static_cast<double>(b), static_cast<double>(c)));
+}
+
+}  // namespace
+
+// --- Instructions of a warp -----------------------------------------------------------------------------------------
+
+unsigned ballot(bool vote, Site site) {
+    Operands& own = own_operands();
+    own.value = vote;
+    meet_in_warp(Operation::ballot, site, [](Warp& warp) {
+        uint64_t votes = 0;
+        for (int lane = 0; lane < kLanes; ++lane) votes |= warp.operands[lane].value << lane;
+        for (Operands& operands : warp.operands) operands.value = votes;
+    });
+    return static_cast<unsigned>(own.value);
+}
+
+uint64_t shuffle(uint64_t value, int lane, Site site) {
+    Operands& own = own_operands();
+    own.value = value;
+    own.lane = lane & (kLanes - 1);
+    meet_in_warp(Operation::shuffle, site, [](Warp& warp) {
+        uint64_t values[kLanes];
+        for (int to = 0; to < kLanes; ++to) values[to] = warp.operands[warp.operands[to].lane].value;
+        for (int to = 0; to < kLanes; ++to) warp.operands[to].value = values[to];
+    });
+    return own.value;
+}
+
+uint64_t shuffle_xor(uint64_t value, int mask, Site site) {
+    const int self = running_fiber().lane, other = self ^ mask;
+    return shuffle(value, other >= 0 && other < kLanes ? other : self, site);
+}
+
+void multiply_matrices(MatrixKind kind, void* d, const void* a, const void* b, Site site) {
+    Operands& own = own_operands();
+    own.to = d;
+    own.a = a;
+    own.b = b;
+    switch (kind) {
+        case MatrixKind::bfloat16_16x8x16:
+            return meet_in_warp(Operation::mma_16x8x16, site, multiply_16x8x16<widen_bfloat16>);
+        case MatrixKind::float16_16x8x16:
+            return meet_in_warp(Operation::mma_16x8x16, site, multiply_16x8x16<widen_float16>);
+        case MatrixKind::tf32_16x8x8:
+            return meet_in_warp(Operation::mma_16x8x8_tf32, site, multiply_16x8x8);
+        case MatrixKind::float64_8x8x4:
+            return meet_in_warp(Operation::mma_8x8x4, site, multiply_8x8x4);
+    }
+}
+
+void load_matrices(uint32_t* to, int count, bool transposed, const void* row, Site site, const void* pc) {
+    Operands& own = own_operands();
+    own.lane = count;
+    own.to = to;
+    own.a = row;
+    own.b = pc;
+    if (transposed) {
+        meet_in_warp(Operation::load_matrices_transposed, site, load<true>);
+    } else {
+        meet_in_warp(Operation::load_matrices, site, load<false>);
+    }
+}
+
+// --- Asynchronous copies --------------------------------------------------------------------------------------------
+
+void copy_async(void* shared, const void* global, const void* pc) {
+    constexpr size_t bytes = 16;
+    if (outside_shared(shared)) fault_address("copy_async", shared, "is not in shared memory", pc);
+    if (!outside_shared(global)) fault_address("copy_async", global, "is in shared memory, not in global", pc);
+    for (const void* address : {const_cast<const void*>(shared), global}) {
+        if (reinterpret_cast<uintptr_t>(address) % bytes != 0) {
+            fault_address("misaligned copy_async", address, "is not a multiple of 16", pc);
+        }
+    }
+    check_access(global, bytes, false, pc);
+    copy_began(shared, bytes, pc);
+    Fiber& self = running_fiber();
+    self.copies.push_back({shared, global, self.groups, pc});
+}
+
+void commit_copies() { ++running_fiber().groups; }
+
+void wait_copies(int may_stay) {
+    Fiber& self = running_fiber();
+    const auto landed = [&](const Copy& copy) { return copy.group + static_cast<unsigned>(may_stay) < self.groups; };
+    const auto end = std::find_if_not(self.copies.begin(), self.copies.end(), landed);
+    for (auto copy = self.copies.begin(); copy != end; ++copy) {
+        memcpy(copy->shared, copy->global, 16);
+        copy_landed(copy->shared, 16);
+    }
+    self.copies.erase(self.copies.begin(), end);
+}
+
+// --- Arithmetic -----------------------------------------------------------------------------------------------------
+
+uint32_t to_tf32(float x) {
+    if (std::isnan(x)) return kNaN;
+    return (as_bits(x) + 0x1000) & ~uint32_t{0x1fff};
+}
+
+uint32_t pair_min_bfloat16(uint32_t a, uint32_t b) {
+    return each_half([=](int shift) {
+        const auto first = static_cast<uint16_t>(a >> shift), second = static_cast<uint16_t>(b >> shift);
+        return __float2bfloat16_rn(least(widen_bfloat16(first), widen_bfloat16(second))).bits;
+    });
+}
+uint32_t pair_min_float16(uint32_t a, uint32_t b) {
+    return each_half([=](int shift) {
+        const auto first = static_cast<uint16_t>(a >> shift), second = static_cast<uint16_t>(b >> shift);
+        return __float2half_rn(least(widen_float16(first), widen_float16(second))).bits;
+    });
+}
+
+uint32_t pair_fma_bfloat16(uint32_t a, uint32_t b, uint32_t c) {
+    const auto at = [](uint32_t pair, int shift) { return widen_bfloat16(static_cast<uint16_t>(pair >> shift)); };
+    return each_half(
+        [=](int shift) { return __float2bfloat16_rn(fma_to_narrow(at(a, shift), at(b, shift), at(c, shift))).bits; });
+}
+uint32_t pair_fma_float16(uint32_t a, uint32_t b, uint32_t c) {
+    const auto at = [](uint32_t pair, int shift) { return widen_float16(static_cast<uint16_t>(pair >> shift)); };
+    return each_half(
+        [=](int shift) { return __float2half_rn(fma_to_narrow(at(a, shift), at(b, shift), at(c, shift))).bits; });
+}
+
+}  // namespace xlayer::emulator
