@@ -1,7 +1,8 @@
 """Token-pair messaging: the native kernel against plain PyTorch, `torch.compile`, and the machine's limit.
 
-The main cases have the sizes of one XLRB layer on roberta-large (D = 24, M = 96, H = 1024). The batch shrinks as the
-sentence grows so that plain PyTorch, which writes [B, S, S, 4D] and [B, S, S, M], still fits.
+The main cases have the sizes of one XLRB layer: on a CPU on roberta-large (D = 24, M = 96, H = 1024), on a GPU on
+roberta-base (H = 768) in batches that fill it. The batch shrinks as the sentence grows so that plain PyTorch, which
+writes [B, S, S, 4D] and [B, S, S, M], still fits.
 Before anything is timed, results and gradients are checked against float64.
 """
 
@@ -21,15 +22,24 @@ from xlayer_ext._backend import use_native
 
 Attention = Callable[..., Tensor]
 
-# name: (suite, B, S, D, M, H, options)
-SIZES: dict[str, tuple[str, int, int, int, int, int, dict[str, Any]]] = {
+Sizes = dict[str, tuple[str, int, int, int, int, int, dict[str, Any]]]  # name: (suite, B, S, D, M, H, options)
+
+TOY: Sizes = {"toy": ("toy", 2, 24, 8, 16, 32, {})}
+CPU_SIZES: Sizes = {
     "S128": ("main", 8, 128, 24, 96, 1024, {}),
     "S512": ("main", 2, 512, 24, 96, 1024, {}),
     "S1024": ("main", 1, 1024, 24, 96, 1024, {}),
     "S128-masked": ("full", 8, 128, 24, 96, 1024, {"masked": True}),
     "S128-gelu": ("full", 8, 128, 24, 96, 1024, {"activation": "gelu"}),
     "S128-D32": ("full", 8, 128, 32, 128, 1024, {}),
-    "toy": ("toy", 2, 24, 8, 16, 32, {}),
+}
+CUDA_SIZES: Sizes = {
+    "B32-S512": ("main", 32, 512, 24, 96, 768, {}),
+    "B8-S128": ("main", 8, 128, 24, 96, 768, {}),
+    "B2-S2048": ("main", 2, 2048, 24, 96, 768, {}),
+    "B32-S512-masked": ("full", 32, 512, 24, 96, 768, {"masked": True}),
+    "B32-S512-gelu": ("full", 32, 512, 24, 96, 768, {"activation": "gelu"}),
+    "B32-S512-D32": ("full", 32, 512, 32, 128, 768, {}),
 }
 
 
@@ -39,17 +49,27 @@ SIZES: dict[str, tuple[str, int, int, int, int, int, dict[str, Any]]] = {
 def least_flops(pairs: int, d: int, m: int, h: int, pass_: str) -> int:
     """Floating point operations that a fused kernel cannot avoid, as far as they grow with the number of pairs.
 
-    |a-b| = a + b - 2·min(a, b), so the columns of W1 that see q and k alone leave the pair loop; the Hadamard term and
+    |a−b| = a + b − 2·min(a, b), so the columns of W1 that see q and k alone leave the pair loop; the Hadamard term and
     the minimum each stay there as a GEMM D → M. What only grows with the tokens, and everything that is not a
     multiply-add of a GEMM (activation, softmax), is left out, which makes the limit stricter.
 
-    Forward: the two GEMMs, and P·v.  Backward: both recomputed; for each, the gradient of its W1 block and the one of
-    its features (6 in all); dP = dC·vᵀ and dv = Pᵀ·dC.  For B=8, S=128, D=24, M=96, H=1024: 1.48 and 4.16 GFLOP.
+    Forward: the two GEMMs, and P·v.  Backward: both recomputed, once, since nothing of [B, S, S, M] is kept; for each,
+    the gradient of its W1 block and the one of its features (6 in all); dP = dC·vᵀ and dv = Pᵀ·dC.  For B=8, S=128,
+    D=24, M=96, H=1024: 1.48 and 4.16 GFLOP.
     """
     pair_gemm, value_gemm = 2 * d * m, 2 * h
     forward = pairs * (2 * pair_gemm + value_gemm)
     backward = pairs * (6 * pair_gemm + 2 * value_gemm)
     return forward if pass_ == "fwd" else forward + backward
+
+
+def least_alu(pairs: int, m: int, pass_: str) -> int:
+    """Float32 operations per pair and hidden unit that no GEMM can take over, a fused multiply-add being one.
+
+    Forward: the activation, and the multiply-add with w2. Backward: both again, the product of the pair's gradient
+    with w2 where the unit is active, and the sum that is the gradient of w2.
+    """
+    return pairs * m * (2 if pass_ == "fwd" else 6)
 
 
 def least_bytes(b: int, s: int, d: int, m: int, h: int, pass_: str, element: int, mask: int) -> int:
@@ -169,7 +189,8 @@ def _by_rows(inputs: list[Tensor], options: dict[str, Any], cotangent: Tensor, r
 
 def make_cases(options: argparse.Namespace) -> list[bench_suite.Case]:
     cases = []
-    for name, (suite, b, s, d, m, h, variant) in SIZES.items():
+    sizes = (CUDA_SIZES if torch.device(options.device).type == "cuda" else CPU_SIZES) | TOY
+    for name, (suite, b, s, d, m, h, variant) in sizes.items():
         for dtype in options.dtype:
             element, mask = getattr(torch, dtype).itemsize, b * s if variant.get("masked") else 0
             pairs = s * sum(sentence_lengths(b, s)) if mask else b * s * s
@@ -178,8 +199,15 @@ def make_cases(options: argparse.Namespace) -> list[bench_suite.Case]:
                 moved = least_bytes(b, s, d, m, h, pass_, element, mask)
                 flops = least_flops(pairs, d, m, h, pass_)
                 what = ("hdim", "hdim_attention", name, pass_, dtype)
-                cases.append(bench_suite.Case(*what, moved, flops, build, arguments | variant, suite))
+                alu = least_alu(pairs, m, pass_)
+                cases.append(bench_suite.Case(*what, moved, flops, build, arguments | variant, suite, alu, halve))
     return cases
+
+
+def halve(arguments: dict[str, Any]) -> dict[str, Any] | None:
+    """The same case with half the batch."""
+    b, *rest = arguments["size"]
+    return None if b % 2 else arguments | {"size": [b // 2, *rest]}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

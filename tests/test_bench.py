@@ -1,5 +1,6 @@
 """The benchmark harness: what it measures is checked against amounts of time, memory and error that are known."""
 
+import argparse
 import json
 import sys
 import time
@@ -51,6 +52,43 @@ def test_fraction_is_the_slower_of_bytes_and_flops_over_time():
     assert LIMITS.fraction(50, 0, seconds=2.0) == pytest.approx(0.25)
 
 
+def test_the_slowest_of_three_bounds():
+    limits = bench.Limits(copy_rate=100.0, gemm_rate=1000.0, alu_rate=10.0)
+    assert limits.fraction(50, 100, seconds=1.0, alu=8) == pytest.approx(0.8)
+    assert limits.bound(50, 100, alu=8) == "alu"
+    assert limits.bound(50, 100, alu=4) == "bytes"
+    assert limits.bound(50, 900, alu=4) == "flops"
+    assert LIMITS.bound(50, 100, alu=10**9) == "bytes"  # where the rate is unknown, it never bounds
+
+
+def test_float32_rate_of_a_gpu_without_a_run_time_compiler(monkeypatch, capsys):
+    class Answer:
+        stdout = "1980\n1980\n"
+
+    def lacking(device):
+        raise RuntimeError("no NVRTC")
+
+    probe = bench.LimitProbe("cpu", torch.float32, seconds=0.01, buffer_bytes=1 << 20)
+    assert probe.alu_source is None and "limit: alu" not in probe.works  # CPUs have no such limit
+    monkeypatch.setattr(bench, "multiply_add_chains", lacking)
+    monkeypatch.setattr(bench.subprocess, "run", lambda *arguments, **options: Answer)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    probe._probe_alu("cuda")
+    times = dict.fromkeys(probe.works, bench.Timing([1.0]))
+    assert probe.alu_source == "nominal"
+    assert probe.limits(times).alu_rate == 132 * 128 * 1980e6
+    assert "no NVRTC" in capsys.readouterr().err
+
+
+class Properties:
+    multi_processor_count = 132
+
+
+def test_the_chain_is_read_as_one_function():
+    """The part of torch that compiles it on a GPU takes it apart with a pattern first."""
+    assert torch.cuda.jiterator._create_jit_fn(bench._CHAIN, a=0.5, b=1.0).kernel_name == "chain"
+
+
 # ---- timing --------------------------------------------------------------------------------------------------------
 
 
@@ -71,6 +109,52 @@ def test_compare_interleaves_in_changing_order():
     assert len(rounds) == 20
     assert all(sorted(one) == list("abc") for one in rounds)
     assert len(set(rounds)) > 1
+
+
+def test_a_gpu_waits_until_the_host_has_launched_the_next_call(monkeypatch):
+    """Launches must not be timed: ahead of its start the device sleeps for as long as the last call took to launch."""
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("event")
+
+        def elapsed_time(self, end):
+            return 3.0
+
+    def work():
+        log.append("work")
+        time.sleep(0.002)
+
+    def sleep(cycles):
+        assert 0.002 * bench._SLEEP_CYCLES <= cycles <= 0.02 * bench._SLEEP_CYCLES
+        log.append("sleep")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", sleep)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("synchronize"))
+    scratch = torch.zeros(8, dtype=torch.int8)
+    assert bench._cuda_turn(work, 2, scratch) == [pytest.approx(3e-3)] * 2
+    assert log == ["event", "work", "event", "sleep", "event", "work", "event", "synchronize"]
+    assert scratch.all()  # what empties the cache has run
+
+
+@pytest.mark.cuda
+def test_times_of_a_gpu():
+    """Three times the bytes take three times as long, and the limits are those of a GPU."""
+    sizes = {"small": 1 << 28, "large": 3 << 28}
+    works = {name: torch.zeros(size, dtype=torch.int8, device="cuda").zero_ for name, size in sizes.items()}
+    probe = bench.LimitProbe("cuda", torch.bfloat16, seconds=0.1)
+    times = bench.compare(works | probe.works, device="cuda", seconds=0.5)
+    assert times["large"].median == pytest.approx(3 * times["small"].median, rel=0.3)
+    limits = probe.limits(times)
+    assert probe.alu_source == "probe"
+    assert limits.gemm_rate > limits.alu_rate > limits.copy_rate > 1e10
+    nominal = bench.nominal_alu_rate("cuda")
+    assert nominal is None or 0.3 < limits.alu_rate / nominal < 1.2
 
 
 def test_spread_is_relative_to_the_median():
@@ -111,6 +195,17 @@ def test_peak_memory_counts_what_exists_at_once_beyond_inputs_and_results():
 def test_peak_memory_of_a_work_without_temporaries_is_near_zero():
     peak = bench.peak_memory(build_allocation, {"temporary_mib": 0, "result_mib": 64, "repeats": 1})
     assert peak < 1 << 20
+
+
+@pytest.mark.cuda
+def test_peak_memory_of_a_gpu():
+    source = torch.ones(32 << 18, device="cuda")
+
+    def work():
+        total = torch.ones(64 << 18, device="cuda").sum()
+        return torch.ones(8 << 18, device="cuda") * (total + source[0])
+
+    assert bench.cuda_peak(work) == pytest.approx((64 - 8) << 20, rel=0.05)
 
 
 def test_peak_memory_reports_what_the_child_said():
@@ -181,6 +276,59 @@ def test_run_skips_what_is_unavailable_and_says_so(capsys):
     assert rows[0].peak_bytes is None
     assert "note: ones fwd float32 native: no such kernel" in capsys.readouterr().err
     assert "ones" in bench_suite.format_table(rows)
+
+
+def build_of_batch(impl, batch):
+    if impl == "eager" and batch > 4:
+        raise torch.OutOfMemoryError("Tried to allocate 20.00 GiB\nand more words")
+    return partial(time.sleep, 0.004 * batch if impl == "eager" else 0.004)
+
+
+def halved(arguments):
+    return None if arguments["batch"] % 2 else {"batch": arguments["batch"] // 2}
+
+
+def test_where_eager_does_not_fit_a_part_of_the_batch_tells_its_speed(capsys):
+    case = bench_suite.Case(
+        "hdim", "sum", "B16", "fwd", "float32", 4000, 1000, build_of_batch, {"batch": 16}, halve=halved
+    )
+    rows = bench_suite.run(
+        [case], ["native", "eager"], seconds=0.05, limit_seconds=0.02, buffer_bytes=1 << 20, memory=False
+    )
+    assert [row.impl for row in rows] == ["native"]
+    assert rows[0].extra["eager_parts"] == 4
+    assert rows[0].extra["speedup_over_eager"] == pytest.approx(16, rel=0.3)
+    assert "note: B16 fwd float32 eager: out of memory: Tried to allocate 20.00 GiB\n" in capsys.readouterr().err
+
+
+def test_rows_are_kept_when_a_later_case_fails(tmp_path):
+    def fails(case):
+        raise AssertionError("a wrong result")
+
+    good, bad = (
+        bench_suite.Case("hdim", "sum", name, "fwd", "float32", 4000, 1000, build_of_batch, {"batch": 1})
+        for name in ("good", "bad")
+    )
+    path = tmp_path / "rows.jsonl"
+    amount = {"seconds": 0.05, "limit_seconds": 0.02, "buffer_bytes": 1 << 20, "memory": False, "label": "lab"}
+    with pytest.raises(AssertionError, match="a wrong result"):
+        bench_suite.run(
+            [good, bad],
+            ["native"],
+            check=lambda case: fails(case) if case.name == "bad" else None,
+            out=str(path),
+            **amount,
+        )
+    assert [(row.case, row.device) for row in bench.read_rows(path)] == [("good", "lab")]
+
+
+def test_the_gpu_has_cases_of_its_own():
+    options = argparse.Namespace(dtype=["bfloat16"], device="cuda")
+    main = {case.name for case in bench_hdim.make_cases(options) if case.suite == "main"}
+    assert main == {"B32-S512", "B8-S128", "B2-S2048"}
+    case = next(case for case in bench_hdim.make_cases(options) if case.name == "B32-S512")
+    assert case.pass_ == "fwd" and case.alu == 2 * 96 * 32 * 512 * 512
+    assert case.halve(case.arguments)["size"] == [16, 512, 24, 96, 768]
 
 
 def test_hdim_counts_the_published_work():

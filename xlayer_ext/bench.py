@@ -3,15 +3,18 @@
 A time alone says little. Each row therefore counts the fewest bytes that must move and the fewest operations that must
 be done, and reports how near the machine's measured limit the implementation came:
 
-    fraction_of_limit = max(bytes / copy_rate, flops / gemm_rate) / median time
+    fraction_of_limit = max(bytes / copy_rate, flops / gemm_rate, alu / alu_rate) / median time
 
 1 means that nothing faster is possible by that count; a value above 1 means that a cache beat the memory's copy rate.
+The third term, float32 operations outside GEMMs, is measured and counts on GPUs alone, whose matrix units are so fast
+that the rest can bound.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import platform
 import random
@@ -42,14 +45,27 @@ class Unavailable(RuntimeError):
 
 @dataclass(frozen=True)
 class Limits:
-    """Rates of one device for one dtype: `copy_rate` in bytes/s (read + written), `gemm_rate` in flop/s."""
+    """Rates of one device for one dtype: `copy_rate` in bytes/s (read + written), `gemm_rate` in flop/s.
+
+    `alu_rate` is in float32 operations/s, a fused multiply-add being one; infinite where it was not measured.
+    """
 
     copy_rate: float
     gemm_rate: float
+    alu_rate: float = math.inf
 
-    def fraction(self, bytes_moved: float, flops: float, seconds: float) -> float:
-        """Least time for that many bytes and operations, if the two overlap perfectly, ÷ the time taken."""
-        return max(bytes_moved / self.copy_rate, flops / self.gemm_rate) / seconds
+    def seconds(self, bytes_moved: float, flops: float, alu: float = 0) -> dict[str, float]:
+        """Least time for each of the three alone, by the names that rows have for them."""
+        return {"bytes": bytes_moved / self.copy_rate, "flops": flops / self.gemm_rate, "alu": alu / self.alu_rate}
+
+    def bound(self, bytes_moved: float, flops: float, alu: float = 0) -> str:
+        """Which of the three needs the most time."""
+        needed = self.seconds(bytes_moved, flops, alu)
+        return max(needed, key=needed.__getitem__)
+
+    def fraction(self, bytes_moved: float, flops: float, seconds: float, alu: float = 0) -> float:
+        """Least time for that many bytes and operations, if they overlap perfectly, ÷ the time taken."""
+        return max(self.seconds(bytes_moved, flops, alu).values()) / seconds
 
 
 class LimitProbe:
@@ -62,13 +78,15 @@ class LimitProbe:
         device: where to measure, with all of torch's threads.
         dtype: of the GEMM.
         seconds: spent here on finding the fastest GEMM shape; which one that is differs between machines and dtypes.
-        buffer_bytes: size of each copy buffer; the default is twice the largest cache, in 256 MiB … 1 GiB.
+        buffer_bytes: size of each copy buffer; the default is twice the largest cache, in 256 MiB … 1 GiB, and 1 GiB on
+            CUDA, where a smaller copy does not reach the memory's full rate.
     """
 
     def __init__(self, device: str, dtype: torch.dtype, *, seconds: float = 0.5, buffer_bytes: int = 0) -> None:
-        size = buffer_bytes or min(max(2 * cache_bytes(device), 1 << 28), 1 << 30)
+        cuda = torch.device(device).type == "cuda"
+        size = buffer_bytes or (1 << 30 if cuda else min(max(2 * cache_bytes(device), 1 << 28), 1 << 30))
         source = torch.ones(size // 4, device=device)
-        sizes = (1024, 2048) if torch.device(device).type == "cpu" else (4096, 8192)
+        sizes = (4096, 8192) if cuda else (1024, 2048)
         shapes = [(n, n, n) for n in sizes] + [(4 * sizes[0], sizes[0], sizes[0] // 2)]
         gemms: dict[float, tuple[Work, int]] = {}
         for m, n, k in shapes:
@@ -79,15 +97,56 @@ class LimitProbe:
         self._bytes = 2 * source.nbytes
         self.works: dict[str, Work] = {"limit: copy": partial(torch.zeros_like(source).copy_, source)}
         self.works["limit: gemm"] = gemm
+        self.alu_source: str | None = None  # where limits().alu_rate comes from: "probe", "nominal", or nowhere
+        self._alu_rate = math.inf
+        if cuda:
+            self._probe_alu(device)
+
+    def _probe_alu(self, device: str) -> None:
+        try:
+            work, self._alu = multiply_add_chains(device)
+            work()
+        except Exception as error:  # it needs a run-time compiler, which a machine may lack
+            print(f"note: no float32 probe on {device}: {error}", file=sys.stderr)
+            rate = nominal_alu_rate(device)
+            self.alu_source, self._alu_rate = ("nominal", rate) if rate else (None, math.inf)
+        else:
+            self.works["limit: alu"], self.alu_source = work, "probe"
 
     def limits(self, times: Mapping[str, Timing]) -> Limits:
         """The median rates of `works` in the result of `compare`."""
-        return Limits(self._bytes / times["limit: copy"].median, self._flops / times["limit: gemm"].median)
+        alu_rate = self._alu / times["limit: alu"].median if self.alu_source == "probe" else self._alu_rate
+        return Limits(self._bytes / times["limit: copy"].median, self._flops / times["limit: gemm"].median, alu_rate)
 
 
 def _fastest(work: Work, device: str, seconds: float) -> float:
     timing = compare({"work": work}, device=device, seconds=seconds, min_rounds=3, turn_seconds=0.0, cold=False)
     return timing["work"].minimum
+
+
+# Each step needs the one before, and no compiler may reorder it; the chains of other elements fill the pipeline.
+_CHAIN_LENGTH = 1024
+_CHAIN = f"""template <typename T> T chain(T x, T a, T b) {{
+    for (int i = 0; i < {_CHAIN_LENGTH}; ++i) x = x * a + b;
+    return x;
+}}"""
+
+
+def multiply_add_chains(device: str, elements: int = 1 << 24) -> tuple[Work, int]:
+    """A work of nothing but float32 multiply-adds in registers, and how many; compiled for the GPU at run time."""
+    chain = torch.cuda.jiterator._create_jit_fn(_CHAIN, a=0.5, b=1.0)
+    return partial(chain, torch.rand(elements, device=device)), elements * _CHAIN_LENGTH
+
+
+def nominal_alu_rate(device: str) -> float | None:
+    """Float32 operations/s by the GPU's data: multiprocessors · 128 lanes · highest clock; None where none is told."""
+    command = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+        megahertz = float(answer.splitlines()[0])
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
+    return torch.cuda.get_device_properties(device).multi_processor_count * 128 * megahertz * 1e6
 
 
 def cache_bytes(device: str) -> int:
@@ -136,8 +195,8 @@ def compare(
 
     Each round gives every implementation one turn, in a fresh random order; a turn repeats a short call until it fills
     `turn_seconds`, so that what its neighbour left in the caches does not decide. Rounds go on for `seconds`, and for
-    at least `min_rounds`. `cold` empties the caches before every call: the default on CUDA, where the time that takes
-    also lets the host run ahead, so that launch latency is not part of the sample.
+    at least `min_rounds`. `cold` empties the caches before every call: the default on CUDA, where a sample is the time
+    that the device takes, without the host's for launching.
     """
     cuda = torch.device(device).type == "cuda"
     scratch = None
@@ -171,13 +230,21 @@ def _cpu_turn(work: Work, calls: int, scratch: Tensor | None) -> list[float]:
     return times
 
 
+_SLEEP_CYCLES = 3e9  # per second: above every GPU's clock, so that a wait is rather too long than too short
+
+
 def _cuda_turn(work: Work, calls: int, scratch: Tensor | None) -> list[float]:
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+    launching = 0.0
     for start, end in events:
         if scratch is not None:
             scratch.fill_(1)
+        if launching:  # the device waits for as long as the host took for the last call, and so never waits within one
+            torch.cuda._sleep(int(launching * _SLEEP_CYCLES))
         start.record()
+        begin = time.perf_counter()
         work()
+        launching = min(time.perf_counter() - begin, 0.02)
         end.record()
     torch.cuda.synchronize()
     return [start.elapsed_time(end) * 1e-3 for start, end in events]
@@ -198,15 +265,15 @@ _PLAIN_ALLOCATOR = {
 _PR_SET_THP_DISABLE = 41  # huge pages would round every allocation up to 2 MiB
 
 
-def peak_memory(build: Builder, arguments: Mapping[str, Any], *, device: str = "cpu", timeout: float = 600) -> int:
+def peak_memory(build: Builder, arguments: Mapping[str, Any], *, timeout: float = 600) -> int:
     """Bytes that `build(**arguments)()` needs at its peak beyond its inputs and what it returns.
 
     Runs in a fresh process, which imports `build` by name (a function at the top of a module) and gets `arguments` as
     JSON. `build` makes the inputs and returns the work; the work returns every output and gradient that it makes.
-    On the CPU this is the resident size's high-water mark (Linux), on CUDA the caching allocator's.
+    It reads the resident size's high-water mark (Linux); for CUDA there is `cuda_peak`, which needs no process.
     Raises `Unavailable` when the child fails, with the last line that it said.
     """
-    request = json.dumps([*_importable_name(build), dict(arguments), device, torch.get_num_threads()])
+    request = json.dumps([*_importable_name(build), dict(arguments), torch.get_num_threads()])
     environment = os.environ | _PLAIN_ALLOCATOR | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-c", f"from {__name__} import _child; _child()", request]
     child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
@@ -227,12 +294,11 @@ def _importable_name(build: Builder) -> tuple[str, str]:
 def _child() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
-    module, name, arguments, device, threads = json.loads(sys.argv[1])
+    module, name, arguments, threads = json.loads(sys.argv[1])
     torch.set_num_threads(threads)
     work = getattr(__import__(module, fromlist=[name]), name)(**arguments)
     work()  # what is made once and kept (thread pools, compiled code, workspaces) is no part of a call's need
-    peaks = [_cuda_peak(work, device) if torch.device(device).type == "cuda" else _resident_peak(work) for _ in "123"]
-    print(statistics.median(peaks))
+    print(statistics.median(_resident_peak(work) for _ in "123"))
 
 
 def _resident_peak(work: Work) -> int:
@@ -249,8 +315,9 @@ def _status_bytes(key: str) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key + ":"))
 
 
-def _cuda_peak(work: Work, device: str) -> int:
-    result = work()
+def cuda_peak(work: Work, device: str = "cuda") -> int:
+    """What `peak_memory` counts, of a work on a GPU, where torch's allocator counts it exactly."""
+    result = work()  # what is made once and kept exists from here on
     settled = torch.cuda.memory_allocated(device)
     del result
     torch.cuda.reset_peak_memory_stats(device)
@@ -339,12 +406,15 @@ def read_rows(path: str | Path) -> list[Row]:
 
 
 def provenance() -> dict[str, Any]:
-    """Where and when: date, commit (with "-dirty" when tracked files differ), versions, threads, machine."""
+    """Where and when: date, commit (with "-dirty" when tracked files differ), versions, threads, machine.
+
+    XLAYER_COMMIT names the commit where the files were copied without their git folder.
+    """
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
+        commit = os.environ.get("XLAYER_COMMIT") or "unknown"
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     return {"date": now, "commit": commit, "versions": versions, "threads": torch.get_num_threads()}

@@ -21,6 +21,7 @@ from xlayer_ext.bench import (
     Unavailable,
     Work,
     compare,
+    cuda_peak,
     device_name,
     peak_memory,
     provenance,
@@ -35,7 +36,9 @@ IMPLS = ("native", "eager", "compile")
 class Case:
     """One comparison. `build(impl=…, **arguments)` makes the inputs and returns the work to be timed.
 
-    `bytes` and `flops` are the fewest that the work needs: each input read once, each output written once.
+    `bytes` and `flops` are the fewest that the work needs: each input read once, each output written once; `alu` is the
+    fewest float32 operations outside GEMMs. `halve(arguments)` gives the arguments of the same case with half the work,
+    or None: where plain PyTorch does not fit into memory, a smaller case tells its speed.
     """
 
     family: str
@@ -48,6 +51,8 @@ class Case:
     build: Builder
     arguments: dict[str, Any]
     suite: str = "main"  # "main", "full" (only with --suite full) or "toy" (only with --quick)
+    alu: int = 0
+    halve: Callable[[dict[str, Any]], dict[str, Any] | None] | None = None
 
 
 Check = Callable[[Case], None]
@@ -81,12 +86,15 @@ def run(
     buffer_bytes: int = 0,
     memory: bool = True,
     check: Check | None = None,
+    out: str | None = None,
+    label: str | None = None,
 ) -> list[Row]:
     """Times every case with every implementation that is available; what is skipped is said on stderr.
 
     `check(case)` comes first where the native kernel is available, and raises when its results are wrong. `seconds` is
     spent on each case, the machine's limits included, which are measured in the same rounds; `limit_seconds` and
-    `buffer_bytes` are those of `bench.LimitProbe`.
+    `buffer_bytes` are those of `bench.LimitProbe`. Each case's rows are appended to the file `out` once it is done.
+    `label` names the device in the rows.
     """
     dtypes = dict.fromkeys(case.dtype for case in cases)
     probes = {
@@ -96,32 +104,67 @@ def run(
     origin = provenance()
     rows: list[Row] = []
     for case in cases:
-        times, peaks = _measure(case, impls, probes[case.dtype], device, seconds, memory, check)
-        rows += _rows(case, times, peaks, probes[case.dtype], device_name(device), origin)
+        probe = probes[case.dtype]
+        works, peaks = _prepare(case, impls, device, memory, check)
+        smaller, parts = _smaller_eager(case, device) if works and "eager" in set(impls) - works.keys() else ({}, 1)
+        times = compare(works | smaller | probe.works, device=device, seconds=seconds) if works else {}
+        found = list(_rows(case, times, peaks, probe, label or device_name(device), origin, parts))
+        if out:
+            write_rows(out, found)
+        rows += found
     return rows
 
 
-def _measure(
-    case: Case,
-    impls: Sequence[str],
-    probe: LimitProbe,
-    device: str,
-    seconds: float,
-    memory: bool,
-    check: Check | None,
-) -> tuple[dict[str, Timing], dict[str, int | None]]:
+def _prepare(
+    case: Case, impls: Sequence[str], device: str, memory: bool, check: Check | None
+) -> tuple[dict[str, Work], dict[str, int | None]]:
+    """The works that can run here, checked, and their peaks."""
     works: dict[str, Work] = {}
     peaks: dict[str, int | None] = {}
     for impl in impls:
         arguments = {"impl": impl, **case.arguments}
         try:
-            works[impl] = case.build(**arguments)
+            work = _fitting(case.build, arguments, device)
             if check and impl == "native":
                 check(case)
-            peaks[impl] = peak_memory(case.build, arguments, device=device) if memory else None
+            works[impl] = work
+            peaks[impl] = _peak(case.build, work, arguments, device) if memory else None
         except Unavailable as reason:
             print(f"note: {case.name} {case.pass_} {case.dtype} {impl}: {reason}", file=sys.stderr)
-    return (compare(works | probe.works, device=device, seconds=seconds) if works else {}), peaks
+    return works, peaks
+
+
+def _fitting(build: Builder, arguments: Mapping[str, Any], device: str) -> Work:
+    """The work, `Unavailable` where the GPU's memory cannot hold it: a first call shows that."""
+    try:
+        work = build(**arguments)
+        if torch.device(device).type == "cuda":
+            work()
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition("\n")[0]
+    else:
+        return work
+    torch.cuda.empty_cache()  # here, where the exception no longer holds the tensors of the call
+    raise Unavailable(f"out of memory: {reason}")
+
+
+def _peak(build: Builder, work: Work, arguments: Mapping[str, Any], device: str) -> int:
+    return cuda_peak(work, device) if torch.device(device).type == "cuda" else peak_memory(build, arguments)
+
+
+def _smaller_eager(case: Case, device: str) -> tuple[dict[str, Work], int]:
+    """Plain PyTorch on the largest 1/2, 1/4, … of the case that fits, and the number of such parts in the case."""
+    arguments, parts = case.arguments, 1
+    while case.halve and (smaller := case.halve(arguments)):
+        arguments, parts = smaller, 2 * parts
+        try:
+            return {_SMALLER: _fitting(case.build, {"impl": "eager", **arguments}, device)}, parts
+        except Unavailable:
+            continue
+    return {}, 1
+
+
+_SMALLER = "eager on a part"
 
 
 def _rows(
@@ -131,18 +174,27 @@ def _rows(
     probe: LimitProbe,
     device: str,
     origin: Mapping[str, Any],
+    parts: int = 1,
 ) -> Iterator[Row]:
     if not times:
         return
     limits = probe.limits(times)
-    rates = {"copy_rate": limits.copy_rate, "gemm_rate": limits.gemm_rate, "best_gemm_rate": probe.best_gemm_rate}
+    least = (case.bytes, case.flops)
+    facts: dict[str, Any] = {"bound": limits.bound(*least, case.alu)}
+    facts |= {"copy_rate": limits.copy_rate, "gemm_rate": limits.gemm_rate, "best_gemm_rate": probe.best_gemm_rate}
+    if probe.alu_source:
+        facts |= {"alu": case.alu, "alu_rate": limits.alu_rate, "alu_rate_source": probe.alu_source}
+    eager = times["eager"].median if "eager" in times else None
+    if _SMALLER in times:
+        eager = parts * times[_SMALLER].median
+        facts["eager_parts"] = parts
     for impl, timing in times.items():
-        if impl in probe.works:
+        if impl in probe.works or impl == _SMALLER:
             continue
-        extra = {"spread": timing.spread, **rates, **origin}
-        if "eager" in times:
-            extra["speedup_over_eager"] = times["eager"].median / timing.median
-        fraction = limits.fraction(case.bytes, case.flops, timing.median)
+        extra = {"spread": timing.spread, **facts, **origin}
+        if eager:
+            extra["speedup_over_eager"] = eager / timing.median
+        fraction = limits.fraction(*least, timing.median, case.alu)
         what = (case.family, case.op, case.name, case.pass_, case.dtype, device, impl)
         ms = (timing.median * 1e3, timing.minimum * 1e3)
         yield Row(*what, *ms, case.bytes, case.flops, peaks.get(impl), fraction, extra)
@@ -162,6 +214,7 @@ def main(
     parser.add_argument("--suite", choices=("main", "full"), default="main", help="full: masks and variants as well")
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES, help="element types")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …")
+    parser.add_argument("--label", metavar="NAME", help="the device's name in the rows (default: what it says itself)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: what torch takes)")
     parser.add_argument("--seconds", type=float, default=3.0, help="time for one case, shared by its implementations")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
@@ -170,6 +223,8 @@ def main(
     options = parser.parse_args(argv)
     if options.threads:
         torch.set_num_threads(options.threads)
+    if torch.device(options.device).type == "cuda":
+        torch.cuda.set_device(options.device)  # events and streams are the current device's
     cases = make_cases(options)
     wanted = options.case or (["toy"] if options.quick else None)
     if wanted and (unknown := set(wanted) - {case.name for case in cases}):
@@ -179,23 +234,23 @@ def main(
     impls = [impl for impl in IMPLS if not (impl == "compile" and options.no_compile)]
     quick = {"seconds": 0.1, "limit_seconds": 0.02, "buffer_bytes": 32 << 20}
     amount: dict[str, Any] = quick if options.quick else {"seconds": options.seconds}
-    rows = run(chosen, impls, device=options.device, memory=not options.no_memory, check=check, **amount)
+    amount |= {"memory": not options.no_memory, "check": check, "out": options.out, "label": options.label}
+    rows = run(chosen, impls, device=options.device, **amount)
     print("\n".join(row.to_json() for row in rows) if options.json else format_table(rows))
-    if options.out:
-        write_rows(options.out, rows)
     return 0
 
 
 def format_table(rows: Sequence[Row]) -> str:
     """The rows for reading, under the device's name and measured limits."""
     head = f"{'case':<14}{'pass':<9}{'dtype':<10}{'impl':<9}{'ms':>10}{'min':>10}{'spread':>8}{'MB peak':>10}"
-    lines = [f"{head}{'÷ eager':>9}{'of limit':>10}"]
+    lines = [f"{head}{'÷ eager':>9}{'of limit':>10} bound by"]
     for row in rows:
         peak = "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.1f}"
+        bound = row.extra.get("bound", "-")
         speedup = f"{row.extra['speedup_over_eager']:.2f}x" if "speedup_over_eager" in row.extra else "-"
         lines.append(
             f"{row.case:<14}{row.pass_:<9}{row.dtype:<10}{row.impl:<9}{row.ms_median:>10.3f}{row.ms_min:>10.3f}"
-            f"{row.extra['spread']:>8.2f}{peak:>10}{speedup:>9}{row.fraction_of_limit:>10.3f}"
+            f"{row.extra['spread']:>8.2f}{peak:>10}{speedup:>9}{row.fraction_of_limit:>10.3f} {bound}"
         )
     if rows:
         extra = rows[-1].extra
@@ -204,5 +259,7 @@ def format_table(rows: Sequence[Row]) -> str:
             rates.setdefault(row.dtype, []).append(row.extra["gemm_rate"] / 1e9)
         gemm = ", ".join(f"{name} {min(found):.0f} to {max(found):.0f} GFLOP/s" for name, found in rates.items())
         limits = f"copy {extra['copy_rate'] / 1e9:.1f} GB/s, GEMM {gemm}"
+        if "alu_rate" in extra:
+            limits += f", float32 {extra['alu_rate'] / 1e12:.1f} T operations/s ({extra['alu_rate_source']})"
         lines.insert(0, f"{rows[-1].device}, {extra['threads']} threads; {limits}")
     return "\n".join(lines)

@@ -1,0 +1,118 @@
+"""Every operator's CUDA kernels, forward and backward, for a tool that watches them: a sanitizer, a profiler.
+
+python -m benchmarks.gpu_cases [--device cuda|emulated]   small odd sizes, every dtype, with masks and without
+python -m benchmarks.gpu_cases --large                    hdim_attention once, at the main size of its benchmark
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from benchmarks import bench_hdim, emulator
+from xlayer_ext import backend, functional
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+HDIM_SIZES = ((2, 17, 37, 24, 96, 40), (1, 70, 129, 5, 7, 3), (1, 3, 20, 64, 130, 24))  # B, Sq, Sk, D, M, H
+MEAN_SIZES = ((3, 37, 65), (1, 5, 1), (2, 1, 264))  # B, S, H
+
+
+def draw(*shape: int, dtype: torch.dtype, device: str, scale: float = 1.0) -> Tensor:
+    """Drawn on the CPU and copied: a sanitizer that watches who writes what knows the copy."""
+    return (scale * torch.randn(shape)).to(dtype).to(device)
+
+
+def draw_mask(*shape: int, device: str) -> Tensor:
+    """A mask of several rows, of which the first allows nothing, or of a single row."""
+    mask = torch.rand(shape) < 0.7
+    rows = mask.flatten(0, -2)
+    rows[: min(1, len(rows) - 1)] = False
+    return mask.to(device)
+
+
+def finish(name: str, out: Tensor, inputs: Sequence[Tensor]) -> None:
+    """The backward, and a look at all that was computed."""
+    cotangent = draw(*out.shape, dtype=out.dtype, device=str(out.device))
+    for result in (out.detach(), *torch.autograd.grad(out, inputs, cotangent)):
+        if not result.cpu().isfinite().all():
+            raise AssertionError(f"{name}: a result is not finite")
+
+
+def hdim_attention(dtype: torch.dtype, masked: bool, device: str) -> Iterator[str]:
+    for (b, sq, sk, d, m, h), activation in zip(HDIM_SIZES, ("relu", "gelu", "relu"), strict=True):
+        name = f"hdim_attention {activation} B={b} Sq={sq} Sk={sk} D={d} M={m} H={h}"
+        shapes = [(b, sq, d), (b, sk, d), (b, sk, h), (m, 4 * d), (m,), (m,), (1,)]
+        scales = [1.0, 1.0, 1.0, (4 * d) ** -0.5, 0.1, m**-0.5, 0.1]
+        inputs = [
+            draw(*shape, dtype=dtype, device=device, scale=scale).requires_grad_()
+            for shape, scale in zip(shapes, scales, strict=True)
+        ]
+        key_mask = draw_mask(b, sk, device=device) if masked else None
+        pair_mask = draw_mask(b, sq, sk, device=device) if masked else None
+        out = functional.hdim_attention(
+            *inputs, key_mask=key_mask, pair_mask=pair_mask, activation=activation, return_entropy=True
+        )
+        assert isinstance(out, tuple)
+        finish(name, out[0] * (1 + out[1]), inputs)  # the entropy's gradient goes through the kernel too
+        yield name
+
+
+def masked_mean(dtype: torch.dtype, masked: bool, device: str) -> Iterator[str]:
+    for b, s, h in MEAN_SIZES:
+        name = f"masked_mean B={b} S={s} H={h}"
+        x = draw(b, s, h, dtype=dtype, device=device).requires_grad_()
+        finish(name, functional.masked_mean(x, draw_mask(b, s, device=device) if masked else None), [x])
+        yield name
+
+
+CASES: dict[str, Callable[[torch.dtype, bool, str], Iterator[str]]] = {
+    "hdim_attention": hdim_attention,
+    "masked_mean": masked_mean,
+}
+
+
+def operators() -> set[str]:
+    """The operators of the native library; a backward is run by its forward's case."""
+    names = (name for name in torch._C._dispatch_get_all_op_names() if name.startswith("xlayer::"))
+    return {name.removeprefix("xlayer::").removesuffix("_backward") for name in names}
+
+
+def run_small(device: str) -> None:
+    if missing := operators() - CASES.keys():
+        raise AssertionError(f"no case for {', '.join(sorted(missing))}")
+    count = 0
+    for operator, dtype, masked in itertools.product(CASES, DTYPES, (False, True)):
+        for name in CASES[operator](dtype, masked, device):
+            count += 1
+            print(f"{name} {dtype} {'masked' if masked else 'no mask'}", flush=True)
+    print(f"{count} cases ran, every result is finite")
+
+
+def run_large(device: str) -> None:
+    _, b, s, d, m, h, options = bench_hdim.CUDA_SIZES["B32-S512"]
+    bench_hdim.build("native", "fwd+bwd", [b, s, d, m, h], "bfloat16", device, **options)()
+    torch.cuda.synchronize()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "emulated"), default="cuda")
+    parser.add_argument("--large", action="store_true", help="only for cuda")
+    options = parser.parse_args(argv)
+    device = "cuda"
+    if options.device == "emulated":
+        emulator.emulation().take_over()
+        device = "cpu"
+    torch.manual_seed(0)
+    with backend("native"):  # no falling back to plain PyTorch unseen
+        (run_large if options.large else run_small)(device)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

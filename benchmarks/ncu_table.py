@@ -1,0 +1,70 @@
+"""A few lines per kernel from Nsight Compute: reads the output of `ncu --page raw --csv --print-units base` on stdin.
+
+Names of metrics differ between GPUs and versions, so they are found by pattern; the largest one counts.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import sys
+from collections.abc import Iterable
+
+PERCENT = r".*\.avg\.pct_of_peak_sustained_(active|elapsed)$"
+# label: (pattern of the metric's name, unit to print, factor)
+METRICS = {
+    "time": (r"gpu__time_duration\.sum$", "us", 1e-3),
+    "tensor pipe": (r"sm__(inst_executed_)?pipe_tensor" + PERCENT, "%", 1.0),
+    "FMA pipe": (r"sm__(inst_executed_)?pipe_fma" + PERCENT, "%", 1.0),
+    "ALU pipe": (r"sm__(inst_executed_)?pipe_alu" + PERCENT, "%", 1.0),
+    "DRAM": (r"(gpu__)?dram__?throughput" + PERCENT, "%", 1.0),
+    "L1": (r"l1tex__throughput" + PERCENT, "%", 1.0),
+    "occupancy": (r"sm__warps_active" + PERCENT, "%", 1.0),
+    "registers": (r"launch__registers_per_thread$", "", 1.0),
+    "shared": (r"launch__shared_mem_per_block_dynamic$", "B", 1.0),
+    "blocks": (r"launch__grid_size$", "", 1.0),
+    "threads": (r"launch__block_size$", "", 1.0),
+}
+STALL = re.compile(r"smsp__average_warps_issue_stalled_(\w+?)(_not_issued)?_per_issue_active\.ratio$")
+
+
+def number(text: str) -> float | None:
+    try:
+        return float(text.replace(",", ""))
+    except ValueError:
+        return None
+
+
+def kernel_name(full: str) -> str:
+    """`score<bfloat16>` of `void xlayer::cuda::(anonymous namespace)::score<bfloat16>(Args)`."""
+    plain = full.replace("(anonymous namespace)::", "").replace("<unnamed>::", "").split("(")[0]
+    return plain.split("<")[0].split("::")[-1].split(" ")[-1]
+
+
+def table(lines: Iterable[str]) -> list[str]:
+    """Two lines per kernel launch: what was busy and how it was launched, and what its warps waited for most."""
+    text = list(lines)
+    start = next((at for at, line in enumerate(text) if line.startswith('"ID"')), len(text))
+    rows = list(csv.DictReader(text[start:]))
+    out = []
+    for row in rows[1:]:  # the first has the units
+        values = {name: value for name, cell in row.items() if name and (value := number(cell or "")) is not None}
+        shown = []
+        for label, (pattern, unit, factor) in METRICS.items():
+            found = [value for name, value in values.items() if re.match(pattern, name)]
+            shown.append(f"{label} {max(found) * factor:.4g} {unit}".rstrip() if found else f"{label} -")
+        out.append(f"{kernel_name(row['Kernel Name'])}: {', '.join(shown)}")
+        stalls = {match[1]: value for name, value in values.items() if (match := STALL.match(name)) and not match[2]}
+        worst = sorted(stalls, key=stalls.__getitem__, reverse=True)[:4]
+        out.append("    warps wait per instruction: " + ", ".join(f"{name} {stalls[name]:.2f}" for name in worst))
+    return out
+
+
+def main() -> int:
+    lines = table(sys.stdin)
+    print("\n".join(lines) or "no kernel was profiled")
+    return 0 if lines else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
