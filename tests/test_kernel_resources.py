@@ -3,11 +3,12 @@
 Directly above a kernel stand comment lines that csrc/native/kernel_resources.py reads:
 
     // resources: masked_mean_kernel threads 256, registers 64, shared 8256, occupancy 0.5
-    // sass: masked_mean_kernel<*, [!1]> LDG.128
+    // sass: masked_mean_backward_kernel<*, [!1]> LDG.128, only STG.128
 
 `resources` states ceilings: threads of a block (exactly), registers of a thread, bytes of shared memory of a block
 (static and dynamic), and the occupancy that these leave on sm_80 or sm_90, the worse. Nothing may spill.
-`sass` states instructions, of which every one must be in the machine code: LDG.128 is found in LDG.E.128.CONSTANT.
+`sass` states instructions, of which every one must be in the machine code: LDG.128 is found in LDG.E.128.CONSTANT. With
+`only`, moreover, every STG must be an STG.128.
 
 For some instances of a template, the name takes a shell pattern of the arguments as a demangler writes them, with
 bfloat16 and float16 for CUDA's types: `score_kernel<float, *>`, `score_kernel<*, (Activation)1, [48]>`. An instance
@@ -109,10 +110,15 @@ def wrong_instructions(found: Opcodes, promises: Iterable[Any]) -> list[str]:
             wrong.append(f"{kernel} on {arch}: no `// sass: {name} …` above it")
         for promise in promises:
             for stated in promise.opcodes if promise.covers(kernel) else ():
-                operation, *modifiers = stated.split(".")
-                parts = [opcode.split(".") for opcode in opcodes]
-                if not any(each[0] == operation and set(modifiers) <= set(each[1:]) for each in parts):
-                    wrong.append(f"{kernel} on {arch} has no {stated}, which {promise.where} states")
+                operation, *modifiers = stated.removeprefix("only ").split(".")
+                same = sorted(opcode for opcode in opcodes if opcode.split(".")[0] == operation)
+                others = [opcode for opcode in same if not set(modifiers) <= set(opcode.split("."))]
+                if same == others:
+                    wrong.append(
+                        f"{kernel} on {arch} has no {stated.removeprefix('only ')}, which {promise.where} states"
+                    )
+                elif others and stated.startswith("only "):
+                    wrong.append(f"{kernel} on {arch} has {', '.join(others)}, {promise.where} states {stated}")
     return wrong
 
 
@@ -273,19 +279,20 @@ def test_a_promise_that_cannot_be_read_is_named(tmp_path: Path, line: str) -> No
 
 def test_instances_of_a_template_have_their_own_promises(tmp_path: Path) -> None:
     few = "resources: k<*, (Activation)1, [48]> threads 256, registers 32, shared 0, occupancy 1"
-    promises = promises_of(tmp_path, few, K, "sass: k<bfloat16, *> HMMA.BF16", "sass: k LDG.128, STG")
+    promises = promises_of(tmp_path, few, K, "sass: k<bfloat16, *> HMMA.BF16", "sass: k LDG.128, only STG.32")
     assert resources.ceiling_of("k<float, (Activation)1, 8>", promises).registers == 32
     assert resources.ceiling_of("k<float, (Activation)0, 8>", promises).registers == 64
     assert resources.ceiling_of("kernel<float, (Activation)1, 8>", promises) is None
     found = {
-        ("k<bfloat16, 1>", "sm_80"): {"HMMA.16816.F32.BF16", "LDG.E.128.CONSTANT", "STG.E"},
-        ("k<bfloat16, 2>", "sm_80"): {"HMMA.16816.F32", "LDG.E.64", "STG.E"},
-        ("k<float, 2>", "sm_80"): {"LDG.E.128", "STGX.E"},
+        ("k<bfloat16, 1>", "sm_80"): {"HMMA.16816.F32.BF16", "LDG.E.128.CONSTANT", "LDG.E", "STG.E.32"},
+        ("k<bfloat16, 2>", "sm_80"): {"HMMA.16816.F32", "LDG.E.64", "STG.E.32", "STG.E.U8"},
+        ("k<float, 2>", "sm_80"): {"LDG.E.128", "STGX.E.32"},
     }
     assert wrong_instructions(found, promises) == [
         "k<bfloat16, 2> on sm_80 has no HMMA.BF16, which kernels.cu:3 states",
         "k<bfloat16, 2> on sm_80 has no LDG.128, which kernels.cu:4 states",
-        "k<float, 2> on sm_80 has no STG, which kernels.cu:4 states",
+        "k<bfloat16, 2> on sm_80 has STG.E.U8, kernels.cu:4 states only STG.32",
+        "k<float, 2> on sm_80 has no STG.32, which kernels.cu:4 states",
     ]
 
 

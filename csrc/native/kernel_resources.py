@@ -6,7 +6,7 @@
 A kernel's source promises in comment lines directly above it (CONTRIBUTING.md, "What a CUDA kernel may use"):
 
     // resources: masked_mean_kernel threads 256, registers 64, shared 8256, occupancy 0.5
-    // sass: masked_mean_kernel<*, [!1]> LDG.128
+    // sass: masked_mean_backward_kernel<*, [!1]> LDG.128, only STG.128
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ BLOCK = re.compile(r"\.entry (\w+)\(.*?\.(?:max|req)ntid (\d+)(?:, (\d+), (\d+))
 
 PROMISE = re.compile(r"// (resources|sass): (\w+)(<.*>)? (.+)")
 RESOURCES = re.compile(r"threads (\d+), registers (\d+), shared (\d+), occupancy (\d+(?:\.\d+)?)")
-OPCODES = re.compile(r"[A-Z][A-Z0-9.]*(?:, [A-Z][A-Z0-9.]*)*")
+OPCODES = re.compile(r"(?:only )?[A-Z][A-Z0-9.]*(?:, (?:only )?[A-Z][A-Z0-9.]*)*")
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Ceiling(Promise):
 
 @dataclass(frozen=True)
 class Instructions(Promise):
-    """Machine instructions that the kernel is written for."""
+    """Machine instructions that the kernel is written for; after `only`, the operation is done in no other way."""
 
     opcodes: tuple[str, ...]
 
