@@ -141,3 +141,37 @@ def test_table_of_a_profile() -> None:
     assert "registers 128" in metrics
     assert stalls.endswith("long_scoreboard 1.75, barrier 0.50")
     assert ncu_table.table(["==PROF== nothing\n"]) == []
+
+
+# ---- the GPU's tools, with stand-ins that say what they would --------------------------------------------------------
+
+
+def stand_in(folder: Path, name: str, said: str, code: int = 0) -> None:
+    """A program that writes its arguments to the file NAME.arguments, says something and ends with a code."""
+    program = folder / name
+    program.write_text(f"#!/bin/sh\necho \"$@\" >>'{program}.arguments'\ncat <<'SAID'\n{said}SAID\nexit {code}\n")
+    program.chmod(0o755)
+
+
+def test_tools_are_called_and_judged(tmp_path: Path) -> None:
+    stand_in(tmp_path, "compute-sanitizer", CLEAN.replace("exit code 0\n", ""))
+    stand_in(tmp_path, "ncu", NCU)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    run = gpu_check(str(tmp_path / "out"), "sanitize", "profile", PATH=path)
+    assert run.returncode == 0, run.stdout + run.stderr
+    calls = (tmp_path / "compute-sanitizer.arguments").read_text().splitlines()
+    assert sorted(call.split()[1] for call in calls) == ["initcheck", "memcheck", "racecheck", "synccheck"]
+    for call in calls:
+        assert call.endswith("-m benchmarks.gpu_cases --device cuda")
+        assert ("--kernel-name kns=xlayer" in call) == ("initcheck" not in call)  # it must see who else writes
+    assert "--clock-control none" in (tmp_path / "ncu.arguments").read_text()
+    assert "score: time 1234 us" in run.stdout
+
+
+def test_what_a_tool_finds_fails_its_part(tmp_path: Path) -> None:
+    stand_in(tmp_path, "compute-sanitizer", OURS.replace("exit code 66\n", ""), code=66)
+    run = gpu_check(str(tmp_path / "out"), "sanitize", PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert run.returncode == 1
+    assert "sanitize failed" in (tmp_path / "out" / "summary.txt").read_text()
+    log = (tmp_path / "out" / "sanitize.log").read_text()
+    assert log.count("Invalid __global__ write of size 8 bytes") == 4  # one for each of the tools
