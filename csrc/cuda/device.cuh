@@ -268,7 +268,14 @@ class LaunchName {
 
 namespace xlayer::cuda {
 
-// Two elements in one register and back.
+// A float's bits as a number, and two elements in one register and back.
+__device__ __forceinline__ float float_of(uint32_t bits) {
+    union {
+        uint32_t bits;
+        float number;
+    } same{bits};
+    return same.number;
+}
 template <class T>
 __device__ __forceinline__ uint32_t pack(float first, float second) {
     union {

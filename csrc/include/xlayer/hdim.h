@@ -67,4 +67,57 @@ void hdim_forward(const HdimForward& args);
 void hdim_backward(const HdimBackward& args);
 
 }  // namespace cpu
+
+// The CUDA kernels do what is done per pair; the caller multiplies matrices between them:
+//
+//   forward   hdim_score → hdim_softmax → context = P · value
+//   backward  hdim_score → ∂L/∂P = grad_context · valueᵀ → hdim_grad_pairs → grad_value = Pᵀ · grad_context
+//
+// `stream` is a cudaStream_t of the current device. All throw std::runtime_error if a launch fails.
+//
+// Two things differ from the formula, both for the sake of the tensor cores, which mix what they are given: an allowed
+// pair whose query or key holds NaN or inf has the logit NaN, and with a pair mask so has one whose value does.
+namespace cuda {
+
+constexpr int64_t kHdimMostProjections = 64;  // the largest D
+
+// Rows of logits lie this many elements apart: vectors of them are aligned, and tiles of 16 never run past a row.
+inline int64_t hdim_pitch(int64_t keys) { return (keys + 15) / 16 * 16; }
+
+struct HdimScore {
+    HdimInputs in;
+    void* value;  // [B,Sk,H], contiguous, dtype: out, in.value with zeros for what must not be used; null without masks
+    void* logits;     // [B,Sq,pitch], accumulation type: out, −inf where a pair is not allowed or beyond the keys
+    void* workspace;  // hdim_score_workspace() bytes, aligned to 64
+};
+
+struct HdimSoftmax {
+    HdimInputs in;
+    const void* logits;
+    void* probability;  // [B,Sq,pitch], dtype: out; may be the logits' own memory if the types are the same
+    void* logsumexp;    // [B,Sq], accumulation type, like row_entropy: out
+    void* row_entropy;
+};
+
+struct HdimGradPairs {
+    HdimInputs in;
+    void* logits;                  // in: of hdim_score; scratch afterwards
+    void* probability;             // [B,Sq,Sk], contiguous, dtype: in ∂L/∂P, out P
+    const void* grad_row_entropy;  // [B,Sq], accumulation type; null: zero
+    void* grad_query;              // out: all contiguous, dtype
+    void* grad_key;
+    void* grad_weight1;
+    void* grad_bias1;
+    void* grad_weight2;
+    void* workspace;  // hdim_grad_pairs_workspace() bytes, aligned to 64; begins with what hdim_score left in its own
+};
+
+int64_t hdim_score_workspace(const HdimInputs& in);
+int64_t hdim_grad_pairs_workspace(const HdimInputs& in);  // at least hdim_score_workspace()
+
+void hdim_score(const HdimScore& args, void* stream);
+void hdim_softmax(const HdimSoftmax& args, void* stream);
+void hdim_grad_pairs(const HdimGradPairs& args, void* stream);
+
+}  // namespace cuda
 }  // namespace xlayer

@@ -1,0 +1,257 @@
+// What the hdim kernels share: the packed inputs, and how a pair's hidden units come out of two small matrix products.
+//
+// |q−k| = q + k − 2·min(q,k) makes the columns of W1 that act on it linear but for the minimum, and for a fixed query
+// q∘k is linear in k. So with W1 = [Wa Wb Wc Wd]
+//
+//   pre_ijm = u_im + (Wc∘q_i + Wb + Wd)_m · k_j − 2·Wd_m · min(q_i, k_j),     u_i = b1 + (Wa + Wd)·q_i
+//
+// and per pair nothing is left but a product over 2D columns, of which the left half costs no arithmetic to make, with
+// u as the accumulator's first value. The slope of |·| at 0 is 0 if min passes half of its gradient to each side.
+//
+// Packed inputs (hdim_pack.cu) are contiguous, padded with zeros to 8·G columns (G groups) and to 16·⌈M/16⌉ hidden
+// units, and finite: tokens that are masked, or hold NaN or inf, are zero there and show in their bias, which is added
+// to their logits: 0, −inf for masked keys, else NaN.
+//
+// Work per pair, forward: 2·2D·M tensor flops; 2·M operations of the other units (activation, dot with w2), 21·M for
+// GELU; 4 bytes written. Backward: 2·2D·M to score again and twice 3·2D·M... see hdim_grad_keys.cu,
+// hdim_grad_weights.cu.
+#pragma once
+
+#include <cmath>
+#include <type_traits>
+
+#include "fragment.cuh"
+#include "xlayer/hdim.h"
+
+namespace xlayer::cuda {
+
+constexpr int kWarps = 4;  // in a block of the pair kernels
+constexpr int kThreads = kWarps * kWarp;
+constexpr int kWeightBlocks = 4;            // Wc, Wb + Wd, −2·Wd, Wa + Wd
+constexpr size_t kWeightBytes = 64 * 1024;  // of weights in shared memory at a time; more hidden units take more passes
+
+__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+template <class A>
+__device__ __forceinline__ A infinity() {
+    return static_cast<A>(HUGE_VALF);
+}
+template <class A>
+__device__ __forceinline__ A not_a_number() {
+    return infinity<A>() - infinity<A>();
+}
+
+// A boolean mask [B,S], true: may be used.
+struct TokenFlags {
+    const bool* data;  // null: all
+    int64_t stride[2];
+
+    __device__ __forceinline__ bool allows(int64_t b, int64_t s) const {
+        return data == nullptr || data[b * stride[0] + s * stride[1]];
+    }
+};
+
+// Sizes as the packed arrays have them.
+struct PairSizes {
+    int64_t batch, queries, keys, pitch;
+    int hidden;  // M, a multiple of 16
+    int groups;  // G
+
+    explicit PairSizes(const HdimInputs& in)
+        : batch(in.batch),
+          queries(in.queries),
+          keys(in.keys),
+          pitch(hdim_pitch(in.keys)),
+          hidden(static_cast<int>(round_up(in.mlp_dim, 16))),
+          groups(0) {
+        const int wanted = static_cast<int>(ceil_div(in.proj_dim, 8));
+        const int half_precision[] = {2, 3, 4, 8}, full_precision[] = {4, 8};  // what kernels are compiled for
+        if (element_size(in.dtype) == 2) {
+            for (int have : half_precision) groups = groups == 0 && wanted <= have ? have : groups;
+        } else {
+            for (int have : full_precision) groups = groups == 0 && wanted <= have ? have : groups;
+        }
+    }
+};
+
+template <class T>
+struct Packed {
+    using A = Accumulator<T>;
+    T* query;         // [B][Sq][8G]
+    T* key;           // [B][Sk][8G]
+    T* weight;        // [M][kWeightBlocks][8G]
+    A* query_weight;  // [8G][M]  Wa + Wd
+    A* bias1;         // [M]
+    A* weight2;       // [M]  w2 / temperature
+    A* query_hidden;  // [B][Sq][M]  u
+    A* query_bias;    // [B][Sq]
+    A* key_bias;      // [B][Sk]
+};
+
+// Cuts one allocation into arrays aligned to 64 bytes; with no memory behind it, only counts.
+struct Arena {
+    char* base;
+    int64_t used = 0;
+
+    template <class V>
+    V* take(int64_t count) {
+        V* array = reinterpret_cast<V*>(base + used);
+        used += round_up(count * static_cast<int64_t>(sizeof(V)), 64);
+        return base == nullptr ? nullptr : array;
+    }
+};
+
+template <class T>
+Packed<T> take_packed(Arena& arena, const PairSizes& s) {
+    using A = Accumulator<T>;
+    Packed<T> p;
+    p.query = arena.take<T>(s.batch * s.queries * 8 * s.groups);
+    p.key = arena.take<T>(s.batch * s.keys * 8 * s.groups);
+    p.weight = arena.take<T>(s.hidden * kWeightBlocks * 8 * s.groups);
+    p.query_weight = arena.take<A>(8 * s.groups * s.hidden);
+    p.bias1 = arena.take<A>(s.hidden);
+    p.weight2 = arena.take<A>(s.hidden);
+    p.query_hidden = arena.take<A>(s.batch * s.queries * s.hidden);
+    p.query_bias = arena.take<A>(s.batch * s.queries);
+    p.key_bias = arena.take<A>(s.batch * s.keys);
+    return p;
+}
+
+// --- Activations ----------------------------------------------------------------------------------------------------
+
+struct Relu {
+    template <class A>
+    static __device__ __forceinline__ A value(A x) {
+        return x < 0 ? A(0) : x;  // NaN stays
+    }
+    template <class A>
+    static __device__ __forceinline__ A slope(A x) {
+        return x > 0 ? A(1) : A(0);
+    }
+};
+struct Gelu {
+    template <class A>
+    static __device__ __forceinline__ A cdf(A x) {
+        return A(0.5) * (A(1) + erf(x * A(0.70710678118654752440)));
+    }
+    template <class A>
+    static __device__ __forceinline__ A value(A x) {
+        return x * cdf(x);
+    }
+    template <class A>
+    static __device__ __forceinline__ A slope(A x) {
+        return cdf(x) + x * exp(A(-0.5) * x * x) * A(0.39894228040143267794);
+    }
+};
+
+// --- Tiles ----------------------------------------------------------------------------------------------------------
+
+// Copies `rows` rows of `width` elements between 16-byte aligned rows, `threads` threads together; rows from `valid` on
+// become zero. Ends with the copies under way.
+template <class T>
+__device__ __forceinline__ void copy_rows(T* to, int to_pitch, const T* from, int from_pitch, int rows, int valid,
+                                          int width, int thread, int threads) {
+    constexpr int kElements = 16 / sizeof(T);
+    const int pieces = width / kElements;
+    for (int index = thread; index < rows * pieces; index += threads) {
+        const int row = index / pieces, column = index % pieces * kElements;
+        T* const place = to + row * to_pitch + column;
+        if (row < valid) {
+            copy_async(place, from + static_cast<int64_t>(row) * from_pitch + column);
+        } else {
+            store(place, Vector<T, kElements>{});
+        }
+    }
+    commit_copies();
+}
+
+// A query's columns 2t and 2t+1 of each group: kept in registers, or read where they are used.
+template <class T, int G, bool Hold>
+class QueryRow {
+  public:
+    __device__ __forceinline__ explicit QueryRow(const T* row) : from_(row + lane_column()) {
+        if constexpr (Hold) {
+#pragma unroll
+            for (int g = 0; g < G; ++g) held_[g] = load_pair(from_ + 8 * g);
+        }
+    }
+    __device__ __forceinline__ Pair<T> operator()(int g) const {
+        if constexpr (Hold) return held_[g];
+        return load_pair(from_ + 8 * g);
+    }
+
+  private:
+    const T* from_;
+    Pair<T> held_[Hold ? G : 1];
+};
+
+// pre[r] += [k | min(q, k)] · [Wc∘q + Wb + Wd | −2·Wd]ᵀ for R tiles of 16 keys and 8 hidden units, whose weights (the
+// first three blocks) begin at `weights`. keys(r, g) is group g of tile r; query(g) holds columns 2t and 2t+1 of group
+// g.
+template <class T, int G, int R, class Keys, class Query>
+__device__ __forceinline__ void add_scores(Sum<T> (&pre)[R], const Keys& keys, const T* weights, int pitch,
+                                           const Query& query) {
+    if constexpr (is_half<T>) {
+        Right<T> hadamard[G], columns[2 * G];
+        load_right_from_rows(hadamard, weights, pitch);
+        load_right_from_rows(columns, weights + 8 * G, pitch);
+#pragma unroll
+        for (int g = 0; g < G; ++g) columns[g] = {multiply_add<T>(hadamard[g].at, query(g), columns[g].at)};
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+            Left<T> features[2 * G];
+#pragma unroll
+            for (int g = 0; g < G; ++g) {
+                features[g] = keys(r, g);
+                features[G + g] = {
+                    {smaller<T>(features[g].row[0], query(g)), smaller<T>(features[g].row[1], query(g))}};
+            }
+            multiply(pre[r], features, columns);
+        }
+    } else {  // one group at a time: all of them would not fit in registers
+#pragma unroll(sizeof(T) == 8 && G > 4 ? 1 : G)
+        for (int g = 0; g < G; ++g) {
+            Right<T> hadamard[1], rest[1], minimum[1];
+            load_right_from_rows(hadamard, weights + 8 * g, pitch);
+            load_right_from_rows(rest, weights + 8 * (G + g), pitch);
+            load_right_from_rows(minimum, weights + 8 * (2 * G + g), pitch);
+            rest[0] = {multiply_add<T>(hadamard[0].at, query(g), rest[0].at)};
+#pragma unroll
+            for (int r = 0; r < R; ++r) {
+                const Left<T> key = keys(r, g);
+                multiply_group(pre[r], key, rest[0]);
+                multiply_group(pre[r], {{smaller<T>(key.row[0], query(g)), smaller<T>(key.row[1], query(g))}},
+                               minimum[0]);
+            }
+        }
+    }
+}
+
+// Every kernel that walks over pairs cuts the queries into slices, so that `enough` warps find work where `tasks` of
+// them have it without: a function of the sizes alone, so that results do not depend on the machine. At least 1.
+inline int64_t slice_length(int64_t queries, int64_t tasks, int64_t enough) {
+    constexpr int64_t kShortest = 16;
+    const int64_t slices = ceil_div(enough, tasks > 0 ? tasks : 1), length = ceil_div(queries, slices);
+    return length > kShortest ? length : kShortest;
+}
+
+// Calls f(element, activation, groups) with values of the types that the sizes ask for.
+template <class F>
+void with_pair_types(const HdimInputs& in, const F& f) {
+    const int groups = PairSizes(in).groups;
+    with_element(in.dtype, [&](auto element) {
+        using T = decltype(element);
+        auto with_groups = [&](auto activation) {
+            if constexpr (is_half<T>) {
+                if (groups == 2) return f(element, activation, std::integral_constant<int, 2>{});
+                if (groups == 3) return f(element, activation, std::integral_constant<int, 3>{});
+            }
+            if (groups == 4) return f(element, activation, std::integral_constant<int, 4>{});
+            return f(element, activation, std::integral_constant<int, 8>{});
+        };
+        return in.gelu ? with_groups(Gelu{}) : with_groups(Relu{});
+    });
+}
+
+}  // namespace xlayer::cuda

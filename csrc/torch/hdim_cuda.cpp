@@ -1,0 +1,96 @@
+// xlayer::hdim_attention and its backward on CUDA: the kernels score pairs, softmax them and take the scores'
+// gradients; the three products of whole matrices are torch's own, and follow its settings (tf32 where the user allowed
+// it).
+#include "hdim_arguments.h"
+
+#ifdef XLAYER_HAS_CUDA_KERNELS
+
+namespace xlayer {
+namespace {
+
+using torch::stable::contiguous;
+using torch::stable::matmul;
+using torch::stable::narrow;
+using torch::stable::transpose;
+
+// The logits of all pairs, and the values that may meet them in a product.
+struct Scores {
+    Tensor logits, value;
+
+    Scores(const HdimTensors& in, const Tensor& query, const Tensor& value_, void* workspace, void* stream)
+        : logits(allocate(query, {in.args.batch, in.args.queries, cuda::hdim_pitch(in.args.keys)}, in.accumulation(),
+                          "logits")),
+          value(value_) {
+        const HdimInputs& a = in.args;
+        STD_TORCH_CHECK(a.proj_dim <= cuda::kHdimMostProjections, "the CUDA kernels of hdim take at most ",
+                        cuda::kHdimMostProjections, " columns of query and key, got ", a.proj_dim);
+        cuda::HdimScore args{a, nullptr, logits.mutable_data_ptr(), workspace};
+        if (a.key_mask != nullptr || a.pair_mask != nullptr) {
+            value = allocate(query, {a.batch, a.keys, a.value_dim}, "clean value");
+            args.value = value.mutable_data_ptr();
+        }
+        cuda::hdim_score(args, stream);
+    }
+};
+
+HdimOutputs hdim_attention_cuda(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& weight1,
+                                const Tensor& bias1, const Tensor& weight2, const OptionalTensor& key_mask,
+                                const OptionalTensor& pair_mask, double temperature, bool gelu) {
+    const CudaScope scope(query);
+    const HdimTensors in(query, key, value, weight1, bias1, weight2, key_mask, pair_mask, temperature, gelu);
+    const int64_t B = in.args.batch, Sq = in.args.queries;
+    void* aligned = nullptr;
+    const Tensor workspace = allocate_workspace(cuda::hdim_score_workspace(in.args), query, &aligned);
+    Scores scores(in, query, value, aligned, scope.stream());
+
+    const bool in_place = in.accumulation() == query.scalar_type();
+    Tensor probability = in_place ? scores.logits : allocate(query, {B, Sq, scores.logits.size(2)}, "probability");
+    Tensor logsumexp = allocate(query, {B, Sq}, in.accumulation(), "logsumexp");
+    Tensor row_entropy = allocate(query, {B, Sq}, in.accumulation(), "row_entropy");
+    cuda::hdim_softmax({in.args, scores.logits.const_data_ptr(), probability.mutable_data_ptr(),
+                        logsumexp.mutable_data_ptr(), row_entropy.mutable_data_ptr()},
+                       scope.stream());
+    const Tensor context = matmul(narrow(probability, 2, 0, in.args.keys), scores.value);
+    return {contiguous(context), logsumexp, row_entropy};
+}
+
+HdimGradients hdim_attention_backward_cuda(const Tensor& grad_context, const OptionalTensor& grad_row_entropy,
+                                           const Tensor& query, const Tensor& key, const Tensor& value,
+                                           const Tensor& weight1, const Tensor& bias1, const Tensor& weight2,
+                                           const OptionalTensor& key_mask, const OptionalTensor& pair_mask,
+                                           const Tensor& context, const Tensor& logsumexp, const Tensor& row_entropy,
+                                           double temperature, bool gelu) {
+    const CudaScope scope(query);
+    const HdimTensors in(query, key, value, weight1, bias1, weight2, key_mask, pair_mask, temperature, gelu);
+    const HdimSaved saved(in, query, grad_context, grad_row_entropy, context, logsumexp, row_entropy);
+    HdimGradTensors out(in, query);
+    cuda::HdimGradPairs args{};
+    args.in = in.args;
+    const Tensor workspace = allocate_workspace(cuda::hdim_grad_pairs_workspace(in.args), query, &args.workspace);
+    Scores scores(in, query, value, args.workspace, scope.stream());
+
+    // ∂L/∂P, overwritten with P.
+    Tensor probability = contiguous(matmul(saved.grad_context, transpose(scores.value, 1, 2)));
+    args.logits = scores.logits.mutable_data_ptr();
+    args.probability = kernel_inout(probability, "probability");
+    args.grad_row_entropy = saved.grad_entropy_data();
+    args.grad_query = out.query.mutable_data_ptr();
+    args.grad_key = out.key.mutable_data_ptr();
+    args.grad_weight1 = out.weight1.mutable_data_ptr();
+    args.grad_bias1 = out.bias1.mutable_data_ptr();
+    args.grad_weight2 = out.weight2.mutable_data_ptr();
+    cuda::hdim_grad_pairs(args, scope.stream());
+    const Tensor grad_value = matmul(transpose(probability, 1, 2), saved.grad_context);
+    return {out.query, out.key, contiguous(grad_value), out.weight1, out.bias1, out.weight2};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(XLAYER_OPS, XLAYER_CUDA_KEY, m) {
+    m.impl("hdim_attention", TORCH_BOX(&hdim_attention_cuda));
+    m.impl("hdim_attention_backward", TORCH_BOX(&hdim_attention_backward_cuda));
+}
+
+}  // namespace xlayer
+
+#endif  // XLAYER_HAS_CUDA_KERNELS
