@@ -13,14 +13,18 @@ PYTEST_ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := .venv/installed
-CPP := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/include/xlayer/*.h)
+CPP := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/include/xlayer/*.h \
+	tests/emulator/*.h tests/emulator/*.cpp tests/emulator/faults/*.cu)
+# The tests that call operators: they run on the CPU kernels, and on the CUDA kernels under the emulator.
+OPERATOR_TESTS := $(addprefix tests/,test_emulated.py test_hdim.py test_hdim_modules.py test_hdim_torch.py test_routing.py)
 
-.PHONY: demo test lint format build clean
+.PHONY: demo test lint format build emulator clean
 
 demo: build
 	$(BIN)/xlayer sweep xlrb --presets plain,H9 --seeds 0 --quick --out runs/demo-$$(date +%Y%m%d-%H%M%S)
 
-test: lint
+test: lint emulator
+	$(BIN)/python -m pytest --device emulated $(OPERATOR_TESTS)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: build
@@ -37,6 +41,10 @@ format: $(INSTALLED)
 # Compiles what changed in csrc; the install below has configured the folder.
 build: $(INSTALLED)
 	@$(BIN)/cmake --build build/native
+
+# Compiles the CUDA kernels as C++, with the emulator that the tests run them on (tests/emulator).
+emulator: build
+	@$(BIN)/cmake --build build/native --target emulator
 
 $(INSTALLED): pyproject.toml constraints.txt setup.py | $(BIN)/python
 	$(PIP) install --constraint constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
