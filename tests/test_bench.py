@@ -367,6 +367,13 @@ def test_script_prints_and_keeps_valid_rows(script, memory, tmp_path, capsys):
         assert row.extra.keys() >= {"date", "commit", "versions", "threads", "spread", "copy_rate", "gemm_rate"}
 
 
+def test_table_tells_operators_apart():
+    rows = [make_row(op=op, extra={"spread": 0.1, "threads": 2, "copy_rate": 1e9, "gemm_rate": 1e12}) for op in "ab"]
+    first, second = bench_suite.format_table(rows).split("\n\n")
+    assert first.splitlines()[0] == "a" and second.splitlines()[0] == "b"
+    assert "S128" in first and "S128" in second
+
+
 def test_script_names_the_cases_it_knows(capsys):
     with pytest.raises(SystemExit) as caught:
         bench_hdim.main(["--case", "S127"])

@@ -241,7 +241,10 @@ def main(
 
 
 def format_table(rows: Sequence[Row]) -> str:
-    """The rows for reading, under the device's name and measured limits."""
+    """The rows for reading, under the device's name and measured limits; a table for each operator."""
+    ops = dict.fromkeys(row.op for row in rows)
+    if len(ops) > 1:
+        return "\n\n".join(f"{op}\n{format_table([row for row in rows if row.op == op])}" for op in ops)
     head = f"{'case':<14}{'pass':<9}{'dtype':<10}{'impl':<9}{'ms':>10}{'min':>10}{'spread':>8}{'MB peak':>10}"
     lines = [f"{head}{'÷ eager':>9}{'of limit':>10} bound by"]
     for row in rows:
