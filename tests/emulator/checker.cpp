@@ -1,8 +1,7 @@
-// What is remembered of every byte: its last writer and its last readers, each in one 64-bit record with the phase in
-// which it happened. A phase is a stretch between two barriers of the block, numbered through the life of the process;
-// within it, a warp's own barriers divide the phase into the warp's turns. So two accesses of one block are ordered if
-// their phases differ, or if the warp is the same and the turns differ; and because numbers only grow, a block's or a
-// launch's beginning makes all older records meaningless without touching them.
+// What is remembered of every byte: its last writer and its last readers, each in one 64-bit record with the time at
+// which it happened. Time goes on at every barrier, through the life of the process. So an access came before another
+// thread's, and did not race with it, if it is older than the block's last barrier, or, in the same warp, than the
+// warp's last one; and records older than the block, or than the launch, mean nothing without having been cleared.
 #include "checker.h"
 
 #include <link.h>
@@ -28,17 +27,14 @@ namespace {
 
 // --- Records ---------------------------------------------------------------------------------------------------------
 
-// From the top: phase 36 bits, turn 15, thread 10, flags 3.
+// From the top: time 51 bits, thread 10, flags 3. Time 0: of a byte never touched.
 using Record = uint64_t;
-constexpr int kThreadShift = 3, kTurnShift = 13, kPhaseShift = 28;
-constexpr uint64_t kMostTurns = uint64_t{1} << (kPhaseShift - kTurnShift);
-constexpr Record kFlags = 7;
+constexpr int kThreadShift = 3, kTimeShift = 13;
 constexpr Record kInFlight = 1;                                      // of a writer: its copy has not landed
 constexpr Record kManyLanes = 1, kManyWarps = 2, kEarlierBlock = 4;  // of a reader: besides the thread it names
 
-uint64_t phase_of(Record record) { return record >> kPhaseShift; }
-uint64_t turn_of(Record record) { return record >> kTurnShift & (kMostTurns - 1); }
-int thread_of(Record record) { return static_cast<int>(record >> kThreadShift & 1023); }
+uint64_t time_of(Record record) { return record >> kTimeShift; }
+int thread_of(Record record) { return static_cast<int>(record >> kThreadShift & (kMaxThreads - 1)); }
 int warp_of(Record record) { return thread_of(record) / kLanes; }
 
 // For the bytes of one page, of shared memory or of global memory.
@@ -60,14 +56,14 @@ struct Region {
 };
 
 struct State {
-    uint64_t phase = 1;  // 0: of bytes never touched
-    uint64_t block_phase = 1, launch_phase = 1;
-    std::array<uint64_t, kMaxThreads / kLanes> turns{};
+    uint64_t time = 1;
+    uint64_t launch_began = 1, block_began = 1, block_barrier = 1;  // the latest of each
+    std::array<uint64_t, kMaxThreads / kLanes> warp_barrier{};      // may be older than the block's
 
     uintptr_t shared = 0;
     size_t shared_bytes = 0;
 
-    // The blocks of this launch so far, with their first phases.
+    // When the blocks of this launch began, and their numbers.
     std::vector<std::pair<uint64_t, uint64_t>> blocks;
 
     std::vector<Region> regions;
@@ -220,7 +216,7 @@ std::string describe_outside(const Access& access) {
 
 uint64_t block_of(Record record) {
     const auto after = std::upper_bound(state.blocks.begin(), state.blocks.end(),
-                                        std::pair<uint64_t, uint64_t>(phase_of(record), UINT64_MAX));
+                                        std::pair<uint64_t, uint64_t>(time_of(record), UINT64_MAX));
     return (after - 1)->second;
 }
 
@@ -230,11 +226,16 @@ uint64_t block_of(Record record) {
           access.pc);
 }
 
-[[noreturn]] void fault_block_order(const Access& access, const std::string& other_block, const char* did) {
-    const std::string here = std::to_string(current_thread()->block);
-    fault("blocks " + (other_block.empty() ? here + " and an earlier one" : other_block + " and " + here) +
-              " depend on the order of blocks: " + describe(access) + ", which the other block " + did,
-          access.pc);
+// `earlier`: the record of the other block, if there still is one.
+[[noreturn]] void fault_block_order(const Access& access, const Record* earlier, const char* did) {
+    const uint64_t here = current_thread()->block;
+    std::string blocks = "block " + std::to_string(here) + " and an earlier one depend";
+    if (earlier != nullptr) {
+        const uint64_t other = block_of(*earlier);
+        blocks = "blocks " + std::to_string(std::min(here, other)) + " and " + std::to_string(std::max(here, other)) +
+                 " depend";
+    }
+    fault(blocks + " on the order of blocks: " + describe(access) + ", which the other one " + did, access.pc);
 }
 
 // --- One byte --------------------------------------------------------------------------------------------------------
@@ -245,68 +246,68 @@ struct Now {
     bool all_lanes;
 
     explicit Now(const Thread* thread, bool all_lanes = false)
-        : record(state.phase << kPhaseShift | state.turns[thread->warp] << kTurnShift |
-                 static_cast<Record>(thread->index) << kThreadShift),
-          all_lanes(all_lanes) {}
+        : record(state.time << kTimeShift | static_cast<Record>(thread->index) << kThreadShift), all_lanes(all_lanes) {}
+
+    int thread() const { return thread_of(record); }
+    int warp() const { return warp_of(record); }
 };
 
-bool ordered(Record earlier, const Now& now) {
-    if (phase_of(earlier) != phase_of(now.record)) return true;
-    return warp_of(earlier) == warp_of(now.record) && turn_of(earlier) != turn_of(now.record);
+// Of an earlier access by another thread of the block: whether a barrier of both lies between.
+inline bool ordered(Record earlier, const Now& now) {
+    return time_of(earlier) < state.block_barrier ||
+           (warp_of(earlier) == now.warp() && time_of(earlier) < state.warp_barrier[now.warp()]);
 }
 
 // The last writer, before a read or a write.
 inline void check_writer(Record writer, const Now& now, const Access& access, bool shared) {
-    if (phase_of(writer) < state.block_phase) {
+    if (time_of(writer) < state.block_began) {
         if (shared) {
             if (!access.writes()) fault(describe(access) + " before anything is written there", access.pc);
-        } else if (phase_of(writer) >= state.launch_phase) {
-            fault_block_order(access, std::to_string(block_of(writer)), "wrote");
+        } else if (time_of(writer) >= state.launch_began) {
+            fault_block_order(access, &writer, "wrote");
         }
         return;
     }
     if (writer & kInFlight) {
         fault(describe(access) + " while an asynchronous copy of " +
-                  (thread_of(writer) == thread_of(now.record) ? "its own"
-                                                              : "thread " + std::to_string(thread_of(writer))) +
+                  (thread_of(writer) == now.thread() ? "its own" : "thread " + std::to_string(thread_of(writer))) +
                   " to there is in flight (missing wait_copies)",
               access.pc);
     }
-    const bool itself = thread_of(writer) == thread_of(now.record) && !now.all_lanes;
+    const bool itself = thread_of(writer) == now.thread() && !now.all_lanes;
     if (!itself && !ordered(writer, now)) {
-        fault_race(access, "a write by thread " + std::to_string(thread_of(writer)),
-                   warp_of(writer) == warp_of(now.record));
+        fault_race(access, "a write by thread " + std::to_string(thread_of(writer)), warp_of(writer) == now.warp());
     }
 }
 
 // The last readers, before a write.
 inline void check_readers(Record reader, const Now& now, const Access& access, bool shared) {
-    if (phase_of(reader) < state.launch_phase) return;
-    if (!shared && phase_of(reader) < state.block_phase) {
-        fault_block_order(access, std::to_string(block_of(reader)), "read");
+    if (time_of(reader) < state.launch_began) return;
+    if (!shared && time_of(reader) < state.block_began) {
+        fault_block_order(access, &reader, "read");
     }
-    if (!shared && (reader & kEarlierBlock)) fault_block_order(access, "", "read");
-    if (phase_of(reader) != phase_of(now.record)) return;
+    if (!shared && (reader & kEarlierBlock)) fault_block_order(access, nullptr, "read");
+    if (time_of(reader) < state.block_barrier) return;
     if (reader & kManyWarps) fault_race(access, "reads by several warps", false);
-    const bool one_warp = warp_of(reader) == warp_of(now.record);
-    if (one_warp && turn_of(reader) != turn_of(now.record)) return;
+    if (ordered(reader, now)) return;
+    const bool one_warp = warp_of(reader) == now.warp();
     if (reader & kManyLanes) fault_race(access, "reads by several lanes of one warp", one_warp);
-    if (thread_of(reader) != thread_of(now.record)) {
+    if (thread_of(reader) != now.thread()) {
         fault_race(access, "a read by thread " + std::to_string(thread_of(reader)), one_warp);
     }
 }
 
 // The readers to remember, of which `reader` are those so far. A later write races with one of them exactly if it races
-// with what is kept: any second warp makes it race; of one warp, only reads of its last turn can.
+// with what is kept: any second warp makes it race; of one warp, only reads since its last barrier can.
 inline Record joined(Record reader, const Now& now) {
     const Record alone = now.record | (now.all_lanes ? kManyLanes : 0);
-    if (phase_of(reader) < state.launch_phase) return alone;
-    if (phase_of(reader) < state.block_phase) return alone | kEarlierBlock;
-    if (phase_of(reader) != phase_of(now.record)) return alone | (reader & kEarlierBlock);
-    if (warp_of(reader) != warp_of(now.record)) return reader | kManyWarps;
+    if (time_of(reader) < state.launch_began) return alone;
+    if (time_of(reader) < state.block_began) return alone | kEarlierBlock;
+    if (time_of(reader) < state.block_barrier) return alone | (reader & kEarlierBlock);
     if (reader & kManyWarps) return reader;
-    if (turn_of(reader) != turn_of(now.record)) return alone | (reader & kEarlierBlock);
-    const bool same = thread_of(reader) == thread_of(now.record) && !now.all_lanes;
+    if (warp_of(reader) != now.warp()) return reader | kManyWarps;
+    if (time_of(reader) < state.warp_barrier[now.warp()]) return alone | (reader & kEarlierBlock);
+    const bool same = thread_of(reader) == now.thread() && !now.all_lanes;
     return same ? reader : reader | kManyLanes;
 }
 
@@ -413,7 +414,7 @@ uintptr_t number(const void* address) { return reinterpret_cast<uintptr_t>(addre
 // --- By the scheduler ------------------------------------------------------------------------------------------------
 
 void launch_begins(const char*, int) {
-    state.launch_phase = state.block_phase = ++state.phase;
+    state.launch_began = state.block_began = state.block_barrier = ++state.time;
     state.blocks.clear();
 }
 
@@ -423,26 +424,16 @@ void block_begins(uint64_t block, void* shared, size_t bytes) {
     }
     state.shared = number(shared);
     state.shared_bytes = bytes;
-    state.block_phase = ++state.phase;
-    state.turns.fill(0);
-    state.blocks.emplace_back(state.phase, block);
+    state.block_began = state.block_barrier = ++state.time;
+    state.warp_barrier.fill(0);
+    state.blocks.emplace_back(state.time, block);
 }
 
-void block_barrier_passed() {
-    ++state.phase;
-    state.turns.fill(0);
-}
+void block_barrier_passed() { state.block_barrier = ++state.time; }
 
-void warp_barrier_passed(int warp) {
-    // Where a warp has had all the turns that a phase can number, the whole block begins another: a race between warps
-    // across this point goes unseen, which is better than one reported that there is not.
-    if (++state.turns[warp] == kMostTurns) block_barrier_passed();
-}
+void warp_barrier_passed(int warp) { state.warp_barrier[warp] = ++state.time; }
 
-void launch_ends() {
-    state.launch_phase = state.block_phase = ++state.phase;
-    pages.trim();
-}
+void launch_ends() { pages.trim(); }
 
 // --- By instructions -------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,31 @@
+#include "fault.h"
+
+namespace xlayer::faults {
+namespace {
+
+struct Args {
+    const uint32_t* x;
+    uint32_t* out;
+};
+
+// A matrix of 8×8 16-bit elements through shared memory into registers.
+template <bool fixed>
+__global__ void matrix_to_registers(Args args) {
+    uint32_t* shared = shared_memory<uint32_t>();
+    const int lane = threadIdx.x;
+    shared[lane] = args.x[lane];
+    if (fixed) sync_warp();
+    uint32_t elements[1];
+    load_matrices(elements, shared + lane % 8 * 4);  // fault: missing_sync_warp
+    args.out[lane] = elements[0];
+}
+
+const Fault planted("missing_sync_warp", [](const char* name, bool fixed) {
+    auto x = input<uint32_t>("x", kWarp);
+    auto out = output<uint32_t>("out", kWarp);
+    launch(name, fixed ? matrix_to_registers<true> : matrix_to_registers<false>,
+           {1, kWarp, nullptr, kWarp * sizeof(uint32_t)}, {x.data(), out.data()});
+});
+
+}  // namespace
+}  // namespace xlayer::faults
