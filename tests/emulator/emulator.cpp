@@ -1,5 +1,6 @@
 #include "emulator.h"
 
+#include <fenv.h>
 #include <pthread.h>
 #include <signal.h>
 #include <sys/mman.h>
@@ -59,6 +60,42 @@ class Random {
     uint64_t state_ = 0;
 };
 
+// Orders in which lanes may go on, ready to be drawn from.
+class LaneOrders {
+  public:
+    void seed(uint64_t seed) {
+        if (seeded_ && seed == seed_) return;
+        seed_ = seed;
+        seeded_ = true;
+        Random random;
+        random.seed(seed);
+        for (auto& order : orders_) {
+            std::iota(order, order + kLanes, uint8_t{0});
+            random.shuffle(order, kLanes);
+        }
+    }
+    const uint8_t* draw(Random& random) const { return orders_[random.next() % kCount]; }
+
+  private:
+    static constexpr int kCount = 128;
+    uint8_t orders_[kCount][kLanes];
+    uint64_t seed_ = 0;
+    bool seeded_ = false;
+};
+
+// Kernels run with the default floating-point modes, whatever the caller has set.
+class FloatingPointModes {
+  public:
+    FloatingPointModes() {
+        fegetenv(&outer_);
+        fesetenv(FE_DFL_ENV);
+    }
+    ~FloatingPointModes() { fesetenv(&outer_); }
+
+  private:
+    fenv_t outer_;
+};
+
 // Addresses around the block's shared memory, in which nothing else lies.
 struct SharedMemory {
     char* base = nullptr;
@@ -91,6 +128,7 @@ uint64_t launch_count = 0;
 const char* kernel_name = "kernel";
 
 Random random_order;
+LaneOrders lane_orders;
 Stacks stacks;
 Context scheduler;
 SharedMemory shared;
@@ -114,10 +152,18 @@ int warps_begun;  // how many of warp_order have had their turn since the last b
 void make_ready(Warp& warp) {
     warp.meeting = {};
     warp.ready_count = warp.next = 0;
-    for (int lane = 0; lane < warp.count; ++lane) {
-        if (warp.lanes[lane].state != State::exited) warp.ready[warp.ready_count++] = static_cast<uint8_t>(lane);
+    const uint8_t* order = lane_orders.draw(random_order);
+    if (warp.live == kLanes) {
+        memcpy(warp.ready, order, kLanes);
+        warp.ready_count = kLanes;
+        return;
     }
-    random_order.shuffle(warp.ready, warp.ready_count);
+    for (int i = 0; i < kLanes; ++i) {
+        const int lane = order[i];
+        if (lane < warp.count && warp.lanes[lane].state != State::exited) {
+            warp.ready[warp.ready_count++] = order[i];
+        }
+    }
 }
 
 void make_all_ready() {
@@ -385,6 +431,7 @@ void run_grid(const Grid& grid, void (*call)(void*), void* closure) {
     shared.resize(grid.shared_bytes);
     set_up_threads(grid);
     random_order.seed(seed);
+    lane_orders.seed(seed);
 
     // Blocks in an order that takes no memory: steps of a length that has no factor in common with their number.
     const uint64_t blocks = uint64_t{gridDim.x} * gridDim.y * gridDim.z;
@@ -396,6 +443,7 @@ void run_grid(const Grid& grid, void (*call)(void*), void* closure) {
     launch_begins(kernel_name, static_cast<int>(fibers.size()));
     {
         const SignalHandler handler;
+        const FloatingPointModes modes;
         for (uint64_t i = 0; i < blocks && !failure.found; ++i) {
             run_block(block);
             block = static_cast<uint64_t>((static_cast<unsigned __int128>(block) + step) % blocks);

@@ -53,7 +53,7 @@ Context* left;  // what ran before the switch
 
 #ifdef __x86_64__
 
-// Both push what a function must preserve; the stack pointer says the rest.
+// Pushes what a function must preserve, and leaves where that is. All fibers have the same floating-point modes.
 extern "C" {
 void xlayer_emulator_switch(void** save, void* stack_pointer);
 void xlayer_emulator_begin();
@@ -71,14 +71,8 @@ xlayer_emulator_switch:
     pushq %r13
     pushq %r14
     pushq %r15
-    subq $8, %rsp
-    stmxcsr (%rsp)
-    fnstcw 4(%rsp)
     movq %rsp, (%rdi)
     movq %rsi, %rsp
-    ldmxcsr (%rsp)
-    fldcw 4(%rsp)
-    addq $8, %rsp
     popq %r15
     popq %r14
     popq %r13
@@ -122,7 +116,6 @@ void prepare(Context& context, const Stack& stack, void (*entry)()) {
     *--top = 0;                                                      // rbp
     *--top = reinterpret_cast<uint64_t>(entry);                      // rbx
     for (int preserved = 0; preserved < 4; ++preserved) *--top = 0;  // r12 to r15
-    *--top = uint64_t{0x037f} << 32 | 0x1f80;                        // x87 control word, mxcsr
     context.stack_pointer = top;
 #else
     getcontext(&context.registers);

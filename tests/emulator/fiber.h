@@ -54,8 +54,7 @@ struct Context {
 #endif
 };
 
-// `context` will begin with entry(), which must first call arrived() and never return, with the default floating-point
-// modes.
+// `context` will begin with entry(), which must first call arrived() and never return.
 void prepare(Context& context, const Stack& stack, void (*entry)());
 void arrived(Context& context);
 

@@ -39,65 +39,73 @@ float toward_zero(double x) {
     return as_float(as_bits(nearest) - (beyond ? 1 : 0));
 }
 
-template <int rows, int inner, int columns>
+// Products of 16-bit and tf32 elements are exact in float64.
+template <int inner>
 struct Product {
-    double a[rows][inner], b[inner][columns], sum[rows][columns];
+    using Pair = double __attribute__((vector_size(2 * sizeof(double))));
+    static constexpr int kPairs = 4;  // of columns
+    double a[16][inner];
+    Pair b[inner][kPairs], sum[16][kPairs];
 
-    // Products of 16-bit and tf32 elements are exact in float64.
+    double* b_row(int k) { return reinterpret_cast<double*>(b[k]); }
+    const double* sum_row(int i) const { return reinterpret_cast<const double*>(sum[i]); }
+
     void multiply() {
-        for (int i = 0; i < rows; ++i) {
-            double row[columns] = {};
+        for (int i = 0; i < 16; ++i) {
+            Pair row[kPairs] = {};
             for (int k = 0; k < inner; ++k) {
-                for (int j = 0; j < columns; ++j) row[j] += a[i][k] * b[k][j];
+#pragma GCC unroll kPairs  // so that the row stays in registers
+                for (int j = 0; j < kPairs; ++j) row[j] += a[i][k] * b[k][j];
             }
-            for (int j = 0; j < columns; ++j) sum[i][j] = row[j];
+            memcpy(sum[i], row, sizeof row);
         }
     }
 };
 
 // d += sum for the layout that all 16×8 results have.
 template <int inner>
-void add_to_lanes(const Product<16, inner, 8>& product, Warp& warp) {
+void add_to_lanes(const Product<inner>& product, Warp& warp) {
     for (int lane = 0; lane < kLanes; ++lane) {
         const int g = lane / 4, t = lane % 4;
         auto* d = static_cast<float*>(warp.operands[lane].to);
-        for (int n = 0; n < 4; ++n) d[n] = toward_zero(product.sum[g + n / 2 * 8][2 * t + n % 2] + d[n]);
+        for (int n = 0; n < 4; ++n) d[n] = toward_zero(product.sum_row(g + n / 2 * 8)[2 * t + n % 2] + d[n]);
     }
 }
 
-template <float widen(uint16_t)>
+inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+inline float widen(__half x) { return __half2float(x); }
+
+template <class Element>
 void multiply_16x8x16(Warp& warp) {
-    Product<16, 16, 8> product;
+    Product<16> product;
     for (int lane = 0; lane < kLanes; ++lane) {
         const int g = lane / 4, t = lane % 4;
         const auto* a = static_cast<const uint32_t*>(warp.operands[lane].a);
         const auto* b = static_cast<const uint32_t*>(warp.operands[lane].b);
         for (int n = 0; n < 4; ++n) {
             double* to = &product.a[g + n % 2 * 8][2 * t + n / 2 * 8];
-            to[0] = widen(static_cast<uint16_t>(a[n]));
-            to[1] = widen(static_cast<uint16_t>(a[n] >> 16));
+            to[0] = widen(Element{static_cast<uint16_t>(a[n])});
+            to[1] = widen(Element{static_cast<uint16_t>(a[n] >> 16)});
         }
         for (int n = 0; n < 2; ++n) {
-            product.b[2 * t + n * 8][g] = widen(static_cast<uint16_t>(b[n]));
-            product.b[2 * t + n * 8 + 1][g] = widen(static_cast<uint16_t>(b[n] >> 16));
+            product.b_row(2 * t + n * 8)[g] = widen(Element{static_cast<uint16_t>(b[n])});
+            product.b_row(2 * t + n * 8 + 1)[g] = widen(Element{static_cast<uint16_t>(b[n] >> 16)});
         }
     }
     product.multiply();
     add_to_lanes(product, warp);
 }
 
-float widen_bfloat16(uint16_t bits) { return __bfloat162float({bits}); }
-float widen_float16(uint16_t bits) { return __half2float({bits}); }
 float widen_tf32(uint32_t bits) { return as_float(bits & ~uint32_t{0x1fff}); }
 
 void multiply_16x8x8(Warp& warp) {
-    Product<16, 8, 8> product;
+    Product<8> product;
     for (int lane = 0; lane < kLanes; ++lane) {
         const int g = lane / 4, t = lane % 4;
         const auto* a = static_cast<const uint32_t*>(warp.operands[lane].a);
         const auto* b = static_cast<const uint32_t*>(warp.operands[lane].b);
         for (int n = 0; n < 4; ++n) product.a[g + n % 2 * 8][t + n / 2 * 4] = widen_tf32(a[n]);
-        for (int n = 0; n < 2; ++n) product.b[t + n * 4][g] = widen_tf32(b[n]);
+        for (int n = 0; n < 2; ++n) product.b_row(t + n * 4)[g] = widen_tf32(b[n]);
     }
     product.multiply();
     add_to_lanes(product, warp);
@@ -157,9 +165,20 @@ void load(Warp& warp) {
 
 // --- Pairs ----------------------------------------------------------------------------------------------------------
 
-template <class F>
+template <class Element>
+Element half(uint32_t pair, int shift) {
+    return {static_cast<uint16_t>(pair >> shift)};
+}
+inline void narrow(float x, __nv_bfloat16& to) { to = __float2bfloat16_rn(x); }
+inline void narrow(float x, __half& to) { to = __float2half_rn(x); }
+
+// f of each element, which it gets the shift of.
+template <class Element, class F>
 uint32_t each_half(const F& f) {
-    return f(0) | uint32_t{f(16)} << 16;
+    Element low, high;
+    narrow(f(0), low);
+    narrow(f(16), high);
+    return low.bits | uint32_t{high.bits} << 16;
 }
 
 // NaN if either is, else the lesser; −0 is less than +0.
@@ -191,9 +210,18 @@ float odd_float(double x) {
     return chopped == x ? chopped : as_float(as_bits(chopped) | 1);
 }
 
-// a·b is exact in float64.
-float fma_to_narrow(float a, float b, float c) {
-    return odd_float(odd_sum(static_cast<double>(a) * static_cast<double>(b), static_cast<double>(c)));
+template <class Element>
+uint32_t pair_min(uint32_t a, uint32_t b) {
+    return each_half<Element>(
+        [=](int shift) { return least(widen(half<Element>(a, shift)), widen(half<Element>(b, shift))); });
+}
+
+template <class Element>
+uint32_t pair_fma(uint32_t a, uint32_t b, uint32_t c) {
+    return each_half<Element>([=](int shift) {
+        const auto at = [shift](uint32_t pair) { return static_cast<double>(widen(half<Element>(pair, shift))); };
+        return odd_float(odd_sum(at(a) * at(b), at(c)));  // the product is exact
+    });
 }
 
 }  // namespace
@@ -235,9 +263,9 @@ void multiply_matrices(MatrixKind kind, void* d, const void* a, const void* b, S
     own.b = b;
     switch (kind) {
         case MatrixKind::bfloat16_16x8x16:
-            return meet_in_warp(Operation::mma_16x8x16, site, multiply_16x8x16<widen_bfloat16>);
+            return meet_in_warp(Operation::mma_16x8x16, site, multiply_16x8x16<__nv_bfloat16>);
         case MatrixKind::float16_16x8x16:
-            return meet_in_warp(Operation::mma_16x8x16, site, multiply_16x8x16<widen_float16>);
+            return meet_in_warp(Operation::mma_16x8x16, site, multiply_16x8x16<__half>);
         case MatrixKind::tf32_16x8x8:
             return meet_in_warp(Operation::mma_16x8x8_tf32, site, multiply_16x8x8);
         case MatrixKind::float64_8x8x4:
@@ -295,28 +323,9 @@ uint32_t to_tf32(float x) {
     return (as_bits(x) + 0x1000) & ~uint32_t{0x1fff};
 }
 
-uint32_t pair_min_bfloat16(uint32_t a, uint32_t b) {
-    return each_half([=](int shift) {
-        const auto first = static_cast<uint16_t>(a >> shift), second = static_cast<uint16_t>(b >> shift);
-        return __float2bfloat16_rn(least(widen_bfloat16(first), widen_bfloat16(second))).bits;
-    });
-}
-uint32_t pair_min_float16(uint32_t a, uint32_t b) {
-    return each_half([=](int shift) {
-        const auto first = static_cast<uint16_t>(a >> shift), second = static_cast<uint16_t>(b >> shift);
-        return __float2half_rn(least(widen_float16(first), widen_float16(second))).bits;
-    });
-}
-
-uint32_t pair_fma_bfloat16(uint32_t a, uint32_t b, uint32_t c) {
-    const auto at = [](uint32_t pair, int shift) { return widen_bfloat16(static_cast<uint16_t>(pair >> shift)); };
-    return each_half(
-        [=](int shift) { return __float2bfloat16_rn(fma_to_narrow(at(a, shift), at(b, shift), at(c, shift))).bits; });
-}
-uint32_t pair_fma_float16(uint32_t a, uint32_t b, uint32_t c) {
-    const auto at = [](uint32_t pair, int shift) { return widen_float16(static_cast<uint16_t>(pair >> shift)); };
-    return each_half(
-        [=](int shift) { return __float2half_rn(fma_to_narrow(at(a, shift), at(b, shift), at(c, shift))).bits; });
-}
+uint32_t pair_min_bfloat16(uint32_t a, uint32_t b) { return pair_min<__nv_bfloat16>(a, b); }
+uint32_t pair_min_float16(uint32_t a, uint32_t b) { return pair_min<__half>(a, b); }
+uint32_t pair_fma_bfloat16(uint32_t a, uint32_t b, uint32_t c) { return pair_fma<__nv_bfloat16>(a, b, c); }
+uint32_t pair_fma_float16(uint32_t a, uint32_t b, uint32_t c) { return pair_fma<__half>(a, b, c); }
 
 }  // namespace xlayer::emulator
