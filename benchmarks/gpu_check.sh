@@ -60,6 +60,7 @@ part_sanitize() {
         "${cases[@]}"
         return
     fi
+    # All four at once, each with a limit of its own, so that a slow one does not take the others' findings with it.
     # Tensors of their own allocations, so that no write past the end of one lands in another. Our kernels alone are
     # watched, except by initcheck, which has to know what torch's have written.
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
@@ -70,8 +71,8 @@ part_sanitize() {
     for tool in memcheck racecheck initcheck synccheck; do
         # shellcheck disable=SC2086
         (code=0
-            compute-sanitizer --tool "$tool" "${common[@]}" ${options[$tool]} "${cases[@]}" >"$scratch/$tool.txt" 2>&1 ||
-                code=$?
+            timeout "$((limit * 9 / 10))" compute-sanitizer --tool "$tool" "${common[@]}" ${options[$tool]} \
+                "${cases[@]}" >"$scratch/$tool.txt" 2>&1 || code=$?
             echo "exit code $code" >>"$scratch/$tool.txt") &
     done
     wait
@@ -166,7 +167,7 @@ for part in "${parts[@]}"; do
     limit=$(((ends - SECONDS) * shares[$part] / left))
     begin=$SECONDS
     verdict=ok
-    timeout --kill-after=5 "$limit" bash -euo pipefail -c "part_$part" >"$out/$part.log" 2>&1 </dev/null || verdict=failed
+    limit=$limit timeout --kill-after=5 "$limit" bash -euo pipefail -c "part_$part" >"$out/$part.log" 2>&1 </dev/null || verdict=failed
     line="$part $verdict $((SECONDS - begin)) s"
     [[ $verdict == ok ]] || failed=1
     [[ $verdict == ok || $((SECONDS - begin)) -lt $limit ]] || line+=", stopped at its limit"

@@ -1,7 +1,7 @@
 """What compute-sanitizer found: `python -m benchmarks.sanitizer_report TOOL FILE`, which exits with 1 if it is ours.
 
 FILE holds the tool's output and, in its last line, its exit code. Initcheck watches the kernels of torch and its
-libraries too, and what it says of those is counted apart: a finding is ours where it names our namespace, or a copy to
+libraries too, and what it says of those is counted apart: a finding is ours where it is in a kernel of our namespace, or a copy to
 the host, which is how a result that no kernel wrote comes to light.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 SUMMARY = re.compile(r"^=+ ((?:ERROR|RACECHECK) SUMMARY: .*)$", re.MULTILINE)
 NO_FINDING = "COMPUTE-SANITIZER|ERROR SUMMARY|RACECHECK SUMMARY|Target application"
 FINDING = re.compile(rf"^(?==+ (?=[A-Z])(?!{NO_FINDING}))", re.MULTILINE)
-OURS = re.compile(r"xlayer::|Host API uninitialized")
+OURS = re.compile(r"^=+ +at .*xlayer::|Host API uninitialized", re.MULTILINE)  # not a frame of the host's
 
 
 def findings(text: str) -> list[str]:

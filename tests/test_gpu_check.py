@@ -81,6 +81,7 @@ OTHERS = """========= COMPUTE-SANITIZER
 ========= Uninitialized __global__ memory read of size 16 bytes
 =========     at cutlass_80_tensorop_s1688gemm_64x64_16x6_nn_align4+0x1f0
 =========     by thread (3,0,0) in block (0,0,0)
+=========         Host Frame: xlayer::hdim_attention_cuda [0x5f1d0] in libxlayer.so
 ========= ERROR SUMMARY: 1 error
 exit code 66
 """
