@@ -1,8 +1,8 @@
 """What compute-sanitizer found: `python -m benchmarks.sanitizer_report TOOL FILE`, which exits with 1 if it is ours.
 
 FILE holds the tool's output and, in its last line, its exit code. Initcheck watches the kernels of torch and its
-libraries too, and what it says of those is counted apart: a finding is ours where it is in a kernel of our namespace, or a copy to
-the host, which is how a result that no kernel wrote comes to light.
+libraries too, and what it says of those is counted apart: a finding is ours where it is in a kernel of our namespace,
+or a copy to the host, which is how a result that no kernel wrote comes to light.
 """
 
 from __future__ import annotations
