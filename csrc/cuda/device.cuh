@@ -88,6 +88,25 @@ __device__ __forceinline__ void store(T* to, const Vector<T, N>& value) {
     *reinterpret_cast<Vector<T, N>*>(to) = value;
 }
 
+// store() to global memory alone, and one instruction for sure: where a loop is unrolled or a value selected, the
+// compiler forgets that the address is aligned and stores the elements one by one.
+template <int N, class T>
+__device__ __forceinline__ void store_global(T* to, const Vector<T, N>& value) {
+#ifndef XLAYER_EMULATED
+    if constexpr (sizeof(value) == 16) {
+        union {
+            Vector<T, N> value;
+            uint32_t at[4];
+        } bits{value};
+        asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(bits.at[0]), "r"(bits.at[1]),
+                     "r"(bits.at[2]), "r"(bits.at[3])
+                     : "memory");
+        return;
+    }
+#endif
+    store(to, value);
+}
+
 // The most elements that one access may take: 16 bytes' worth if the address and every stride allow it, else one.
 template <class T, class... Strides>
 int vector_length(const void* address, Strides... strides) {

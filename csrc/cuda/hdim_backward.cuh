@@ -32,7 +32,9 @@ constexpr int kGradTiles =
 
 // Groups of columns whose gradients fit in registers at a time; for the others the pairs are walked over again.
 template <class T, int G>
-constexpr int kGradGroups = sizeof(T) == 8 && G > 4 ? 2 : G;
+constexpr int kGradGroups = sizeof(T) == 8 ? 2 : G;
+
+constexpr int kGradBlocks = 2;  // on a multiprocessor: as many registers as there are
 
 // ∂L/∂P to ∂L/∂logit in args.logits, P in its place.
 template <class T>

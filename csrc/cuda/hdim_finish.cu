@@ -35,6 +35,8 @@ __device__ __forceinline__ A sum_at(const Partials<A>& partials, int64_t b, int6
 }
 
 // A thread per element; blocks lie along the tokens in x, along the batch in y.
+// resources: hdim_finish_tokens_kernel threads 256, registers 64, shared 0, occupancy 0.5
+// sass: hdim_finish_tokens_kernel LDG
 template <class T>
 __global__ void __launch_bounds__(kFinishThreads, kFinishBlocks) hdim_finish_tokens_kernel(FinishTokens<T> args) {
     const int64_t step = static_cast<int64_t>(gridDim.x) * kFinishThreads, elements = args.tokens * args.width;
@@ -76,6 +78,8 @@ __device__ __forceinline__ A sum_over_arrays(const A* from, int64_t count, int64
 }
 
 // A block per 32 columns of a hidden unit.
+// resources: hdim_finish_weights_kernel threads 256, registers 64, shared 2048, occupancy 0.5
+// sass: hdim_finish_weights_kernel LDG
 template <class T>
 __global__ void __launch_bounds__(kFinishThreads, kFinishBlocks) hdim_finish_weights_kernel(FinishWeights<T> args) {
     using A = Accumulator<T>;

@@ -25,9 +25,10 @@ struct GradKeys {
     int chunk;  // hidden units in shared memory at a time
 };
 
-// Whether the keys stay in registers; else they are read again from shared memory where they are used.
+// Whether the keys, and the query at hand, stay in registers; else they are read again from shared memory where they
+// are used.
 template <class T, int G>
-constexpr bool kHoldsKeys = is_half<T> || (sizeof(T) == 8 && G <= 4);
+constexpr bool kHoldsKeys = is_half<T>;
 
 template <class T, int G>
 constexpr size_t grad_weight_bytes(int chunk) {
@@ -42,8 +43,13 @@ __device__ __forceinline__ void split_minimum(A grad, A query, A key, A& grad_qu
     grad_key += key < query ? grad : half;
 }
 
+// resources: hdim_grad_keys_kernel<double, *> threads 128, registers 255, shared 86016, occupancy 0.0625
+// resources: hdim_grad_keys_kernel threads 128, registers 255, shared 67584, occupancy 0.125
+// sass: hdim_grad_keys_kernel<*float16, *> HMMA.16816, LDSM, LDGSTS.128
+// sass: hdim_grad_keys_kernel<float, *> HMMA.1688, LDGSTS.128
+// sass: hdim_grad_keys_kernel<double, *> DMMA, LDGSTS.128
 template <class T, class Activation, int G>
-__global__ void __launch_bounds__(kThreads) hdim_grad_keys_kernel(GradKeys<T> args) {
+__global__ void __launch_bounds__(kThreads, kGradBlocks) hdim_grad_keys_kernel(GradKeys<T> args) {
     using A = Accumulator<T>;
     constexpr int kTiles = kGradTiles<T, Activation, G>, kKeys = 16 * kTiles, kGroups = kGradGroups<T, G>;
     constexpr int kPitch = tile_pitch(3 * G), kKeyPitch = tile_pitch(G);
@@ -104,7 +110,7 @@ __global__ void __launch_bounds__(kThreads) hdim_grad_keys_kernel(GradKeys<T> ar
                 A grad_query[kGroups][2] = {};
                 if (ballot(any) != 0) {  // else masked, all of them
                     const T* const query_row = p.query + row * 8 * G;
-                    const QueryRow<T, G, is_half<T>> query(query_row);
+                    const QueryRow<T, G, kHoldsKeys<T, G>> query(query_row);
 
                     Sum<T> grad_min[kTiles][kGroups] = {};
                     const A* const hidden = p.query_hidden + row * s.hidden + chunk + lane_column();

@@ -106,7 +106,7 @@ __device__ __forceinline__ void score_keys(Sum<T>& pre, const QueryWeights<T, G>
         }
         multiply(pre, weights, features);
     } else {
-#pragma unroll(sizeof(T) == 8 && G > 4 ? 1 : G)
+#pragma unroll(sizeof(T) == 8 ? 1 : G)
         for (int g = 0; g < G; ++g) {
             Right<T> key[1];
             load_right_from_rows(key, keys + 8 * g, tile_pitch(G));
@@ -122,8 +122,17 @@ __device__ __forceinline__ void add_pair(A* to, A first, A second) {
     store(to, Vector<A, 2>{{before.at[0] + first, before.at[1] + second}});
 }
 
+// resources: hdim_grad_weights_kernel<*float16, *, [23]> threads 128, registers 168, shared 64512, occupancy 0.125
+// resources: hdim_grad_weights_kernel<*float16, *, 4> threads 128, registers 168, shared 74752, occupancy 0.125
+// resources: hdim_grad_weights_kernel<float, *, 4> threads 128, registers 255, shared 92160, occupancy 0.0625
+// resources: hdim_grad_weights_kernel<double, *, 8> threads 32, registers 255, shared 92160, occupancy 0.015625
+// resources: hdim_grad_weights_kernel threads 64, registers 255, shared 92160, occupancy 0.03125
+// sass: hdim_grad_weights_kernel<*float16, *> HMMA.16816, LDSM, LDGSTS.128
+// sass: hdim_grad_weights_kernel<float, *> HMMA.1688, LDGSTS.128
+// sass: hdim_grad_weights_kernel<double, *> DMMA, LDGSTS.128
 template <class T, class Activation, int G>
-__global__ void __launch_bounds__(kOwners<T, G>* kWarp) hdim_grad_weights_kernel(GradWeights<T> args) {
+__global__ void __launch_bounds__(kOwners<T, G>* kWarp, kGradBlocks * 4 / kOwners<T, G>)
+    hdim_grad_weights_kernel(GradWeights<T> args) {
     using A = Accumulator<T>;
     constexpr int kKeyPitch = tile_pitch(G), kOwnPitch = Own<T, G>::kPitch, kBlock = kOwners<T, G> * kWarp;
     constexpr int kGroups = kGradGroups<T, G>;

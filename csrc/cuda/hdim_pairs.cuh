@@ -28,7 +28,7 @@ namespace xlayer::cuda {
 constexpr int kWarps = 4;  // in a block of the pair kernels
 constexpr int kThreads = kWarps * kWarp;
 constexpr int kWeightBlocks = 4;            // Wc, Wb + Wd, −2·Wd, Wa + Wd
-constexpr size_t kWeightBytes = 64 * 1024;  // of weights in shared memory at a time; more hidden units take more passes
+constexpr size_t kWeightBytes = 48 * 1024;  // of weights in shared memory at a time; more hidden units take more passes
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 __host__ __device__ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -210,7 +210,7 @@ __device__ __forceinline__ void add_scores(Sum<T> (&pre)[R], const Keys& keys, c
             multiply(pre[r], features, columns);
         }
     } else {  // one group at a time: all of them would not fit in registers
-#pragma unroll(sizeof(T) == 8 && G > 4 ? 1 : G)
+#pragma unroll(sizeof(T) == 8 ? 1 : G)
         for (int g = 0; g < G; ++g) {
             Right<T> hadamard[1], rest[1], minimum[1];
             load_right_from_rows(hadamard, weights + 8 * g, pitch);

@@ -50,12 +50,18 @@ __device__ __forceinline__ void write(const Score<T>& args, int64_t b, int64_t i
     *place = sum;
 }
 
+// resources: hdim_score_kernel<double, *> threads 128, registers 168, shared 86016, occupancy 0.0625
+// resources: hdim_score_kernel<float, *> threads 128, registers 255, shared 69632, occupancy 0.125
+// resources: hdim_score_kernel threads 128, registers 168, shared 69632, occupancy 0.125
+// sass: hdim_score_kernel<*float16, *> HMMA.16816, LDSM, LDGSTS.128
+// sass: hdim_score_kernel<float, *> HMMA.1688, LDGSTS.128
+// sass: hdim_score_kernel<double, *> DMMA, LDGSTS.128
 template <class T, class Activation, int G>
 __global__ void __launch_bounds__(kThreads) hdim_score_kernel(Score<T> args) {
     using A = Accumulator<T>;
     constexpr int kTiles = kScoreTiles<T, G>, kKeys = 16 * kTiles, kPitch = tile_pitch(3 * G),
                   kKeyPitch = tile_pitch(G);
-    constexpr bool kHolds = sizeof(T) < 8 || G <= 4;  // keys and query in registers, else read where they are used
+    constexpr bool kHolds = sizeof(T) < 8;  // keys and query in registers, else read where they are used
     const Packed<T>& p = args.packed;
     const PairSizes& s = args.sizes;
     const int warp = static_cast<int>(threadIdx.x) / kWarp, t = lane_id() % 4;
