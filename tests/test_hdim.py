@@ -271,21 +271,14 @@ def test_expanded_inputs(native: str) -> None:
 # ---- determinism, memory, instruction sets ---------------------------------------------------------------------------
 
 
-@pytest.fixture
-def threads() -> Any:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_same_bits_at_any_thread_count(native: str, threads: Callable[[int], None], dtype: torch.dtype) -> None:
+def test_same_bits_in_any_order(native: str, schedule: Callable[[int], None], dtype: torch.dtype) -> None:
     case = hdim_case(
         fresh_generator(), sizes=(3, 70, 90, 24, 96, 48), dtype=dtype, device=native, key_mask=True, grad_entropy=1.0
     )
     expected = evaluate_functional(case)
-    for count in (1, 2, 3, 1):
-        threads(count)
+    for order in (1, 2, 3):
+        schedule(order)
         assert_same_bits(evaluate_functional(case), expected)
 
 
@@ -295,9 +288,10 @@ def memory_work(tokens: int) -> Callable[[], object]:
     return lambda: evaluate_functional(case)
 
 
-def test_no_buffer_of_pair_features(device: str) -> None:
+@pytest.mark.cpu_kernels
+def test_no_buffer_of_pair_features() -> None:
     need_native("hdim_attention")
-    if device != "cpu" or not Path("/proc/self/clear_refs").exists():
+    if not Path("/proc/self/clear_refs").exists():
         pytest.skip("reads the resident size of a Linux process")
     tokens = 512
     pairs = 4 * tokens * tokens  # [B, Sq, Sk] in float32; [B, Sq, Sk, 4D] and [B, Sq, Sk, M] are 96 times as large
@@ -305,13 +299,12 @@ def test_no_buffer_of_pair_features(device: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.cpu_kernels
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(device: str, isa: str) -> None:
+def test_every_instruction_set(isa: str) -> None:
     need_native("hdim_attention")
     from xlayer_ext import _native
 
-    if device != "cpu":
-        pytest.skip("about CPU kernels")
     environment = os.environ | {"XLAYER_CPU_ISA": isa}
     ask = [sys.executable, "-c", "from xlayer_ext import _native; print(_native.isa())"]
     if subprocess.run(ask, env=environment, capture_output=True, text=True, check=True).stdout.strip() != isa:
