@@ -119,7 +119,8 @@ struct SharedMemory {
 struct Failure {
     bool found = false;
     std::string what;
-    const void* pc = nullptr;
+    const void* pc = nullptr;  // where, or
+    Site site{};               // where
     const Fiber* thread = nullptr;
 };
 
@@ -239,7 +240,7 @@ void exit_thread() {
         const size_t count = self.copies.size();
         fault(std::to_string(count) + (count == 1 ? " asynchronous copy is" : " asynchronous copies are") +
                   " in flight when the thread exits (missing wait_copies)",
-              self.copies.front().pc);
+              self.copies.front().site);
     }
     self.state = State::exited;
     Warp& warp = warps[self.warp];
@@ -336,7 +337,10 @@ struct sigaction SignalHandler::outer;
 
 #else
 
-class SignalHandler {};  // AddressSanitizer reports both itself
+class SignalHandler {
+  public:
+    SignalHandler() {}  // AddressSanitizer reports both itself
+};
 
 #endif
 
@@ -377,7 +381,7 @@ void run_block(uint64_t block) {
     switch_to(scheduler, enter(*next_to_run()));
     if (!failure.found && live > 0) {
         const Deadlock deadlock = explain_deadlock(warps);
-        failure = {true, deadlock.what, nullptr, deadlock.thread};
+        failure = {true, deadlock.what, nullptr, deadlock.thread->waits_at, deadlock.thread};
     }
     running = nullptr;
 }
@@ -395,7 +399,7 @@ std::string describe_block() {
 }
 
 std::string describe_failure() {
-    const std::string line = failure.pc != nullptr ? source_line(failure.pc) : describe(failure.thread->waits_at);
+    const std::string line = failure.pc != nullptr ? source_line(failure.pc) : describe(failure.site);
     return std::string(kernel_name) + ": " + failure.what + " (block " + describe_block() + ", thread " +
            std::to_string(failure.thread->index) + ", " + line + ")";
 }
@@ -412,7 +416,11 @@ uint64_t launches() { return launch_count; }
 
 void fault(const std::string& what, const void* pc) {
     if (running == nullptr) throw std::runtime_error(what);
-    failure = {true, what, pc, running};
+    failure = {true, what, pc, {}, running};
+    leave_to(scheduler);
+}
+void fault(const std::string& what, Site site) {
+    failure = {true, what, nullptr, site, running};
     leave_to(scheduler);
 }
 

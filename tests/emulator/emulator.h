@@ -84,7 +84,7 @@ void multiply_matrices(MatrixKind kind, void* d, const void* a, const void* b, S
 
 // `pc`: where the kernel called from, for messages of the checker.
 void load_matrices(uint32_t* to, int count, bool transposed, const void* row, Site site, const void* pc);
-void copy_async(void* shared, const void* global, const void* pc);
+void copy_async(void* shared, const void* global, Site site, const void* pc);
 void commit_copies();
 void wait_copies(int may_stay);
 

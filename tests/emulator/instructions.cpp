@@ -129,10 +129,10 @@ void multiply_8x8x4(Warp& warp) {
 
 // --- Matrices from shared memory ------------------------------------------------------------------------------------
 
-[[noreturn]] void fault_address(const char* what, const void* address, const char* why, const void* pc) {
+[[noreturn]] void fault_address(const char* what, const void* address, const char* why, Site site) {
     char text[32];
     snprintf(text, sizeof text, "%p", address);
-    fault(std::string(what) + " with address " + text + ", which " + why, pc);
+    fault(std::string(what) + " with address " + text + ", which " + why, site);
 }
 
 // Row r of matrix n, whose address lane 8n + r brought.
@@ -140,9 +140,9 @@ const char* row_of(const Warp& warp, int n, int r) {
     const Operands& operands = warp.operands[8 * n + r];
     const auto* row = static_cast<const char*>(operands.a);
     const InTheNameOf lane(warp.lanes[8 * n + r]);
-    if (outside_shared(row)) fault_address("load_matrices", row, "is not in shared memory", operands.b);
+    if (outside_shared(row)) fault_address("load_matrices", row, "is not in shared memory", warp.meeting.site);
     if (reinterpret_cast<uintptr_t>(row) % 16 != 0) {
-        fault_address("misaligned load_matrices", row, "is not a multiple of 16", operands.b);
+        fault_address("misaligned load_matrices", row, "is not a multiple of 16", warp.meeting.site);
     }
     check_warp_read(row, 16, operands.b);
     return row;
@@ -288,19 +288,19 @@ void load_matrices(uint32_t* to, int count, bool transposed, const void* row, Si
 
 // --- Asynchronous copies --------------------------------------------------------------------------------------------
 
-void copy_async(void* shared, const void* global, const void* pc) {
+void copy_async(void* shared, const void* global, Site site, const void* pc) {
     constexpr size_t bytes = 16;
-    if (outside_shared(shared)) fault_address("copy_async", shared, "is not in shared memory", pc);
-    if (!outside_shared(global)) fault_address("copy_async", global, "is in shared memory, not in global", pc);
+    if (outside_shared(shared)) fault_address("copy_async", shared, "is not in shared memory", site);
+    if (!outside_shared(global)) fault_address("copy_async", global, "is in shared memory, not in global", site);
     for (const void* address : {const_cast<const void*>(shared), global}) {
         if (reinterpret_cast<uintptr_t>(address) % bytes != 0) {
-            fault_address("misaligned copy_async", address, "is not a multiple of 16", pc);
+            fault_address("misaligned copy_async", address, "is not a multiple of 16", site);
         }
     }
     check_access(global, bytes, false, pc);
     copy_began(shared, bytes, pc);
     Fiber& self = running_fiber();
-    self.copies.push_back({shared, global, self.groups, pc});
+    self.copies.push_back({shared, global, self.groups, site});
 }
 
 void commit_copies() { ++running_fiber().groups; }

@@ -49,8 +49,8 @@ XLAYER_UNCHECKED V shuffle_xor(V value, int mask, Site site = Site::here()) {
     return value;
 }
 
-XLAYER_CALLED inline void copy_async(void* shared, const void* global) {
-    emulator::copy_async(shared, global, __builtin_return_address(0));
+XLAYER_CALLED inline void copy_async(void* shared, const void* global, Site site = Site::here()) {
+    emulator::copy_async(shared, global, site, __builtin_return_address(0));
 }
 inline void commit_copies() { emulator::commit_copies(); }
 template <int N>

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "cuda_runtime.h"
@@ -30,7 +31,7 @@ struct Copy {
     void* shared;
     const void* global;
     unsigned group;  // how many groups its thread had committed before
-    const void* pc;
+    Site site;
 };
 
 enum class State : uint8_t { fresh, started, waiting, exited };
@@ -73,6 +74,8 @@ struct Warp {
     int ready_count, next;
     Operands operands[kLanes];
 };
+
+[[noreturn]] void fault(const std::string& what, Site site);
 
 Fiber& running_fiber();
 Warp& running_warp();
