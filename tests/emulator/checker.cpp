@@ -30,17 +30,23 @@ namespace {
 // From the top: time 51 bits, thread 10, flags 3. Time 0: of a byte never touched.
 using Record = uint64_t;
 constexpr int kThreadShift = 3, kTimeShift = 13;
-constexpr Record kInFlight = 1;                                      // of a writer: its copy has not landed
+constexpr Record kInFlight = 1, kSplit = 2;                          // of a writer: its copy has not landed; see Page
 constexpr Record kManyLanes = 1, kManyWarps = 2, kEarlierBlock = 4;  // of a reader: besides the thread it names
 
 uint64_t time_of(Record record) { return record >> kTimeShift; }
 int thread_of(Record record) { return static_cast<int>(record >> kThreadShift & (kMaxThreads - 1)); }
 int warp_of(Record record) { return thread_of(record) / kLanes; }
 
-// For the bytes of one page, of shared memory or of global memory.
-constexpr size_t kPage = 4096;
+// The last writer, and the readers since.
+struct History {
+    Record writer, reader;
+};
+
+// For one page of shared memory or of global memory. Most words are only ever accessed as a whole and have one history;
+// where kSplit is all that a word's writer says, each of its bytes has its own. Many pages never touch `byte`.
+constexpr size_t kPage = 4096, kWord = 4;
 struct Page {
-    Record writer[kPage], reader[kPage];
+    History word[kPage / kWord], byte[kPage];
 };
 
 // --- State -----------------------------------------------------------------------------------------------------------
@@ -118,7 +124,7 @@ class Pages {
     }
 
   private:
-    static constexpr size_t kSlab = 64, kMostSlabs = 64;  // 4 MiB each
+    static constexpr size_t kSlab = 64, kMostSlabs = 64;  // 5 MiB each
     struct Entry {
         uintptr_t number;
         Page* page;
@@ -142,7 +148,7 @@ class Pages {
     size_t used_ = kSlab;
     std::array<Entry, 512> recent_{};
 };
-Pages pages;
+Pages shared_pages, global_pages;  // by offset, by address
 
 // The region of the last access from the same instruction: most touch one tensor only.
 class RecentRegions {
@@ -220,14 +226,36 @@ uint64_t block_of(Record record) {
     return (after - 1)->second;
 }
 
+[[noreturn, gnu::cold]] void fault_unwritten(const Access& access) {
+    fault(describe(access) + " before anything is written there", access.pc);
+}
+
+[[noreturn, gnu::cold]] void fault_in_flight(const Access& access, Record writer) {
+    const bool own = thread_of(writer) == current_thread()->index;
+    fault(describe(access) + " while an asynchronous copy of " +
+              (own ? "its own" : "thread " + std::to_string(thread_of(writer))) +
+              " to there is in flight (missing wait_copies)",
+          access.pc);
+}
+
 [[noreturn]] void fault_race(const Access& access, const std::string& other, bool one_warp) {
     fault("race: " + describe(access) + " here, and " + other + " with no barrier between (missing " +
               (one_warp ? "sync_warp)" : "sync_block)"),
           access.pc);
 }
+[[noreturn, gnu::cold]] void fault_race_with_writer(const Access& access, Record writer) {
+    fault_race(access, "a write by thread " + std::to_string(thread_of(writer)),
+               warp_of(writer) == current_thread()->warp);
+}
+[[noreturn, gnu::cold]] void fault_race_with_reader(const Access& access, Record reader) {
+    if (reader & kManyWarps) fault_race(access, "reads by several warps", false);
+    const bool one_warp = warp_of(reader) == current_thread()->warp;
+    if (reader & kManyLanes) fault_race(access, "reads by several lanes of one warp", one_warp);
+    fault_race(access, "a read by thread " + std::to_string(thread_of(reader)), one_warp);
+}
 
 // `earlier`: the record of the other block, if there still is one.
-[[noreturn]] void fault_block_order(const Access& access, const Record* earlier, const char* did) {
+[[noreturn, gnu::cold]] void fault_block_order(const Access& access, const Record* earlier, const char* did) {
     const uint64_t here = current_thread()->block;
     std::string blocks = "block " + std::to_string(here) + " and an earlier one depend";
     if (earlier != nullptr) {
@@ -238,7 +266,7 @@ uint64_t block_of(Record record) {
     fault(blocks + " on the order of blocks: " + describe(access) + ", which the other one " + did, access.pc);
 }
 
-// --- One byte --------------------------------------------------------------------------------------------------------
+// --- One history -----------------------------------------------------------------------------------------------------
 
 // Who accesses: the record to leave, and whether all lanes of the warp do it at once.
 struct Now {
@@ -259,42 +287,33 @@ inline bool ordered(Record earlier, const Now& now) {
 }
 
 // The last writer, before a read or a write.
-inline void check_writer(Record writer, const Now& now, const Access& access, bool shared) {
+template <bool shared>
+inline void check_writer(Record writer, const Now& now, const Access& access) {
     if (time_of(writer) < state.block_began) {
         if (shared) {
-            if (!access.writes()) fault(describe(access) + " before anything is written there", access.pc);
+            if (!access.writes()) fault_unwritten(access);
         } else if (time_of(writer) >= state.launch_began) {
             fault_block_order(access, &writer, "wrote");
         }
         return;
     }
-    if (writer & kInFlight) {
-        fault(describe(access) + " while an asynchronous copy of " +
-                  (thread_of(writer) == now.thread() ? "its own" : "thread " + std::to_string(thread_of(writer))) +
-                  " to there is in flight (missing wait_copies)",
-              access.pc);
-    }
+    if (writer & kInFlight) fault_in_flight(access, writer);
     const bool itself = thread_of(writer) == now.thread() && !now.all_lanes;
-    if (!itself && !ordered(writer, now)) {
-        fault_race(access, "a write by thread " + std::to_string(thread_of(writer)), warp_of(writer) == now.warp());
-    }
+    if (!itself && !ordered(writer, now)) fault_race_with_writer(access, writer);
 }
 
 // The last readers, before a write.
-inline void check_readers(Record reader, const Now& now, const Access& access, bool shared) {
+template <bool shared>
+inline void check_readers(Record reader, const Now& now, const Access& access) {
     if (time_of(reader) < state.launch_began) return;
-    if (!shared && time_of(reader) < state.block_began) {
-        fault_block_order(access, &reader, "read");
-    }
+    if (!shared && time_of(reader) < state.block_began) fault_block_order(access, &reader, "read");
     if (!shared && (reader & kEarlierBlock)) fault_block_order(access, nullptr, "read");
     if (time_of(reader) < state.block_barrier) return;
-    if (reader & kManyWarps) fault_race(access, "reads by several warps", false);
-    if (ordered(reader, now)) return;
-    const bool one_warp = warp_of(reader) == now.warp();
-    if (reader & kManyLanes) fault_race(access, "reads by several lanes of one warp", one_warp);
-    if (thread_of(reader) != now.thread()) {
-        fault_race(access, "a read by thread " + std::to_string(thread_of(reader)), one_warp);
+    if (!(reader & kManyWarps)) {
+        if (ordered(reader, now)) return;
+        if (!(reader & kManyLanes) && thread_of(reader) == now.thread()) return;
     }
+    fault_race_with_reader(access, reader);
 }
 
 // The readers to remember, of which `reader` are those so far. A later write races with one of them exactly if it races
@@ -313,44 +332,66 @@ inline Record joined(Record reader, const Now& now) {
 
 // --- One access ------------------------------------------------------------------------------------------------------
 
-// Bytes [first, first + n) of a page. Nearly always they have one history, and one byte speaks for all.
-template <size_t n>
-inline void see_bytes(Page* page, size_t first, const Now& now, const Access& access, bool shared) {
-    Record* const writer = page->writer + first;
-    Record* const reader = page->reader + first;
-    Record differing = 0;
-    for (size_t i = 1; i < n; ++i) differing |= (writer[i] ^ writer[0]) | (reader[i] ^ reader[0]);
-    if (n > 1 && differing != 0) {
-        for (size_t i = 0; i < n; ++i) see_bytes<1>(page, first + i, now, access, shared);
+// What is written has been ordered after all earlier reads, so that they need not be remembered any longer.
+template <bool shared>
+inline void see_history(History& history, const Now& now, const Access& access) {
+    check_writer<shared>(history.writer, now, access);
+    if (access.writes()) {
+        check_readers<shared>(history.reader, now, access);
+        history = {now.record | (access.kind == Kind::copy ? kInFlight : 0), 0};
+    } else {
+        history.reader = joined(history.reader, now);
+    }
+}
+
+template <bool shared>
+inline void see_byte(Page* page, size_t at, const Now& now, const Access& access) {
+    History& word = page->word[at / kWord];
+    if (word.writer != kSplit) {
+        std::fill_n(page->byte + at / kWord * kWord, kWord, word);
+        word = {kSplit, 0};
+    }
+    see_history<shared>(page->byte[at], now, access);
+}
+
+template <bool shared>
+void see_split_word(Page* page, size_t at, const Now& now, const Access& access) {
+    const History* const byte = page->byte + at;
+    bool same = true;
+    for (size_t i = 0; i < kWord; ++i) {
+        see_byte<shared>(page, at + i, now, access);
+        same = same && byte[i].writer == byte[0].writer && byte[i].reader == byte[0].reader;
+    }
+    if (same) page->word[at / kWord] = byte[0];
+}
+
+template <bool shared>
+inline void see_word(Page* page, size_t at, const Now& now, const Access& access) {
+    History& word = page->word[at / kWord];
+    if (word.writer == kSplit) return see_split_word<shared>(page, at, now, access);
+    see_history<shared>(word, now, access);
+}
+
+// The access's bytes, of which the first is number `at` of those with records in `pages`. n: how many they are if the
+// compiler knows, and only for speed.
+template <size_t n, bool shared>
+inline void see(Pages& pages, uintptr_t at, const Now& now, const Access& access) {
+    if (n % kWord == 0 && access.bytes == n && at % n == 0) {  // in one page
+        Page* const page = pages.find(at / kPage);
+        for (size_t i = 0; i < n; i += kWord) see_word<shared>(page, at % kPage + i, now, access);
         return;
     }
-    check_writer(writer[0], now, access, shared);
-    if (access.writes()) {
-        check_readers(reader[0], now, access, shared);
-        const Record left = now.record | (access.kind == Kind::copy ? kInFlight : 0);
-        for (size_t i = 0; i < n; ++i) writer[i] = left;
-    } else {
-        const Record left = joined(reader[0], now);
-        if (left == reader[0]) return;
-        for (size_t i = 0; i < n; ++i) reader[i] = left;
-    }
-}
-
-// The access's `bytes` bytes, of which byte 0 is byte `at` of those that `page_of` numbers.
-template <size_t n, class PageOf>
-inline void see(uintptr_t at, const PageOf& page_of, const Now& now, const Access& access, bool shared) {
-    if (access.bytes == n && at % kPage <= kPage - n) {
-        return see_bytes<n>(page_of(at / kPage), at % kPage, now, access, shared);
-    }
     for (const uintptr_t end = at + access.bytes; at < end;) {
-        Page* const page = page_of(at / kPage);
-        const uintptr_t stop = std::min(end, (at / kPage + 1) * kPage);
-        for (; at + 16 <= stop; at += 16) see_bytes<16>(page, at % kPage, now, access, shared);
-        for (; at < stop; ++at) see_bytes<1>(page, at % kPage, now, access, shared);
+        Page* const page = pages.find(at / kPage);
+        if (at % kWord == 0 && end - at >= kWord) {
+            see_word<shared>(page, at % kPage, now, access);
+            at += kWord;
+        } else {
+            see_byte<shared>(page, at % kPage, now, access);
+            ++at;
+        }
     }
 }
-
-std::array<Page*, (kMaxShared + kPage - 1) / kPage> shared_pages;
 
 const Region* find_region(const Access& access) {
     const Region* found = nullptr;
@@ -370,8 +411,7 @@ inline void check_shared(const Thread* thread, const Access& access) {
         fault("out of bounds: " + describe(access), access.pc);
     }
     if (!XLAYER_EMULATOR_HOOKS) return;
-    const auto page_of = [](uintptr_t number) { return shared_pages[number]; };
-    see<n>(offset, page_of, Now(thread, access.kind == Kind::warp_read), access, true);
+    see<n, true>(shared_pages, offset, Now(thread, access.kind == Kind::warp_read), access);
 }
 
 template <size_t n>
@@ -386,11 +426,9 @@ inline void check_global(const Thread* thread, const Access& access) {
         fault("out of bounds: " + describe(access) + ", a null pointer", access.pc);
     }
     if (!XLAYER_EMULATOR_HOOKS) return;
-    const auto page_of = [](uintptr_t number) { return pages.find(number); };
-    see<n>(access.at, page_of, Now(thread, access.kind == Kind::warp_read), access, false);
+    see<n, false>(global_pages, access.at, Now(thread, access.kind == Kind::warp_read), access);
 }
 
-// n: the number of bytes if known to the compiler, and only for speed.
 template <size_t n>
 inline void check(const Access& access) {
     const Thread* const thread = current_thread();
@@ -419,9 +457,6 @@ void launch_begins(const char*, int) {
 }
 
 void block_begins(uint64_t block, void* shared, size_t bytes) {
-    for (size_t i = 0; i < (bytes + kPage - 1) / kPage; ++i) {
-        if (shared_pages[i] == nullptr) shared_pages[i] = new Page{};
-    }
     state.shared = number(shared);
     state.shared_bytes = bytes;
     state.block_began = state.block_barrier = ++state.time;
@@ -433,7 +468,7 @@ void block_barrier_passed() { state.block_barrier = ++state.time; }
 
 void warp_barrier_passed(int warp) { state.warp_barrier[warp] = ++state.time; }
 
-void launch_ends() { pages.trim(); }
+void launch_ends() { global_pages.trim(); }
 
 // --- By instructions -------------------------------------------------------------------------------------------------
 
@@ -455,9 +490,12 @@ void copy_began(const void* shared, size_t bytes, const void* pc) {
 
 void copy_landed(const void* shared, size_t bytes) {
     if (!XLAYER_EMULATOR_HOOKS) return;
+    // Whole words, which nobody can have touched since the copy began.
     const Now now(current_thread());
     const uintptr_t offset = number(shared) - state.shared;
-    for (uintptr_t at = offset; at < offset + bytes; ++at) shared_pages[at / kPage]->writer[at % kPage] = now.record;
+    for (uintptr_t at = offset; at < offset + bytes; at += kWord) {
+        shared_pages.find(at / kPage)->word[at % kPage / kWord].writer = now.record;
+    }
 }
 
 // --- Global memory ---------------------------------------------------------------------------------------------------
