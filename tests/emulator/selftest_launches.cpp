@@ -156,6 +156,14 @@ void hangs(Random& random) {
         random, 64, {"mma_8x8x4 at ", "reached by 16 of 32 lanes of warp 1, lane 1 and 15 more have exited"});
 }
 
+// More failures than a process could map stacks for, were any lost.
+void many_hangs(Random&) {
+    for (int i = 0; i < 1500; ++i) {
+        const auto run = [] { launch("hang", hang<Mistake::lane_left_before_ballot>, {1, kWarp, nullptr}, Nothing{}); };
+        require_error(run, {"hang: ballot at "});
+    }
+}
+
 // --- Wrong addresses ------------------------------------------------------------------------------------------------
 
 struct Addresses {
@@ -257,6 +265,7 @@ const Registered all[] = {
     {"limits of launches", limits},
     {"asking for shared memory", asking_for_shared_memory},
     {"threads that wait for what never comes", hangs},
+    {"nothing is lost in many failures", many_hangs},
     {"addresses that instructions do not take", wrong_addresses},
 #if !XLAYER_EMULATOR_ASAN
     {"full stacks", stacks},
