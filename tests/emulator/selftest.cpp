@@ -6,7 +6,7 @@
 #include <cstdlib>
 
 // The frames of a kernel that a fault abandons may own memory: the texts of messages.
-extern "C" const char* __asan_default_options() { return "detect_leaks=0"; }
+extern "C" __attribute__((visibility("default"))) const char* __asan_default_options() { return "detect_leaks=0"; }
 
 int main(int count, char** arguments) {
     const uint64_t seed = count > 1 ? strtoull(arguments[1], nullptr, 0) : std::random_device()();
