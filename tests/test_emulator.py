@@ -10,8 +10,11 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 import emulation
 
@@ -70,13 +73,17 @@ def library() -> ctypes.CDLL:
     return ctypes.CDLL(str(LIBRARY))
 
 
-def run(library: ctypes.CDLL, name: str, *, fixed: bool, seed: int = emulation.SEED) -> str | None:
-    """What the launch ended with, None if it went through."""
+def call(library: ctypes.CDLL, function: str, *arguments: Any, seed: int = emulation.SEED) -> str | None:
+    """What the launch in a function of the library ended with, None if it went through."""
     library.xlayer_emulator_set_seed(ctypes.c_uint64(seed))
     message = ctypes.create_string_buffer(1000)
-    ended = library.run_fault(name.encode(), int(fixed), message, len(message))
-    assert ended in (0, 1), f"no kernel named {name}"
+    ended = getattr(library, function)(*arguments, message, len(message))
+    assert ended in (0, 1), f"nothing has the name {arguments[0]}"
     return message.value.decode() if ended else None
+
+
+def run(library: ctypes.CDLL, name: str, *, fixed: bool, seed: int = emulation.SEED) -> str | None:
+    return call(library, "run_fault", name.encode(), int(fixed), seed=seed)
 
 
 def lines_of(name: str) -> set[str]:
@@ -134,9 +141,8 @@ def test_seeds_change_the_order(library: ctypes.CDLL) -> None:
 def test_order_changes_no_bit_of_a_correct_kernel(library: ctypes.CDLL) -> None:
     results = set()
     for seed in SEEDS:
-        library.xlayer_emulator_set_seed(ctypes.c_uint64(seed))
         sums = (ctypes.c_float * 7)()
-        library.run_sums(sums)
+        assert call(library, "run_sums", sums, seed=seed) is None
         results.add(bytes(sums))
     assert len(results) == 1
     assert any(results.pop())
@@ -147,3 +153,46 @@ def test_a_launch_after_a_fault_is_sound(library: ctypes.CDLL) -> None:
     for name in FAULTS:
         assert run(library, name, fixed=False) is not None
         assert run(library, "missing_sync_block", fixed=True) is None
+
+
+# Steps of faults/program.cu: who, what, at which byte of shared memory, how many bytes.
+READ, WRITE, SYNC_WARP, SYNC_BLOCK = range(4)
+Step = tuple[int, int, int, int]
+accesses = st.builds(
+    lambda thread, what, bytes, at: (thread, what, at // bytes * bytes, bytes),
+    st.sampled_from((0, 1, 2, 32, 33)),
+    st.sampled_from((READ, WRITE)),
+    st.sampled_from((1, 2, 4)),
+    st.integers(0, 15),
+)
+barriers = st.sampled_from(((0, SYNC_WARP, 0, 0), (1, SYNC_WARP, 0, 0), (0, SYNC_BLOCK, 0, 0)))
+
+
+def has_race(program: list[Step]) -> bool:
+    """Whether two threads access a byte, one of them writes, and no barrier of both lies between: pair by pair."""
+    seen: list[tuple[Step, int, int]] = []
+    phase, turns = 0, [0, 0]
+    for step in program:
+        who, what, at, size = step
+        if what == SYNC_BLOCK:
+            phase += 1
+        elif what == SYNC_WARP:
+            turns[who] += 1
+        else:
+            turn = turns[who // 32]
+            for (other, did, start, length), other_phase, other_turn in seen:
+                meets = at < start + length and start < at + size and WRITE in (what, did) and other != who
+                ordered = other_phase != phase or (other // 32 == who // 32 and other_turn != turn)
+                if meets and not ordered:
+                    return True
+            seen.append((step, phase, turn))
+    return False
+
+
+@given(program=st.lists(accesses | barriers, max_size=40), seed=st.integers(0, 2**64 - 1))
+@example(program=[(0, READ, 0, 4), (32, READ, 0, 4), (1, SYNC_WARP, 0, 0), (32, WRITE, 2, 2)], seed=0)
+def test_a_race_is_found_exactly_where_there_is_one(library: ctypes.CDLL, program: list[Step], seed: int) -> None:
+    steps = (ctypes.c_int32 * (4 * len(program)))(*(number for step in program for number in step))
+    message = call(library, "run_program", steps, len(program), seed=seed)
+    assert (message is not None) == has_race(program), message
+    assert message is None or message.startswith("program: race: ")

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -73,4 +74,20 @@ inline void run_in_out(const char* name, void (*kernel)(InOut), size_t size, con
     launch(name, kernel, how, {x.data(), out.data()});
 }
 
+// For the tests, which call C: whether f() ended by an exception, with its message.
+template <class F>
+int message_of(const F& f, char* message, size_t size) {
+    int ended = 0;
+    try {
+        f();
+    } catch (const std::exception& error) {
+        strncpy(message, error.what(), size - 1);
+        ended = 1;
+    }
+    emulator::forget_memory();
+    return ended;
+}
+
 }  // namespace xlayer::faults
+
+#define XLAYER_EXPORT extern "C" __attribute__((visibility("default")))

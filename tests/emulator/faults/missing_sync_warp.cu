@@ -8,15 +8,17 @@ struct Args {
     uint32_t* out;
 };
 
-// A matrix of 8×8 16-bit elements through shared memory into registers.
+// A matrix of 8×8 16-bit elements through shared memory into registers. Lanes name the rows that they have written
+// themselves, but what they get comes from the rows of others.
 template <bool fixed>
 __global__ void matrix_to_registers(Args args) {
     uint32_t* shared = shared_memory<uint32_t>();
     const int lane = threadIdx.x;
-    shared[lane] = args.x[lane];
+    uint32_t* row = shared + lane % 8 * 4;
+    if (lane < 8) store(row, load<4>(args.x + lane * 4));
     if (fixed) sync_warp();
     uint32_t elements[1];
-    load_matrices(elements, shared + lane % 8 * 4);  // fault: missing_sync_warp
+    load_matrices(elements, row);  // fault: missing_sync_warp
     args.out[lane] = elements[0];
 }
 

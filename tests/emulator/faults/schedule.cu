@@ -19,12 +19,14 @@ __global__ void sums(InOut args) {
 }  // namespace
 }  // namespace xlayer::faults
 
-// Of 7 blocks, the sums of 1/(i + 3) over their elements.
-extern "C" __attribute__((visibility("default"))) void run_sums(float* out) {
+// As run_fault. The blocks' sums of 1/(i + 3).
+XLAYER_EXPORT int run_sums(float* out, char* message, size_t size) {
     using namespace xlayer::faults;
-    auto x = input<float>("x", kBlocks * kThreads);
-    for (int i = 0; i < kBlocks * kThreads; ++i) x[i] = 1 / static_cast<float>(i + 3);
-    xlayer::emulator::allow_memory(out, kBlocks * sizeof(float), true, "out");
-    launch("sums", sums, {kBlocks, kThreads, nullptr, kWarps * sizeof(float)}, {x.data(), out});
-    xlayer::emulator::forget_memory();
+    const auto launch_it = [=] {
+        auto x = input<float>("x", kBlocks * kThreads);
+        for (int i = 0; i < kBlocks * kThreads; ++i) x[i] = 1 / static_cast<float>(i + 3);
+        xlayer::emulator::allow_memory(out, kBlocks * sizeof(float), true, "out");
+        launch("sums", sums, {kBlocks, kThreads, nullptr, kWarps * sizeof(float)}, {x.data(), out});
+    };
+    return message_of(launch_it, message, size);
 }
