@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,5 +83,7 @@ def take_over() -> None:
     set_seed(SEED)
     has = operators()
     _overrides = torch.library.Library("xlayer", "IMPL", "CPU")
-    for name in kernels_of("xlayer"):
-        _overrides.impl(name, getattr(torch.ops.xlayer_emulated, name).default if name in has else lacking(name))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators")  # torch's, of every override
+        for name in kernels_of("xlayer"):
+            _overrides.impl(name, getattr(torch.ops.xlayer_emulated, name).default if name in has else lacking(name))

@@ -1,7 +1,9 @@
-"""The operators on the emulator: all are there, and with --device emulated it is the emulator that runs them."""
+"""The operators on the emulator: its instructions are right, every operator is there, and with --device emulated it is
+the emulator that runs them."""
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable
 
 import pytest
@@ -21,6 +23,11 @@ def masked_mean() -> Tensor:
 def hdim_attention() -> Tensor:
     case = hdim_case(fresh_generator(), sizes=(1, 3, 5, 4, 6, 2), dtype=torch.float32)
     return XF.hdim_attention(**{name: case.floats[name].requires_grad_() for name in FLOATS})
+
+
+def test_instructions_and_launches() -> None:
+    child = subprocess.run([emulation.FOLDER / "emulator_selftest"], capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stdout + child.stderr
 
 
 def test_every_native_operator_has_a_kernel_there() -> None:
