@@ -73,20 +73,31 @@ __device__ __forceinline__ Pair<T> load_twice(const T* from) {
     return make_pair<T>(x, x);
 }
 
-template <class T>
-__device__ __forceinline__ Pair<T> smaller(const Pair<T>& a, const Pair<T>& b) {
-    if constexpr (is_half<T>) {
-        return pair_min<T>(a, b);
-    } else {
-        return {a.at[0] < b.at[0] ? a.at[0] : b.at[0], a.at[1] < b.at[1] ? a.at[1] : b.at[1]};
-    }
-}
+// a·b + c, rounded once; a·b and |a − b|, rounded like PyTorch's own.
 template <class T>
 __device__ __forceinline__ Pair<T> multiply_add(const Pair<T>& a, const Pair<T>& b, const Pair<T>& c) {
     if constexpr (is_half<T>) {
         return pair_fma<T>(a, b, c);
     } else {
         return {fma(a.at[0], b.at[0], c.at[0]), fma(a.at[1], b.at[1], c.at[1])};
+    }
+}
+template <class T>
+__device__ __forceinline__ Pair<T> product(const Pair<T>& a, const Pair<T>& b) {
+    if constexpr (is_half<T>) {
+        constexpr uint32_t kMinusZeros = 0x80008000;
+        return pair_fma<T>(a, b, kMinusZeros);
+    } else {
+        return {a.at[0] * b.at[0], a.at[1] * b.at[1]};
+    }
+}
+template <class T>
+__device__ __forceinline__ Pair<T> distance(const Pair<T>& a, const Pair<T>& b) {
+    if constexpr (is_half<T>) {
+        constexpr uint32_t kMinusOnes = std::is_same_v<T, bfloat16> ? 0xBF80BF80 : 0xBC00BC00, kNoSigns = 0x7FFF7FFF;
+        return pair_fma<T>(b, kMinusOnes, a) & kNoSigns;
+    } else {
+        return {fabs(a.at[0] - b.at[0]), fabs(a.at[1] - b.at[1])};
     }
 }
 
@@ -204,15 +215,15 @@ __device__ __forceinline__ void multiply_group(Sum<double>& sum, const Left<doub
     }
 }
 
-// sum += Σ_k left[k] · right[k]; K is even.
+// sum += Σ_k left[k] · right[k].
 template <class T, int K>
 __device__ __forceinline__ void multiply(Sum<T>& sum, const Left<T> (&left)[K], const Right<T> (&right)[K]) {
-    static_assert(K % 2 == 0, "half-precision products take two groups at a time");
-    if constexpr (is_half<T>) {
+    if constexpr (is_half<T>) {  // two groups at a time; an odd one out meets zeros
 #pragma unroll
         for (int k = 0; k < K; k += 2) {
-            const uint32_t a[4] = {left[k].row[0], left[k].row[1], left[k + 1].row[0], left[k + 1].row[1]};
-            const uint32_t b[2] = {right[k].at, right[k + 1].at};
+            const int next = k + 1 < K ? k + 1 : k;
+            const uint32_t a[4] = {left[k].row[0], left[k].row[1], left[next].row[0], left[next].row[1]};
+            const uint32_t b[2] = {right[k].at, k + 1 < K ? right[next].at : 0};
             mma_16x8x16<T>(sum.at, a, b);
         }
     } else {

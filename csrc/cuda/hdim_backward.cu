@@ -27,7 +27,7 @@ GradPartials<T> take_partials(Arena& arena, const PairSizes& s, const GradPlan& 
     using A = Accumulator<T>;
     const int64_t width = 8 * s.groups, parts = s.batch * plan.weight_chunks * plan.weight_slices;
     GradPartials<T> to;
-    to.query_of_min = arena.take<A>(s.batch * plan.key_tiles * s.queries * width);
+    to.query_of_pairs = arena.take<A>(s.batch * plan.key_tiles * s.queries * width);
     to.query_of_weights = arena.take<A>(s.batch * plan.weight_chunks * plan.weight_tiles * s.queries * width);
     to.key = arena.take<A>(s.batch * plan.key_slices * s.keys * width);
     to.weight = arena.take<A>(parts * s.hidden * 4 * width);

@@ -18,29 +18,29 @@ struct GradPlan {
 template <class T>
 struct GradPartials {
     using A = Accumulator<T>;
-    A* query_of_min;      // [B][key_tiles][Sq][8G]
+    A* query_of_pairs;    // [B][key_tiles][Sq][8G]
     A* query_of_weights;  // [B][weight_chunks][weight_tiles][Sq][8G]
     A* key;               // [B][key_slices][Sk][8G]
-    A* weight;  // [B][weight_chunks][weight_slices][M][4][8G]: Σ G q, Σ G k, Σ G q∘k, Σ G min(q,k), without w2
-    A* hidden;  // [B][weight_chunks][weight_slices][M][2]: Σ G, and Σ ∂L/∂logit · act
+    A* weight;            // [B][weight_chunks][weight_slices][M][4][8G]: Σ G times q, k, q∘k, |q−k|, without w2
+    A* hidden;            // [B][weight_chunks][weight_slices][M][2]: Σ G, and Σ ∂L/∂logit · act
 };
 
 // Tiles of 16 keys in a warp of hdim_grad_keys: as many as leave no register to spill.
 template <class T, class Activation, int G>
-constexpr int kGradTiles =
-    !is_half<T> || G == 8 ? 1 : (G == 2 ? 4 : 7 - G) - (G > 2 && std::is_same_v<Activation, Gelu>);
+constexpr int kGradTiles = !is_half<T> || G == 8                        ? 1
+                           : G == 2                                     ? 4
+                           : G == 4 && std::is_same_v<Activation, Gelu> ? 2
+                                                                        : 3;
 
 // Groups of columns whose gradients fit in registers at a time; for the others the pairs are walked over again.
 template <class T, int G>
 constexpr int kGradGroups = sizeof(T) == 8 ? 2 : G;
 
-constexpr int kGradBlocks = 2;  // on a multiprocessor: as many registers as there are
-
 // ∂L/∂P to ∂L/∂logit in args.logits, P in its place.
 template <class T>
 void softmax_backward(const HdimGradPairs& args, const PairSizes& sizes, void* stream);
 
-// ∂L/∂k, and what reaches q through min(q, k).
+// ∂L/∂k, and what reaches q through |q−k|.
 template <class T, class Activation, int G>
 void grad_keys(const HdimGradPairs& args, const Packed<T>& packed, const PairSizes& sizes, const GradPlan& plan,
                const GradPartials<T>& to, void* stream);

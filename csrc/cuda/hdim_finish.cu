@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kFinishThreads, kFinishBlocks) hdim_finish_wei
         row[0] = narrow<T>(w2 * sum[0]);
         row[args.proj_dim] = narrow<T>(w2 * sum[1]);
         row[2 * args.proj_dim] = narrow<T>(w2 * sum[2]);
-        row[3 * args.proj_dim] = narrow<T>(w2 * ((sum[0] + sum[1]) - 2 * sum[3]));
+        row[3 * args.proj_dim] = narrow<T>(w2 * sum[3]);
     }
     if (blockIdx.y != 0) return;
     if (lane_id() == 0) args.grad_bias1[m] = narrow<T>(w2 * unit);
@@ -128,7 +128,7 @@ void finish(const HdimGradPairs& args, const Packed<T>& packed, const PairSizes&
     const int width = 8 * s.groups, D = static_cast<int>(args.in.proj_dim);
     const int64_t query = s.queries * width, key = s.keys * width, in_weights = plan.weight_chunks * plan.weight_tiles;
     finish_tokens<T>("hdim_finish_query",
-                     {{from.query_of_min, plan.key_tiles, query, plan.key_tiles * query},
+                     {{from.query_of_pairs, plan.key_tiles, query, plan.key_tiles * query},
                       {from.query_of_weights, in_weights, query, in_weights * query},
                       static_cast<T*>(args.grad_query),
                       s.batch,

@@ -1,14 +1,15 @@
-// ∂L/∂k, and the part of ∂L/∂q that comes through min(q, k).
+// ∂L/∂k, and the part of ∂L/∂q that comes through |q−k|.
 //
 // A warp keeps 16·R keys and their gradients in registers and walks over a slice of the queries. Per query and 16
 // hidden units it scores the pairs again, turns the sum into the gradient G = ∂L/∂logit · w2 · act'(pre), which rounded
 // is already a left operand, and multiplies that with the weights:
 //
-//   ∂L/∂k_j   = Σ_i G_ij · (Wc∘q_i + Wb + Wd)     accumulates over all queries in the tensor cores
-//   ∂L/∂min   = G_ij · (−2·Wd)                     goes to the smaller of q and k, half to each where they are equal
+//   ∂L/∂k_j      = Σ_i G_ij · (Wc∘q_i + Wb)   accumulates over all queries in the tensor cores
+//   ∂L/∂|q−k|    = G_ij · Wd                  goes to q and k with the sign of q − k, which is 0 where they are equal
 //
-// Per pair 2·2D·M tensor flops twice, some 5·M + 6·D other operations, 4 bytes read. D = 24, M = 96 on an H200: tensor
-// cores 31 ps, other units 19 ps, shared memory 16 ps: bound by the tensor cores.
+// Per pair 2·3D·M and 2·2D·M tensor flops, some 5·M + 9·D other operations, 4 bytes read. D = 24, M = 96 on an H200,
+// where mma.sync may reach 600 TFLOP/s: tensor cores 38 ps, other units 21 ps, shared memory 16 ps: bound by the tensor
+// cores.
 #include "hdim_backward.cuh"
 
 namespace xlayer::cuda {
@@ -35,12 +36,12 @@ constexpr size_t grad_weight_bytes(int chunk) {
     return chunk * (tile_pitch(3 * G) * sizeof(T) + sizeof(Accumulator<T>));
 }
 
-// Adds the gradient of min(q, k) to the smaller one's.
+// Adds the gradient of |q−k| to both.
 template <class A>
-__device__ __forceinline__ void split_minimum(A grad, A query, A key, A& grad_query, A& grad_key) {
-    const A half = query == key ? A(0.5) * grad : A(0);
-    grad_query += query < key ? grad : half;
-    grad_key += key < query ? grad : half;
+__device__ __forceinline__ void split_distance(A grad, A query, A key, A& grad_query, A& grad_key) {
+    const A signed_grad = query > key ? grad : query < key ? -grad : A(0);
+    grad_query += signed_grad;
+    grad_key -= signed_grad;
 }
 
 // resources: hdim_grad_keys_kernel<double, *> threads 128, registers 255, shared 86016, occupancy 0.0625
@@ -49,7 +50,7 @@ __device__ __forceinline__ void split_minimum(A grad, A query, A key, A& grad_qu
 // sass: hdim_grad_keys_kernel<float, *> HMMA.1688, LDGSTS.128
 // sass: hdim_grad_keys_kernel<double, *> DMMA, LDGSTS.128
 template <class T, class Activation, int G>
-__global__ void __launch_bounds__(kThreads, kGradBlocks) hdim_grad_keys_kernel(GradKeys<T> args) {
+__global__ void __launch_bounds__(kThreads, kPairBlocks) hdim_grad_keys_kernel(GradKeys<T> args) {
     using A = Accumulator<T>;
     constexpr int kTiles = kGradTiles<T, Activation, G>, kKeys = 16 * kTiles, kGroups = kGradGroups<T, G>;
     constexpr int kPitch = tile_pitch(3 * G), kKeyPitch = tile_pitch(G);
@@ -112,7 +113,7 @@ __global__ void __launch_bounds__(kThreads, kGradBlocks) hdim_grad_keys_kernel(G
                     const T* const query_row = p.query + row * 8 * G;
                     const QueryRow<T, G, kHoldsKeys<T, G>> query(query_row);
 
-                    Sum<T> grad_min[kTiles][kGroups] = {};
+                    Sum<T> grad_distance[kTiles][kGroups] = {};
                     const A* const hidden = p.query_hidden + row * s.hidden + chunk + lane_column();
 #pragma unroll 1
                     for (int m = 0; m < count; m += 16) {
@@ -140,16 +141,17 @@ __global__ void __launch_bounds__(kThreads, kGradBlocks) hdim_grad_keys_kernel(G
 #pragma unroll
                         for (int g = 0; g < kGroups; ++g) {
                             const Pair<T> here = load_twice(query_row + 8 * (walk + g) + lane_row());
-                            Right<T> hadamard[2], rest[2], minimum[2];
-                            load_right(hadamard, slab + 8 * (walk + g), kPitch);
-                            load_right(rest, slab + 8 * (G + walk + g), kPitch);
-                            load_right(minimum, slab + 8 * (2 * G + walk + g), kPitch);
+                            Right<T> linear[2], hadamard[2], difference[2];
+                            load_right(linear, slab + 8 * (walk + g), kPitch);
+                            load_right(hadamard, slab + 8 * (G + walk + g), kPitch);
+                            load_right(difference, slab + 8 * (2 * G + walk + g), kPitch);
 #pragma unroll
-                            for (int n = 0; n < 2; ++n) rest[n] = {multiply_add<T>(hadamard[n].at, here, rest[n].at)};
+                            for (int n = 0; n < 2; ++n)
+                                linear[n] = {multiply_add<T>(hadamard[n].at, here, linear[n].at)};
 #pragma unroll
                             for (int r = 0; r < kTiles; ++r) {
-                                multiply(grad_key[r][g], grad_hidden[r], rest);
-                                multiply(grad_min[r][g], grad_hidden[r], minimum);
+                                multiply(grad_key[r][g], grad_hidden[r], linear);
+                                multiply(grad_distance[r][g], grad_hidden[r], difference);
                             }
                         }
                     }
@@ -161,9 +163,9 @@ __global__ void __launch_bounds__(kThreads, kGradBlocks) hdim_grad_keys_kernel(G
                             const Pair<T> other = query(walk + g);
 #pragma unroll
                             for (int e = 0; e < 4; ++e)
-                                split_minimum(grad_min[r][g].at[e], element<T>(other, e % 2),
-                                              element<T>(key.row[e / 2], e % 2), grad_query[g][e % 2],
-                                              grad_key[r][g].at[e]);
+                                split_distance(grad_distance[r][g].at[e], element<T>(other, e % 2),
+                                               element<T>(key.row[e / 2], e % 2), grad_query[g][e % 2],
+                                               grad_key[r][g].at[e]);
                         }
                     }
                 }
@@ -211,7 +213,7 @@ void grad_keys(const HdimGradPairs& args, const Packed<T>& packed, const PairSiz
     const GradKeys<T> pairs{packed,
                             s,
                             static_cast<const Accumulator<T>*>(args.logits),
-                            to.query_of_min,
+                            to.query_of_pairs,
                             to.key,
                             plan.key_tiles,
                             plan.key_slices,

@@ -1,19 +1,18 @@
-// ∂L/∂W1, ∂L/∂b1, ∂L/∂w2, and the part of ∂L/∂q that does not come through min(q, k).
+// ∂L/∂W1, ∂L/∂b1, ∂L/∂w2, and the part of ∂L/∂q that does not come through |q−k|.
 //
-// A warp owns 16 hidden units. Per query it makes its weights once, then walks over the keys in shared memory, scoring
-// them with hidden units along the rows: so the gradient G = ∂L/∂logit · act'(pre), rounded, is a left operand whose
-// columns are keys, and two products with keys and minima give, for this query,
+// A warp owns 16 hidden units and walks over a slice of the queries and the keys in shared memory, scoring them with
+// hidden units along the rows: so the gradient G = ∂L/∂logit · act'(pre), rounded, is a left operand whose columns are
+// keys, and two products with keys and distances give, for a query,
 //
-//   X = Σ_j G_j k_j      Y += Σ_j G_j min(q, k_j)      S = Σ_j G_j
+//   X = Σ_j G_j k_j      Y = Σ_j G_j |q−k_j|      S = Σ_j G_j
 //
 // from which everything follows, w2 being a factor of whole rows:
 //
-//   ∂Wa = S qᵀ    ∂Wb = X    ∂Wc = X∘q    ∂Wd = ∂Wa + ∂Wb − 2·Y    ∂q = w2·(Wc∘X + (Wa + Wd)·S), summed over hidden
-//   units
+//   ∂Wa = S qᵀ    ∂Wb = X    ∂Wc = X∘q    ∂Wd = Y    ∂q = w2·(Wc∘X + Wa·S), summed over hidden units
 //
-// S sums the rounded G, so that what cancels in ∂Wd cancels exactly. Per pair 2·2D·M tensor flops twice, some 5·M +
-// 2·D·M/16 other operations. D = 24, M = 96 on an H200: tensor cores 31 ps, other units 23 ps, shared memory 36 ps a
-// pair: bound by shared memory, which every warp reads whole for its 16 hidden units.
+// Y needs no sum of its own per query. Per pair 2·3D·M and 2·2D·M tensor flops, some 5·M + D·M/4 other operations. D =
+// 24, M = 96 on an H200, where mma.sync may reach 600 TFLOP/s: tensor cores 38 ps, other units 32 ps, shared memory 36
+// ps a pair: every warp reads all keys for its 16 hidden units.
 #include "hdim_backward.cuh"
 
 namespace xlayer::cuda {
@@ -43,75 +42,33 @@ constexpr int kOwners = sizeof(Own<T, G>) <= 16 * 1024   ? 4
 
 // Whether a warp's weights and the query stay in registers; else they are read again where they are used.
 template <class T, int G>
-constexpr bool kHoldsWeights = G * sizeof(T) <= 16;
+constexpr bool kHoldsWeights = is_half<T>;
 
-// What a warp knows of the query at hand, and its weights for it.
-template <class T, int G>
-class QueryWeights {
-  public:
-    __device__ __forceinline__ QueryWeights(const Own<T, G>& own, const T* query) : own_(own), query_(query) {
-        if constexpr (kHoldsWeights<T, G>) {
-#pragma unroll
-            for (int g = 0; g < G; ++g) {
-                along_[g] = load_pair(query + 8 * g + lane_column());
-                across_[g] = load_twice(query + 8 * g + lane_row());
-                linear_[g] = make_linear(g, along_[g]);
-            }
-        }
-    }
-    // Columns 2t and 2t+1 of group g; column g twice; Wc∘q + Wb + Wd.
-    __device__ __forceinline__ Pair<T> along(int g) const {
-        if constexpr (kHoldsWeights<T, G>) return along_[g];
-        return load_pair(query_ + 8 * g + lane_column());
-    }
-    __device__ __forceinline__ Pair<T> across(int g) const {
-        if constexpr (kHoldsWeights<T, G>) return across_[g];
-        return load_twice(query_ + 8 * g + lane_row());
-    }
-    __device__ __forceinline__ Left<T> linear(int g) const {
-        if constexpr (kHoldsWeights<T, G>) return linear_[g];
-        return make_linear(g, along(g));
-    }
-
-  private:
-    __device__ __forceinline__ Left<T> make_linear(int g, const Pair<T>& query) const {
-        Left<T> hadamard[1], rest[1];
-        load_left(hadamard, own_.weight + 8 * g, Own<T, G>::kPitch);
-        load_left(rest, own_.weight + 8 * (G + g), Own<T, G>::kPitch);
-        return {{multiply_add<T>(hadamard[0].row[0], query, rest[0].row[0]),
-                 multiply_add<T>(hadamard[0].row[1], query, rest[0].row[1])}};
-    }
-
-    static constexpr int kHeld = kHoldsWeights<T, G> ? G : 1;
-    const Own<T, G>& own_;
-    const T* query_;
-    Pair<T> along_[kHeld], across_[kHeld];
-    Left<T> linear_[kHeld];
-};
-
-// pre += weights · [k | min(q, k)]ᵀ for 8 keys, whose tile begins at `keys`. minimum(g) is group g of −2·Wd.
-template <class T, int G, class Minimum>
-__device__ __forceinline__ void score_keys(Sum<T>& pre, const QueryWeights<T, G>& query, const Minimum& minimum,
-                                           const T* keys) {
+// pre += [Wb | Wc | Wd] · [k | q∘k | |q−k|]ᵀ for 8 keys, whose tile begins at `keys`. weight(g) is group g of the 3G.
+template <class T, int G, class Weight, class Query>
+__device__ __forceinline__ void score_keys(Sum<T>& pre, const Weight& weight, const Query& query, const T* keys) {
     if constexpr (is_half<T>) {
-        Left<T> weights[2 * G];
-        Right<T> key[G], features[2 * G];
+        Left<T> weights[3 * G];
+        Right<T> key[G], features[3 * G];
         load_right_from_rows(key, keys, tile_pitch(G));
 #pragma unroll
+        for (int g = 0; g < 3 * G; ++g) weights[g] = weight(g);
+#pragma unroll
         for (int g = 0; g < G; ++g) {
-            weights[g] = query.linear(g);
-            weights[G + g] = minimum(g);
             features[g] = key[g];
-            features[G + g] = {smaller<T>(key[g].at, query.along(g))};
+            features[G + g] = {product<T>(key[g].at, query(g))};
+            features[2 * G + g] = {distance<T>(key[g].at, query(g))};
         }
         multiply(pre, weights, features);
     } else {
 #pragma unroll(sizeof(T) == 8 ? 1 : G)
         for (int g = 0; g < G; ++g) {
+            const Pair<T> q = query(g);
             Right<T> key[1];
             load_right_from_rows(key, keys + 8 * g, tile_pitch(G));
-            multiply_group(pre, query.linear(g), key[0]);
-            multiply_group(pre, minimum(g), {smaller<T>(key[0].at, query.along(g))});
+            multiply_group(pre, weight(g), key[0]);
+            multiply_group(pre, weight(G + g), {product<T>(key[0].at, q)});
+            multiply_group(pre, weight(2 * G + g), {distance<T>(key[0].at, q)});
         }
     }
 }
@@ -131,7 +88,7 @@ __device__ __forceinline__ void add_pair(A* to, A first, A second) {
 // sass: hdim_grad_weights_kernel<float, *> HMMA.1688, LDGSTS.128
 // sass: hdim_grad_weights_kernel<double, *> DMMA, LDGSTS.128
 template <class T, class Activation, int G>
-__global__ void __launch_bounds__(kOwners<T, G>* kWarp, kGradBlocks * 4 / kOwners<T, G>)
+__global__ void __launch_bounds__(kOwners<T, G>* kWarp, kPairBlocks * 4 / kOwners<T, G>)
     hdim_grad_weights_kernel(GradWeights<T> args) {
     using A = Accumulator<T>;
     constexpr int kKeyPitch = tile_pitch(G), kOwnPitch = Own<T, G>::kPitch, kBlock = kOwners<T, G> * kWarp;
@@ -161,12 +118,12 @@ __global__ void __launch_bounds__(kOwners<T, G>* kWarp, kGradBlocks * 4 / kOwner
     sync_block();
     if (unit >= s.hidden) return;
 
-    Left<T> held[kHoldsWeights<T, G> ? G : 1];
-    if constexpr (kHoldsWeights<T, G>) load_left(held, own.weight + 2 * 8 * G, kOwnPitch);
-    auto minimum = [&](int g) {
+    Left<T> held[kHoldsWeights<T, G> ? 3 * G : 1];
+    if constexpr (kHoldsWeights<T, G>) load_left(held, own.weight, kOwnPitch);
+    auto weight = [&](int g) {
         if constexpr (kHoldsWeights<T, G>) return held[g];
         Left<T> group[1];
-        load_left(group, own.weight + 8 * (2 * G + g), kOwnPitch);
+        load_left(group, own.weight + 8 * g, kOwnPitch);
         return group[0];
     };
 #pragma unroll
@@ -180,12 +137,13 @@ __global__ void __launch_bounds__(kOwners<T, G>* kWarp, kGradBlocks * 4 / kOwner
     }
     const A weight2[2] = {p.weight2[unit + lane_row()], p.weight2[unit + lane_row() + 8]};
     for (int walk = 0; walk < G; walk += kGroups) {
-        Sum<T> of_min[kGroups] = {};
+        Sum<T> of_distance[kGroups] = {};
         A of_hidden[2] = {}, of_weight2[2] = {};
 
         for (int64_t i = begin; i < end; ++i) {
             const int64_t row = b * s.queries + i;
-            const QueryWeights<T, G> query(own, p.query + row * 8 * G);
+            const T* const query_row = p.query + row * 8 * G;
+            const QueryRow<T, G, kHoldsWeights<T, G>> query(query_row);
             const A* const grad_row = args.grad_logits + row * s.pitch + first + lane_column();
             const A u[2] = {p.query_hidden[row * s.hidden + unit + lane_row()],
                             p.query_hidden[row * s.hidden + unit + lane_row() + 8]};
@@ -203,25 +161,25 @@ __global__ void __launch_bounds__(kOwners<T, G>* kWarp, kGradBlocks * 4 / kOwner
 #pragma unroll
                 for (int n = 0; n < 2; ++n) {
                     Sum<T> pre{{u[0], u[0], u[1], u[1]}};
-                    score_keys(pre, query, minimum, tile_of_keys + 8 * n * kKeyPitch);
+                    score_keys<T, G>(pre, weight, query, tile_of_keys + 8 * n * kKeyPitch);
 #pragma unroll
                     for (int e = 0; e < 4; ++e) {
                         const A grad = grad_logit[n].at[e % 2];
                         of_weight2[e / 2] += grad * Activation::value(pre.at[e]);
                         pre.at[e] = grad * Activation::slope(pre.at[e]);
+                        of_query[e / 2] += pre.at[e];
                     }
                     grad_hidden[n] = round_to_left<T>(pre);
-#pragma unroll
-                    for (int e = 0; e < 4; ++e) of_query[e / 2] += element<T>(grad_hidden[n].row[e / 2], e % 2);
                 }
 #pragma unroll
                 for (int g = 0; g < kGroups; ++g) {
                     Right<T> key[2];
+                    const Pair<T> across = load_twice(query_row + 8 * (walk + g) + lane_row());
                     load_right(key, tile_of_keys + 8 * (walk + g), kKeyPitch);
                     multiply(of_key[g], grad_hidden, key);
 #pragma unroll
-                    for (int n = 0; n < 2; ++n) key[n] = {smaller<T>(key[n].at, query.across(walk + g))};
-                    multiply(of_min[g], grad_hidden, key);
+                    for (int n = 0; n < 2; ++n) key[n] = {distance<T>(key[n].at, across)};
+                    multiply(of_distance[g], grad_hidden, key);
                 }
             }
 
@@ -236,9 +194,9 @@ __global__ void __launch_bounds__(kOwners<T, G>* kWarp, kGradBlocks * 4 / kOwner
 #pragma unroll
             for (int g = 0; g < kGroups; ++g) {
                 Left<T> hadamard[1], direct[1];
-                load_left(hadamard, own.weight + 8 * (walk + g), kOwnPitch);
+                load_left(hadamard, own.weight + 8 * (G + walk + g), kOwnPitch);
                 load_left(direct, own.weight + 8 * (3 * G + walk + g), kOwnPitch);
-                const A q[2] = {element<T>(query.along(walk + g), 0), element<T>(query.along(walk + g), 1)};
+                const A q[2] = {element<T>(query(walk + g), 0), element<T>(query(walk + g), 1)};
                 A grad_query[2] = {};
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
@@ -268,7 +226,8 @@ __global__ void __launch_bounds__(kOwners<T, G>* kWarp, kGradBlocks * 4 / kOwner
                 for (int which = 0; which < 3; ++which)
                     store(weight + which * 8 * G + 8 * g,
                           load<2>(&own.sum[which][lane_row() + 8 * h][8 * (walk + g) + lane_column()]));
-                store(weight + 3 * 8 * G + 8 * g, Vector<A, 2>{{of_min[g].at[2 * h], of_min[g].at[2 * h + 1]}});
+                store(weight + 3 * 8 * G + 8 * g,
+                      Vector<A, 2>{{of_distance[g].at[2 * h], of_distance[g].at[2 * h + 1]}});
             }
             const A slope = add_over_columns(of_weight2[h]);
             if (lane_column() == 0)

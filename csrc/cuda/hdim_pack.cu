@@ -1,4 +1,4 @@
-// Packing: one pass over the inputs, bound by memory, and u = b1 + (Wa + Wd)·q for every query. Ceilings stand beside
+// Packing: one pass over the inputs, bound by memory, and u = b1 + Wa·q for every query. Ceilings stand beside
 // the kernels.
 #include "hdim_pack.cuh"
 
@@ -55,11 +55,9 @@ __global__ void __launch_bounds__(kPackThreads) hdim_pack_weights_kernel(PackWei
             columns[block] = widen(args.weight1[(static_cast<int64_t>(m) * 4 + block) * D + d]);
     }
     T* row = args.to.weight + static_cast<int64_t>(m) * kWeightBlocks * width + d;
-    row[0] = narrow<T>(columns[2]);
-    row[width] = narrow<T>(columns[1] + columns[3]);
-    row[2 * width] = narrow<T>(-2 * columns[3]);
-    row[3 * width] = narrow<T>(columns[0] + columns[3]);
-    args.to.query_weight[static_cast<int64_t>(d) * args.hidden + m] = columns[0] + columns[3];
+#pragma unroll
+    for (int block = 0; block < kWeightBlocks; ++block) row[block * width] = narrow<T>(columns[(block + 1) % 4]);
+    args.to.query_weight[static_cast<int64_t>(d) * args.hidden + m] = columns[0];
     if (d == 0) {
         const bool real = m < args.mlp_dim;
         args.to.bias1[m] = real ? widen(args.bias1[m]) : A(0);

@@ -1,20 +1,17 @@
-// What the hdim kernels share: the packed inputs, and how a pair's hidden units come out of two small matrix products.
+// What the hdim kernels share: the packed inputs, and how a pair's hidden units come out of a small matrix product.
 //
-// |q−k| = q + k − 2·min(q,k) makes the columns of W1 that act on it linear but for the minimum, and for a fixed query
-// q∘k is linear in k. So with W1 = [Wa Wb Wc Wd]
+// With W1 = [Wa Wb Wc Wd] the part that the query has alone is computed once per query, and is where the accumulator of
+// the product over a pair's 3D features begins:
 //
-//   pre_ijm = u_im + (Wc∘q_i + Wb + Wd)_m · k_j − 2·Wd_m · min(q_i, k_j),     u_i = b1 + (Wa + Wd)·q_i
+//   pre_ijm = u_im + Wb_m·k_j + Wc_m·(q_i∘k_j) + Wd_m·|q_i−k_j|,     u_i = b1 + Wa·q_i
 //
-// and per pair nothing is left but a product over 2D columns, of which the left half costs no arithmetic to make, with
-// u as the accumulator's first value. The slope of |·| at 0 is 0 if min passes half of its gradient to each side.
+// The features are rounded as PyTorch rounds them, and the weights not at all. What would save a third of the product,
+// q_i∘Wc + Wb as a weight of k_j, is left out: its rounding is one for all keys of a query, and turns ReLUs the same
+// way for all of them, so that errors of bfloat16 add up in ∂L/∂q instead of averaging out.
 //
 // Packed inputs (hdim_pack.cu) are contiguous, padded with zeros to 8·G columns (G groups) and to 16·⌈M/16⌉ hidden
 // units, and finite: tokens that are masked, or hold NaN or inf, are zero there and show in their bias, which is added
 // to their logits: 0, −inf for masked keys, else NaN.
-//
-// Work per pair, forward: 2·2D·M tensor flops; 2·M operations of the other units (activation, dot with w2), 21·M for
-// GELU; 4 bytes written. Backward: 2·2D·M to score again and twice 3·2D·M... see hdim_grad_keys.cu,
-// hdim_grad_weights.cu.
 #pragma once
 
 #include <cmath>
@@ -27,7 +24,8 @@ namespace xlayer::cuda {
 
 constexpr int kWarps = 4;  // in a block of the pair kernels
 constexpr int kThreads = kWarps * kWarp;
-constexpr int kWeightBlocks = 4;            // Wc, Wb + Wd, −2·Wd, Wa + Wd
+constexpr int kPairBlocks = 2;              // on a multiprocessor, so that a thread has all registers that it can use
+constexpr int kWeightBlocks = 4;            // Wb, Wc, Wd, Wa
 constexpr size_t kWeightBytes = 48 * 1024;  // of weights in shared memory at a time; more hidden units take more passes
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -81,7 +79,7 @@ struct Packed {
     T* query;         // [B][Sq][8G]
     T* key;           // [B][Sk][8G]
     T* weight;        // [M][kWeightBlocks][8G]
-    A* query_weight;  // [8G][M]  Wa + Wd
+    A* query_weight;  // [8G][M]  Wa
     A* bias1;         // [M]
     A* weight2;       // [M]  w2 / temperature
     A* query_hidden;  // [B][Sq][M]  u
@@ -186,43 +184,42 @@ class QueryRow {
     Pair<T> held_[Hold ? G : 1];
 };
 
-// pre[r] += [k | min(q, k)] · [Wc∘q + Wb + Wd | −2·Wd]ᵀ for R tiles of 16 keys and 8 hidden units, whose weights (the
-// first three blocks) begin at `weights`. keys(r, g) is group g of tile r; query(g) holds columns 2t and 2t+1 of group
-// g.
+// pre[r] += [k | q∘k | |q−k|] · [Wb | Wc | Wd]ᵀ for R tiles of 16 keys and 8 hidden units, whose weights begin at
+// `weights`. keys(r, g) is group g of tile r; query is a QueryRow.
 template <class T, int G, int R, class Keys, class Query>
 __device__ __forceinline__ void add_scores(Sum<T> (&pre)[R], const Keys& keys, const T* weights, int pitch,
                                            const Query& query) {
     if constexpr (is_half<T>) {
-        Right<T> hadamard[G], columns[2 * G];
-        load_right_from_rows(hadamard, weights, pitch);
-        load_right_from_rows(columns, weights + 8 * G, pitch);
-#pragma unroll
-        for (int g = 0; g < G; ++g) columns[g] = {multiply_add<T>(hadamard[g].at, query(g), columns[g].at)};
+        Right<T> columns[3 * G];
+        load_right_from_rows(columns, weights, pitch);
 #pragma unroll
         for (int r = 0; r < R; ++r) {
-            Left<T> features[2 * G];
+            Left<T> features[3 * G];
 #pragma unroll
             for (int g = 0; g < G; ++g) {
-                features[g] = keys(r, g);
-                features[G + g] = {
-                    {smaller<T>(features[g].row[0], query(g)), smaller<T>(features[g].row[1], query(g))}};
+                const Left<T> key = features[g] = keys(r, g);
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    features[G + g].row[h] = product<T>(key.row[h], query(g));
+                    features[2 * G + g].row[h] = distance<T>(key.row[h], query(g));
+                }
             }
             multiply(pre[r], features, columns);
         }
     } else {  // one group at a time: all of them would not fit in registers
 #pragma unroll(sizeof(T) == 8 ? 1 : G)
         for (int g = 0; g < G; ++g) {
-            Right<T> hadamard[1], rest[1], minimum[1];
-            load_right_from_rows(hadamard, weights + 8 * g, pitch);
-            load_right_from_rows(rest, weights + 8 * (G + g), pitch);
-            load_right_from_rows(minimum, weights + 8 * (2 * G + g), pitch);
-            rest[0] = {multiply_add<T>(hadamard[0].at, query(g), rest[0].at)};
+            Right<T> linear[1], hadamard[1], difference[1];
+            load_right_from_rows(linear, weights + 8 * g, pitch);
+            load_right_from_rows(hadamard, weights + 8 * (G + g), pitch);
+            load_right_from_rows(difference, weights + 8 * (2 * G + g), pitch);
+            const Pair<T> q = query(g);
 #pragma unroll
             for (int r = 0; r < R; ++r) {
                 const Left<T> key = keys(r, g);
-                multiply_group(pre[r], key, rest[0]);
-                multiply_group(pre[r], {{smaller<T>(key.row[0], query(g)), smaller<T>(key.row[1], query(g))}},
-                               minimum[0]);
+                multiply_group(pre[r], key, linear[0]);
+                multiply_group(pre[r], {{product<T>(key.row[0], q), product<T>(key.row[1], q)}}, hadamard[0]);
+                multiply_group(pre[r], {{distance<T>(key.row[0], q), distance<T>(key.row[1], q)}}, difference[0]);
             }
         }
     }

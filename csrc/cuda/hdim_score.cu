@@ -1,10 +1,10 @@
 // Scores every pair: logit_ij = w2 · act(pre_ij), for forward and again for backward.
 //
-// A warp keeps 16·R keys in registers and walks over a slice of the queries; the weights lie in shared memory. Per
-// query and 8 hidden units it reads 3·8·8G weights, makes the query's own out of them, and multiplies. On an H200
-// (dense bf16 mma.sync about 600 TFLOP/s, 33 T other operations/s, 128 B of shared memory per clock and
-// multiprocessor), D = 24, M = 96: tensor cores 15 ps a pair, other units 7 ps, shared memory 8 ps: bound by the tensor
-// cores.
+// A warp keeps 16·R keys in registers and walks over a slice of the queries; the weights lie in shared memory, read
+// once for all of a warp's keys. Per pair 2·3D·M tensor flops, 2·M + 4·D other operations (21·M for GELU), 4 bytes
+// written. D = 24, M = 96 on an H200, where mma.sync may reach 600 TFLOP/s, the other units 33 T operations/s, shared
+// memory 128 bytes per clock and multiprocessor: tensor cores 23 ps a pair, other units 9 ps, shared memory 8 ps: bound
+// by the tensor cores.
 #include "hdim_pack.cuh"
 
 namespace xlayer::cuda {
@@ -50,14 +50,13 @@ __device__ __forceinline__ void write(const Score<T>& args, int64_t b, int64_t i
     *place = sum;
 }
 
-// resources: hdim_score_kernel<double, *> threads 128, registers 168, shared 86016, occupancy 0.0625
-// resources: hdim_score_kernel<float, *> threads 128, registers 255, shared 69632, occupancy 0.125
-// resources: hdim_score_kernel threads 128, registers 168, shared 69632, occupancy 0.125
+// resources: hdim_score_kernel<double, *> threads 128, registers 255, shared 86016, occupancy 0.0625
+// resources: hdim_score_kernel threads 128, registers 255, shared 69632, occupancy 0.125
 // sass: hdim_score_kernel<*float16, *> HMMA.16816, LDSM, LDGSTS.128
 // sass: hdim_score_kernel<float, *> HMMA.1688, LDGSTS.128
 // sass: hdim_score_kernel<double, *> DMMA, LDGSTS.128
 template <class T, class Activation, int G>
-__global__ void __launch_bounds__(kThreads) hdim_score_kernel(Score<T> args) {
+__global__ void __launch_bounds__(kThreads, kPairBlocks) hdim_score_kernel(Score<T> args) {
     using A = Accumulator<T>;
     constexpr int kTiles = kScoreTiles<T, G>, kKeys = 16 * kTiles, kPitch = tile_pitch(3 * G),
                   kKeyPitch = tile_pitch(G);
