@@ -53,17 +53,17 @@ def current_backend() -> str:
     return "native" if _choice != "reference" and native_available() else "reference"
 
 
-def use_native(op: str, *tensors: Tensor) -> bool:
-    """Whether ``torch.ops.xlayer.<op>`` should serve these tensors.
+def use_native(op: str, *tensors: Tensor, beyond: str | None = None) -> bool:
+    """Whether ``torch.ops.xlayer.<op>`` should serve these tensors; not if they are ``beyond`` what it can, in words.
 
     Raises:
         RuntimeError: the backend ``native`` was asked for by name and cannot serve them.
     """
     if _choice == "reference":
         return False
-    supported = all((op, t.device.type) in _KERNELS and t.dtype in _DTYPES for t in tensors)
+    supported = beyond is None and all((op, t.device.type) in _KERNELS and t.dtype in _DTYPES for t in tensors)
     if not supported and _choice == "native":
-        got = ", ".join(f"{t.dtype} on {t.device}" for t in tensors)
+        got = beyond or ", ".join(f"{t.dtype} on {t.device}" for t in tensors)
         raise RuntimeError(
             f"backend 'native' was asked for, but there is no native {op} for {got}; "
             "`python -m xlayer_ext.info` says what was built"

@@ -52,7 +52,7 @@ __device__ __forceinline__ void split_distance(A grad, A query, A key, A& grad_q
 template <class T, class Activation, int G>
 __global__ void __launch_bounds__(kThreads, kPairBlocks) hdim_grad_keys_kernel(GradKeys<T> args) {
     using A = Accumulator<T>;
-    constexpr int kTiles = kGradTiles<T, Activation, G>, kKeys = 16 * kTiles, kGroups = kGradGroups<T, G>;
+    constexpr int kTiles = kGradTiles<T, G>, kKeys = 16 * kTiles, kGroups = kGradGroups<T, G>;
     constexpr int kPitch = tile_pitch(3 * G), kKeyPitch = tile_pitch(G);
     const Packed<T>& p = args.packed;
     const PairSizes& s = args.sizes;
@@ -219,7 +219,7 @@ void grad_keys(const HdimGradPairs& args, const Packed<T>& packed, const PairSiz
                             plan.key_slices,
                             plan.key_slice,
                             most < s.hidden ? most : s.hidden};
-    const size_t keys = size_t{16} * kGradTiles<T, Activation, G> * tile_pitch(G) * sizeof(T);
+    const size_t keys = size_t{16} * kGradTiles<T, G> * tile_pitch(G) * sizeof(T);
     launch("hdim_grad_keys", hdim_grad_keys_kernel<T, Activation, G>,
            {ceil_div(s.batch * plan.key_tiles * plan.key_slices, kWarps), kThreads, stream,
             grad_weight_bytes<T, G>(pairs.chunk) + kWarps * keys},

@@ -61,7 +61,7 @@ __device__ __forceinline__ void score_keys(Sum<T>& pre, const Weight& weight, co
         }
         multiply(pre, weights, features);
     } else {
-#pragma unroll(sizeof(T) == 8 ? 1 : G)
+#pragma unroll(sizeof(T) == 8 || G == 8 ? 1 : G)
         for (int g = 0; g < G; ++g) {
             const Pair<T> q = query(g);
             Right<T> key[1];

@@ -25,6 +25,7 @@ from xlayer_ext.reference._masking import isolate
 from xlayer_ext.reference.hdim import unit
 
 ACTIVATIONS = ("relu", "gelu")
+CUDA_MOST_COLUMNS = 64  # of query and key, in the CUDA kernels
 FUSIONS = {"concat_hadam": 3, "concat_only": 2, "concat_diff_hadam": 4}  # mode → number of blocks
 
 _LAYOUTS = {
@@ -64,6 +65,10 @@ def hdim_attention(
     The native kernel never writes the pair features ``[B, Sq, Sk, 4D]`` or the hidden layer ``[B, Sq, Sk, M]``, forward
     or backward. The same input gives the same bits at any number of threads. Statistics and accumulators are float32
     (float64 for float64). Under autocast every float tensor is cast to its dtype; the entropy stays float32.
+
+    On CUDA the tensor cores do the work: products of float32 are made of three tf32 ones and keep 21 bits, whatever
+    :func:`torch.set_float32_matmul_precision` allows; the products with ``value`` follow it. D above 64 runs the
+    reference there, and a pair whose query or key holds NaN or infinity gets the logit NaN.
 
     A row without an allowed pair has context 0 and gradient 0. A masked key changes nothing, even when it holds NaN.
     The derivative of \|a − b\| at a = b is 0. ``bias2`` cannot act through the softmax: its gradient is exactly 0.
@@ -111,7 +116,8 @@ def hdim_attention(
     # Keeps bias2 in the graph, with gradient 0 and no way for its value to act, not even NaN.
     bias1 = bias1 + bias2.reshape(1).masked_fill(torch.ones_like(bias2, dtype=torch.bool).reshape(1), 0)
 
-    if use_native("hdim_attention", query):
+    wide = query.device.type == "cuda" and query.shape[-1] > CUDA_MOST_COLUMNS
+    if use_native("hdim_attention", query, beyond=f"D > {CUDA_MOST_COLUMNS} on {query.device}" if wide else None):
         context, logsumexp, row_entropy = torch.ops.xlayer.hdim_attention(
             query, key, value, weight1, bias1, weight2, key_mask, pair_mask, temperature, activation == "gelu"
         )
