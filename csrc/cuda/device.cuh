@@ -248,17 +248,7 @@ __device__ __forceinline__ void mma_8x8x4(double& d0, double& d1, double a, doub
                  : "d"(a), "d"(b));
 }
 
-// Two 16-bit elements in one register, the first in the low half: min(a, b), NaN if either is; a·b + c, rounded once.
-template <class T>
-__device__ __forceinline__ uint32_t pair_min(uint32_t a, uint32_t b) {
-    uint32_t out;
-    if constexpr (std::is_same_v<T, bfloat16>) {
-        asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
-    } else {
-        asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
-    }
-    return out;
-}
+// a·b + c, rounded once, of two 16-bit elements in one register, the first in the low half.
 template <class T>
 __device__ __forceinline__ uint32_t pair_fma(uint32_t a, uint32_t b, uint32_t c) {
     uint32_t out;

@@ -181,13 +181,6 @@ uint32_t each_half(const F& f) {
     return low.bits | uint32_t{high.bits} << 16;
 }
 
-// NaN if either is, else the lesser; −0 is less than +0.
-float least(float a, float b) {
-    if (std::isnan(a) || std::isnan(b)) return as_float(kNaN);
-    if (a == b) return std::signbit(a) ? a : b;
-    return a < b ? a : b;
-}
-
 // Rounded to odd: of the two neighbors of an inexact value, the one whose last bit is set. Rounding that to a format
 // with at least two bits less gives what rounding the value itself gives.
 double odd_sum(double a, double b) {
@@ -208,12 +201,6 @@ float odd_float(double x) {
         return std::isfinite(x) ? std::copysign(std::numeric_limits<float>::max(), static_cast<float>(x)) : chopped;
     }
     return chopped == x ? chopped : as_float(as_bits(chopped) | 1);
-}
-
-template <class Element>
-uint32_t pair_min(uint32_t a, uint32_t b) {
-    return each_half<Element>(
-        [=](int shift) { return least(widen(half<Element>(a, shift)), widen(half<Element>(b, shift))); });
 }
 
 template <class Element>
@@ -323,8 +310,6 @@ uint32_t to_tf32(float x) {
     return (as_bits(x) + 0x1000) & ~uint32_t{0x1fff};
 }
 
-uint32_t pair_min_bfloat16(uint32_t a, uint32_t b) { return pair_min<__nv_bfloat16>(a, b); }
-uint32_t pair_min_float16(uint32_t a, uint32_t b) { return pair_min<__half>(a, b); }
 uint32_t pair_fma_bfloat16(uint32_t a, uint32_t b, uint32_t c) { return pair_fma<__nv_bfloat16>(a, b, c); }
 uint32_t pair_fma_float16(uint32_t a, uint32_t b, uint32_t c) { return pair_fma<__half>(a, b, c); }
 

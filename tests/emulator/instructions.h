@@ -92,11 +92,6 @@ XLAYER_UNCHECKED inline void mma_8x8x4(double& d0, double& d1, double a, double 
 inline uint32_t to_tf32(float x) { return emulator::to_tf32(x); }
 
 template <class T>
-uint32_t pair_min(uint32_t a, uint32_t b) {
-    static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>);
-    return std::is_same_v<T, __nv_bfloat16> ? emulator::pair_min_bfloat16(a, b) : emulator::pair_min_float16(a, b);
-}
-template <class T>
 uint32_t pair_fma(uint32_t a, uint32_t b, uint32_t c) {
     static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>);
     return std::is_same_v<T, __nv_bfloat16> ? emulator::pair_fma_bfloat16(a, b, c)

@@ -114,26 +114,6 @@ void rounding_to_tf32(Random& random) {
 
 uint32_t pair_of(uint16_t low, uint16_t high) { return low | uint32_t{high} << 16; }
 
-template <class T>
-void minimum(Random& random) {
-    constexpr Format format = format_of<T>();
-    const int special[] = {0, 0x8000, 1, 0x8001, format.infinity(), format.infinity() | 0x8000, 0x7fff, 0xffff};
-    const auto draw = [&] { return random.below(4) == 0 ? special[random.below(8)] : random.below(0x10000); };
-    for (int i = 0; i < 100000; ++i) {
-        const int a[2] = {draw(), draw()}, b[2] = {draw(), draw()};
-        const uint32_t got = pair_min<T>(pair_of(static_cast<uint16_t>(a[0]), static_cast<uint16_t>(a[1])),
-                                         pair_of(static_cast<uint16_t>(b[0]), static_cast<uint16_t>(b[1])));
-        for (int half = 0; half < 2; ++half) {
-            const double x = format.value(a[half]), y = format.value(b[half]);
-            const int found = got >> (16 * half) & 0xffff;
-            int expected = 0x7fff;
-            if (x < y || (x == y && std::signbit(x))) expected = a[half];
-            if (y < x || (x == y && !std::signbit(x))) expected = b[half];
-            require_equal(found, expected, "min(" + std::to_string(x) + ", " + std::to_string(y) + ")");
-        }
-    }
-}
-
 // An exact value: whole · 2^unit.
 struct Exact {
     __extension__ __int128 whole;
@@ -224,8 +204,6 @@ const Registered all[] = {
     {"float to bfloat16, around every middle", narrowing<bfloat16>},
     {"float to float16, around every middle", narrowing<float16>},
     {"float to tf32", rounding_to_tf32},
-    {"minimum of bfloat16 pairs", minimum<bfloat16>},
-    {"minimum of float16 pairs", minimum<float16>},
     {"multiply-add of bfloat16 pairs", multiply_add<bfloat16>},
     {"multiply-add of float16 pairs", multiply_add<float16>},
     {"count_ones", counting},
