@@ -9,7 +9,7 @@
 
 #include <algorithm>
 #include <array>
-#include <cstring>
+#include <cstdio>
 #include <memory>
 #include <string>
 #include <unordered_map>
@@ -518,7 +518,7 @@ void forget_memory() {
 
 }  // namespace xlayer::emulator
 
-// --- What the compiler calls -----------------------------------------------------------------------------------------
+// --- What g++ calls --------------------------------------------------------------------------------------------------
 
 #if XLAYER_EMULATOR_HOOKS
 
@@ -538,7 +538,6 @@ inline void announced(const void* address, size_t bytes, Kind kind, const void* 
 #define XLAYER_HOOK(name, n, kind) \
     void __tsan_##name(void* address) { announced<n>(address, n, Kind::kind, __builtin_return_address(0)); }
 #define XLAYER_HOOKS(n) XLAYER_HOOK(read##n, n, read) XLAYER_HOOK(write##n, n, write)
-#define XLAYER_UNALIGNED_HOOKS(n) XLAYER_HOOK(unaligned_read##n, n, read) XLAYER_HOOK(unaligned_write##n, n, write)
 
 extern "C" {
 
@@ -547,10 +546,6 @@ XLAYER_HOOKS(2)
 XLAYER_HOOKS(4)
 XLAYER_HOOKS(8)
 XLAYER_HOOKS(16)
-XLAYER_UNALIGNED_HOOKS(2)
-XLAYER_UNALIGNED_HOOKS(4)
-XLAYER_UNALIGNED_HOOKS(8)
-XLAYER_UNALIGNED_HOOKS(16)
 
 void __tsan_read_range(void* address, size_t bytes) {
     announced<16>(address, bytes, Kind::read, __builtin_return_address(0));
@@ -559,27 +554,9 @@ void __tsan_write_range(void* address, size_t bytes) {
     announced<16>(address, bytes, Kind::write, __builtin_return_address(0));
 }
 
-// Of clang alone; g++ announces the ranges.
-void* __tsan_memcpy(void* to, const void* from, size_t bytes) {
-    announced<16>(from, bytes, Kind::read, __builtin_return_address(0));
-    announced<16>(to, bytes, Kind::write, __builtin_return_address(0));
-    return std::memcpy(to, from, bytes);
-}
-void* __tsan_memmove(void* to, const void* from, size_t bytes) {
-    announced<16>(from, bytes, Kind::read, __builtin_return_address(0));
-    announced<16>(to, bytes, Kind::write, __builtin_return_address(0));
-    return std::memmove(to, from, bytes);
-}
-void* __tsan_memset(void* to, int value, size_t bytes) {
-    announced<16>(to, bytes, Kind::write, __builtin_return_address(0));
-    return std::memset(to, value, bytes);
-}
-
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit(void*) {}
-void __tsan_vptr_read(void**) {}
-void __tsan_vptr_update(void**, void*) {}
 
 // By -fsanitize=alignment: an access whose address its type's alignment does not divide.
 struct TypeMismatch {

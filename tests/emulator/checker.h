@@ -1,7 +1,7 @@
 // Sees every access to memory that kernel code makes, and ends the launch by fault() (emulator.h) at the first one that
 // a device would not allow or that another thread's access races with.
 //
-// The accesses are announced by the compiler. The .cu files, and no other, are compiled with
+// The accesses are announced by the compiler, g++. The .cu files, and no other, are compiled with
 //   -fsanitize=thread,alignment -g1     (compiling only: neither sanitizer's runtime is linked, checker.cpp stands in)
 // and everything else in the library without. In the link the .cu objects come last: where both sides hold the same
 // inline function, the linker keeps the first, and the emulator's own code must not be checked. In a build with
