@@ -9,10 +9,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import subprocess
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,6 +33,7 @@ def library() -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(LIBRARY))
     loaded.xlayer_emulator_launches.restype = ctypes.c_uint64
     loaded.xlayer_emulator_set_seed.argtypes = [ctypes.c_uint64]
+    loaded.xlayer_emulator_launched_blocks.restype = ctypes.c_char_p
     return loaded
 
 
@@ -43,6 +45,33 @@ def launches() -> int:
 def set_seed(seed: int) -> None:
     """Chooses the order in which blocks and threads take turns."""
     library().xlayer_emulator_set_seed(seed)
+
+
+class LaunchedBlock(NamedTuple):
+    """What launches of a kernel asked for: threads of a block, and the most shared memory with that many."""
+
+    kernel: str
+    threads: int
+    shared_bytes: int
+
+
+@functools.cache
+def functions() -> dict[int, str]:
+    """The library's functions, with parameters and all, by where they are in it."""
+    run = subprocess.run(["nm", "-C", "--defined-only", LIBRARY], capture_output=True, text=True, check=True)
+    symbols = (line.split(maxsplit=2) for line in run.stdout.splitlines())
+    return {int(address, 16): name for address, kind, name in symbols if kind in "tTwW"}
+
+
+def launched_blocks() -> list[LaunchedBlock]:
+    """Of all launches since ``forget_launched_blocks()``."""
+    lines = library().xlayer_emulator_launched_blocks().decode().splitlines()
+    blocks = (map(int, line.split()) for line in lines)
+    return [LaunchedBlock(functions()[kernel], threads, shared_bytes) for kernel, threads, shared_bytes in blocks]
+
+
+def forget_launched_blocks() -> None:
+    library().xlayer_emulator_forget_launched_blocks()
 
 
 def kernels_of(namespace: str) -> frozenset[str]:

@@ -1,17 +1,24 @@
-"""The operators on the emulator: its instructions are right, every operator is there, and with --device emulated it is
-the emulator that runs them."""
+"""The operators on the emulator: its instructions are right, every operator is there, with --device emulated it is the
+emulator that runs them, and the blocks that they launch are as the kernels' sources state (test_kernel_resources.py).
+"""
 
 from __future__ import annotations
 
+import itertools
+import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import emulation
-from oracle import FLOATS, fresh_generator, hdim_case
+from emulation import LaunchedBlock
+from oracle import DTYPES, FLOATS, fresh_generator, hdim_case
+from test_kernel_resources import promises_of, resources
 from xlayer_ext import backend
 from xlayer_ext import functional as XF
 
@@ -52,3 +59,91 @@ def test_the_emulator_serves(call: Callable[[], Tensor]) -> None:
         between = emulation.launches()
         out.sum().backward()
     assert before < between < emulation.launches()
+
+
+# --- The blocks of launches ------------------------------------------------------------------------------------------
+
+
+def launch_masked_mean(dtype: torch.dtype, width: int) -> None:
+    out = torch.ops.xlayer_emulated.masked_mean(torch.zeros(1, 2, width, dtype=dtype), None)
+    torch.ops.xlayer_emulated.masked_mean_backward(out, None, 2)
+
+
+def launch_hdim(dtype: torch.dtype, gelu: bool, keys: int, columns: int, hidden: int, value_columns: int) -> None:
+    tokens = [(1, 1, columns), (1, keys, columns), (1, keys, value_columns)]
+    shapes = [*tokens, (hidden, 4 * columns), (hidden,), (hidden,)]
+    floats = [torch.zeros(shape, dtype=dtype) for shape in shapes]
+    masks = [torch.ones(1, keys, dtype=torch.bool), None]
+    outputs = torch.ops.xlayer_emulated.hdim_attention(*floats, *masks, 1.0, gelu)
+    torch.ops.xlayer_emulated.hdim_attention_backward(outputs[0], None, *floats, *masks, *outputs, 1.0, gelu)
+
+
+def launch_every_kernel() -> None:
+    """Each also with the most shared memory that it ever asks for."""
+    for dtype in DTYPES:
+        for width in (32, 33):  # loaded as vectors, and element by element
+            launch_masked_mean(dtype, width)
+        for gelu, columns in itertools.product((False, True), (16, 24, 32, 64)):
+            # More keys and more hidden units than fit at a time; not both at once, which would take long.
+            launch_hdim(dtype, gelu, 700, columns, 16, 3)
+            launch_hdim(dtype, gelu, 5, columns, 432, 8)
+
+
+def every_kernel() -> set[str]:
+    names = {resources.without_parameters(name) for name in emulation.functions().values()}
+    return {name for name in names if re.fullmatch(r"\w+_kernel(<.*>)?", name)}
+
+
+def wrong_blocks(blocks: Iterable[LaunchedBlock], promises: Iterable[Any]) -> list[str]:
+    """Blocks with other threads or more shared memory than stated, and statements that are far from the most of all."""
+    wrong = []
+    most = {promise: 0 for promise in promises if isinstance(promise, resources.Ceiling)}
+    for kernel, threads, shared_bytes in blocks:
+        ceiling = resources.ceiling_of(kernel, most)
+        if ceiling is None:
+            wrong.append(f"{kernel} has no `// resources:` above it")
+            continue
+        if threads != ceiling.threads:
+            wrong.append(f"{kernel} is launched with {threads} threads, {ceiling.where} states {ceiling.threads}")
+        if shared_bytes > ceiling.shared:
+            asks = f"{kernel} asks for {shared_bytes} bytes of shared memory"
+            wrong.append(f"{asks}, {ceiling.where} states {ceiling.shared}")
+        most[ceiling] = max(most[ceiling], shared_bytes)
+    for ceiling, asked in most.items():
+        if asked < 0.75 * ceiling.shared:
+            states = f"{ceiling.where} states {ceiling.shared} bytes of shared memory"
+            wrong.append(f"{states}, its kernels ask for {asked} at most")
+    return wrong
+
+
+def test_blocks_are_as_the_sources_state() -> None:
+    emulation.forget_launched_blocks()
+    launch_every_kernel()
+    blocks = [
+        block._replace(kernel=resources.without_parameters(block.kernel)) for block in emulation.launched_blocks()
+    ]
+    assert {block.kernel for block in blocks} == every_kernel()
+    assert wrong_blocks(blocks, resources.promises()) == []
+
+
+STATED = "kernels.cu:1 states 1024 bytes of shared memory"
+FULL = ("k<float, 4>", 256, 1024)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "complaints"),
+    [
+        ([FULL], []),
+        ([FULL, ("k<float, 8>", 256, 0)], []),
+        ([("k<float, 4>", 256, 768)], []),
+        ([("k<float, 4>", 256, 767)], [f"{STATED}, its kernels ask for 767 at most"]),
+        ([("k<float, 4>", 256, 1025)], ["k<float, 4> asks for 1025 bytes of shared memory, kernels.cu:1 states 1024"]),
+        ([("k<float, 4>", 128, 1024)], ["k<float, 4> is launched with 128 threads, kernels.cu:1 states 256"]),
+        ([FULL, ("other", 256, 0)], ["other has no `// resources:` above it"]),
+    ],
+)
+def test_a_block_that_is_not_as_stated_is_named(
+    tmp_path: Path, blocks: list[tuple[str, int, int]], complaints: list[str]
+) -> None:
+    promises = promises_of(tmp_path, "resources: k threads 256, registers 64, shared 1024, occupancy 0.5")
+    assert wrong_blocks([LaunchedBlock(*block) for block in blocks], promises) == complaints

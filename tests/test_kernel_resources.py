@@ -6,7 +6,8 @@ Directly above a kernel stand comment lines that csrc/native/kernel_resources.py
     // sass: masked_mean_backward_kernel<*, [!1]> LDG.128, only STG.128
 
 `resources` states ceilings: threads of a block (exactly), registers of a thread, bytes of shared memory of a block
-(static and dynamic), and the occupancy that these leave on sm_80 or sm_90, the worse. Nothing may spill.
+(static and dynamic), and the occupancy that these leave on sm_80 or sm_90, the worse. Nothing may spill. What launches
+ask for, threads and dynamic shared memory, is known from the emulator: test_emulated.py.
 `sass` states instructions, of which every one must be in the machine code: LDG.128 is found in LDG.E.128.CONSTANT. With
 `only`, moreover, every STG must be an STG.128.
 

@@ -3,8 +3,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <map>
 #include <string>
 #include <unordered_map>
+#include <utility>
 
 #include "emulator.h"
 
@@ -23,6 +25,12 @@ cudaError_t fail(cudaError_t error, const std::string& message) {
 std::unordered_map<const void*, size_t>& allowed_shared() {
     static std::unordered_map<const void*, size_t> allowed;
     return allowed;
+}
+
+// The most dynamic shared memory of a kernel's launches, by the threads of their blocks.
+std::map<std::pair<const void*, unsigned>, size_t>& largest_shared() {
+    static std::map<std::pair<const void*, unsigned>, size_t> largest;
+    return largest;
 }
 
 struct Limit {
@@ -114,8 +122,18 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
                                                " bytes, the most is " + std::to_string(allowed) +
                                                " (more after cudaFuncSetAttribute)");
     }
+    size_t& largest = largest_shared()[{kernel, block.x * block.y * block.z}];
+    largest = std::max(largest, config.dynamicSmemBytes);
     run_grid({{grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, config.dynamicSmemBytes}, call, closure);
     return cudaSuccess;
 }
+
+std::vector<LaunchedBlock> launched_blocks() {
+    std::vector<LaunchedBlock> blocks;
+    for (const auto& [of, bytes] : largest_shared()) blocks.push_back({of.first, of.second, bytes});
+    return blocks;
+}
+
+void forget_launched_blocks() { largest_shared().clear(); }
 
 }  // namespace xlayer::emulator

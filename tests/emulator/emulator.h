@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 namespace xlayer::emulator {
 
@@ -47,6 +48,15 @@ void set_seed(uint64_t seed);
 
 // How many launches there have been in this process.
 uint64_t launches();
+
+// What the launches of a kernel asked for: threads of a block, and the most dynamic shared memory with that many.
+struct LaunchedBlock {
+    const void* kernel;
+    unsigned threads;
+    size_t shared_bytes;
+};
+std::vector<LaunchedBlock> launched_blocks();  // since the process began, or forget_launched_blocks()
+void forget_launched_blocks();
 
 // --- For cuda_runtime.h ---------------------------------------------------------------------------------------------
 
