@@ -144,6 +144,16 @@ def test_gradients_under_autocast_have_the_parameters_dtype(native: str, dtype: 
     assert all(tensor.grad.dtype == torch.float32 for tensor in leaves.values())
 
 
+def test_operator_keeps_its_dtype_under_autocast(native: str) -> None:
+    """Casting is the functional API's business; inside, an operator is left alone."""
+    case = hdim_case(fresh_generator(), device=native, dtype=torch.float32, key_mask=True)
+    expected = torch.ops.xlayer.hdim_attention(*operator_arguments(case))
+    with torch.autocast(torch.device(native).type, torch.bfloat16):
+        actual = torch.ops.xlayer.hdim_attention(*operator_arguments(case))
+    for one, other in zip(actual, expected, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_changes_no_bit(native: str, reentrant: bool) -> None:
     case = hdim_case(fresh_generator(), device=native, dtype=torch.float32, key_mask=True)

@@ -124,15 +124,6 @@ inline const void* kernel_input(const Tensor& tensor, [[maybe_unused]] const cha
     return tensor.const_data_ptr();
 }
 
-// The data of a tensor that torch made and a kernel writes to.
-inline void* kernel_inout(Tensor& tensor, [[maybe_unused]] const char* name) {
-#ifdef XLAYER_EMULATED
-    const size_t bytes = static_cast<size_t>(tensor.numel()) * tensor.element_size();
-    emulator::allow_memory(tensor.const_data_ptr(), bytes, true, name);
-#endif
-    return tensor.mutable_data_ptr();
-}
-
 // One call of torch_parallel_for. An exception must not leave a worker thread: the first one is kept here, and thrown
 // again in the thread that made the call.
 class PoolTask {

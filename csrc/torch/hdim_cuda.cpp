@@ -1,6 +1,8 @@
 // xlayer::hdim_attention and its backward on CUDA: the kernels score pairs, softmax them and take the scores'
 // gradients; the three products of whole matrices are torch's own, and follow its settings (tf32 where the user allowed
 // it).
+#include <array>
+
 #include "hdim_arguments.h"
 
 #ifdef XLAYER_HAS_CUDA_KERNELS
@@ -8,10 +10,18 @@
 namespace xlayer {
 namespace {
 
-using torch::stable::contiguous;
-using torch::stable::matmul;
 using torch::stable::narrow;
 using torch::stable::transpose;
+
+// out = a · b, batched. With `out` given, autocast keeps its hands off: it would change the dtype of what a kernel
+// reads.
+void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
+    using torch::stable::detail::from, torch::stable::detail::to;
+    std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
+    STD_TORCH_CHECK(torch_call_dispatcher("aten::bmm", "out", stack.data(), TORCH_ABI_VERSION) == AOTI_TORCH_SUCCESS,
+                    "a product of matrices failed");
+    to<Tensor>(stack[0]);  // the result's handle is ours to release
+}
 
 // The logits of all pairs, and the values that may meet them in a product.
 struct Scores {
@@ -50,8 +60,9 @@ HdimOutputs hdim_attention_cuda(const Tensor& query, const Tensor& key, const Te
     cuda::hdim_softmax({in.args, scores.logits.const_data_ptr(), probability.mutable_data_ptr(),
                         logsumexp.mutable_data_ptr(), row_entropy.mutable_data_ptr()},
                        scope.stream());
-    const Tensor context = matmul(narrow(probability, 2, 0, in.args.keys), scores.value);
-    return {contiguous(context), logsumexp, row_entropy};
+    const Tensor context = allocate(query, {B, Sq, in.args.value_dim}, "context");
+    multiply(narrow(probability, 2, 0, in.args.keys), scores.value, context);
+    return {context, logsumexp, row_entropy};
 }
 
 HdimGradients hdim_attention_backward_cuda(const Tensor& grad_context, const OptionalTensor& grad_row_entropy,
@@ -70,9 +81,10 @@ HdimGradients hdim_attention_backward_cuda(const Tensor& grad_context, const Opt
     Scores scores(in, query, value, args.workspace, scope.stream());
 
     // ∂L/∂P, overwritten with P.
-    Tensor probability = contiguous(matmul(saved.grad_context, transpose(scores.value, 1, 2)));
+    Tensor probability = allocate(query, {in.args.batch, in.args.queries, in.args.keys}, "probability");
+    multiply(saved.grad_context, transpose(scores.value, 1, 2), probability);
     args.logits = scores.logits.mutable_data_ptr();
-    args.probability = kernel_inout(probability, "probability");
+    args.probability = probability.mutable_data_ptr();
     args.grad_row_entropy = saved.grad_entropy_data();
     args.grad_query = out.query.mutable_data_ptr();
     args.grad_key = out.key.mutable_data_ptr();
@@ -80,8 +92,9 @@ HdimGradients hdim_attention_backward_cuda(const Tensor& grad_context, const Opt
     args.grad_bias1 = out.bias1.mutable_data_ptr();
     args.grad_weight2 = out.weight2.mutable_data_ptr();
     cuda::hdim_grad_pairs(args, scope.stream());
-    const Tensor grad_value = matmul(transpose(probability, 1, 2), saved.grad_context);
-    return {out.query, out.key, contiguous(grad_value), out.weight1, out.bias1, out.weight2};
+    const Tensor grad_value = allocate(query, {in.args.batch, in.args.keys, in.args.value_dim}, "grad_value");
+    multiply(transpose(probability, 1, 2), saved.grad_context, grad_value);
+    return {out.query, out.key, grad_value, out.weight1, out.bias1, out.weight2};
 }
 
 }  // namespace
