@@ -69,13 +69,15 @@ def launch_masked_mean(dtype: torch.dtype, width: int) -> None:
     torch.ops.xlayer_emulated.masked_mean_backward(out, None, 2)
 
 
-def launch_hdim(dtype: torch.dtype, gelu: bool, keys: int, columns: int, hidden: int, value_columns: int) -> None:
+def launch_hdim(
+    dtype: torch.dtype, gelu: bool, tf32: bool, keys: int, columns: int, hidden: int, value_columns: int
+) -> None:
     tokens = [(1, 1, columns), (1, keys, columns), (1, keys, value_columns)]
     shapes = [*tokens, (hidden, 4 * columns), (hidden,), (hidden,)]
     floats = [torch.zeros(shape, dtype=dtype) for shape in shapes]
     masks = [torch.ones(1, keys, dtype=torch.bool), None]
-    outputs = torch.ops.xlayer_emulated.hdim_attention(*floats, *masks, 1.0, gelu)
-    torch.ops.xlayer_emulated.hdim_attention_backward(outputs[0], None, *floats, *masks, *outputs, 1.0, gelu)
+    outputs = torch.ops.xlayer_emulated.hdim_attention(*floats, *masks, 1.0, gelu, tf32)
+    torch.ops.xlayer_emulated.hdim_attention_backward(outputs[0], None, *floats, *masks, *outputs, 1.0, gelu, tf32)
 
 
 def launch_every_kernel() -> None:
@@ -83,10 +85,11 @@ def launch_every_kernel() -> None:
     for dtype in DTYPES:
         for width in (32, 33):  # loaded as vectors, and element by element
             launch_masked_mean(dtype, width)
-        for gelu, columns in itertools.product((False, True), (16, 24, 32, 64)):
+        tf32 = (False, True) if dtype == torch.float32 else (False,)
+        for gelu, rounds, columns in itertools.product((False, True), tf32, (16, 24, 32, 64)):
             # More keys and more hidden units than fit at a time; not both at once, which would take long.
-            launch_hdim(dtype, gelu, 700, columns, 16, 3)
-            launch_hdim(dtype, gelu, 5, columns, 432, 8)
+            launch_hdim(dtype, gelu, rounds, 700, columns, 16, 3)
+            launch_hdim(dtype, gelu, rounds, 5, columns, 432, 8)
 
 
 def every_kernel() -> set[str]:

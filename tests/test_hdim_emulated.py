@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 import emulation
 from oracle import (
@@ -18,21 +19,24 @@ from oracle import (
     Results,
     assert_same_bits,
     check_oracle_rule,
+    evaluate,
     evaluate_formula,
     fresh_generator,
     hdim_case,
 )
+from xlayer_ext import functional as XF
 from xlayer_ext.bench import relative_error
+from xlayer_ext.reference.hdim import pair_features
 
 pytestmark = pytest.mark.cpu_kernels
 
 
-def run(case: HdimCase, namespace: str) -> Results:
+def run(case: HdimCase, namespace: str, tf32: bool = False) -> Results:
     """Output and gradients by the operators of one library, called directly."""
     operators: Any = getattr(torch.ops, namespace)
     floats = [case.floats[name] for name in FLOATS[:6]]
     masks = (case.masks["key_mask"], case.masks["pair_mask"])
-    options = (case.options.get("temperature", 1.0), case.options.get("activation", "relu") == "gelu")
+    options = (case.options.get("temperature", 1.0), case.options.get("activation", "relu") == "gelu", tf32)
     context, logsumexp, row_entropy = operators.hdim_attention(*floats, *masks, *options)
     grad_entropy = None
     if case.grad_entropy is not None:
@@ -108,6 +112,55 @@ def test_two_schedules_give_the_same_bits(dtype: torch.dtype) -> None:
         emulation.set_seed(emulation.SEED)
     assert_same_bits(results[1], results[0])
     assert_same_bits(results[2], results[0])
+
+
+def rounded(x: Tensor) -> Tensor:
+    """To tf32, ten bits after the point; the gradient passes through."""
+    bits = (x.detach().float().view(torch.int32) + 0x1000) & ~0x1FFF
+    return x + (bits.view(torch.float32).to(x.dtype) - x).detach()
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_tf32_rounds_as_much_as_the_formula_would(activation: str) -> None:
+    """Against the formula with the factors of its first product rounded, as tf32 multiplies them."""
+    emulation.library()
+    generator, draws = fresh_generator(), []
+
+    def formula(*, bias2: Tensor, query: Tensor, key: Tensor, value: Tensor, weight1: Tensor, **rest: Any) -> Any:
+        hidden = rounded(pair_features(query, key)) @ rounded(weight1).mT + rest["bias1"]
+        act = torch.relu(hidden) if activation == "relu" else torch.nn.functional.gelu(hidden)
+        return (act @ rest["weight2"]).softmax(-1) @ value + 0 * bias2, None
+
+    for _ in range(4):
+        case = hdim_case(generator, dtype=torch.float32, activation=activation)
+        exact = evaluate_formula(case.to(torch.float64))
+        draws.append((run(case, "xlayer_emulated", tf32=True), exact, evaluate(case.to(torch.float64), formula)))
+    for name in draws[0][0]:
+        sides = zip(*draws, strict=True)
+        actual, exact, plain = (torch.cat([one[name].double().flatten() for one in side]) for side in sides)
+        error = relative_error(actual, exact)
+        assert 1e-5 < error <= 1.1 * relative_error(plain, exact) + 2 * 2**-10, name
+
+
+def test_tf32_only_when_asked() -> None:
+    case = hdim_case(fresh_generator(), dtype=torch.float32)
+    before, operator = torch.get_float32_matmul_precision(), torch.ops.xlayer.hdim_attention
+    seen = []
+
+    def spy(*arguments: Any) -> Any:
+        seen.append(arguments[-1])
+        return operator(*arguments)
+
+    try:
+        for precision in ("highest", "high", "medium"):
+            torch.set_float32_matmul_precision(precision)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(torch.ops.xlayer, "hdim_attention", spy)
+                XF.hdim_attention(**case.floats)
+                XF.hdim_attention(**case.to(torch.float64).floats)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == [False, False, True, False, True, False]
 
 
 def test_more_columns_than_the_kernels_take_are_refused() -> None:

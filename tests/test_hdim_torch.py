@@ -38,14 +38,21 @@ def call(case: HdimCase, **extra: Any) -> Any:
 
 def operator_arguments(case: HdimCase) -> tuple[Any, ...]:
     floats = [case.floats[name] for name in FLOATS[:6]]
-    return (*floats, case.masks["key_mask"], case.masks["pair_mask"], 0.9, case.options.get("activation") == "gelu")
+    return (
+        *floats,
+        case.masks["key_mask"],
+        case.masks["pair_mask"],
+        0.9,
+        case.options.get("activation") == "gelu",
+        False,
+    )
 
 
 def backward_arguments(case: HdimCase, entropy: bool) -> tuple[Any, ...]:
-    *inputs, temperature, gelu = operator_arguments(case)
-    outputs = torch.ops.xlayer.hdim_attention(*inputs, temperature, gelu)
+    arguments = operator_arguments(case)
+    outputs = torch.ops.xlayer.hdim_attention(*arguments)
     grad_entropy = torch.ones_like(outputs[2]) if entropy else None
-    return (case.grad_context, grad_entropy, *inputs, *outputs, temperature, gelu)
+    return (case.grad_context, grad_entropy, *arguments[:8], *outputs, *arguments[8:])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)

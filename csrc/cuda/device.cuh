@@ -28,6 +28,14 @@ using float16 = __half;
 
 // --- Elements -------------------------------------------------------------------------------------------------------
 
+// float32 whose products may be made of factors rounded to tf32.
+struct tf32 {
+    float value;
+    tf32() = default;
+    __host__ __device__ __forceinline__ tf32(float x) : value(x) {}
+    __host__ __device__ __forceinline__ operator float() const { return value; }
+};
+
 template <class T>
 struct AccumulatorOf {
     using type = float;
@@ -41,6 +49,7 @@ using Accumulator = typename AccumulatorOf<T>::type;
 
 __device__ __forceinline__ double widen(double x) { return x; }
 __device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ float widen(tf32 x) { return x.value; }
 __device__ __forceinline__ float widen(bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float widen(float16 x) { return __half2float(x); }
 

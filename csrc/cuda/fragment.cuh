@@ -1,5 +1,5 @@
 // Small matrices spread over a warp, in the places where the tensor cores want them: the same places for every element
-// type, so that one kernel source serves all four. With g = lane / 4 and t = lane % 4 a lane holds
+// type, so that one kernel source serves all of them. With g = lane / 4 and t = lane % 4 a lane holds
 //
 //   Left<T>   (16×8, left operand)     (g, 2t)  (g, 2t+1)  (g+8, 2t)  (g+8, 2t+1)
 //   Right<T>  (8×8, right operand)     (2t, g)  (2t+1, g)
@@ -7,7 +7,8 @@
 //
 // A product runs over groups of 8: sum += Σ_k left[k] · right[k]. bfloat16 and float16 take m16n8k16, float64 m8n8k4.
 // float32 is split into two tf32 parts, x = high + low, and takes three m16n8k8 products, which keeps 21 bits of each
-// factor; every group's product is added in float32 arithmetic, because the tensor cores truncate their sums.
+// factor; every group's product is added in float32 arithmetic, because the tensor cores truncate their sums. The type
+// tf32 is float32 with one product of the high parts.
 #pragma once
 
 #include "device.cuh"
@@ -79,7 +80,8 @@ __device__ __forceinline__ Pair<T> multiply_add(const Pair<T>& a, const Pair<T>&
     if constexpr (is_half<T>) {
         return pair_fma<T>(a, b, c);
     } else {
-        return {fma(a.at[0], b.at[0], c.at[0]), fma(a.at[1], b.at[1], c.at[1])};
+        return {fma(widen(a.at[0]), widen(b.at[0]), widen(c.at[0])),
+                fma(widen(a.at[1]), widen(b.at[1]), widen(c.at[1]))};
     }
 }
 template <class T>
@@ -88,7 +90,7 @@ __device__ __forceinline__ Pair<T> product(const Pair<T>& a, const Pair<T>& b) {
         constexpr uint32_t kMinusZeros = 0x80008000;
         return pair_fma<T>(a, b, kMinusZeros);
     } else {
-        return {a.at[0] * b.at[0], a.at[1] * b.at[1]};
+        return {widen(a.at[0]) * widen(b.at[0]), widen(a.at[1]) * widen(b.at[1])};
     }
 }
 template <class T>
@@ -97,7 +99,7 @@ __device__ __forceinline__ Pair<T> distance(const Pair<T>& a, const Pair<T>& b) 
         constexpr uint32_t kMinusOnes = std::is_same_v<T, bfloat16> ? 0xBF80BF80 : 0xBC00BC00, kNoSigns = 0x7FFF7FFF;
         return pair_fma<T>(b, kMinusOnes, a) & kNoSigns;
     } else {
-        return {fabs(a.at[0] - b.at[0]), fabs(a.at[1] - b.at[1])};
+        return {fabs(widen(a.at[0]) - widen(b.at[0])), fabs(widen(a.at[1]) - widen(b.at[1]))};
     }
 }
 
@@ -204,6 +206,13 @@ __device__ __forceinline__ void multiply_group(Sum<float>& sum, const Left<float
     mma_16x8x8_tf32(group, a_high, b_high);
 #pragma unroll
     for (int e = 0; e < 4; ++e) sum.at[e] += group[e];
+}
+
+__device__ __forceinline__ void multiply_group(Sum<tf32>& sum, const Left<tf32>& left, const Right<tf32>& right) {
+    const uint32_t a[4] = {to_tf32(left.row[0].at[0]), to_tf32(left.row[1].at[0]), to_tf32(left.row[0].at[1]),
+                           to_tf32(left.row[1].at[1])};
+    const uint32_t b[2] = {to_tf32(right.at.at[0]), to_tf32(right.at.at[1])};
+    mma_16x8x8_tf32(sum.at, a, b);
 }
 
 __device__ __forceinline__ void multiply_group(Sum<double>& sum, const Left<double>& left, const Right<double>& right) {

@@ -64,6 +64,8 @@ void finish(const HdimGradPairs& args, const Packed<T>& packed, const PairSizes&
     XLAYER_HDIM_ACTIVATIONS(double, 8)   \
     XLAYER_HDIM_ACTIVATIONS(float, 4)    \
     XLAYER_HDIM_ACTIVATIONS(float, 8)    \
+    XLAYER_HDIM_ACTIVATIONS(tf32, 4)     \
+    XLAYER_HDIM_ACTIVATIONS(tf32, 8)     \
     XLAYER_HDIM_ACTIVATIONS(bfloat16, 2) \
     XLAYER_HDIM_ACTIVATIONS(bfloat16, 3) \
     XLAYER_HDIM_ACTIVATIONS(bfloat16, 4) \

@@ -165,6 +165,8 @@ template void finish<double>(const HdimGradPairs&, const Packed<double>&, const 
                              const GradPartials<double>&, void*);
 template void finish<float>(const HdimGradPairs&, const Packed<float>&, const PairSizes&, const GradPlan&,
                             const GradPartials<float>&, void*);
+template void finish<tf32>(const HdimGradPairs&, const Packed<tf32>&, const PairSizes&, const GradPlan&,
+                           const GradPartials<tf32>&, void*);
 template void finish<bfloat16>(const HdimGradPairs&, const Packed<bfloat16>&, const PairSizes&, const GradPlan&,
                                const GradPartials<bfloat16>&, void*);
 template void finish<float16>(const HdimGradPairs&, const Packed<float16>&, const PairSizes&, const GradPlan&,

@@ -44,10 +44,10 @@ __device__ __forceinline__ void split_distance(A grad, A query, A key, A& grad_q
     grad_key -= signed_grad;
 }
 
-// resources: hdim_grad_keys_kernel<double, *> threads 128, registers 255, shared 86016, occupancy 0.0625
 // resources: hdim_grad_keys_kernel threads 128, registers 255, shared 67584, occupancy 0.125
 // sass: hdim_grad_keys_kernel<*float16, *> HMMA.16816, LDSM, LDGSTS.128
 // sass: hdim_grad_keys_kernel<float, *> HMMA.1688, LDGSTS.128
+// sass: hdim_grad_keys_kernel<tf32, *> HMMA.1688, LDGSTS.128
 // sass: hdim_grad_keys_kernel<double, *> DMMA, LDGSTS.128
 template <class T, class Activation, int G>
 __global__ void __launch_bounds__(kThreads, kPairBlocks) hdim_grad_keys_kernel(GradKeys<T> args) {

@@ -81,11 +81,12 @@ __device__ __forceinline__ void add_pair(A* to, A first, A second) {
 
 // resources: hdim_grad_weights_kernel<*float16, *, [23]> threads 128, registers 168, shared 64512, occupancy 0.125
 // resources: hdim_grad_weights_kernel<*float16, *, 4> threads 128, registers 168, shared 74752, occupancy 0.125
-// resources: hdim_grad_weights_kernel<float, *, 4> threads 128, registers 255, shared 92160, occupancy 0.0625
+// resources: hdim_grad_weights_kernel<[ft]*, *, 4> threads 128, registers 255, shared 92160, occupancy 0.0625
 // resources: hdim_grad_weights_kernel<double, *, 8> threads 32, registers 255, shared 92160, occupancy 0.015625
 // resources: hdim_grad_weights_kernel threads 64, registers 255, shared 92160, occupancy 0.03125
 // sass: hdim_grad_weights_kernel<*float16, *> HMMA.16816, LDSM, LDGSTS.128
 // sass: hdim_grad_weights_kernel<float, *> HMMA.1688, LDGSTS.128
+// sass: hdim_grad_weights_kernel<tf32, *> HMMA.1688, LDGSTS.128
 // sass: hdim_grad_weights_kernel<double, *> DMMA, LDGSTS.128
 template <class T, class Activation, int G>
 __global__ void __launch_bounds__(kOwners<T, G>* kWarp, kPairBlocks * 4 / kOwners<T, G>)

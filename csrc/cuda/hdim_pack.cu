@@ -241,6 +241,7 @@ void pack_inputs(const HdimScore& score, const Packed<T>& packed, const PairSize
 
 template void pack_inputs<double>(const HdimScore&, const Packed<double>&, const PairSizes&, void*);
 template void pack_inputs<float>(const HdimScore&, const Packed<float>&, const PairSizes&, void*);
+template void pack_inputs<tf32>(const HdimScore&, const Packed<tf32>&, const PairSizes&, void*);
 template void pack_inputs<bfloat16>(const HdimScore&, const Packed<bfloat16>&, const PairSizes&, void*);
 template void pack_inputs<float16>(const HdimScore&, const Packed<float16>&, const PairSizes&, void*);
 

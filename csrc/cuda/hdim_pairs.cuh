@@ -233,22 +233,23 @@ inline int64_t slice_length(int64_t queries, int64_t tasks, int64_t enough) {
     return length > kShortest ? length : kShortest;
 }
 
-// Calls f(element, activation, groups) with values of the types that the sizes ask for.
+// Calls f(element, activation, groups) with values of the types that the inputs ask for.
 template <class F>
 void with_pair_types(const HdimInputs& in, const F& f) {
     const int groups = PairSizes(in).groups;
-    with_element(in.dtype, [&](auto element) {
-        using T = decltype(element);
-        auto with_groups = [&](auto activation) {
-            if constexpr (is_half<T>) {
-                if (groups == 2) return f(element, activation, std::integral_constant<int, 2>{});
-                if (groups == 3) return f(element, activation, std::integral_constant<int, 3>{});
-            }
-            if (groups == 4) return f(element, activation, std::integral_constant<int, 4>{});
-            return f(element, activation, std::integral_constant<int, 8>{});
-        };
-        return in.gelu ? with_groups(Gelu{}) : with_groups(Relu{});
-    });
+    auto with_groups = [&](auto element, auto activation) {
+        if constexpr (is_half<decltype(element)>) {
+            if (groups == 2) return f(element, activation, std::integral_constant<int, 2>{});
+            if (groups == 3) return f(element, activation, std::integral_constant<int, 3>{});
+        }
+        if (groups == 4) return f(element, activation, std::integral_constant<int, 4>{});
+        return f(element, activation, std::integral_constant<int, 8>{});
+    };
+    auto with_activation = [&](auto element) {
+        return in.gelu ? with_groups(element, Gelu{}) : with_groups(element, Relu{});
+    };
+    if (in.dtype == DType::float32 && in.tf32) return with_activation(tf32{});
+    with_element(in.dtype, with_activation);
 }
 
 }  // namespace xlayer::cuda

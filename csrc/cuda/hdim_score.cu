@@ -50,9 +50,9 @@ __device__ __forceinline__ void write(const Score<T>& args, int64_t b, int64_t i
     *place = sum;
 }
 
-// resources: hdim_score_kernel<double, *> threads 128, registers 255, shared 86016, occupancy 0.0625
 // resources: hdim_score_kernel threads 128, registers 255, shared 69632, occupancy 0.125
 // sass: hdim_score_kernel<*float16, *> HMMA.16816, LDSM, LDGSTS.128
+// sass: hdim_score_kernel<tf32, *> HMMA.1688, LDGSTS.128
 // sass: hdim_score_kernel<float, *> HMMA.1688, LDGSTS.128
 // sass: hdim_score_kernel<double, *> DMMA, LDGSTS.128
 template <class T, class Activation, int G>

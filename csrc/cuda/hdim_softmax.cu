@@ -159,6 +159,7 @@ void softmax_backward(const HdimGradPairs& args, const PairSizes& s, void* strea
 
 template void softmax_backward<double>(const HdimGradPairs&, const PairSizes&, void*);
 template void softmax_backward<float>(const HdimGradPairs&, const PairSizes&, void*);
+template void softmax_backward<tf32>(const HdimGradPairs&, const PairSizes&, void*);
 template void softmax_backward<bfloat16>(const HdimGradPairs&, const PairSizes&, void*);
 template void softmax_backward<float16>(const HdimGradPairs&, const PairSizes&, void*);
 

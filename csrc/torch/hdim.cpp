@@ -8,8 +8,8 @@ namespace {
 
 HdimOutputs hdim_attention_cpu(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& weight1,
                                const Tensor& bias1, const Tensor& weight2, const OptionalTensor& key_mask,
-                               const OptionalTensor& pair_mask, double temperature, bool gelu) {
-    const HdimTensors in(query, key, value, weight1, bias1, weight2, key_mask, pair_mask, temperature, gelu);
+                               const OptionalTensor& pair_mask, double temperature, bool gelu, bool tf32) {
+    const HdimTensors in(query, key, value, weight1, bias1, weight2, key_mask, pair_mask, temperature, gelu, tf32);
     const int64_t B = in.args.batch, Sq = in.args.queries;
     Tensor context = allocate(query, {B, Sq, in.args.value_dim}, "context");
     Tensor logsumexp = allocate(query, {B, Sq}, in.accumulation(), "logsumexp");
@@ -27,8 +27,8 @@ HdimGradients hdim_attention_backward_cpu(const Tensor& grad_context, const Opti
                                           const Tensor& weight1, const Tensor& bias1, const Tensor& weight2,
                                           const OptionalTensor& key_mask, const OptionalTensor& pair_mask,
                                           const Tensor& context, const Tensor& logsumexp, const Tensor& row_entropy,
-                                          double temperature, bool gelu) {
-    const HdimTensors in(query, key, value, weight1, bias1, weight2, key_mask, pair_mask, temperature, gelu);
+                                          double temperature, bool gelu, bool tf32) {
+    const HdimTensors in(query, key, value, weight1, bias1, weight2, key_mask, pair_mask, temperature, gelu, tf32);
     const HdimSaved saved(in, query, grad_context, grad_row_entropy, context, logsumexp, row_entropy);
     HdimGradTensors out(in, query);
     Tensor grad_value = allocate(query, {in.args.batch, in.args.keys, in.args.value_dim}, "grad_value");
@@ -57,12 +57,12 @@ HdimGradients hdim_attention_backward_cpu(const Tensor& grad_context, const Opti
 STABLE_TORCH_LIBRARY_FRAGMENT(XLAYER_OPS, m) {
     m.def(
         "hdim_attention(Tensor query, Tensor key, Tensor value, Tensor weight1, Tensor bias1, Tensor weight2, "
-        "Tensor? key_mask, Tensor? pair_mask, float temperature, bool gelu) "
+        "Tensor? key_mask, Tensor? pair_mask, float temperature, bool gelu, bool tf32) "
         "-> (Tensor context, Tensor logsumexp, Tensor row_entropy)");
     m.def(
         "hdim_attention_backward(Tensor grad_context, Tensor? grad_row_entropy, Tensor query, Tensor key, "
         "Tensor value, Tensor weight1, Tensor bias1, Tensor weight2, Tensor? key_mask, Tensor? pair_mask, "
-        "Tensor context, Tensor logsumexp, Tensor row_entropy, float temperature, bool gelu) "
+        "Tensor context, Tensor logsumexp, Tensor row_entropy, float temperature, bool gelu, bool tf32) "
         "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_weight1, Tensor grad_bias1, "
         "Tensor grad_weight2)");
 }

@@ -17,12 +17,13 @@ struct HdimTensors {
 
     HdimTensors(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& weight1_,
                 const Tensor& bias1_, const Tensor& weight2_, const OptionalTensor& key_mask,
-                const OptionalTensor& pair_mask, double temperature, bool gelu)
+                const OptionalTensor& pair_mask, double temperature, bool gelu, bool tf32)
         : weight1(torch::stable::contiguous(weight1_)),
           bias1(torch::stable::contiguous(bias1_)),
           weight2(torch::stable::contiguous(weight2_)) {
         args.dtype = kernel_dtype(query, "query");
         args.gelu = gelu;
+        args.tf32 = tf32;
         args.temperature = temperature;
         STD_TORCH_CHECK(temperature > 0, "temperature must be positive, got ", temperature);
         check_shape(query, "query", {-1, -1, -1});

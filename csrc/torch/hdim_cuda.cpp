@@ -45,9 +45,9 @@ struct Scores {
 
 HdimOutputs hdim_attention_cuda(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& weight1,
                                 const Tensor& bias1, const Tensor& weight2, const OptionalTensor& key_mask,
-                                const OptionalTensor& pair_mask, double temperature, bool gelu) {
+                                const OptionalTensor& pair_mask, double temperature, bool gelu, bool tf32) {
     const CudaScope scope(query);
-    const HdimTensors in(query, key, value, weight1, bias1, weight2, key_mask, pair_mask, temperature, gelu);
+    const HdimTensors in(query, key, value, weight1, bias1, weight2, key_mask, pair_mask, temperature, gelu, tf32);
     const int64_t B = in.args.batch, Sq = in.args.queries;
     void* aligned = nullptr;
     const Tensor workspace = allocate_workspace(cuda::hdim_score_workspace(in.args), query, &aligned);
@@ -70,9 +70,9 @@ HdimGradients hdim_attention_backward_cuda(const Tensor& grad_context, const Opt
                                            const Tensor& weight1, const Tensor& bias1, const Tensor& weight2,
                                            const OptionalTensor& key_mask, const OptionalTensor& pair_mask,
                                            const Tensor& context, const Tensor& logsumexp, const Tensor& row_entropy,
-                                           double temperature, bool gelu) {
+                                           double temperature, bool gelu, bool tf32) {
     const CudaScope scope(query);
-    const HdimTensors in(query, key, value, weight1, bias1, weight2, key_mask, pair_mask, temperature, gelu);
+    const HdimTensors in(query, key, value, weight1, bias1, weight2, key_mask, pair_mask, temperature, gelu, tf32);
     const HdimSaved saved(in, query, grad_context, grad_row_entropy, context, logsumexp, row_entropy);
     HdimGradTensors out(in, query);
     cuda::HdimGradPairs args{};

@@ -66,9 +66,9 @@ def hdim_attention(
     or backward. The same input gives the same bits at any number of threads. Statistics and accumulators are float32
     (float64 for float64). Under autocast every float tensor is cast to its dtype; the entropy stays float32.
 
-    On CUDA the tensor cores do the work: products of float32 are made of three tf32 ones and keep 21 bits, whatever
-    :func:`torch.set_float32_matmul_precision` allows; the products with ``value`` follow it. D above 64 runs the
-    reference there, and a pair whose query or key holds NaN or infinity gets the logit NaN.
+    On CUDA the tensor cores do the work. Products of float32 are made of three tf32 ones there and keep 21 bits of each
+    factor, or of one where :func:`torch.set_float32_matmul_precision` allows tf32. D above 64 runs the reference, and a
+    pair whose query or key holds NaN or infinity gets the logit NaN.
 
     A row without an allowed pair has context 0 and gradient 0. A masked key changes nothing, even when it holds NaN.
     The derivative of \|a − b\| at a = b is 0. ``bias2`` cannot act through the softmax: its gradient is exactly 0.
@@ -119,8 +119,9 @@ def hdim_attention(
     wide = query.device.type == "cuda" and query.shape[-1] > CUDA_MOST_COLUMNS
     if use_native("hdim_attention", query, beyond=f"D > {CUDA_MOST_COLUMNS} on {query.device}" if wide else None):
         context, logsumexp, row_entropy = torch.ops.xlayer.hdim_attention(
-            query, key, value, weight1, bias1, weight2, key_mask, pair_mask, temperature, activation == "gelu"
-        )
+            query, key, value, weight1, bias1, weight2, key_mask, pair_mask, temperature, activation == "gelu",
+            _allows_tf32(query),
+        )  # fmt: skip
         if not return_entropy:
             return context
         # In two steps: a sum over everything at once would be split by the number of threads.
@@ -245,6 +246,11 @@ def value_fusion(context: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor |
     return out.unflatten(0, context.shape[:-1])
 
 
+def _allows_tf32(query: Tensor) -> bool:
+    """Whether the user lets factors of float32 products be rounded."""
+    return query.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+
+
 def _check_attention(
     floats: dict[str, Tensor], key_mask: Tensor | None, pair_mask: Tensor | None, temperature: float
 ) -> None:
@@ -301,7 +307,7 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.temperature, ctx.gelu = inputs
+    *tensors, ctx.temperature, ctx.gelu, ctx.tf32 = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -313,8 +319,9 @@ def _backward(
     saved = ctx.saved_tensors
     if grad_context is None:
         grad_context = torch.zeros((), dtype=saved[0].dtype, device=saved[0].device).expand(saved[8].shape)
-    grads = torch.ops.xlayer.hdim_attention_backward(grad_context, grad_row_entropy, *saved, ctx.temperature, ctx.gelu)
-    return (*grads, None, None, None, None)
+    options = (ctx.temperature, ctx.gelu, ctx.tf32)
+    grads = torch.ops.xlayer.hdim_attention_backward(grad_context, grad_row_entropy, *saved, *options)
+    return (*grads, None, None, *(None for _ in options))
 
 
 if native_available("hdim_attention"):

@@ -17,6 +17,7 @@ namespace xlayer {
 struct HdimInputs {
     DType dtype;
     bool gelu;  // act: exact GELU, else ReLU
+    bool tf32;  // CUDA may round factors of float32 to tf32 in the products per pair
     double temperature;
     int64_t batch, queries, keys, proj_dim, mlp_dim, value_dim;  // B, Sq, Sk, D, M, H
     const void* query;
