@@ -163,6 +163,26 @@ def test_tf32_only_when_asked() -> None:
     assert seen == [False, False, True, False, True, False]
 
 
+def test_a_compiled_graph_follows_the_setting() -> None:
+    case = hdim_case(fresh_generator(), dtype=torch.float32)
+    before, graphs = torch.get_float32_matmul_precision(), []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        calls = [node for node in graph.graph.nodes if "hdim_attention" in str(node.target)]
+        graphs.append([node.args[-1] for node in calls])
+        return graph
+
+    compiled = torch.compile(lambda floats: XF.hdim_attention(**floats), backend=backend, fullgraph=True)
+    try:
+        for precision in ("highest", "high", "highest"):
+            torch.set_float32_matmul_precision(precision)
+            compiled(case.floats)
+    finally:
+        torch.set_float32_matmul_precision(before)
+        torch._dynamo.reset()
+    assert graphs == [[False], [True]]
+
+
 def test_more_columns_than_the_kernels_take_are_refused() -> None:
     emulation.library()
     with pytest.raises(RuntimeError, match="take at most 64 columns of query and key, got 65"):

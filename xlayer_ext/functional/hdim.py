@@ -120,7 +120,7 @@ def hdim_attention(
     if use_native("hdim_attention", query, beyond=f"D > {CUDA_MOST_COLUMNS} on {query.device}" if wide else None):
         context, logsumexp, row_entropy = torch.ops.xlayer.hdim_attention(
             query, key, value, weight1, bias1, weight2, key_mask, pair_mask, temperature, activation == "gelu",
-            _allows_tf32(query),
+            query.dtype == torch.float32 and _tf32_allowed(),
         )  # fmt: skip
         if not return_entropy:
             return context
@@ -246,9 +246,10 @@ def value_fusion(context: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor |
     return out.unflatten(0, context.shape[:-1])
 
 
-def _allows_tf32(query: Tensor) -> bool:
+@torch.compiler.assume_constant_result  # a compiled graph guards on the setting, but cannot read it
+def _tf32_allowed() -> bool:
     """Whether the user lets factors of float32 products be rounded."""
-    return query.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return torch.get_float32_matmul_precision() != "highest"
 
 
 def _check_attention(
