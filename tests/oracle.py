@@ -110,7 +110,7 @@ def hdim_case(
     query[:, :tied, ::2] = key[:, :tied, ::2]
     floats = {"query": query, "key": key, "value": draw(b, sk, h)}
     floats |= {"weight1": draw(m, 4 * d, gain=(4 * d) ** -0.5), "bias1": draw(m)}
-    floats |= {"weight2": draw(m, gain=2 * m**-0.5), "bias2": draw(1)}
+    floats |= {"weight2": draw(m, gain=2 * max(m, 1) ** -0.5), "bias2": draw(1)}
     masks: dict[str, Tensor | None] = {"key_mask": mask(b, sk) if key_mask else None, "pair_mask": None}
     if pair_mask:
         masks["pair_mask"] = mask(b, sq, sk)

@@ -215,6 +215,32 @@ def test_empty_dimensions(choice: str, device: str, sizes: tuple[int, ...], mask
         assert not any(tensor.any() for tensor in actual.values())
 
 
+def test_no_hidden_units_weigh_all_keys_alike(choice: str, device: str) -> None:
+    case = hdim_case(fresh_generator(), sizes=(2, 3, 4, 2, 0, 2), device=device, key_mask=True)
+    actual = evaluate_functional(case, choice)
+    assert_near(actual, evaluate_functional(case, "reference"), 1e-12)
+    assert actual["context"].any() and not actual["grad_query"].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_logits_of_minus_infinity(choice: str, device: str, dtype: torch.dtype) -> None:
+    """One of them takes its key out of a row; a row of nothing else is NaN, as in PyTorch's softmax."""
+    case = hdim_case(fresh_generator(), sizes=(1, 2, 3, 4, 5, 2), dtype=dtype, device=device)
+    all_of_them = case.with_floats(bias1=torch.ones_like(case.floats["bias1"]))
+    zero = {name: torch.zeros_like(case.floats[name]) for name in ("weight1", "query", "key")}
+    endless = torch.full_like(case.floats["weight2"], -torch.inf)
+    context = evaluate_functional(all_of_them.with_floats(**zero, weight2=endless), choice)["context"]
+    assert context.isnan().all()
+    key = zero["key"].clone()
+    key[0, 1, 0] = 1
+    weight1 = zero["weight1"].clone()
+    weight1[:, 4] = 1  # reads the key's first column
+    one = {"bias1": torch.zeros_like(case.floats["bias1"]), "weight1": weight1, "query": zero["query"], "key": key}
+    huge = torch.full_like(endless, -torch.finfo(dtype).max)
+    context = evaluate_functional(case.with_floats(**one, weight2=huge), choice)["context"]
+    torch.testing.assert_close(context, case.floats["value"][:, ::2].mean(1, keepdim=True).expand_as(context))
+
+
 # ---- fuzz ----------------------------------------------------------------------------------------------------------
 
 

@@ -257,6 +257,14 @@ __device__ __forceinline__ void mma_8x8x4(double& d0, double& d1, double a, doub
                  : "d"(a), "d"(b));
 }
 
+// max(x, 0), NaN if x is: one instruction, where a comparison takes two.
+__device__ __forceinline__ float at_least_zero(float x) {
+    float out;
+    asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(out) : "f"(x));
+    return out;
+}
+__device__ __forceinline__ double at_least_zero(double x) { return x < 0 ? 0 : x; }
+
 // a·b + c, rounded once, of two 16-bit elements in one register, the first in the low half.
 template <class T>
 __device__ __forceinline__ uint32_t pair_fma(uint32_t a, uint32_t b, uint32_t c) {
@@ -286,7 +294,14 @@ class LaunchName {
 
 namespace xlayer::cuda {
 
-// A float's bits as a number, and two elements in one register and back.
+// A float's bits and back, and two elements in one register and back.
+__device__ __forceinline__ uint32_t bits_of(float number) {
+    union {
+        float number;
+        uint32_t bits;
+    } same{number};
+    return same.bits;
+}
 __device__ __forceinline__ float float_of(uint32_t bits) {
     union {
         uint32_t bits;
@@ -318,7 +333,7 @@ inline void check(cudaError_t status, const char* what) {
 }
 
 struct Launch {
-    int64_t blocks;  // x; kernels loop over what a full grid does not cover
+    int64_t blocks;  // x; of more than 2^31 − 1 the kernel must loop over the rest
     int threads;
     void* stream;
     size_t shared_bytes = 0;
@@ -333,8 +348,12 @@ void launch(const char* name, void (*kernel)(Args), const Launch& how, const Arg
     constexpr size_t without_asking = 48 * 1024;
     const LaunchName named(name);
     if (how.shared_bytes > without_asking) {
+        // Always as much as there is: the attribute is the kernel's, and another thread may launch it meanwhile.
+        int device = 0, most_shared = 0;
+        check(cudaGetDevice(&device), name);
+        check(cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), name);
         check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   static_cast<int>(how.shared_bytes)),
+                                   most_shared),
               name);
     }
     cudaLaunchConfig_t config{};

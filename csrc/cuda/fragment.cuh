@@ -187,10 +187,12 @@ __device__ __forceinline__ void load_right(Right<T> (&to)[2], const T* tile, int
 
 // --- Products -------------------------------------------------------------------------------------------------------
 
-// A float32 number as the sum of two tf32 ones.
+// A float32 number as the sum of two tf32 ones, of which the hardware drops the low bits itself. NaN may leave `high`,
+// but stays in `low`.
 struct Split {
     uint32_t high, low;
-    __device__ __forceinline__ explicit Split(float x) : high(to_tf32(x)), low(to_tf32(x - float_of(high))) {}
+    __device__ __forceinline__ explicit Split(float x)
+        : high((bits_of(x) + 0x1000) & 0xFFFFE000), low(bits_of(x - float_of(high))) {}
 };
 
 __device__ __forceinline__ void multiply_group(Sum<float>& sum, const Left<float>& left, const Right<float>& right) {

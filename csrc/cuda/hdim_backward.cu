@@ -6,11 +6,11 @@ namespace {
 
 constexpr int64_t kKeyBytes = 32 * 1024;  // of keys in shared memory, in hdim_grad_weights
 
-template <class T, int G>
+template <class T, class Activation, int G>
 GradPlan make_plan(const PairSizes& s) {
     constexpr int64_t kEnough = 2048;  // warps: two for each that a large GPU holds at once
     GradPlan plan;
-    plan.key_tiles = ceil_div(s.keys, 16 * kGradTiles<T, G>);
+    plan.key_tiles = ceil_div(s.keys, 16 * kGradTiles<T, Activation, G>);
     plan.key_slice = slice_length(s.queries, s.batch * plan.key_tiles, kEnough);
     plan.key_slices = ceil_div(s.queries, plan.key_slice);
     const int64_t most = kKeyBytes / static_cast<int64_t>(tile_pitch(G) * sizeof(T)) / 16 * 16;
@@ -40,10 +40,10 @@ GradPartials<T> take_partials(Arena& arena, const PairSizes& s, const GradPlan& 
 int64_t hdim_grad_pairs_workspace(const HdimInputs& in) {
     const PairSizes sizes(in);
     Arena arena{nullptr};
-    with_pair_types(in, [&](auto element, auto, auto groups) {
+    with_pair_types(in, [&](auto element, auto activation, auto groups) {
         using T = decltype(element);
         take_packed<T>(arena, sizes);
-        take_partials<T>(arena, sizes, make_plan<T, decltype(groups)::value>(sizes));
+        take_partials<T>(arena, sizes, make_plan<T, decltype(activation), decltype(groups)::value>(sizes));
     });
     return arena.used;
 }
@@ -56,7 +56,7 @@ void hdim_grad_pairs(const HdimGradPairs& args, void* stream) {
         constexpr int G = decltype(groups)::value;
         Arena arena{static_cast<char*>(args.workspace)};
         const Packed<T> packed = take_packed<T>(arena, sizes);
-        const GradPlan plan = make_plan<T, G>(sizes);
+        const GradPlan plan = make_plan<T, Activation, G>(sizes);
         const GradPartials<T> partials = take_partials<T>(arena, sizes, plan);
         softmax_backward<T>(args, sizes, stream);
         grad_keys<T, Activation, G>(args, packed, sizes, plan, partials, stream);

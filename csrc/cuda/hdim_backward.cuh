@@ -26,11 +26,11 @@ struct GradPartials {
 };
 
 // Tiles of 16 keys in a warp of hdim_grad_keys: as many as leave no register to spill.
-template <class T, int G>
-constexpr int kGradTiles = !is_half<T> || G == 8 ? 1
-                           : G == 2              ? 4
-                           : G == 3              ? 3
-                                                 : 2;
+template <class T, class Activation, int G>
+constexpr int kGradTiles = !is_half<T> || G == 8                        ? 1
+                           : G == 2                                     ? 4
+                           : G == 3 && std::is_same_v<Activation, Relu> ? 3
+                                                                        : 2;
 
 // Groups of columns whose gradients fit in registers at a time; for the others the pairs are walked over again.
 template <class T, int G>

@@ -52,7 +52,7 @@ __device__ __forceinline__ void split_distance(A grad, A query, A key, A& grad_q
 template <class T, class Activation, int G>
 __global__ void __launch_bounds__(kThreads, kPairBlocks) hdim_grad_keys_kernel(GradKeys<T> args) {
     using A = Accumulator<T>;
-    constexpr int kTiles = kGradTiles<T, G>, kKeys = 16 * kTiles, kGroups = kGradGroups<T, G>;
+    constexpr int kTiles = kGradTiles<T, Activation, G>, kKeys = 16 * kTiles, kGroups = kGradGroups<T, G>;
     constexpr int kPitch = tile_pitch(3 * G), kKeyPitch = tile_pitch(G);
     const Packed<T>& p = args.packed;
     const PairSizes& s = args.sizes;
@@ -112,6 +112,7 @@ __global__ void __launch_bounds__(kThreads, kPairBlocks) hdim_grad_keys_kernel(G
                 if (ballot(any) != 0) {  // else masked, all of them
                     const T* const query_row = p.query + row * 8 * G;
                     const QueryRow<T, G, kHoldsKeys<T, G>> query(query_row);
+                    const PairFeatures<T, G, kTiles> features(keys, query);
 
                     Sum<T> grad_distance[kTiles][kGroups] = {};
                     const A* const hidden = p.query_hidden + row * s.hidden + chunk + lane_column();
@@ -128,7 +129,7 @@ __global__ void __launch_bounds__(kThreads, kPairBlocks) hdim_grad_keys_kernel(G
                             Sum<T> pre[kTiles];
 #pragma unroll
                             for (int r = 0; r < kTiles; ++r) pre[r] = {{u.at[0], u.at[1], u.at[0], u.at[1]}};
-                            add_scores<T, G>(pre, keys, slab + 8 * n * kPitch, kPitch, query);
+                            add_scores(pre, keys, features, slab + 8 * n * kPitch, kPitch, query);
 #pragma unroll
                             for (int r = 0; r < kTiles; ++r) {
 #pragma unroll
@@ -219,7 +220,7 @@ void grad_keys(const HdimGradPairs& args, const Packed<T>& packed, const PairSiz
                             plan.key_slices,
                             plan.key_slice,
                             most < s.hidden ? most : s.hidden};
-    const size_t keys = size_t{16} * kGradTiles<T, G> * tile_pitch(G) * sizeof(T);
+    const size_t keys = size_t{16} * kGradTiles<T, Activation, G> * tile_pitch(G) * sizeof(T);
     launch("hdim_grad_keys", hdim_grad_keys_kernel<T, Activation, G>,
            {ceil_div(s.batch * plan.key_tiles * plan.key_slices, kWarps), kThreads, stream,
             grad_weight_bytes<T, G>(pairs.chunk) + kWarps * keys},

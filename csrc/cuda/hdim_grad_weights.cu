@@ -11,8 +11,9 @@
 //   ∂Wa = S qᵀ    ∂Wb = X    ∂Wc = X∘q    ∂Wd = Y    ∂q = w2·(Wc∘X + Wa·S), summed over hidden units
 //
 // Y needs no sum of its own per query. Per pair 2·3D·M and 2·2D·M tensor flops, some 5·M + D·M/4 other operations. D =
-// 24, M = 96 on an H200, where mma.sync may reach 600 TFLOP/s: tensor cores 38 ps, other units 32 ps, shared memory 36
-// ps a pair: every warp reads all keys for its 16 hidden units.
+// 24, M = 96, bfloat16 on an H200, if mma.sync reaches 600 TFLOP/s: tensor cores 38 ps a pair, shared memory 36 ps
+// (every warp reads all keys for its 16 hidden units); the machine code has about 140 instructions for 16 matrix
+// instructions, which take 100 cycles: bound by the issue of instructions.
 #include "hdim_backward.cuh"
 
 namespace xlayer::cuda {
@@ -32,7 +33,7 @@ template <class T, int G>
 struct Own {
     static constexpr int kPitch = tile_pitch(kWeightBlocks * G);
     alignas(16) T weight[16 * kPitch];
-    alignas(16) Accumulator<T> sum[3][16][8 * G];
+    alignas(16) Accumulator<T> sum[3][16][tile_pitch(G)];
 };
 
 template <class T, int G>
@@ -80,10 +81,10 @@ __device__ __forceinline__ void add_pair(A* to, A first, A second) {
 }
 
 // resources: hdim_grad_weights_kernel<*float16, *, [23]> threads 128, registers 168, shared 64512, occupancy 0.125
-// resources: hdim_grad_weights_kernel<*float16, *, 4> threads 128, registers 168, shared 74752, occupancy 0.125
-// resources: hdim_grad_weights_kernel<[ft]*, *, 4> threads 128, registers 255, shared 92160, occupancy 0.0625
+// resources: hdim_grad_weights_kernel<*float16, *, 4> threads 128, registers 168, shared 80384, occupancy 0.125
+// resources: hdim_grad_weights_kernel<[ft]*, *, 4> threads 128, registers 255, shared 96256, occupancy 0.0625
 // resources: hdim_grad_weights_kernel<double, *, 8> threads 32, registers 255, shared 92160, occupancy 0.015625
-// resources: hdim_grad_weights_kernel threads 64, registers 255, shared 92160, occupancy 0.03125
+// resources: hdim_grad_weights_kernel threads 64, registers 255, shared 96256, occupancy 0.03125
 // sass: hdim_grad_weights_kernel<*float16, *> HMMA.16816, LDSM, LDGSTS.128
 // sass: hdim_grad_weights_kernel<float, *> HMMA.1688, LDGSTS.128
 // sass: hdim_grad_weights_kernel<tf32, *> HMMA.1688, LDGSTS.128
@@ -145,6 +146,10 @@ __global__ void __launch_bounds__(kOwners<T, G>* kWarp, kPairBlocks * 4 / kOwner
             const int64_t row = b * s.queries + i;
             const T* const query_row = p.query + row * 8 * G;
             const QueryRow<T, G, kHoldsWeights<T, G>> query(query_row);
+            Pair<T> across[kHoldsWeights<T, G> ? kGroups : 1];  // columns g, each twice
+#pragma unroll
+            for (int g = 0; g < kGroups && kHoldsWeights<T, G>; ++g)
+                across[g] = load_twice(query_row + 8 * g + lane_row());
             const A* const grad_row = args.grad_logits + row * s.pitch + first + lane_column();
             const A u[2] = {p.query_hidden[row * s.hidden + unit + lane_row()],
                             p.query_hidden[row * s.hidden + unit + lane_row() + 8]};
@@ -175,11 +180,12 @@ __global__ void __launch_bounds__(kOwners<T, G>* kWarp, kPairBlocks * 4 / kOwner
 #pragma unroll
                 for (int g = 0; g < kGroups; ++g) {
                     Right<T> key[2];
-                    const Pair<T> across = load_twice(query_row + 8 * (walk + g) + lane_row());
+                    const Pair<T> here = kHoldsWeights<T, G> ? across[kHoldsWeights<T, G> ? g : 0]
+                                                             : load_twice(query_row + 8 * (walk + g) + lane_row());
                     load_right(key, tile_of_keys + 8 * (walk + g), kKeyPitch);
                     multiply(of_key[g], grad_hidden, key);
 #pragma unroll
-                    for (int n = 0; n < 2; ++n) key[n] = {distance<T>(key[n].at, across)};
+                    for (int n = 0; n < 2; ++n) key[n] = {distance<T>(key[n].at, here)};
                     multiply(of_distance[g], grad_hidden, key);
                 }
             }
@@ -204,8 +210,8 @@ __global__ void __launch_bounds__(kOwners<T, G>* kWarp, kPairBlocks * 4 / kOwner
                     const A x[2] = {of_key[g].at[2 * h], of_key[g].at[2 * h + 1]};
                     A* const place = &own.sum[0][lane_row() + 8 * h][8 * (walk + g) + lane_column()];
                     add_pair(place, of_query[h] * q[0], of_query[h] * q[1]);
-                    add_pair(place + 16 * 8 * G, x[0], x[1]);
-                    add_pair(place + 2 * 16 * 8 * G, x[0] * q[0], x[1] * q[1]);
+                    add_pair(place + 16 * tile_pitch(G), x[0], x[1]);
+                    add_pair(place + 2 * 16 * tile_pitch(G), x[0] * q[0], x[1] * q[1]);
 #pragma unroll
                     for (int c = 0; c < 2; ++c)
                         grad_query[c] += weight2[h] * (element<T>(hadamard[0].row[h], c) * x[c] +

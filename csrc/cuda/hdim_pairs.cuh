@@ -14,6 +14,7 @@
 // to their logits: 0, −inf for masked keys, else NaN.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 #include <type_traits>
 
@@ -35,6 +36,11 @@ template <class A>
 __device__ __forceinline__ A infinity() {
     return static_cast<A>(HUGE_VALF);
 }
+// The logit of an allowed pair whose own is −inf, which is what says that a pair is not allowed.
+template <class A>
+__device__ __forceinline__ A lowest() {
+    return sizeof(A) == 8 ? static_cast<A>(-DBL_MAX) : static_cast<A>(-FLT_MAX);
+}
 template <class A>
 __device__ __forceinline__ A not_a_number() {
     return infinity<A>() - infinity<A>();
@@ -53,7 +59,7 @@ struct TokenFlags {
 // Sizes as the packed arrays have them.
 struct PairSizes {
     int64_t batch, queries, keys, pitch;
-    int hidden;  // M, a multiple of 16
+    int hidden;  // M, a multiple of 16, at least 16
     int groups;  // G
 
     explicit PairSizes(const HdimInputs& in)
@@ -61,7 +67,7 @@ struct PairSizes {
           queries(in.queries),
           keys(in.keys),
           pitch(hdim_pitch(in.keys)),
-          hidden(static_cast<int>(round_up(in.mlp_dim, 16))),
+          hidden(static_cast<int>(in.mlp_dim > 0 ? round_up(in.mlp_dim, 16) : 16)),
           groups(0) {
         const int wanted = static_cast<int>(ceil_div(in.proj_dim, 8));
         const int half_precision[] = {2, 3, 4, 8}, full_precision[] = {4, 8};  // what kernels are compiled for
@@ -94,9 +100,9 @@ struct Arena {
 
     template <class V>
     V* take(int64_t count) {
-        V* array = reinterpret_cast<V*>(base + used);
+        const int64_t at = used;
         used += round_up(count * static_cast<int64_t>(sizeof(V)), 64);
-        return base == nullptr ? nullptr : array;
+        return base == nullptr ? nullptr : reinterpret_cast<V*>(base + at);
     }
 };
 
@@ -121,7 +127,7 @@ Packed<T> take_packed(Arena& arena, const PairSizes& s) {
 struct Relu {
     template <class A>
     static __device__ __forceinline__ A value(A x) {
-        return x < 0 ? A(0) : x;  // NaN stays
+        return at_least_zero(x);
     }
     template <class A>
     static __device__ __forceinline__ A slope(A x) {
@@ -184,27 +190,48 @@ class QueryRow {
     Pair<T> held_[Hold ? G : 1];
 };
 
+// q∘k and |q−k| of R tiles of 16 keys, for the query at hand. In half precision they are made once and kept: the
+// compiler would make them again for every 8 hidden units. Else they are made where they are used.
+template <class T, int G, int R>
+class PairFeatures {
+  public:
+    template <class Keys, class Query>
+    __device__ __forceinline__ PairFeatures(const Keys& keys, const Query& query) {
+        if constexpr (is_half<T>) {
+#pragma unroll
+            for (int r = 0; r < R; ++r) {
+#pragma unroll
+                for (int g = 0; g < G; ++g) {
+                    const Left<T> key = keys(r, g);
+#pragma unroll
+                    for (int h = 0; h < 2; ++h) {
+                        held_[r][g].row[h] = product<T>(key.row[h], query(g));
+                        held_[r][G + g].row[h] = distance<T>(key.row[h], query(g));
+                    }
+                }
+            }
+        }
+    }
+    __device__ __forceinline__ const Left<T>& operator()(int r, int g) const { return held_[r][g]; }
+
+  private:
+    Left<T> held_[is_half<T> ? R : 1][is_half<T> ? 2 * G : 1];
+};
+
 // pre[r] += [k | q∘k | |q−k|] · [Wb | Wc | Wd]ᵀ for R tiles of 16 keys and 8 hidden units, whose weights begin at
 // `weights`. keys(r, g) is group g of tile r; query is a QueryRow.
 template <class T, int G, int R, class Keys, class Query>
-__device__ __forceinline__ void add_scores(Sum<T> (&pre)[R], const Keys& keys, const T* weights, int pitch,
-                                           const Query& query) {
+__device__ __forceinline__ void add_scores(Sum<T> (&pre)[R], const Keys& keys, const PairFeatures<T, G, R>& features,
+                                           const T* weights, int pitch, const Query& query) {
     if constexpr (is_half<T>) {
         Right<T> columns[3 * G];
         load_right_from_rows(columns, weights, pitch);
 #pragma unroll
         for (int r = 0; r < R; ++r) {
-            Left<T> features[3 * G];
+            Left<T> all[3 * G];
 #pragma unroll
-            for (int g = 0; g < G; ++g) {
-                const Left<T> key = features[g] = keys(r, g);
-#pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    features[G + g].row[h] = product<T>(key.row[h], query(g));
-                    features[2 * G + g].row[h] = distance<T>(key.row[h], query(g));
-                }
-            }
-            multiply(pre[r], features, columns);
+            for (int g = 0; g < 3 * G; ++g) all[g] = g < G ? keys(r, g) : features(r, g - G);
+            multiply(pre[r], all, columns);
         }
     } else {  // one group at a time: all of them would not fit in registers
 #pragma unroll(sizeof(T) == 8 ? 1 : G)

@@ -1,10 +1,10 @@
 // Scores every pair: logit_ij = w2 · act(pre_ij), for forward and again for backward.
 //
 // A warp keeps 16·R keys in registers and walks over a slice of the queries; the weights lie in shared memory, read
-// once for all of a warp's keys. Per pair 2·3D·M tensor flops, 2·M + 4·D other operations (21·M for GELU), 4 bytes
-// written. D = 24, M = 96 on an H200, where mma.sync may reach 600 TFLOP/s, the other units 33 T operations/s, shared
-// memory 128 bytes per clock and multiprocessor: tensor cores 23 ps a pair, other units 9 ps, shared memory 8 ps: bound
-// by the tensor cores.
+// once for all of a warp's keys. Per pair 2·3D·M tensor flops, 2·M + 3·D other operations (some 20·M for GELU), 4 bytes
+// written. D = 24, M = 96, bfloat16 on an H200, if mma.sync reaches 600 TFLOP/s: tensor cores 23 ps a pair; the machine
+// code has about 170 instructions for 40 matrix instructions, which take 250 cycles: bound by the tensor cores. With
+// GELU the other units bound it, by far.
 #include "hdim_pack.cuh"
 
 namespace xlayer::cuda {
@@ -45,7 +45,8 @@ __device__ __forceinline__ void write(const Score<T>& args, int64_t b, int64_t i
         const bool allowed =
             key_bias != -infinity<A>() &&
             (args.pair_mask == nullptr || args.pair_mask[b * stride[0] + i * stride[1] + j * stride[2]]);
-        sum = allowed ? sum + (key_bias + args.packed.query_bias[row]) : -infinity<A>();
+        sum += key_bias + args.packed.query_bias[row];
+        sum = !allowed ? -infinity<A>() : sum == -infinity<A>() ? lowest<A>() : sum;
     }
     *place = sum;
 }
@@ -112,6 +113,7 @@ __global__ void __launch_bounds__(kThreads, kPairBlocks) hdim_score_kernel(Score
         for (int64_t i = begin; i < end; ++i) {
             const int64_t row = b * s.queries + i;
             const QueryRow<T, G, kHolds> query(p.query + row * 8 * G);
+            const PairFeatures<T, G, kTiles> features(keys, query);
             const A* const hidden = p.query_hidden + row * s.hidden + chunk + lane_column();
             A logit[kTiles][2] = {};
 #pragma unroll(is_half<T> ? 2 : 1)
@@ -120,7 +122,7 @@ __global__ void __launch_bounds__(kThreads, kPairBlocks) hdim_score_kernel(Score
                 Sum<T> pre[kTiles];
 #pragma unroll
                 for (int r = 0; r < kTiles; ++r) pre[r] = {{u.at[0], u.at[1], u.at[0], u.at[1]}};
-                add_scores<T, G>(pre, keys, weights + m * kPitch, kPitch, query);
+                add_scores(pre, keys, features, weights + m * kPitch, kPitch, query);
 #pragma unroll
                 for (int r = 0; r < kTiles; ++r) {
 #pragma unroll

@@ -39,7 +39,7 @@ __device__ __forceinline__ A top_of_row(const A* logits, int64_t pitch) {
     }
 #pragma unroll
     for (int mask = kWarp / 2; mask > 0; mask /= 2) top = greater(top, shuffle_xor(top, mask));
-    return top;
+    return top == lowest<A>() ? not_a_number<A>() : top;  // all logits −inf: nothing to be divided by
 }
 
 template <class T>

@@ -18,8 +18,10 @@ using torch::stable::transpose;
 void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
     using torch::stable::detail::from, torch::stable::detail::to;
     std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
-    STD_TORCH_CHECK(torch_call_dispatcher("aten::bmm", "out", stack.data(), TORCH_ABI_VERSION) == AOTI_TORCH_SUCCESS,
-                    "a product of matrices failed");
+    STD_TORCH_CHECK(
+        torch_call_dispatcher("aten::bmm", "out", stack.data(), TORCH_ABI_VERSION) == AOTI_TORCH_SUCCESS,
+        "the product of probabilities and values, or of their gradients, failed in aten::bmm (out of memory, or "
+        "deterministic algorithms without CUBLAS_WORKSPACE_CONFIG=:4096:8)");
     to<Tensor>(stack[0]);  // the result's handle is ours to release
 }
 

@@ -89,6 +89,8 @@ XLAYER_UNCHECKED inline void mma_8x8x4(double& d0, double& d1, double a, double 
     d1 = d[1];
 }
 
+inline float at_least_zero(float x) { return x < 0 ? 0 : x; }
+inline double at_least_zero(double x) { return x < 0 ? 0 : x; }
 inline uint32_t to_tf32(float x) { return emulator::to_tf32(x); }
 
 template <class T>

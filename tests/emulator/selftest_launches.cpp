@@ -69,7 +69,7 @@ void asking_for_shared_memory(Random&) {
     require_equal(launched(60001), cudaErrorInvalidValue, "a launch with more than it asked for");
     require_equal(try_launch({dim3(1), dim3(1), 60000}), cudaErrorInvalidValue, "another kernel");
     require_error([&] { launch("greedy", do_nothing, {1, 32, nullptr, 100 * 1024}, Nothing{}); },
-                  {"greedy: dynamic shared memory of 102400 bytes, a block gets at most 101376"});
+                  {"greedy: dynamic shared memory is 102400 bytes, the most is 101376"});
 }
 
 // --- Kernels that would hang ----------------------------------------------------------------------------------------
