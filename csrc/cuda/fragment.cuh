@@ -108,9 +108,9 @@ __device__ __forceinline__ Left<T> round_to_left(const Sum<T>& sum) {
     return {{make_pair<T>(sum.at[0], sum.at[1]), make_pair<T>(sum.at[2], sum.at[3])}};
 }
 
-// --- From shared memory. Rows of a tile lie `pitch` elements apart, an odd multiple of 8, so that no two rows meet in
-// a bank; every tile begins at a multiple of 16 bytes.
-// -------------------------------------------------------------------
+// --- From shared memory ---------------------------------------------------------------------------------------------
+// Rows of a tile lie `pitch` elements apart, an odd multiple of 8, so that no two rows meet in a bank; every tile
+// begins at a multiple of 16 bytes.
 
 __host__ __device__ constexpr int tile_pitch(int groups) { return 8 * (groups | 1); }
 

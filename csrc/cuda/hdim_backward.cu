@@ -10,9 +10,7 @@ template <class T, class Activation, int G>
 GradPlan make_plan(const PairSizes& s) {
     constexpr int64_t kEnough = 2048;  // warps: two for each that a large GPU holds at once
     GradPlan plan;
-    plan.key_tiles = ceil_div(s.keys, 16 * kGradTiles<T, Activation, G>);
-    plan.key_slice = slice_length(s.queries, s.batch * plan.key_tiles, kEnough);
-    plan.key_slices = ceil_div(s.queries, plan.key_slice);
+    plan.keys = make_walk<T, G, kGradTiles<T, Activation, G>>(s, kEnough);
     const int64_t most = kKeyBytes / static_cast<int64_t>(tile_pitch(G) * sizeof(T)) / 16 * 16;
     plan.weight_chunk = s.pitch < most ? s.pitch : most;
     plan.weight_chunks = plan.weight_chunk == 0 ? 0 : ceil_div(s.keys, plan.weight_chunk);
@@ -27,9 +25,9 @@ GradPartials<T> take_partials(Arena& arena, const PairSizes& s, const GradPlan& 
     using A = Accumulator<T>;
     const int64_t width = 8 * s.groups, parts = s.batch * plan.weight_chunks * plan.weight_slices;
     GradPartials<T> to;
-    to.query_of_pairs = arena.take<A>(s.batch * plan.key_tiles * s.queries * width);
+    to.query_of_pairs = arena.take<A>(s.batch * plan.keys.tiles * s.queries * width);
     to.query_of_weights = arena.take<A>(s.batch * plan.weight_chunks * plan.weight_tiles * s.queries * width);
-    to.key = arena.take<A>(s.batch * plan.key_slices * s.keys * width);
+    to.key = arena.take<A>(s.batch * plan.keys.slices * s.keys * width);
     to.weight = arena.take<A>(parts * s.hidden * 4 * width);
     to.hidden = arena.take<A>(parts * s.hidden * 2);
     return to;

@@ -4,13 +4,14 @@
 #pragma once
 
 #include "hdim_pack.cuh"
+#include "hdim_walk.cuh"
 
 namespace xlayer::cuda {
 
 // How the pairs are cut. hdim_grad_keys: a warp takes 16·R keys and a slice of queries. hdim_grad_weights: a warp takes
 // 16 hidden units, a block a chunk of keys and a slice of queries.
 struct GradPlan {
-    int64_t key_tiles, key_slices, key_slice;
+    Walk keys;                            // of hdim_grad_keys
     int64_t weight_chunks, weight_chunk;  // of keys
     int64_t weight_slices, weight_slice, weight_tiles;
 };
@@ -18,19 +19,18 @@ struct GradPlan {
 template <class T>
 struct GradPartials {
     using A = Accumulator<T>;
-    A* query_of_pairs;    // [B][key_tiles][Sq][8G]
+    A* query_of_pairs;    // [B][tiles][Sq][8G]
     A* query_of_weights;  // [B][weight_chunks][weight_tiles][Sq][8G]
-    A* key;               // [B][key_slices][Sk][8G]
+    A* key;               // [B][slices][Sk][8G]
     A* weight;            // [B][weight_chunks][weight_slices][M][4][8G]: Σ G times q, k, q∘k, |q−k|, without w2
     A* hidden;            // [B][weight_chunks][weight_slices][M][2]: Σ G, and Σ ∂L/∂logit · act
 };
 
 // Tiles of 16 keys in a warp of hdim_grad_keys: as many as leave no register to spill.
 template <class T, class Activation, int G>
-constexpr int kGradTiles = !is_half<T> || G == 8                        ? 1
-                           : G == 2                                     ? 4
-                           : G == 3 && std::is_same_v<Activation, Relu> ? 3
-                                                                        : 2;
+constexpr int kGradTiles = !is_half<T> || G == 8 ? 1
+                           : G == 4              ? 2
+                                                 : (G == 2 ? 4 : 3) - (std::is_same_v<Activation, Gelu> ? 1 : 0);
 
 // Groups of columns whose gradients fit in registers at a time; for the others the pairs are walked over again.
 template <class T, int G>

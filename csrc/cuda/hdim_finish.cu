@@ -128,7 +128,7 @@ void finish(const HdimGradPairs& args, const Packed<T>& packed, const PairSizes&
     const int width = 8 * s.groups, D = static_cast<int>(args.in.proj_dim);
     const int64_t query = s.queries * width, key = s.keys * width, in_weights = plan.weight_chunks * plan.weight_tiles;
     finish_tokens<T>("hdim_finish_query",
-                     {{from.query_of_pairs, plan.key_tiles, query, plan.key_tiles * query},
+                     {{from.query_of_pairs, plan.keys.tiles, query, plan.keys.tiles * query},
                       {from.query_of_weights, in_weights, query, in_weights * query},
                       static_cast<T*>(args.grad_query),
                       s.batch,
@@ -137,7 +137,7 @@ void finish(const HdimGradPairs& args, const Packed<T>& packed, const PairSizes&
                       width},
                      stream);
     finish_tokens<T>("hdim_finish_key",
-                     {{from.key, plan.key_slices, key, plan.key_slices * key},
+                     {{from.key, plan.keys.slices, key, plan.keys.slices * key},
                       {nullptr, 0, 0, 0},
                       static_cast<T*>(args.grad_key),
                       s.batch,

@@ -6,6 +6,7 @@
 // code has about 170 instructions for 40 matrix instructions, which take 250 cycles: bound by the tensor cores. With
 // GELU the other units bound it, by far.
 #include "hdim_pack.cuh"
+#include "hdim_walk.cuh"
 
 namespace xlayer::cuda {
 namespace {
@@ -21,16 +22,8 @@ struct Score {
     const bool* pair_mask;
     int64_t pair_mask_stride[3];
     Accumulator<T>* logits;
-    int64_t key_tiles, slices, slice;  // a slice is `slice` queries
-    int chunk;                         // hidden units in shared memory at a time
+    Walk walk;
 };
-
-template <class T, int G>
-__host__ __device__ constexpr size_t score_weight_bytes(int chunk) {
-    return chunk * (tile_pitch(3 * G) * sizeof(T) + sizeof(Accumulator<T>));
-}
-template <class T, int G>
-constexpr size_t kScoreKeyBytes = size_t{16} * kScoreTiles<T, G> * tile_pitch(G) * sizeof(T);
 
 // Adds a pair's share of these hidden units to its logit; with the last ones, what its tokens and masks say.
 template <class T, class A>
@@ -59,70 +52,41 @@ __device__ __forceinline__ void write(const Score<T>& args, int64_t b, int64_t i
 template <class T, class Activation, int G>
 __global__ void __launch_bounds__(kThreads, kPairBlocks) hdim_score_kernel(Score<T> args) {
     using A = Accumulator<T>;
-    constexpr int kTiles = kScoreTiles<T, G>, kKeys = 16 * kTiles, kPitch = tile_pitch(3 * G),
-                  kKeyPitch = tile_pitch(G);
+    constexpr int kTiles = kScoreTiles<T, G>;
     constexpr bool kHolds = sizeof(T) < 8;  // keys and query in registers, else read where they are used
     const Packed<T>& p = args.packed;
     const PairSizes& s = args.sizes;
-    const int warp = static_cast<int>(threadIdx.x) / kWarp, t = lane_id() % 4;
-    T* const weights = shared_memory<T>();
-    A* const weight2 = reinterpret_cast<A*>(weights + args.chunk * kPitch);
-    T* const key_tile = reinterpret_cast<T*>(weight2 + args.chunk) + warp * kKeys * kKeyPitch;
+    const Share share(args.walk, s, 16 * kTiles);
+    const WalkMemory<T, G, kTiles> memory(args.walk.chunk);
+    memory.load_keys(p, s, share);
+    const KeyTiles<T, G, kTiles, kHolds> keys(memory);
 
-    // Neighbouring warps take the same queries.
-    const int64_t item = static_cast<int64_t>(blockIdx.x) * kWarps + warp;
-    const int64_t tile = item % args.key_tiles, b = item / args.key_tiles / args.slices;
-    const int64_t begin = item / args.key_tiles % args.slices * args.slice, first = tile * kKeys;
-    const int64_t end = b >= s.batch ? begin : begin + args.slice < s.queries ? begin + args.slice : s.queries;
-    const int present = b < s.batch ? static_cast<int>(s.keys - first < kKeys ? s.keys - first : kKeys) : 0;
-
-    copy_rows(key_tile, kKeyPitch, p.key + (b * s.keys + first) * 8 * G, 8 * G, kKeys, present, 8 * G, lane_id(),
-              kWarp);
-    wait_copies<0>();
-    sync_warp();
-    Left<T> held[kTiles][kHolds ? G : 1];
-    if constexpr (kHolds) {
-#pragma unroll
-        for (int r = 0; r < kTiles; ++r) load_left(held[r], key_tile + 16 * r * kKeyPitch, kKeyPitch);
-    }
-    auto keys = [&](int r, int g) {
-        if constexpr (kHolds) return held[r][g];
-        Left<T> group[1];
-        load_left(group, key_tile + 16 * r * kKeyPitch + 8 * g, kKeyPitch);
-        return group[0];
-    };
     // Of the four lanes that share a row, lane t writes tile t.
-    const int64_t mine[2] = {first + 16 * t + lane_row(), first + 16 * t + lane_row() + 8};
+    const int t = lane_id() % 4;
+    const int64_t mine[2] = {share.first + 16 * t + lane_row(), share.first + 16 * t + lane_row() + 8};
     A key_bias[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        const bool real = t < kTiles && b < s.batch && mine[h] < s.keys;
-        key_bias[h] = real ? p.key_bias[b * s.keys + mine[h]] : -infinity<A>();
+        const bool real = t < kTiles && share.b < s.batch && mine[h] < s.keys;
+        key_bias[h] = real ? p.key_bias[share.b * s.keys + mine[h]] : -infinity<A>();
     }
 
-    for (int chunk = 0; chunk < s.hidden; chunk += args.chunk) {
-        const int count = s.hidden - chunk < args.chunk ? s.hidden - chunk : args.chunk;
-        const bool last = chunk + count == s.hidden;
-        if (chunk > 0) sync_block();  // the last chunk is no longer needed
-        copy_rows(weights, kPitch, p.weight + static_cast<int64_t>(chunk) * kWeightBlocks * 8 * G,
-                  kWeightBlocks * 8 * G, count, count, 3 * 8 * G, static_cast<int>(threadIdx.x), kThreads);
-        for (int m = static_cast<int>(threadIdx.x); m < count; m += kThreads) weight2[m] = p.weight2[chunk + m];
-        wait_copies<0>();
-        sync_block();
-
-        for (int64_t i = begin; i < end; ++i) {
-            const int64_t row = b * s.queries + i;
+    for (int chunk = 0; chunk < s.hidden; chunk += args.walk.chunk) {
+        const int count = s.hidden - chunk < args.walk.chunk ? s.hidden - chunk : args.walk.chunk;
+        memory.load_weights(p, chunk, count);
+        for (int64_t i = share.begin; i < share.end; ++i) {
+            const int64_t row = share.b * s.queries + i;
             const QueryRow<T, G, kHolds> query(p.query + row * 8 * G);
             const PairFeatures<T, G, kTiles> features(keys, query);
             const A* const hidden = p.query_hidden + row * s.hidden + chunk + lane_column();
             A logit[kTiles][2] = {};
 #pragma unroll(is_half<T> ? 2 : 1)
             for (int m = 0; m < count; m += 8) {
-                const Vector<A, 2> u = load<2>(hidden + m), w2 = load<2>(weight2 + m + lane_column());
+                const Vector<A, 2> u = load<2>(hidden + m), w2 = load<2>(memory.weight2 + m + lane_column());
                 Sum<T> pre[kTiles];
 #pragma unroll
                 for (int r = 0; r < kTiles; ++r) pre[r] = {{u.at[0], u.at[1], u.at[0], u.at[1]}};
-                add_scores(pre, keys, features, weights + m * kPitch, kPitch, query);
+                add_scores(pre, keys, features, memory.weights + m * memory.kPitch, memory.kPitch, query);
 #pragma unroll
                 for (int r = 0; r < kTiles; ++r) {
 #pragma unroll
@@ -141,7 +105,8 @@ __global__ void __launch_bounds__(kThreads, kPairBlocks) hdim_score_kernel(Score
             }
             if (t < kTiles) {
 #pragma unroll
-                for (int h = 0; h < 2; ++h) write(args, b, i, mine[h], out[h], key_bias[h], chunk == 0, last);
+                for (int h = 0; h < 2; ++h)
+                    write(args, share.b, i, mine[h], out[h], key_bias[h], chunk == 0, chunk + count == s.hidden);
             }
             sync_warp();  // matrix instructions want the warp back together
         }
@@ -150,22 +115,16 @@ __global__ void __launch_bounds__(kThreads, kPairBlocks) hdim_score_kernel(Score
 
 template <class T, class Activation, int G>
 void score(const HdimScore& args, const Packed<T>& packed, const PairSizes& s, void* stream) {
+    constexpr int64_t kEnough = 4096;  // warps
     const HdimInputs& in = args.in;
-    const size_t most = kWeightBytes / score_weight_bytes<T, G>(1) / 16 * 16;
-    Score<T> score{packed,
-                   s,
-                   in.pair_mask,
-                   {in.pair_mask_stride[0], in.pair_mask_stride[1], in.pair_mask_stride[2]},
-                   static_cast<Accumulator<T>*>(args.logits),
-                   ceil_div(s.keys, 16 * kScoreTiles<T, G>),
-                   0,
-                   0,
-                   static_cast<int>(most) < s.hidden ? static_cast<int>(most) : s.hidden};
-    score.slice = slice_length(s.queries, s.batch * score.key_tiles, 4096);
-    score.slices = ceil_div(s.queries, score.slice);
-    const size_t shared = score_weight_bytes<T, G>(score.chunk) + kWarps * kScoreKeyBytes<T, G>;
+    const Score<T> score{packed,
+                         s,
+                         in.pair_mask,
+                         {in.pair_mask_stride[0], in.pair_mask_stride[1], in.pair_mask_stride[2]},
+                         static_cast<Accumulator<T>*>(args.logits),
+                         make_walk<T, G, kScoreTiles<T, G>>(s, kEnough)};
     launch("hdim_score", hdim_score_kernel<T, Activation, G>,
-           {ceil_div(s.batch * score.key_tiles * score.slices, kWarps), kThreads, stream, shared}, score);
+           walk_launch<T, G, kScoreTiles<T, G>>(s, score.walk, stream), score);
 }
 
 }  // namespace
