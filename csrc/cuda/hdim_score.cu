@@ -11,7 +11,7 @@
 namespace xlayer::cuda {
 namespace {
 
-// Tiles of 16 keys that a warp holds, for keys and their minima with a query to fit in registers.
+// Tiles of 16 keys that a warp holds, for keys and their features with a query to fit in registers.
 template <class T, int G>
 constexpr int kScoreTiles = is_half<T> ? (G <= 4 ? 4 : 2) : (sizeof(T) == 4 && G == 4 ? 2 : 1);
 
