@@ -124,6 +124,14 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks) hdim_softmax_backward
         total = add_over_lanes(total);
         const A inverse = empty ? A(0) : A(1) / total;
         mean = add_over_lanes(mean) * inverse;
+        if constexpr (!is_half<T>) {  // what rounding has left of Σ p (∂L/∂P − mean), which is 0, belongs to the mean
+            A rest = 0;
+            for (int64_t j = lane_id(); j < args.keys && !empty; j += kWarp) {
+                const A weight = exp(logits[j] - top);
+                rest += weight == 0 ? weight : weight * (widen(probability[j]) - mean);
+            }
+            mean += add_over_lanes(rest) * inverse;
+        }
         const A log_total = log(total), entropy = log_total - add_over_lanes(moment) * inverse;
         const A grad_entropy = args.grad_row_entropy == nullptr ? A(0) : args.grad_row_entropy[row];
         sync_warp();  // logits change hands: other lanes have read what this one overwrites
