@@ -1,6 +1,7 @@
 // Rows of logits to probabilities, and on the way back from ∂L/∂P to ∂L/∂logit. A warp takes a row and goes over it
-// three times, of which the first comes from memory and the others from the caches. Bound by memory: forward reads a
-// logit and writes a probability a pair, backward reads a logit and ∂L/∂P and writes as much.
+// three times (backward in float32 and float64 four), of which the first comes from memory and the others from the
+// caches. Bound by memory: forward reads a logit and writes a probability a pair, backward reads a logit and ∂L/∂P and
+// writes as much.
 //
 // Backward makes the same probabilities again rather than from the saved logsumexp: with the same weights behind P and
 // Σ_j P_ij ∂L/∂P_ij, the gradient of a row of logits keeps its sum of zero however logsumexp was rounded.
