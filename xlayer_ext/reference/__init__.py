@@ -1,6 +1,18 @@
 """Every operator as plain PyTorch: slow, memory-hungry, and what the kernels are tested against."""
 
 from xlayer_ext.reference.hdim import bilinear_attention, cosine_attention, hdim_attention, value_fusion
+from xlayer_ext.reference.hyper import hyper_coefficients, hyper_post, hyper_post_pre, hyper_pre, manifold
 from xlayer_ext.reference.routing import masked_mean
 
-__all__ = ["bilinear_attention", "cosine_attention", "hdim_attention", "masked_mean", "value_fusion"]
+__all__ = [
+    "bilinear_attention",
+    "cosine_attention",
+    "hdim_attention",
+    "hyper_coefficients",
+    "hyper_post",
+    "hyper_post_pre",
+    "hyper_pre",
+    "manifold",
+    "masked_mean",
+    "value_fusion",
+]

@@ -1,0 +1,114 @@
+"""Hyper-connections in plain PyTorch: n residual streams, mixed before and after every sublayer.
+
+Row j of a sublayer's coefficients ``c [..., n, n+2]`` is (α_j0, α_j1 … α_jn, β_j) of hyper-connections, and
+(pre_j, M_1j … M_nj, post_j) of manifold-constrained ones: the sublayer reads ``x = Σ_j c[j, 0]·h_j`` and leaves
+``h'_k = c[k, n+1]·y + Σ_j c[j, k]·h_j``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Connection(NamedTuple):
+    r"""How a sublayer gets its coefficients from the n streams of width d that it finds.
+
+    With z = norm(h)·weightᵀ per token, ``[n, n+2]``:
+
+    * ``form="tanh"`` or ``"identity"``: c = base + scale ∘ act(z + bias). Hyper-connections.
+    * ``form="sinkhorn_rows"`` or ``"sinkhorn_columns"``: a = base + scale ∘ z; the first column through σ, the last
+      through 2σ, and Mᵀ, those between, through exp and ``iterations`` rounds of normalizing both axes of M, the rows
+      last (:math:`\sum_j M_{ij} = 1`) or the columns last. Manifold-constrained hyper-connections.
+
+    Without a weight the coefficients are the same for all tokens: ``base`` itself, or base put through σ and Sinkhorn.
+    An affine norm folds into the weight: norm(h)·γ + b, times W, is ``weight = W∘γ`` and ``bias = W·b``.
+
+    Attributes:
+        base: ``[n, n+2]``.
+        weight: ``[n+2, d]``, used on each stream; with ``norm="rms_all"`` ``[n·(n+2), n·d]``, row j·(n+2) + m for
+            element (j, m), used on all streams of a token at once.
+        bias: ``[n+2]``, or None for 0; none for ``sinkhorn_*``.
+        scale: ``[n+2]``, wherever there is a weight.
+        norm: ``"layer"`` or ``"rms"`` of each stream, ``"rms_all"`` of a token's streams together.
+        form: see above.
+        iterations: of Sinkhorn's algorithm.
+        eps: added to the variance, or to the mean square.
+    """
+
+    base: Tensor
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    scale: Tensor | None = None
+    norm: str = "layer"
+    form: str = "tanh"
+    iterations: int = 20
+    eps: float = 1e-5
+
+
+def hyper_coefficients(streams: Tensor, connection: Connection) -> Tensor:
+    """Coefficients of a sublayer that finds ``streams [..., n, d]``: ``[..., n, n+2]``, or ``[n, n+2]`` without a
+    weight; in float32 (float64 for float64)."""
+    accumulate = torch.promote_types(streams.dtype, torch.float32)
+    base = connection.base.to(accumulate)
+    if connection.weight is None or connection.scale is None:
+        return manifold(base, connection) if _constrained(connection) else base
+    weight, scale = connection.weight.to(accumulate), connection.scale.to(accumulate)
+    n = streams.shape[-2]
+    h = streams.to(accumulate)
+    if connection.norm == "rms_all":
+        flat = h.flatten(-2)
+        z = (flat * _inverse_root(flat, connection.eps) @ weight.T).unflatten(-1, (n, n + 2))
+    else:
+        if connection.norm == "layer":
+            h = h - h.mean(-1, keepdim=True)
+        z = h * _inverse_root(h, connection.eps) @ weight.T
+    if _constrained(connection):
+        return manifold(base + scale * z, connection)
+    if connection.bias is not None:
+        z = z + connection.bias.to(accumulate)
+    return base + scale * (z.tanh() if connection.form == "tanh" else z)
+
+
+def manifold(logits: Tensor, connection: Connection) -> Tensor:
+    """σ, 2σ and Sinkhorn on ``logits [..., n, n+2]``: what ``sinkhorn_rows`` and ``sinkhorn_columns`` do."""
+    first, last = (-1, -2) if connection.form == "sinkhorn_rows" else (-2, -1)
+    mixing = logits[..., 1:-1]  # [..., j, i] is M_ij
+    # The first normalization takes any factor of its sums away: so nothing overflows.
+    mixing = (mixing - mixing.amax(first, keepdim=True).detach()).exp()
+    for _ in range(connection.iterations):
+        mixing = mixing / mixing.sum(first, keepdim=True)
+        mixing = mixing / mixing.sum(last, keepdim=True)
+    return torch.cat([logits[..., :1].sigmoid(), mixing, 2 * logits[..., -1:].sigmoid()], -1)
+
+
+def hyper_pre(streams: Tensor, connection: Connection) -> tuple[Tensor, Tensor]:
+    """Branch input x ``[..., d]`` and coefficients of a sublayer that finds ``streams [..., n, d]``."""
+    coefficients = hyper_coefficients(streams, connection)
+    mixed = torch.einsum("...j,...jd->...d", coefficients[..., 0], streams.to(coefficients.dtype))
+    return mixed.to(streams.dtype), coefficients
+
+
+def hyper_post(streams: Tensor, branch_output: Tensor, coefficients: Tensor) -> Tensor:
+    """Streams ``[..., n, d]`` after the sublayer that made ``branch_output [..., d]`` of them."""
+    h, y = streams.to(coefficients.dtype), branch_output.to(coefficients.dtype)
+    kept = torch.einsum("...jk,...jd->...kd", coefficients[..., 1:-1], h)
+    return (kept + coefficients[..., -1:] * y.unsqueeze(-2)).to(streams.dtype)
+
+
+def hyper_post_pre(
+    streams: Tensor, branch_output: Tensor, coefficients: Tensor, connection: Connection
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`hyper_post` of one sublayer, then :func:`hyper_pre` of the next: streams, branch input, coefficients."""
+    streams = hyper_post(streams, branch_output, coefficients)
+    return streams, *hyper_pre(streams, connection)
+
+
+def _constrained(connection: Connection) -> bool:
+    return connection.form.startswith("sinkhorn")
+
+
+def _inverse_root(x: Tensor, eps: float) -> Tensor:
+    return (x.square().mean(-1, keepdim=True) + eps).rsqrt()
