@@ -5,6 +5,7 @@
 #include <initializer_list>
 
 #include "xlayer/hdim.h"
+#include "xlayer/hyper.h"
 #include "xlayer/routing.h"
 
 namespace xlayer::cpu {
@@ -61,5 +62,9 @@ XLAYER_DISPATCH(void, hdim_forward, HdimForward)
 XLAYER_DISPATCH(void, hdim_backward, HdimBackward)
 XLAYER_DISPATCH(int64_t, hdim_forward_workspace, HdimForward)
 XLAYER_DISPATCH(int64_t, hdim_backward_workspace, HdimBackward)
+XLAYER_DISPATCH(void, hyper_forward, HyperForward)
+XLAYER_DISPATCH(void, hyper_backward, HyperBackward)
+XLAYER_DISPATCH(int64_t, hyper_forward_workspace, HyperForward)
+XLAYER_DISPATCH(int64_t, hyper_backward_workspace, HyperBackward)
 
 }  // namespace xlayer::cpu

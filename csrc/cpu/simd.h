@@ -141,6 +141,32 @@ XLAYER_INLINE Vec<double> exponential(Vec<double> x) {
 XLAYER_INLINE float exponential(float x) { return std::exp(x); }
 XLAYER_INLINE double exponential(double x) { return std::exp(x); }
 
+// 1 / (1 + e^−x).
+XLAYER_INLINE Vec<float> sigmoid(Vec<float> x) {
+    const Vec<float> most = splat(88.0f);  // beyond which e^ would overflow
+    return 1.0f / (1.0f + exponential(-x > most ? most : -x));
+}
+XLAYER_INLINE Vec<double> sigmoid(Vec<double> x) { return 1.0 / (1.0 + exponential(-x)); }
+
+// tanh: near 0, where 1 − e^ would cancel, an odd polynomial with a relative error of 2⁻²³.
+XLAYER_INLINE Vec<float> hyperbolic_tangent(Vec<float> x) {
+    const Vec<float> size = magnitude<float>(x), most = splat(44.0f);
+    const Vec<float> large = 1.0f - 2.0f / (exponential(2.0f * (size > most ? most : size)) + 1.0f);
+    const Vec<float> square = x * x;
+    Vec<float> p = splat(-5.70498872745e-3f);
+    p = p * square + 2.06390887954e-2f;
+    p = p * square - 5.37397155531e-2f;
+    p = p * square + 1.33314422036e-1f;
+    p = p * square - 3.33332819422e-1f;
+    const Vec<float> small = p * square * x + x;
+    return size < 0.625f ? small : x < 0.0f ? -large : x == x ? large : x;
+}
+XLAYER_INLINE Vec<double> hyperbolic_tangent(Vec<double> x) {
+    Vec<double> out = {};
+    for (int l = 0; l < lanes<double>; ++l) out[l] = std::tanh(x[l]);
+    return out;
+}
+
 // Exact GELU: value = x·Φ(x), slope = Φ(x) + x·φ(x). In float, 1 − Φ(|x|) = φ-scaled polynomial in 1/(1 + p|x|/√2),
 // a minimax fit of erfc(z)·exp(z²) whose absolute error in erf is 4e-10.
 XLAYER_INLINE void gelu(Vec<float> x, Vec<float>* value, Vec<float>* slope) {

@@ -73,8 +73,7 @@ def hyper_pre(streams: Tensor, connection: Connection) -> tuple[Tensor, Tensor]:
         return reference.hyper_pre(streams, connection)
     grid = _grid(streams)
     x, c, _, _ = torch.ops.xlayer.hyper_pre(grid, *_operator_arguments(connection))
-    lead = streams.shape[:-2]
-    return x.reshape(*lead, -1), connection.base if connection.weight is None else c.reshape(*lead, *c.shape[-2:])
+    return _row(x, streams), connection.base if connection.weight is None else _numbers(c, streams)
 
 
 def hyper_post(streams: Tensor, branch_output: Tensor, coefficients: Tensor) -> Tensor:
@@ -121,9 +120,8 @@ def hyper_post_pre(
     out, x, c, _, _ = torch.ops.xlayer.hyper_post_pre(
         *_post_arguments(streams, branch_output, coefficients), *_operator_arguments(connection)
     )
-    lead = streams.shape[:-2]
-    c = connection.base if connection.weight is None else c.reshape(*lead, *c.shape[-2:])
-    return out.reshape(streams.shape), x.reshape(*lead, -1), c
+    c = connection.base if connection.weight is None else _numbers(c, streams)
+    return out.reshape(streams.shape), _row(x, streams), c
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
@@ -205,6 +203,14 @@ def _grid(tensor: Tensor, tail: int = 2) -> Tensor:
     while lead < 2:
         tensor, lead = tensor.unsqueeze(0), lead + 1
     return tensor.flatten(0, lead - 2) if lead > 2 else tensor
+
+
+def _row(x: Tensor, streams: Tensor) -> Tensor:
+    return x.reshape(*streams.shape[:-2], streams.shape[-1])
+
+
+def _numbers(c: Tensor, streams: Tensor) -> Tensor:
+    return c.reshape(*streams.shape[:-2], *c.shape[-2:])
 
 
 def _operator_arguments(connection: Connection) -> tuple[Any, ...]:

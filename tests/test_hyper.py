@@ -1,0 +1,317 @@
+"""The hyper operators against their float64 formula: values, gradients, extremes, layouts, the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hyper_tools import KINDS, all_cases, evaluate_formula, evaluate_native, hyper_case, pack
+from oracle import DTYPES, Draw, assert_near, assert_same_bits, check_oracle_rule, draw, fresh_generator, need_native
+from xlayer_ext import backend, reference
+from xlayer_ext import functional as XF
+from xlayer_ext.functional import Connection
+
+CASES = all_cases()
+DYNAMIC = [kind for kind in KINDS if kind != "shc"]
+
+
+@pytest.fixture
+def native(device: str) -> str:
+    for op in ("hyper_pre", "hyper_post", "hyper_post_pre"):
+        need_native(op, device)
+    return device
+
+
+# ---- the oracle rule -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("part", "kind"), CASES)
+def test_oracle_rule(native: str, part: str, kind: str, dtype: torch.dtype, kernels: str) -> None:
+    generator, draws = fresh_generator(), []
+    for shared in (False, True) * (2 if kernels == "emulated" else 6):
+        case = hyper_case(generator, part, kind, n=4, d=65, lead=(2, 19), device=native, shared=shared).to(dtype)
+        draws.append(Draw(evaluate_native(case), evaluate_formula(case.to(torch.float64)), evaluate_formula(case)))
+    for dynamic in (False, True):  # shared coefficients have a gradient of their own shape
+        check_oracle_rule(draws[dynamic::2], dtype)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 9])
+@pytest.mark.parametrize("kind", KINDS)
+def test_oracle_rule_for_other_numbers_of_streams(native: str, kind: str, n: int) -> None:
+    generator, draws = fresh_generator(), []
+    for _ in range(6):
+        case = hyper_case(generator, "post_pre", kind, n=n, d=40, device=native).to(torch.float32)
+        draws.append(Draw(evaluate_native(case), evaluate_formula(case.to(torch.float64)), evaluate_formula(case)))
+    check_oracle_rule(draws, torch.float32)
+
+
+@pytest.mark.parametrize("d", [1, 2, 7, 16, 127, 300])
+@pytest.mark.parametrize("kind", ["shc", "dhc", "mhc"])
+def test_any_width(native: str, kind: str, d: int) -> None:
+    # A single element has no variance: eps keeps its norm finite.
+    case = hyper_case(fresh_generator(), "post_pre", kind, d=d, lead=(3,), eps=0.1, device=native)
+    assert_near(evaluate_native(case), evaluate_formula(case), 1e-11)
+
+
+@pytest.mark.parametrize("branch_dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_branch_outputs_of_16_bits_beside_float32_streams(native: str, branch_dtype: torch.dtype) -> None:
+    generator = fresh_generator()
+    for part in ("post", "post_pre"):
+        draws = []
+        for _ in range(3):
+            case = hyper_case(generator, part, d=48, device=native).to(torch.float32, branch_dtype)
+            exact = evaluate_formula(case.to(torch.float64))
+            draws.append(Draw(evaluate_native(case), exact, evaluate_formula(case)))
+        assert draws[0].actual["grad_branch_output"].dtype == branch_dtype
+        check_oracle_rule([Draw(*({"g": side["grad_branch_output"]} for side in one)) for one in draws], branch_dtype)
+        rest = [Draw(*({k: v for k, v in s.items() if k != "grad_branch_output"} for s in one)) for one in draws]
+        check_oracle_rule(rest, torch.float32)
+
+
+def test_other_branch_dtypes_are_cast_to_that_of_the_streams(native: str) -> None:
+    case = hyper_case(fresh_generator(), device=native).to(torch.bfloat16)
+    wide = replace(case, branch_output=case.branch_output.double())
+    actual, expected = evaluate_native(wide), evaluate_native(case)
+    assert actual.pop("grad_branch_output").dtype == torch.float64
+    expected.pop("grad_branch_output")
+    assert_same_bits(actual, expected)
+
+
+@pytest.mark.parametrize(("part", "kind"), CASES)
+def test_gradcheck(native: str, part: str, kind: str) -> None:
+    case = hyper_case(fresh_generator(), part, kind, lead=(2,), n=2, d=3, eps=0.1, device=native)
+    case = replace(case, connection=case.connection._replace(iterations=3))
+    tensors = [t for t in (case.streams, case.branch_output, case.coefficients, *case.connection[:4]) if t is not None]
+
+    def call(streams: Tensor, branch: Tensor, coefficients: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        given = iter(parameters)
+        kept = [None if t is None else next(given) for t in case.connection[:4]]
+        connection = Connection(*kept, *case.connection[4:])  # type: ignore[arg-type]
+        if part == "pre":
+            return XF.hyper_pre(streams, connection)
+        if part == "post":
+            return (XF.hyper_post(streams, branch, coefficients),)
+        return XF.hyper_post_pre(streams, branch, coefficients, connection)
+
+    with backend("native"):
+        assert torch.autograd.gradcheck(call, [t.requires_grad_() for t in tensors])
+
+
+@pytest.mark.parametrize("use", [("streams",), ("branch_input",), ("coefficients",)], ids="-".join)
+@pytest.mark.parametrize("kind", ["shc", "dhc", "mhc"])
+def test_gradients_of_each_output_alone(native: str, kind: str, use: tuple[str, ...]) -> None:
+    case = hyper_case(fresh_generator(), "post_pre", kind, use=use, device=native)
+    assert_near(evaluate_native(case), evaluate_formula(case), 1e-11)
+
+
+# ---- layouts and sizes -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["shc", "dhc", "mhc"])
+def test_streams_packed_into_the_batch_stay_there(native: str, kind: str) -> None:
+    case = hyper_case(fresh_generator(), "post_pre", kind, lead=(2, 3), packed=True, device=native)
+    assert_near(evaluate_native(case), evaluate_formula(case), 1e-11)
+    streams = pack(case.streams).requires_grad_()
+    out, x, _ = XF.hyper_post_pre(streams, case.branch_output, case.coefficients, case.connection)
+    assert out.stride() == streams.stride() and x.is_contiguous()
+    (grad,) = torch.autograd.grad(out.square().sum(), streams)
+    assert grad.stride() == streams.stride()
+
+
+@given(data=st.data())
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_shape_and_stride(native: str, kernels: str, data: st.DataObject) -> None:
+    part, kind = data.draw(st.sampled_from(CASES))
+    lead = tuple(data.draw(st.lists(st.integers(0, 4), min_size=0, max_size=4)))
+    n, d = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 40))
+    shared = data.draw(st.booleans())
+    generator = fresh_generator(data.draw(st.integers(0, 2**31 - 1)))
+    case = hyper_case(generator, part, kind, lead=lead, n=n, d=d, shared=shared, eps=0.1, device=native)
+
+    def strided(tensor: Tensor) -> Tensor:
+        how = data.draw(st.sampled_from(["as it is", "every other", "reversed dimensions"]))
+        if how == "every other":
+            return torch.stack([tensor, tensor], -1).flatten(-2)[..., ::2]
+        return tensor.permute(*reversed(range(tensor.dim()))).contiguous().permute(*reversed(range(tensor.dim())))
+
+    case = replace(
+        case,
+        streams=strided(case.streams),
+        branch_output=strided(case.branch_output),
+        coefficients=strided(case.coefficients),
+        grads={name: strided(grad) for name, grad in case.grads.items()},
+    )
+    assert_near(evaluate_native(case), evaluate_formula(case), 1e-10)
+
+
+@pytest.mark.parametrize(("part", "kind"), CASES)
+@pytest.mark.parametrize("lead", [(0,), (3, 0), (0, 2)])
+def test_no_tokens(native: str, part: str, kind: str, lead: tuple[int, ...]) -> None:
+    use = ("streams", "branch_input")  # static coefficients are there without a token, and so are their gradients
+    results = evaluate_native(hyper_case(fresh_generator(), part, kind, lead=lead, shared=True, use=use, device=native))
+    for name, tensor in results.items():
+        if name != "coefficients":
+            assert torch.equal(tensor, torch.zeros_like(tensor)), name
+
+
+def test_one_token_without_leading_dimensions(native: str) -> None:
+    case = hyper_case(fresh_generator(), "post_pre", "dhc", lead=(), device=native)
+    assert_near(evaluate_native(case), evaluate_formula(case), 1e-11)
+
+
+def test_streams_that_begin_as_copies_are_not_copied(native: str) -> None:
+    x = draw(fresh_generator(), 2, 3, 8).to(native)
+    case = hyper_case(fresh_generator(), "post_pre", "dhc", lead=(2, 3), d=8, device=native)
+    streams = x.unsqueeze(-2).expand(2, 3, 4, 8)
+    arguments = (case.branch_output, case.coefficients, case.connection)
+    actual, expected = (XF.hyper_post_pre(h, *arguments) for h in (streams, streams.contiguous()))
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+# ---- extremes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_that_is_not_finite_spoils_no_other(native: str, kind: str, poison: float) -> None:
+    case = hyper_case(fresh_generator(), "post_pre", kind, lead=(1, 20), device=native).to(torch.float32)
+    clean = evaluate_native(case)
+    streams = case.streams.clone()
+    streams[0, 7, 1, 3] = poison
+    dirty = evaluate_native(replace(case, streams=streams))
+    others = torch.arange(20, device=native) != 7
+    for name in ("streams", "branch_input", "grad_streams", "grad_branch_output"):
+        assert torch.equal(dirty[name][:, others], clean[name][:, others]), name
+    assert not dirty["streams"][0, 7].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", DYNAMIC)
+def test_streams_of_zeros(native: str, kind: str) -> None:
+    case = hyper_case(fresh_generator(), "pre", kind, device=native)
+    case = replace(case, streams=torch.zeros_like(case.streams))
+    assert_near(evaluate_native(case), evaluate_formula(case), 1e-11)
+
+
+@pytest.mark.parametrize("kind", ["dhc", "dhc-rms"])
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_large_small_and_shifted_streams(native: str, kind: str, offset: float, scale: float) -> None:
+    generator, draws = fresh_generator(), []
+    for _ in range(10):
+        case = hyper_case(generator, "pre", kind, d=96, device=native)
+        case = replace(case, streams=scale * (case.streams + offset)).to(torch.float32)
+        draws.append(Draw(evaluate_native(case), evaluate_formula(case.to(torch.float64)), evaluate_formula(case)))
+    check_oracle_rule(draws, torch.float32)
+
+
+def test_small_arguments_of_tanh_keep_their_digits(native: str) -> None:
+    case = hyper_case(fresh_generator(), "pre", "dhc-rms", d=64, device=native).to(torch.float32)
+    connection = case.connection._replace(
+        weight=case.connection.weight * 1e-6, base=torch.zeros_like(case.connection.base)
+    )
+    case = replace(case, connection=connection)
+    exact = evaluate_formula(case.to(torch.float64))
+    actual = evaluate_native(case)
+    for name in ("coefficients", "grad_scale"):
+        torch.testing.assert_close(actual[name].double(), exact[name], rtol=1e-5, atol=0)
+
+
+# ---- the manifold ----------------------------------------------------------------------------------------------------
+
+
+def mixing(coefficients: Tensor, form: str) -> tuple[Tensor, Tensor]:
+    """Sums of M along the axis that is normalized last, and along the other; each minus 1."""
+    last, other = (-2, -1) if form == "sinkhorn_rows" else (-1, -2)  # [..., j, i] is M_ij
+    m = coefficients[..., 1:-1]
+    return (m.sum(last) - 1).abs().max(), (m.sum(other) - 1).abs().max()
+
+
+@pytest.mark.parametrize("form", ["sinkhorn_rows", "sinkhorn_columns"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_mixing_is_doubly_stochastic(
+    native: str, form: str, dtype: torch.dtype, record_property: Callable[[str, object], None]
+) -> None:
+    generator = fresh_generator()
+    n, d = 4, 32
+    streams = draw(generator, 64, n, d).to(native, dtype)
+    for bound, gain in ((0.5, 0.25), (None, 4.0)):
+        base = gain * draw(generator, n, n + 2)
+        weight = gain * draw(generator, n + 2, d) / d
+        if bound is not None:
+            base = base.clamp(-bound / 2, bound / 2)
+        connection = Connection(base.to(native, dtype), weight.to(native, dtype), None,
+                                torch.ones(n + 2, device=native, dtype=dtype), "rms", form)  # fmt: skip
+        logits = reference.hyper_coefficients(
+            streams.double(),
+            Connection(*(t if t is None else t.double() for t in connection[:4]), "rms", "identity"),  # type: ignore[arg-type]
+        )
+        if bound is not None:
+            assert logits[..., 1:-1].abs().max() <= bound
+        with backend("native"):
+            _, coefficients = XF.hyper_pre(streams, connection)
+        last, other = mixing(coefficients.double(), form)
+        assert last <= 1e-6
+        if bound is not None:
+            assert other <= 1e-5
+        else:  # far from convergence after 20 iterations, and so is the float64 result
+            expected = reference.manifold(logits, connection)
+            torch.testing.assert_close(
+                coefficients.double(), expected, rtol=0, atol=1e-12 if dtype == torch.float64 else 2e-6
+            )
+        record_property(f"worst column error, logits of scale {gain}", float(other))
+
+
+def test_static_manifold(native: str) -> None:
+    case = hyper_case(fresh_generator(), "pre", "shc", device=native)
+    connection = case.connection._replace(form="sinkhorn_rows")
+    case = replace(case, connection=connection)
+    assert_near(evaluate_native(case), evaluate_formula(case), 1e-11)
+    _, c = XF.hyper_pre(case.streams, connection)
+    assert c.shape == (4, 6) and mixing(c, "sinkhorn_rows")[0] <= 1e-12
+
+
+# ---- the same bits ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_boundary_is_post_then_pre_bit_for_bit(native: str, kind: str, dtype: torch.dtype) -> None:
+    case = hyper_case(fresh_generator(), "post_pre", kind, d=50, lead=(2, 9), device=native).to(dtype)
+    with backend("native"):
+        fused = XF.hyper_post_pre(case.streams, case.branch_output, case.coefficients, case.connection)
+        streams = XF.hyper_post(case.streams, case.branch_output, case.coefficients)
+        apart = (streams, *XF.hyper_pre(streams, case.connection))
+    for a, b in zip(fused, apart, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_bits_under_any_schedule(native: str, kind: str, schedule: Callable[[int], None]) -> None:
+    case = hyper_case(fresh_generator(), "post_pre", kind, lead=(2, 70), shared=True, device=native).to(torch.float32)
+    results = []
+    for turn in (1, 2, 3, 1):
+        schedule(turn)
+        results.append(evaluate_native(case))
+    for other in results[1:]:
+        assert_same_bits(other, results[0])
+
+
+def test_tokens_do_not_depend_on_their_neighbours(native: str) -> None:
+    """A causal model needs this to the bit: a token alone, in a batch, or behind others."""
+    for kind in KINDS:
+        case = hyper_case(fresh_generator(), "post_pre", kind, lead=(1, 21), device=native).to(torch.float32)
+        with backend("native"):
+            whole = XF.hyper_post_pre(case.streams, case.branch_output, case.coefficients, case.connection)
+            part = XF.hyper_post_pre(
+                case.streams[:, 13:14], case.branch_output[:, 13:14], case.coefficients[:, 13:14], case.connection
+            )
+        for name, a, b in zip(("streams", "x", "c"), part, whole, strict=True):
+            if b.dim() > 2:
+                assert torch.equal(a, b[:, 13:14]), (kind, name)
