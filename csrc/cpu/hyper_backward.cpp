@@ -10,18 +10,47 @@
 namespace xlayer::cpu::XLAYER_ISA {
 namespace {
 
-constexpr int64_t kStretch = 128;  // elements of d at a time in the second step
+constexpr int64_t kStretch = 512;  // elements of d at a time in the second step
 constexpr int64_t kMostRuns = 256;
 constexpr int64_t kGroup = 4;  // tokens that meet the weight of rms_all together
 
+// A weight as the second step reads it: one vector of each row after the other, instead of rows whose distance is often
+// a multiple of the cache's, where every store of the gradient would hold up the load that follows. Vector m of element
+// e of stream j lies at (j·blocks·lanes + e)·rows + m·lanes.
+template <class T>
+struct PackedWeight {
+    int64_t rows = 0, streams = 0, width = 0, blocks = 0;
+
+    explicit PackedWeight(const HyperBackward& args) {
+        if (!args.pre || args.connection.norm == HyperNorm::none) return;
+        const bool all = args.connection.norm == HyperNorm::rms_all;
+        rows = all ? args.size.coefficients() : args.size.columns();
+        streams = all ? args.size.streams : 1;
+        width = args.size.width;
+        blocks = ceil_div(width, lanes<T>);
+    }
+    int64_t size() const { return streams * blocks * rows * lanes<T>; }
+    int64_t of_stream(int64_t j) const { return streams > 1 ? j * blocks * rows * lanes<T> : 0; }
+
+    // Calls f(packed, plain, count) for every vector: where it lies, and its first element in [rows, streams·width].
+    template <class F>
+    void for_each_vector(int64_t block, const F& f) const {  // block < streams · blocks
+        const int64_t j = block / blocks, e = block % blocks * lanes<T>;
+        for (int64_t m = 0; m < rows; ++m) {
+            f((block * rows + m) * lanes<T>, (m * streams + j) * width + e, lesser<int64_t>(lanes<T>, width - e));
+        }
+    }
+};
+
 // How the tokens are cut into runs, and what one run sums: `numbers` in double, then the weight's gradient in T.
+template <class T>
 struct Runs {
     int64_t tokens, length, count, numbers, weights;
 
     explicit Runs(const HyperBackward& args) {
         const HyperSizes& size = args.size;
         tokens = size.tokens();
-        weights = args.pre ? args.connection.weights(size) : 0;
+        weights = PackedWeight<T>(args).size();
         numbers = 2 * size.coefficients() + 2 * size.columns();  // base and post's coefficients; bias and scale
         // A run's sums are written and read once more: they shall be few beside what its tokens move.
         const int64_t moved = (3 * size.streams + 3) * size.width;
@@ -47,7 +76,7 @@ int64_t worker_size(const HyperBackward& args) {
 }
 
 template <class T>
-int64_t run_size(const Runs& runs) {
+int64_t run_size(const Runs<T>& runs) {
     return round_up(runs.numbers * 8 + runs.weights * static_cast<int64_t>(sizeof(T)), 64);
 }
 
@@ -55,14 +84,18 @@ int64_t run_size(const Runs& runs) {
 // `first` on. `with` are the streams and the branch output, `a` what post multiplied them with.
 template <class T, int N, int J>
 XLAYER_INLINE void post_rows(int first, int64_t streams, const T* const* grad, const T* const* with, const T* a,
-                             T* const* out, int64_t begin, int64_t count, Vec<T>* products) {
+                             T* const* out, int64_t begin, int64_t count, const int64_t* ahead,
+                             const int64_t* ahead_out, Vec<T>* products) {
     const int n = streams_of<N>(streams);
     Vec<T> sum[J][kMost<N>];
     for (int j = 0; j < J; ++j)
         for (int k = 0; k < n; ++k) sum[j][k] = products[(first + j) * n + k];
     for_vectors<T>(0, count, [&](int64_t e, auto io) XLAYER_FLATTEN {
         Vec<T> row[J], mixed[J] = {};
-        XLAYER_UNROLL for (int j = 0; j < J; ++j) row[j] = io.load(with[first + j] + begin + e);
+        XLAYER_UNROLL for (int j = 0; j < J; ++j) {
+            row[j] = io.load(with[first + j] + begin + e);
+            prefetch(with[first + j] + begin + e + ahead[first + j]);
+        }
         for (int k = 0; k < n; ++k) {
             const Vec<T> g = io.load(grad[k] + e);
             XLAYER_UNROLL for (int j = 0; j < J; ++j) {
@@ -70,7 +103,10 @@ XLAYER_INLINE void post_rows(int first, int64_t streams, const T* const* grad, c
                 sum[j][k] += row[j] * g;
             }
         }
-        XLAYER_UNROLL for (int j = 0; j < J; ++j) io.store(out[first + j] + begin + e, mixed[j]);
+        XLAYER_UNROLL for (int j = 0; j < J; ++j) {
+            io.store(out[first + j] + begin + e, mixed[j]);
+            prefetch_to_write(out[first + j] + begin + e + ahead_out[first + j]);
+        }
     });
     for (int j = 0; j < J; ++j)
         for (int k = 0; k < n; ++k) products[(first + j) * n + k] = sum[j][k];
@@ -78,11 +114,32 @@ XLAYER_INLINE void post_rows(int first, int64_t streams, const T* const* grad, c
 
 template <class T, int N>
 __attribute__((noinline)) void post_stretch(int64_t streams, const T* const* grad, const T* const* with, const T* a,
-                                            T* const* out, int64_t begin, int64_t count, Vec<T>* products) {
+                                            T* const* out, int64_t begin, int64_t count, const int64_t* ahead,
+                                            const int64_t* ahead_out, Vec<T>* products) {
     constexpr int kRows = N == 4 ? 5 : N == 2 || N == 8 ? 3 : 1;  // of n+1; their products fill the registers
     const int rows = streams_of<N>(streams) + 1;
     for (int first = 0; first < rows; first += kRows)
-        post_rows<T, N, kRows>(first, streams, grad, with, a, out, begin, count, products);
+        post_rows<T, N, kRows>(first, streams, grad, with, a, out, begin, count, ahead, ahead_out, products);
+}
+
+// out_k = Σ_j a[k·(n+1) + j] in_j as mix_post makes them, and sum[k] = ⟨out_k, with⟩, lane by lane.
+template <class T, int N>
+__attribute__((noinline)) void mix_and_dot(int64_t streams, const T* const* in, const T* a, T* const* out,
+                                           const T* with, int64_t count, Vec<T>* sum) {
+    const int n = streams_of<N>(streams);
+    Vec<T> total[kMost<N>] = {};
+    for_vectors<T>(0, count, [&](int64_t e, auto io) XLAYER_FLATTEN {
+        const Vec<T> w = io.load(with + e);
+        Vec<T> x[kMost<N> + 1];
+        for (int j = 0; j <= n; ++j) x[j] = io.load(in[j] + e);
+        for (int k = 0; k < n; ++k) {
+            Vec<T> mixed = a[k * (n + 1)] * x[0];
+            for (int j = 1; j <= n; ++j) mixed += a[k * (n + 1) + j] * x[j];
+            io.store(out[k] + e, mixed);
+            total[k] += mixed * w;
+        }
+    });
+    for (int k = 0; k < n; ++k) sum[k] = total[k];
 }
 
 // What ∂L/∂h' of one token is made of besides ∂L/∂h' of the streams handed on.
@@ -94,46 +151,52 @@ struct StreamGradient {
     T level[kHyperMostStreams];  // added: what the norm's statistics bring
     T mean[kHyperMostStreams];
     T logits[kMostCoefficients];  // times the weight's rows: ∂L/∂z ÷ root of the variance
+    int64_t ahead, ahead_x;       // from what is handed on, and from ∂L/∂x, to the next token's
+    int64_t ahead_h, ahead_out;   // the same of h and ∂L/∂h, where there is no post to do it
 };
 
 // Over a stretch: grad_j = handed_on_j + pre_j ∂L/∂x + slope_j (h'_j − mean_j) + level_j + Σ_m logits_jm weight_m, and
-// the token's share of the weight's gradient. One weight [columns, d] for all streams; none of columns = 0.
-template <class T, int N>
+// the token's share of the weight's gradient. One packed weight for all streams; without it (not Dynamic)
+// what the norm brings is 0.
+template <class T, int N, bool Dynamic>
 __attribute__((noinline)) void stream_gradient(int64_t streams, const StreamGradient<T>& with,
                                                const T* const* handed_on, const T* const* h, const T* weight,
-                                               T* grad_weight, int64_t width, bool dynamic, int64_t begin,
-                                               int64_t count, T* const* out) {
-    const int n = streams_of<N>(streams), columns = dynamic ? n + 2 : 0;
+                                               T* grad_weight, int64_t begin, int64_t count, T* const* out) {
+    const int n = streams_of<N>(streams), columns = n + 2;
     for_vectors<T>(0, count, [&](int64_t e, auto io) XLAYER_FLATTEN {
         const Vec<T> gx = io.load(with.grad_x + begin + e);
-        Vec<T> grad[kMost<N>], centred[kMost<N>];
-        for (int j = 0; j < n; ++j) {
-            const Vec<T> row = io.load(h[j] + begin + e);
-            centred[j] = row - with.mean[j];
+        prefetch(with.grad_x + begin + e + with.ahead_x);
+        Vec<T> grad[kMost<N>] = {}, centred[kMost<N>];
+        for (int j = 0; Dynamic && j < n; ++j) {
+            centred[j] = io.load(h[j] + begin + e) - with.mean[j];
+            prefetch(h[j] + begin + e + with.ahead_h);
             grad[j] = with.slope[j] * centred[j] + with.level[j];
         }
-        for (int m = 0; m < columns; ++m) {
-            const Vec<T> w = io.load(weight + m * width + begin + e);
-            Vec<T> sum = io.load(grad_weight + m * width + begin + e);
+        for (int m = 0; Dynamic && m < columns; ++m) {
+            const int64_t at = (begin + e) * columns + m * lanes<T>;
+            const Vec<T> w = load(weight + at);
+            Vec<T> sum = load(grad_weight + at);
             for (int j = 0; j < n; ++j) {
                 grad[j] += with.logits[j * columns + m] * w;
                 sum += with.logits[j * columns + m] * centred[j];
             }
-            io.store(grad_weight + m * width + begin + e, sum);
+            store(grad_weight + at, sum);
         }
         // The many small terms first, so that they are not rounded to the size of these.
-        for (int j = 0; j < n; ++j)
+        for (int j = 0; j < n; ++j) {
             io.store(out[j] + e, io.load(handed_on[j] + begin + e) + (with.pre[j] * gx + grad[j]));
+            prefetch(handed_on[j] + begin + e + with.ahead);
+            prefetch_to_write(out[j] + e + with.ahead_out);
+        }
     });
 }
 
-// The same for rms_all and one stream of G tokens: its own `numbers` rows of the weight, n·d apart, are loaded once for
-// all of them.
+// The same for rms_all and one stream of G tokens: its part of the weight, of `numbers` rows, is loaded once for all of
+// them.
 template <class T, int G>
 __attribute__((noinline)) void stream_gradient_all(int stream, int64_t numbers, const StreamGradient<T>* with,
                                                    const T* const* handed_on, const T* const* h, const T* weight,
-                                                   T* grad_weight, int64_t weight_row, int64_t begin, int64_t count,
-                                                   T* const* out) {
+                                                   T* grad_weight, int64_t begin, int64_t count, T* const* out) {
     for_vectors<T>(0, count, [&](int64_t e, auto io) XLAYER_FLATTEN {
         Vec<T> grad[G], row[G];
         XLAYER_UNROLL for (int g = 0; g < G; ++g) {
@@ -141,13 +204,14 @@ __attribute__((noinline)) void stream_gradient_all(int stream, int64_t numbers, 
             grad[g] = with[g].slope[stream] * row[g];
         }
         for (int64_t m = 0; m < numbers; ++m) {
-            const Vec<T> w = io.load(weight + m * weight_row + begin + e);
-            Vec<T> sum = io.load(grad_weight + m * weight_row + begin + e);
+            const int64_t at = (begin + e) * numbers + m * lanes<T>;
+            const Vec<T> w = load(weight + at);
+            Vec<T> sum = load(grad_weight + at);
             XLAYER_UNROLL for (int g = 0; g < G; ++g) {
                 grad[g] += with[g].logits[m] * w;
                 sum += with[g].logits[m] * row[g];
             }
-            io.store(grad_weight + m * weight_row + begin + e, sum);
+            store(grad_weight + at, sum);
         }
         XLAYER_UNROLL for (int g = 0; g < G; ++g) {
             const Vec<T> gx = io.load(with[g].grad_x + begin + e);
@@ -166,13 +230,15 @@ class Backward {
           all_(args.pre && args.connection.norm == HyperNorm::rms_all),
           post_(args.post.branch.data != nullptr),
           runs_(args),
+          packed_(args),
           with_(args.connection, args.pre ? n_ : 0) {
-        const T* weight = static_cast<const T*>(args.connection.weight);
-        const bool layer = args.pre && args.connection.norm == HyperNorm::layer;
-        for (int64_t m = 0; layer && m < args.size.columns(); ++m) {
-            double sum = 0;
-            for (int64_t e = 0; e < args.size.width; ++e) sum += weight[m * args.size.width + e];
-            weight_sum_[m] = static_cast<T>(sum);
+        if (dynamic_ && args.connection.norm == HyperNorm::layer)
+            sum_weights(static_cast<const T*>(args.connection.weight), args.size, weight_sum_);
+        for (int64_t block = 0; block < packed_.streams * packed_.blocks; ++block) {
+            packed_.for_each_vector(block, [&](int64_t to, int64_t from, int64_t count) {
+                const T* row = static_cast<const T*>(args.connection.weight) + from;
+                for (int64_t l = 0; l < lanes<T>; ++l) packed_weight()[to + l] = l < count ? row[l] : T(0);
+            });
         }
     }
 
@@ -192,10 +258,14 @@ class Backward {
     // Rows of one token, where they lie or widened.
     struct Token {
         const T* h[kMost<N> + 1];  // and y
-        const T* next[kMost<N>];   // h', what pre read
+        const T* next[kMost<N>];   // h', what pre read, where there is a norm
+        const T* grad_x;
+        T product[kMost<N>];  // ⟨h'_j, ∂L/∂x⟩
         const T* handed_on[kMost<N>];
-        T* out[kMost<N> + 1];  // ∂L/∂h, and ∂L/∂y
-        T* scratch;            // scratch_rows() rows
+        T* out[kMost<N> + 1];         // ∂L/∂h, and ∂L/∂y
+        T* scratch;                   // scratch_rows() rows
+        int64_t ahead[kMost<N> + 1];  // from h, and from y, to the next token's
+        int64_t ahead_out[kMost<N> + 1];
     };
 
     struct Worker {
@@ -254,6 +324,8 @@ class Backward {
                run * run_size<T>(runs_);
     }
 
+    T* packed_weight() const { return reinterpret_cast<T*>(run_memory(runs_.count)); }
+
     void read(const Worker& with, int64_t index, Token& token) const {
         const HyperSizes& size = args_.size;
         T* scratch = token.scratch;
@@ -264,9 +336,13 @@ class Backward {
         };
         const int64_t h = token_offset(size, args_.in.stride, index);
         const int64_t grad_in = token_offset(size, args_.grad_in.stride, index);
+        const int64_t ahead = distance_ahead<T>(size, size.dtype, args_.in.stride, index);
+        const int64_t ahead_out = distance_ahead<T>(size, size.dtype, args_.grad_in.stride, index);
         for (int j = 0; j < n_; ++j) {
             token.h[j] = read_elements(size.dtype, args_.in.data, h + j * args_.in.stride[2], size.width, take());
             token.next[j] = token.h[j];
+            token.ahead[j] = ahead;
+            token.ahead_out[j] = ahead_out;
             token.out[j] = write_target(size.dtype, args_.grad_in.data, grad_in + j * args_.grad_in.stride[2], take());
             T* widened = take();
             token.handed_on[j] = with.zeros;
@@ -277,10 +353,29 @@ class Backward {
         }
         if (post_) {
             const int64_t y = token_offset(size, args_.post.branch.stride, index);
+            token.ahead[n_] = distance_ahead<T>(size, size.branch_dtype, args_.post.branch.stride, index);
+            const int64_t rows[2] = {size.inner * size.width, size.width};
+            token.ahead_out[n_] = distance_ahead<T>(size, size.branch_dtype, rows, index);
             token.h[n_] = read_elements(size.branch_dtype, args_.post.branch.data, y, size.width, take());
             token.out[n_] = write_target(size.branch_dtype, args_.grad_branch, index * size.width, take());
         }
-        if (args_.pre && post_) remake_streams(index, token, take);
+        if (!args_.pre) return;
+        token.grad_x = read_elements(size.dtype, args_.grad_branch_input.data,
+                                     token_offset(size, args_.grad_branch_input.stride, index), size.width, take());
+        Vec<T> product[kMost<N> + 1];
+        if (!post_) {
+            dot_rows<T, N, 0>(n_, token.h, token.grad_x, size.width, product);
+            for (int j = 0; j < n_; ++j) token.product[j] = sum_lanes<T>(product[j]);
+        } else if (dynamic_) {
+            remake_streams(index, token, take);
+        } else {  // nothing needs h' itself
+            dot_rows<T, N, 1>(n_, token.h, token.grad_x, size.width, product);
+            const T* c = post_coefficients(index);
+            for (int k = 0; k < n_; ++k) {
+                token.product[k] = 0;
+                for (int j = 0; j <= n_; ++j) token.product[k] += post_coefficient(c, j, k) * sum_lanes<T>(product[j]);
+            }
+        }
     }
 
     const T* post_coefficients(int64_t index) const {
@@ -302,27 +397,21 @@ class Backward {
             for (int j = 0; j <= n_; ++j) a[k * (n_ + 1) + j] = post_coefficient(c, j, k);
             rows[k] = take();
         }
-        mix_post<T, N>(n_, token.h, a, rows, args_.size.width);
+        Vec<T> product[kMost<N>];
+        mix_and_dot<T, N>(n_, token.h, a, rows, token.grad_x, args_.size.width, product);
         for (int k = 0; k < n_; ++k) {
             round_elements(args_.size.dtype, rows[k], args_.size.width);
             token.next[k] = rows[k];
+            token.product[k] = sum_lanes<T>(product[k]);
         }
     }
 
-    const T* read_grad_x(const Worker& with, int64_t index, const Token& token) const {
-        T* row = token.scratch + (scratch_rows<T>(args_) - 1) * with.row;
-        return read_elements(args_.size.dtype, args_.grad_branch_input.data,
-                             token_offset(args_.size, args_.grad_branch_input.stride, index), args_.size.width, row);
-    }
-
     // First step: ∂L/∂c of one token, complete.
-    void coefficient_gradient(const Worker& with, int64_t index, const Token& token, T* grad_c) const {
+    void coefficient_gradient(int64_t index, const Token& token, T* grad_c) const {
         const int64_t numbers = args_.size.coefficients(), columns = args_.size.columns();
         const T* given = static_cast<const T*>(args_.grad_coefficients);
         for (int64_t at = 0; at < numbers; ++at) grad_c[at] = given != nullptr ? given[index * numbers + at] : T(0);
-        T product[kMost<N>];
-        dot_rows<T, N>(n_, token.next, read_grad_x(with, index, token), args_.size.width, product);
-        for (int j = 0; j < n_; ++j) grad_c[j * columns] += product[j];
+        for (int j = 0; j < n_; ++j) grad_c[j * columns] += token.product[j];
     }
 
     // From ∂L/∂c of `count` tokens to ∂L/∂z, and their shares of the gradients of base, bias and scale.
@@ -330,7 +419,8 @@ class Backward {
         const int64_t numbers = args_.size.coefficients(), columns = args_.size.columns();
         const T* z = static_cast<const T*>(args_.logits) + first * numbers;
         if (!dynamic_) {
-            for (int64_t at = 0; at < count * numbers; ++at) sums.base[at % numbers] += with.grad_c[at];
+            for (int64_t t = 0; t < count; ++t)
+                for (int64_t at = 0; at < numbers; ++at) sums.base[at] += with.grad_c[t * numbers + at];
             return;
         }
         if (is_constrained(args_.connection)) {
@@ -338,10 +428,13 @@ class Backward {
             constrained_coefficients_backward(args_.connection, with_, n_, z, with.grad_c, grad_a, count,
                                               *with.constrained, with.history);
             for (int64_t t = 0; t < count; ++t) {
-                for (int64_t at = 0; at < numbers; ++at) {
-                    sums.base[at] += grad_a[t * numbers + at];
-                    sums.scale[at % columns] += static_cast<double>(grad_a[t * numbers + at]) * z[t * numbers + at];
-                    grad_a[t * numbers + at] *= with_.scale[at];
+                T* grad = grad_a + t * numbers;
+                for (int64_t j = 0, at = 0; j < n_; ++j) {
+                    for (int64_t m = 0; m < columns; ++m, ++at) {
+                        sums.base[at] += grad[at];
+                        sums.scale[m] += static_cast<double>(grad[at]) * z[t * numbers + at];
+                        grad[at] *= with_.scale[at];
+                    }
                 }
             }
             return;
@@ -363,10 +456,16 @@ class Backward {
     }
 
     // What the second step adds up for one token.
-    void prepare(const Worker& with, int64_t index, const Token& token, const T* grad_z, StreamGradient<T>& out) const {
+    void prepare(int64_t index, const Token& token, const T* grad_z, StreamGradient<T>& out) const {
         const int64_t numbers = args_.size.coefficients(), columns = args_.size.columns(), d = args_.size.width;
         const T* c = dynamic_ ? static_cast<const T*>(args_.coefficients) + index * numbers : with_.base;
-        out.grad_x = read_grad_x(with, index, token);
+        out.grad_x = token.grad_x;
+        out.ahead_x = distance_ahead<T>(args_.size, args_.size.dtype, args_.grad_branch_input.stride, index);
+        out.ahead = args_.grad_out.data == nullptr
+                        ? 0
+                        : distance_ahead<T>(args_.size, args_.size.dtype, args_.grad_out.stride, index);
+        out.ahead_h = post_ ? 0 : token.ahead[0];
+        out.ahead_out = post_ ? 0 : token.ahead_out[0];
         for (int j = 0; j < n_; ++j) {
             out.pre[j] = c[j * columns];
             out.slope[j] = out.level[j] = out.mean[j] = 0;
@@ -415,16 +514,19 @@ class Backward {
             for (int64_t g = 0; post_ && g < count; ++g) {
                 const T* from[kMost<N>];
                 for (int j = 0; j < n_; ++j) from[j] = args_.pre ? grad[g][j] : with.token[g].handed_on[j] + begin;
-                post_stretch<T, N>(n_, from, with.token[g].h, a[g], with.token[g].out, begin, length, products[g]);
+                post_stretch<T, N>(n_, from, with.token[g].h, a[g], with.token[g].out, begin, length,
+                                   with.token[g].ahead, with.token[g].ahead_out, products[g]);
             }
         }
         for (int64_t g = 0; g < count; ++g) {
             write(with.token[g], index + g);
             if (!post_) continue;
+            T flat[(kMost<N> + 1) * kMost<N> + lanes<T>];
+            sum_vectors<T>(products[g], (n_ + 1) * n_, flat);
             T* out = static_cast<T*>(args_.grad_post_coefficients) + (args_.post.shared ? 0 : (index + g) * numbers);
             for (int k = 0; k < n_; ++k) {
                 for (int j = 0; j <= n_; ++j) {
-                    const T product = sum_lanes<T>(products[g][j * n_ + k]);
+                    const T product = flat[j * n_ + k];
                     const int64_t at = j < n_ ? j * (n_ + 2) + 1 + k : k * (n_ + 2) + n_ + 1;
                     if (args_.post.shared) {
                         sums.post[at] += product;
@@ -439,12 +541,12 @@ class Backward {
 
     void stretch_gradient(Worker& with, Sums& sums, int64_t count, int64_t begin, int64_t length,
                           T* const (*grad)[kMost<N>]) const {
-        const int64_t d = args_.size.width, numbers = args_.size.coefficients();
-        const T* weight = static_cast<const T*>(args_.connection.weight);
+        const int64_t numbers = args_.size.coefficients();
         if (!all_) {
             for (int64_t g = 0; g < count; ++g) {
-                stream_gradient<T, N>(n_, with.gradient[g], with.token[g].handed_on, with.token[g].next, weight,
-                                      sums.weight, d, dynamic_, begin, length, grad[g]);
+                const auto function = dynamic_ ? stream_gradient<T, N, true> : stream_gradient<T, N, false>;
+                function(n_, with.gradient[g], with.token[g].handed_on, with.token[g].next, packed_weight(),
+                         sums.weight, begin, length, grad[g]);
             }
             return;
         }
@@ -458,8 +560,9 @@ class Backward {
                     next[i] = with.token[g + i].next[j];
                     out[i] = grad[g + i][j];
                 }
-                stream_gradient_all<T, kTokens>(j, numbers, with.gradient + g, handed_on, next, weight + j * d,
-                                                sums.weight + j * d, n_ * d, begin, length, out);
+                stream_gradient_all<T, kTokens>(j, numbers, with.gradient + g, handed_on, next,
+                                                packed_weight() + packed_.of_stream(j),
+                                                sums.weight + packed_.of_stream(j), begin, length, out);
             };
             int64_t g = 0;
             for (; g + kGroup <= count; g += kGroup) stream(g, Number<kGroup>{});
@@ -482,7 +585,7 @@ class Backward {
         if (args_.pre) {
             for (int64_t t = 0; t < count; ++t) {
                 read(with, first + t, with.token[t % kGroup]);
-                coefficient_gradient(with, first + t, with.token[t % kGroup], with.grad_c + t * numbers);
+                coefficient_gradient(first + t, with.token[t % kGroup], with.grad_c + t * numbers);
             }
             logit_gradient(with, sums, first, count);
         }
@@ -492,8 +595,7 @@ class Backward {
             for (int64_t g = 0; g < tokens; ++g) {
                 // After the first step of a small block its rows are still there.
                 if (!args_.pre || count > group) read(with, first + t + g, with.token[g]);
-                if (args_.pre)
-                    prepare(with, first + t + g, with.token[g], with.grad_z + (t + g) * numbers, with.gradient[g]);
+                if (args_.pre) prepare(first + t + g, with.token[g], with.grad_z + (t + g) * numbers, with.gradient[g]);
             }
             streams_gradient(with, sums, first + t, tokens);
         }
@@ -517,16 +619,15 @@ class Backward {
         if (!dynamic_) return;
         give(args_.grad_bias, 2 * numbers, columns);
         give(args_.grad_scale, 2 * numbers + columns, columns);
-        constexpr int64_t kSlice = 512;
-        parallel_for_each(args_.pool, ceil_div(runs_.weights, kSlice), [&](int64_t slice) {
-            const int64_t begin = slice * kSlice, count = lesser(kSlice, runs_.weights - begin);
-            double sum[kSlice] = {};
-            for (int64_t run = 0; run < runs_.count; ++run) {
-                const T* from = reinterpret_cast<const T*>(run_memory(run) + runs_.numbers * 8) + begin;
-                for (int64_t e = 0; e < count; ++e) sum[e] += from[e];
-            }
-            T* to = static_cast<T*>(args_.grad_weight) + begin;
-            for (int64_t e = 0; e < count; ++e) to[e] = static_cast<T>(sum[e]);
+        parallel_for_each(args_.pool, packed_.streams * packed_.blocks, [&](int64_t block) {
+            packed_.for_each_vector(block, [&](int64_t from, int64_t to, int64_t count) {
+                double sum[lanes<T>] = {};
+                for (int64_t run = 0; run < runs_.count; ++run) {
+                    const T* part = reinterpret_cast<const T*>(run_memory(run) + runs_.numbers * 8) + from;
+                    for (int64_t l = 0; l < lanes<T>; ++l) sum[l] += part[l];
+                }
+                for (int64_t l = 0; l < count; ++l) static_cast<T*>(args_.grad_weight)[to + l] = static_cast<T>(sum[l]);
+            });
         });
     }
 
@@ -538,7 +639,8 @@ class Backward {
     const HyperBackward& args_;
     int n_;
     bool dynamic_, all_, post_;
-    Runs runs_;
+    Runs<T> runs_;
+    PackedWeight<T> packed_;
     CoefficientParameters<T> with_;
     T weight_sum_[kHyperMostStreams + 2] = {};  // of each of the weight's rows, for layer
 };
@@ -559,8 +661,9 @@ void backward(const HyperBackward& args) {
 
 template <class T>
 int64_t backward_workspace(const HyperBackward& args) {
-    const Runs runs(args);
-    return args.pool.threads * worker_size<T>(args) + runs.count * run_size<T>(runs);
+    const Runs<T> runs(args);
+    return args.pool.threads * worker_size<T>(args) + runs.count * run_size<T>(runs) +
+           runs.weights * static_cast<int64_t>(sizeof(T));
 }
 
 }  // namespace

@@ -31,8 +31,17 @@ struct CoefficientParameters {
     }
 };
 
-// --- identity and tanh
-// --------------------------------------------------------------------------------------------------
+// The sum of each row of a weight [n+2, d]: what a mean of 1 would add to z.
+template <class T>
+inline void sum_weights(const T* weight, const HyperSizes& size, T* sums) {
+    for (int64_t m = 0; m < size.columns(); ++m) {
+        double sum = 0;
+        for (int64_t e = 0; e < size.width; ++e) sum += weight[m * size.width + e];
+        sums[m] = static_cast<T>(sum);
+    }
+}
+
+// --- identity and tanh -----------------------------------------------------------------------------------------------
 
 // c = base + scale · act(z + bias) for one token's `count` numbers.
 template <class T>
@@ -56,8 +65,7 @@ inline void plain_coefficients_backward(const CoefficientParameters<T>& with, bo
     });
 }
 
-// --- σ and Sinkhorn
-// ---------------------------------------------------------------------------------------------------
+// --- σ and Sinkhorn --------------------------------------------------------------------------------------------------
 
 // n × n matrices, one token to a lane: element (j, i) of `mixing` is M_ij.
 template <class T>

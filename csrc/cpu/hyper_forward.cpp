@@ -24,6 +24,8 @@ class Forward {
     Forward(const HyperForward& args)
         : args_(args), n_(streams_of<N>(args.size.streams)), with_(args.connection, args.pre ? n_ : 0) {
         dynamic_ = args.pre && args.connection.norm != HyperNorm::none;
+        if (dynamic_ && args.connection.norm == HyperNorm::layer)
+            sum_weights(static_cast<const T*>(args.connection.weight), args.size, weight_sum_);
     }
 
     void run() {
@@ -85,85 +87,77 @@ class Forward {
         for (int k = 0; k < n_; ++k)
             for (int j = 0; j <= n_; ++j)
                 a[k * (n_ + 1) + j] = j < n_ ? c[j * (n_ + 2) + 1 + k] : c[k * (n_ + 2) + n_ + 1];
-        mix_post<T, N>(n_, in, a, out, size.width);
+        mix_post<T, N>(n_, in, a, out, size.width, distance_ahead<T>(size, size.dtype, args_.out.stride, token));
         for (int k = 0; k < n_; ++k) {
             narrow_elements(size.dtype, out[k], args_.out.data,
                             token_offset(args_.size, args_.out.stride, token) + k * args_.out.stride[2], size.width);
         }
     }
 
-    // Mean (0 without one) and 1 / root of variance + eps of each stream, or of all together.
-    void statistics(const T* const* rows, T* mean, T* inverse) const {
-        const int64_t d = args_.size.width;
+    // A number near the mean of each row, that of its first elements: it differs from the mean by at most
+    // √(d / kGuess) deviations, so that the moments around it, from one pass, lose no digits.
+    static constexpr int64_t kGuess = 128;
+    void guess_means(const T* const* rows, T* shift) const {
+        const int64_t count = lesser(kGuess, args_.size.width);
+        for (int j = 0; j < n_; ++j) {
+            Vec<T> sum = {};
+            for_vectors<T>(0, count, [&](int64_t e, auto io) XLAYER_FLATTEN { sum += io.load(rows[j] + e); });
+            shift[j] = sum_lanes<T>(sum) / static_cast<T>(count);
+        }
+    }
+
+    // z and statistics of one token whose streams have a norm each.
+    void logits(const T* const* rows, const T* const* soon, T* z, T* statistics) const {
+        const int64_t columns = args_.size.columns(), numbers = args_.size.coefficients();
         const bool layer = args_.connection.norm == HyperNorm::layer;
-        const T width = static_cast<T>(d), eps = static_cast<T>(args_.connection.eps);
-        T rest[kMost<N>], square[kMost<N>];
-        for (int j = 0; j < n_; ++j) mean[j] = 0;
-        if (layer) {
-            total_rows<T, N>(n_, rows, d, mean);
-            for (int j = 0; j < n_; ++j) mean[j] /= width;
-        }
-        moments<T, N>(n_, rows, mean, d, rest, square);
-        T all = 0;
+        const T width = static_cast<T>(args_.size.width), eps = static_cast<T>(args_.connection.eps);
+        T shift[kMost<N>] = {};
+        if (layer) guess_means(rows, shift);
+        constexpr int kNumbers = kMost<N> * (kMost<N> + 4);
+        Vec<T> lanes_of[kNumbers];
+        T sum[kNumbers + lanes<T>];
+        products<T>({n_, columns, rows, shift, static_cast<const T*>(args_.connection.weight), args_.size.width,
+                     args_.size.width, false, lanes_of, lanes_of + numbers, lanes_of + numbers + n_, soon});
+        sum_vectors<T>(lanes_of, numbers + 2 * n_, sum);
         for (int j = 0; j < n_; ++j) {
-            if (layer) {  // what rounding left of the sum, which counts where the mean is large
-                rest[j] /= width;
-                mean[j] += rest[j];
-                square[j] -= rest[j] * rest[j] * width;
-            }
-            all += square[j];
-        }
-        for (int j = 0; j < n_; ++j) {
-            const bool together = args_.connection.norm == HyperNorm::rms_all;
-            const T variance = together ? all / (static_cast<T>(n_) * width) : square[j] / width;
-            inverse[j] = 1 / std::sqrt(variance + eps);
+            const T off = layer ? sum[numbers + j] / width : T(0);
+            const T inverse = 1 / std::sqrt(sum[numbers + n_ + j] / width - off * off + eps);
+            for (int64_t m = 0; m < columns; ++m)
+                z[j * columns + m] = inverse * (sum[j * columns + m] - off * weight_sum_[m]);
+            statistics[2 * j] = shift[j] + off;
+            statistics[2 * j + 1] = inverse;
         }
     }
 
-    // z and statistics of `count` tokens. With rms_all, four tokens at a time meet the weight, which is large.
-    void logits(const Worker& with, int64_t first, int64_t count) const {
-        const HyperSizes& size = args_.size;
-        const int64_t numbers = size.coefficients(), columns = size.columns();
-        const T* weight = static_cast<const T*>(args_.connection.weight);
-        T* z = static_cast<T*>(args_.logits) + first * numbers;
-        T* kept = static_cast<T*>(args_.statistics) + first * n_ * 2;
-        T mean[kMost<N>], inverse[kMost<N>];
-        const T* rows[kMost<N>];
-        const bool all = args_.connection.norm == HyperNorm::rms_all;
-        for (int64_t t = 0; t < count; ++t) {
-            if (args_.post.branch.data != nullptr) post(with, first + t);
-            read_streams(with, first + t, rows);
-            statistics(rows, mean, inverse);
-            for (int j = 0; j < n_; ++j) {
-                kept[(t * n_ + j) * 2] = mean[j];
-                kept[(t * n_ + j) * 2 + 1] = inverse[j];
-            }
-            if (all) continue;
-            products(n_, columns, rows, mean, weight, size.width, size.width, z + t * numbers, columns, false);
-            for (int64_t at = 0; at < numbers; ++at) z[t * numbers + at] *= inverse[at / columns];
-        }
-        if (all) logits_of_all(with, first, count, z, kept);
-    }
-
-    void logits_of_all(const Worker& with, int64_t first, int64_t count, T* z, const T* kept) const {
+    // The same of `count` tokens for rms_all. Four tokens at a time meet the weight, which is large; but rows of
+    // another dtype are widened into one token's scratch, so there each meets it alone.
+    void logits_of_all(const Worker& with, int64_t first, int64_t count, T* z, T* statistics) const {
         const HyperSizes& size = args_.size;
         const int64_t numbers = size.coefficients();
         const T* weight = static_cast<const T*>(args_.connection.weight);
-        const bool own = size.dtype == own_dtype<T>;
         const T zero[4] = {};
         for (int64_t t = 0; t < count;) {
-            // Rows of another dtype are widened into one token's scratch, so there each token meets the weight alone.
-            const int64_t group = own && count - t >= 4 ? 4 : 1;
+            const int64_t group = size.dtype == own_dtype<T> && count - t >= 4 ? 4 : 1;
             const T* rows[4][kMost<N>];
             for (int64_t g = 0; g < group; ++g) read_streams(with, first + t + g, rows[g]);
+            Vec<T> product[4 * kMost<N> * (kMost<N> + 2)], sum[4], square[4];
+            T all[4] = {}, flat[kMost<N> * (kMost<N> + 2) + lanes<T>];
             for (int j = 0; j < n_; ++j) {
                 const T* stream[4];
                 for (int64_t g = 0; g < group; ++g) stream[g] = rows[g][j];
-                products(group, numbers, stream, zero, weight + j * size.width, n_ * size.width, size.width,
-                         z + t * numbers, numbers, j > 0);
+                products<T>({group, numbers, stream, zero, weight + j * size.width, n_ * size.width, size.width, j > 0,
+                             product, sum, square, stream});
+                for (int64_t g = 0; g < group; ++g) all[g] += sum_lanes<T>(square[g]);
             }
-            for (int64_t at = 0; at < group * numbers; ++at) {
-                z[t * numbers + at] *= kept[(t + at / numbers) * n_ * 2 + 1];
+            for (int64_t g = 0; g < group; ++g) {
+                const T elements = static_cast<T>(n_) * static_cast<T>(size.width);
+                const T inverse = 1 / std::sqrt(all[g] / elements + static_cast<T>(args_.connection.eps));
+                sum_vectors<T>(product + g * numbers, numbers, flat);  // alone: in the same order in any group
+                for (int64_t at = 0; at < numbers; ++at) z[(t + g) * numbers + at] = inverse * flat[at];
+                for (int j = 0; j < n_; ++j) {
+                    statistics[((t + g) * n_ + j) * 2] = 0;
+                    statistics[((t + g) * n_ + j) * 2 + 1] = inverse;
+                }
             }
             t += group;
         }
@@ -171,7 +165,9 @@ class Forward {
 
     void coefficients(const Worker& with, int64_t first, int64_t count) const {
         const int64_t numbers = args_.size.coefficients();
-        const T* z = static_cast<const T*>(args_.logits) + first * numbers;
+        T* z = static_cast<T*>(args_.logits) + first * numbers;
+        if (args_.connection.norm == HyperNorm::rms_all)
+            logits_of_all(with, first, count, z, static_cast<T*>(args_.statistics) + first * n_ * 2);
         T* c = static_cast<T*>(args_.coefficients) + first * numbers;
         if (is_constrained(args_.connection)) {
             for (int64_t t = 0; t < count; t += lanes<T>) {
@@ -197,27 +193,37 @@ class Forward {
     }
 
     void block(const Worker& with, int64_t first, int64_t count) const {
-        if (dynamic_) {
-            // Unless Sinkhorn wants them together, tokens go one by one: then a token's rows are still in the caches.
-            const bool one = args_.connection.norm != HyperNorm::rms_all && !is_constrained(args_.connection);
-            const int64_t step = one ? 1 : count;
-            for (int64_t t = 0; t < count; t += step) {
-                logits(with, first + t, step);
-                coefficients(with, first + t, step);
-                for (int64_t s = 0; s < step; ++s) pre(with, first + t + s);
+        const bool has_post = args_.post.branch.data != nullptr;
+        // Unless they are wanted together, tokens go one by one: then a token's rows are still in the caches.
+        const bool together =
+            dynamic_ && (args_.connection.norm == HyperNorm::rms_all || is_constrained(args_.connection));
+        const int64_t step = together ? count : 1;
+        for (int64_t t = first; t < first + count; t += step) {
+            for (int64_t s = 0; s < step; ++s) {
+                if (has_post) post(with, t + s);
+                if (dynamic_ && args_.connection.norm != HyperNorm::rms_all) logits(with, t + s);
             }
-            return;
+            if (dynamic_) coefficients(with, t, step);
+            for (int64_t s = 0; args_.pre && s < step; ++s) pre(with, t + s);
         }
-        for (int64_t t = 0; t < count; ++t) {
-            if (args_.post.branch.data != nullptr) post(with, first + t);
-            if (args_.pre) pre(with, first + t);
-        }
+    }
+
+    void logits(const Worker& with, int64_t token) const {
+        const T* rows[kMost<N>];
+        read_streams(with, token, rows);
+        const T* soon[kMost<N>];
+        const int64_t next = token_offset(args_.size, args_.in.stride, token) +
+                             distance_ahead<T>(args_.size, args_.size.dtype, args_.in.stride, token);
+        for (int j = 0; j < n_; ++j) soon[j] = static_cast<const T*>(args_.in.data) + next + j * args_.in.stride[2];
+        logits(rows, soon, static_cast<T*>(args_.logits) + token * args_.size.coefficients(),
+               static_cast<T*>(args_.statistics) + token * n_ * 2);
     }
 
     const HyperForward& args_;
     int n_;
     bool dynamic_;
     CoefficientParameters<T> with_;
+    T weight_sum_[kHyperMostStreams + 2] = {};  // of each of the weight's rows, for layer
 };
 
 template <class T>

@@ -85,13 +85,15 @@ XLAYER_INLINE Vec<T> sign(Vec<T> x) {
     return (x > zero ? one : zero) - (x < zero ? one : zero);
 }
 
+// Halves added to each other, down to one lane.
 template <class T>
 XLAYER_INLINE T sum_lanes(Vec<T> x) {
-    T lane[lanes<T>];
-    std::memcpy(lane, &x, sizeof x);
-    for (int width = lanes<T> / 2; width > 0; width /= 2)
-        for (int l = 0; l < width; ++l) lane[l] += lane[l + width];
-    return lane[0];
+    XLAYER_UNROLL for (int width = lanes<T> / 2; width > 0; width /= 2) {
+        IntVec<T> turned;
+        XLAYER_UNROLL for (int l = 0; l < lanes<T>; ++l) turned[l] = (l + width) % lanes<T>;
+        x += __builtin_shuffle(x, turned);
+    }
+    return x[0];
 }
 
 // Lane l of the result is the sum over the lanes of rows[l]: a tree of even and odd lanes added.
