@@ -1,0 +1,422 @@
+"""Hyper-connections as modules: residual connections of n streams that learn how streams and sublayers feed each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from xlayer_ext import functional as XF
+from xlayer_ext.functional import Connection
+from xlayer_ext.functional._checks import check_choice
+
+COEFFICIENTS = ("paper", "per_stream")
+NORMS = ("layer", "rms")
+START_KEPT = 0.99  # of a stream stays in it, where manifold-constrained mixing begins
+PYPI_EPS = 1e-24  # the PyPI package divides by the larger of a row's norm and 1e-12
+
+
+class _StreamConnection(nn.Module):
+    """What the kinds share: pre, post and the boundary around a sublayer, and both layouts of the streams."""
+
+    decayed: ClassVar[tuple[str, ...]] = ()  # parameters that weight decay is for
+
+    def __init__(
+        self, hidden_size: int, expansion_rate: int, eps: float, branch: Callable[..., Any] | None, packed: bool
+    ) -> None:
+        super().__init__()
+        if hidden_size < 1 or expansion_rate < 1:
+            raise ValueError(
+                f"hidden_size and expansion_rate must be at least 1, got {hidden_size} and {expansion_rate}"
+            )
+        self.hidden_size, self.expansion_rate, self.eps, self.packed = hidden_size, expansion_rate, eps, packed
+        self.branch = branch
+
+    def connection(self) -> Connection:
+        """The parameters in the form that the functional API takes."""
+        raise NotImplementedError
+
+    def pre(self, streams: Tensor) -> tuple[Tensor, Tensor]:
+        """Branch input x ``[..., d]`` and coefficients, of streams in this module's layout."""
+        x, coefficients = XF.hyper_pre(self._unpack(streams), self.connection())
+        return self._row(x, streams), coefficients
+
+    def post(self, streams: Tensor, branch_output: Tensor, coefficients: Tensor) -> Tensor:
+        """The streams after a sublayer, of its output ``[..., d]`` and what :meth:`pre` gave."""
+        unpacked = self._unpack(streams)
+        return self._pack(XF.hyper_post(unpacked, self._flat(branch_output, unpacked), coefficients), streams)
+
+    def boundary(self, streams: Tensor, branch_output: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Post of the sublayer before, then pre of this one, in one pass: streams, branch input, coefficients.
+
+        ``coefficients`` are those of the sublayer before; the result's are this one's.
+        """
+        unpacked = self._unpack(streams)
+        branch_output = self._flat(branch_output, unpacked)
+        out, x, own = XF.hyper_post_pre(unpacked, branch_output, coefficients, self.connection())
+        return self._pack(out, streams), self._row(x, streams), own
+
+    def forward(self, streams: Tensor, *args: Any, **kwargs: Any) -> Any:
+        x, coefficients = self.pre(streams)
+
+        def add_residual(branch_output: Any) -> Any:
+            (first, *rest), structure = tree_flatten(branch_output)
+            return tree_unflatten([self.post(streams, first, coefficients), *rest], structure)
+
+        return (x, add_residual) if self.branch is None else add_residual(self.branch(x, *args, **kwargs))
+
+    def extra_repr(self) -> str:
+        return f"{self.hidden_size}, expansion_rate={self.expansion_rate}, packed={self.packed}"
+
+    # Packed streams are [(b n), ..., d]; here n becomes the last but one dimension, of the same memory.
+
+    def _unpack(self, streams: Tensor) -> Tensor:
+        if not self.packed:
+            return streams
+        n = self.expansion_rate
+        if streams.dim() < 2 or streams.shape[0] % n:
+            raise ValueError(f"streams must have shape [(b n), ..., d] with n = {n}, got {list(streams.shape)}")
+        streams = streams.unflatten(0, (-1, n))
+        return streams if streams.dim() == 3 else streams.flatten(2, -2).transpose(1, 2)
+
+    def _pack(self, unpacked: Tensor, like: Tensor) -> Tensor:
+        return (
+            (unpacked.transpose(1, 2) if unpacked.dim() == 4 else unpacked).reshape(like.shape)
+            if self.packed
+            else unpacked
+        )
+
+    def _row(self, x: Tensor, streams: Tensor) -> Tensor:
+        return x.reshape(-1, *streams.shape[1:]) if self.packed else x
+
+    def _flat(self, branch_output: Tensor, unpacked: Tensor) -> Tensor:
+        return branch_output.reshape(*unpacked.shape[:-2], -1) if self.packed else branch_output
+
+
+class HyperConnection(_StreamConnection):
+    r"""Static (SHC) or dynamic (DHC) hyper-connection around one sublayer T.
+
+    .. math::
+        x = \sum_j \alpha_{j0} h_j, \qquad y = T(x), \qquad h'_k = \beta_k y + \sum_j \alpha_{jk} h_j
+
+    α ``[n, n+1]`` and β ``[n]`` are parameters; in DHC every token adds :math:`s_\alpha \tanh(\mathrm{norm}(h_j) W_\alpha)`
+    to row j of α and :math:`s_\beta \tanh(\mathrm{norm}(h_j) w_\beta)` to β_j. It starts as the residual connection of a
+    pre-norm network: α = [one-hot(layer_index mod n) | I], β = 1, W = 0, s = 0.01.
+
+    Weight decay is for the dynamic weights alone (``decayed`` names them), as in the paper.
+
+    Args:
+        hidden_size: d.
+        expansion_rate: n, the number of streams.
+        layer_index: which stream the sublayer reads at first.
+        static_weights: SHC instead of DHC.
+        use_tanh: whether DHC has the tanh.
+        norm: ``"layer"`` (the paper) or ``"rms"``, with their affine parameters.
+        eps: of the norm.
+        branch: T; with it, calling the module gives the new streams. Where it returns more than one tensor, the first
+            is y and the others are handed through.
+        packed: streams lie in the batch, ``[(b n), ..., d]``, as in the PyPI package ``hyper-connections``, instead of
+            ``[..., n, d]``. Nothing is copied for it.
+
+    Shape:
+        - streams: ``[..., n, d]``, or ``[(b n), ..., d]`` if packed; every dtype
+        - without a branch the result is (x ``[..., d]``, ``add_residual``), a function from y to the new streams
+
+    Paper: Zhu et al., Hyper-Connections, ICLR 2025, arXiv 2409.19606.
+
+    Example::
+
+        >>> mlp = torch.nn.Sequential(torch.nn.LayerNorm(64), torch.nn.Linear(64, 64))
+        >>> block = HyperConnection(64, expansion_rate=4, branch=mlp)
+        >>> streams = expand_streams(torch.randn(2, 5, 64), 4)
+        >>> reduce_streams(block(streams)).shape
+        torch.Size([2, 5, 64])
+    """
+
+    decayed = ("dynamic_alpha", "dynamic_beta")
+
+    def __init__(
+        self,
+        hidden_size: int,
+        expansion_rate: int = 4,
+        *,
+        layer_index: int = 0,
+        static_weights: bool = False,
+        use_tanh: bool = True,
+        norm: str = "layer",
+        eps: float = 1e-5,
+        branch: Callable[..., Any] | None = None,
+        packed: bool = False,
+    ) -> None:
+        super().__init__(hidden_size, expansion_rate, eps, branch, packed)
+        check_choice("norm", norm, NORMS)
+        n, d = expansion_rate, hidden_size
+        self.layer_index, self.static_weights, self.use_tanh, self.norm = layer_index, static_weights, use_tanh, norm
+        self.static_alpha = nn.Parameter(torch.empty(n, n + 1))
+        self.static_beta = nn.Parameter(torch.empty(n))
+        if not static_weights:
+            self.norm_weight = nn.Parameter(torch.empty(d))
+            if norm == "layer":
+                self.norm_bias = nn.Parameter(torch.empty(d))
+            self.dynamic_alpha = nn.Parameter(torch.empty(d, n + 1))
+            self.dynamic_beta = nn.Parameter(torch.empty(d))
+            self.alpha_scale = nn.Parameter(torch.empty(()))
+            self.beta_scale = nn.Parameter(torch.empty(()))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Back to the residual connection."""
+        n = self.expansion_rate
+        with torch.no_grad():
+            self.static_alpha.zero_()
+            self.static_alpha[self.layer_index % n, 0] = 1
+            self.static_alpha[:, 1:].fill_diagonal_(1)
+            self.static_beta.fill_(1)
+            if self.static_weights:
+                return
+            self.norm_weight.fill_(1)
+            if self.norm == "layer":
+                self.norm_bias.zero_()
+            self.dynamic_alpha.zero_()
+            self.dynamic_beta.zero_()
+            self.alpha_scale.fill_(0.01)
+            self.beta_scale.fill_(0.01)
+
+    def connection(self) -> Connection:
+        base = torch.cat([self.static_alpha, self.static_beta.unsqueeze(1)], 1)
+        if self.static_weights:
+            return Connection(base)
+        weight = torch.cat([self.dynamic_alpha, self.dynamic_beta.unsqueeze(1)], 1)
+        scale = torch.cat([self.alpha_scale.expand(self.expansion_rate + 1), self.beta_scale.expand(1)])
+        # No matrix product: autocast would round it.
+        bias = (self.norm_bias.unsqueeze(1) * weight).sum(0) if self.norm == "layer" else None
+        form = "tanh" if self.use_tanh else "identity"
+        return Connection(base, _folded(weight, self.norm_weight), bias, scale, self.norm, form, eps=self.eps)
+
+    @classmethod
+    def from_hyper_connections(cls, module: nn.Module) -> HyperConnection:
+        """The same connection as a ``HyperConnections`` of the PyPI package, with its weights and branch.
+
+        Raises:
+            ValueError: it has options that are not here (fractions, several input views, channels first, dropout, …).
+        """
+        theirs: Any = module
+        _refuse_unsupported(theirs)
+        weight = theirs.static_alpha
+        made = cls(
+            theirs.dynamic_alpha_fn.shape[0], weight.shape[0], use_tanh=isinstance(theirs.act, nn.Tanh), norm="rms",
+            eps=PYPI_EPS, branch=theirs.branch, packed=True,
+        ).to(weight.device, weight.dtype)  # fmt: skip
+        names = {
+            "static_alpha": "static_alpha", "static_beta": "static_beta", "dynamic_alpha": "dynamic_alpha_fn",
+            "dynamic_beta": "dynamic_beta_fn", "alpha_scale": "dynamic_alpha_scale", "beta_scale": "dynamic_beta_scale",
+        }  # fmt: skip
+        return _with_weights(made, theirs, names)
+
+    def extra_repr(self) -> str:
+        kind = "static_weights=True" if self.static_weights else f"use_tanh={self.use_tanh}, norm={self.norm!r}"
+        return f"{super().extra_repr()}, layer_index={self.layer_index}, {kind}"
+
+
+class ManifoldHyperConnection(_StreamConnection):
+    r"""Manifold-constrained hyper-connection (mHC): the streams' mixing is doubly stochastic.
+
+    .. math:: x = \sum_j \mathrm{pre}_j h_j, \qquad y = T(x), \qquad h'_i = \mathrm{post}_i\, y + \sum_j M_{ij} h_j
+
+    pre = σ(·) in (0, 1), post = 2σ(·) in (0, 2), M = Sinkhorn–Knopp(exp(·)), ``iterations`` rounds. What they are made of,
+    per token:
+
+    * ``coefficients="paper"``: :math:`a \cdot \mathrm{RMSNorm}([h_1; \dots; h_n])\, \varphi + b`, φ ``[n·d, n²+2n]`` with
+      columns pre (n), post (n), M (n², row by row). Columns of M are normalized, then rows: rows sum to 1.
+    * ``coefficients="per_stream"``: the form of the PyPI package: row j from RMSNorm(h_j), one weight ``[d, n+2]`` for all
+      streams; the sums over i of M_ij, normalized last, are 1.
+
+    Starts as the residual connection when the streams are copies of each other: the weights are 0, pre = 1/n, post = 1
+    and M near the identity. Weight decay is for the dynamic weights alone (``decayed`` names them).
+
+    Args:
+        hidden_size: d.
+        expansion_rate: n, the number of streams.
+        coefficients: ``"paper"`` or ``"per_stream"``.
+        iterations: of Sinkhorn–Knopp.
+        eps: of the RMSNorm.
+        branch, packed: as in :class:`HyperConnection`.
+
+    Shape:
+        as in :class:`HyperConnection`
+
+    Paper: mHC, Manifold-Constrained Hyper-Connections, arXiv 2512.24880.
+
+    Example::
+
+        >>> attention = ManifoldHyperConnection(64, expansion_rate=4)
+        >>> streams = expand_streams(torch.randn(2, 5, 64), 4)
+        >>> x, add_residual = attention(streams)
+        >>> add_residual(torch.tanh(x)).shape
+        torch.Size([2, 5, 4, 64])
+    """
+
+    decayed = ("phi", "dynamic_alpha", "dynamic_beta")
+
+    def __init__(
+        self,
+        hidden_size: int,
+        expansion_rate: int = 4,
+        *,
+        coefficients: str = "paper",
+        iterations: int = 20,
+        eps: float = 1e-6,
+        branch: Callable[..., Any] | None = None,
+        packed: bool = False,
+    ) -> None:
+        super().__init__(hidden_size, expansion_rate, eps, branch, packed)
+        check_choice("coefficients", coefficients, COEFFICIENTS)
+        if iterations < 1:
+            raise ValueError(f"iterations must be at least 1, got {iterations}")
+        n, d = expansion_rate, hidden_size
+        self.coefficients, self.iterations = coefficients, iterations
+        if coefficients == "paper":
+            self.norm_weight = nn.Parameter(torch.empty(n * d))
+            self.phi = nn.Parameter(torch.empty(n * d, n * (n + 2)))
+            self.b_pre, self.b_post = nn.Parameter(torch.empty(n)), nn.Parameter(torch.empty(n))
+            self.b_res = nn.Parameter(torch.empty(n, n))
+        else:
+            self.norm_weight = nn.Parameter(torch.empty(d))
+            self.dynamic_alpha, self.dynamic_beta = nn.Parameter(torch.empty(d, n + 1)), nn.Parameter(torch.empty(d))
+            self.static_alpha, self.static_beta = nn.Parameter(torch.empty(n, n + 1)), nn.Parameter(torch.empty(n))
+        self.pre_scale, self.residual_scale, self.post_scale = (nn.Parameter(torch.empty(())) for _ in range(3))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Back to the residual connection."""
+        n = self.expansion_rate
+        mean = -math.log(n - 1) if n > 1 else 20.0  # σ of it is 1/n
+        kept = math.log((n - 1) * START_KEPT / (1 - START_KEPT)) if n > 1 else 0.0
+        with torch.no_grad():
+            self.norm_weight.fill_(1)
+            for scale in (self.pre_scale, self.residual_scale, self.post_scale):
+                scale.fill_(0.01)
+            if self.coefficients == "paper":
+                self.phi.zero_()
+                self.b_pre.fill_(mean)
+                self.b_post.zero_()
+                self.b_res.zero_().fill_diagonal_(kept)
+            else:
+                self.dynamic_alpha.zero_()
+                self.dynamic_beta.zero_()
+                self.static_alpha.zero_()
+                self.static_alpha[:, 0] = mean
+                self.static_alpha[:, 1:].fill_diagonal_(kept)
+                self.static_beta.zero_()
+
+    def connection(self) -> Connection:
+        n = self.expansion_rate
+        scale = torch.cat([self.pre_scale.expand(1), self.residual_scale.expand(n), self.post_scale.expand(1)])
+        if self.coefficients == "per_stream":
+            base = torch.cat([self.static_alpha, self.static_beta.unsqueeze(1)], 1)
+            weight = torch.cat([self.dynamic_alpha, self.dynamic_beta.unsqueeze(1)], 1)
+            how = ("rms", "sinkhorn_columns", self.iterations, self.eps)
+            return Connection(base, _folded(weight, self.norm_weight), None, scale, *how)
+        # Row j of what the kernel calls base is (pre_j, M_1j … M_nj, post_j).
+        base = torch.cat([self.b_pre.unsqueeze(1), self.b_res.t(), self.b_post.unsqueeze(1)], 1)
+        pre, post, mixing = _folded(self.phi, self.norm_weight).split([n, n, n * n])
+        rows = [pre.unsqueeze(1), mixing.unflatten(0, (n, n)).transpose(0, 1), post.unsqueeze(1)]
+        how = ("rms_all", "sinkhorn_rows", self.iterations, self.eps)
+        return Connection(base, torch.cat(rows, 1).flatten(0, 1), None, scale, *how)
+
+    @classmethod
+    def from_hyper_connections(cls, module: nn.Module, iterations: int = 20) -> ManifoldHyperConnection:
+        """The same connection as a ``ManifoldConstrainedHyperConnections`` of the PyPI package, with its weights.
+
+        Args:
+            module: theirs; ``iterations`` must be said again where it was made with other than 20, for it keeps them
+                where they cannot be read.
+
+        Raises:
+            ValueError: it has options that are not here.
+        """
+        theirs: Any = module
+        _refuse_unsupported(theirs)
+        if theirs.num_dynamic_alpha_proposals > 1:
+            raise ValueError("hyper-connections with several dynamic alpha proposals cannot be taken over")
+        weight = theirs.static_alpha
+        made = cls(
+            theirs.dynamic_alpha_fn.shape[1], weight.shape[0], coefficients="per_stream", iterations=iterations,
+            eps=PYPI_EPS, branch=theirs.branch, packed=True,
+        ).to(weight.device, weight.dtype)  # fmt: skip
+        names = {
+            "static_alpha": "static_alpha", "static_beta": "static_beta", "dynamic_alpha": "dynamic_alpha_fn",
+            "dynamic_beta": "dynamic_beta_fn", "pre_scale": "pre_branch_scale", "residual_scale": "residual_scale",
+            "post_scale": "h_post_scale",
+        }  # fmt: skip
+        return _with_weights(made, theirs, names)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, coefficients={self.coefficients!r}, iterations={self.iterations}"
+
+
+def expand_streams(x: Tensor, expansion_rate: int, *, packed: bool = False) -> Tensor:
+    """n streams that begin as copies of ``x``: ``[..., d] → [..., n, d]``, or ``[b, ..., d] → [(b n), ..., d]`` if packed.
+
+    Unpacked streams share the memory of ``x`` until the first sublayer writes its own.
+
+    Example::
+
+        >>> expand_streams(torch.randn(2, 5, 64), 4).shape, expand_streams(torch.randn(2, 5, 64), 4, packed=True).shape
+        (torch.Size([2, 5, 4, 64]), torch.Size([8, 5, 64]))
+    """
+    if packed:
+        return x.repeat_interleave(expansion_rate, 0)
+    return x.unsqueeze(-2).expand(*x.shape[:-1], expansion_rate, x.shape[-1])
+
+
+def reduce_streams(
+    streams: Tensor, *, reduce: str = "sum", packed: bool = False, expansion_rate: int | None = None
+) -> Tensor:
+    """One row of n streams: their ``"sum"`` (the paper) or ``"mean"``. Packed streams need ``expansion_rate``.
+
+    Example::
+
+        >>> reduce_streams(torch.ones(2, 4, 3), reduce="mean")
+        tensor([[1., 1., 1.],
+                [1., 1., 1.]])
+    """
+    check_choice("reduce", reduce, ("sum", "mean"))
+    if packed:
+        if expansion_rate is None:
+            raise ValueError("packed streams do not tell their number: expansion_rate must be given")
+        streams, dim = streams.unflatten(0, (-1, expansion_rate)), 1
+    else:
+        dim = -2
+    return streams.sum(dim) if reduce == "sum" else streams.mean(dim)
+
+
+def _folded(weight: Tensor, norm_weight: Tensor) -> Tensor:
+    """A norm's own weight taken into the product that follows: ``[d, m]`` and ``[d]`` to ``[m, d]``."""
+    return (weight * norm_weight.unsqueeze(1)).t()
+
+
+def _refuse_unsupported(theirs: Any) -> None:
+    plain = {"num_fracs": 1, "num_input_views": 1, "channel_first": False, "add_branch_out_to_residual": True}
+    wrong = [f"{name}={getattr(theirs, name)}" for name, value in plain.items() if getattr(theirs, name) != value]
+    if theirs.dropout.p:
+        wrong.append(f"dropout={theirs.dropout.p}")
+    if getattr(theirs.depth_residual_fn, "__name__", "") != "add":
+        wrong.append("a depth_residual_fn of its own")
+    if not isinstance(getattr(theirs, "residual_transform", nn.Identity()), nn.Identity):
+        wrong.append("a residual_transform")
+    if wrong:
+        raise ValueError(f"hyper-connections with {', '.join(wrong)} cannot be taken over")
+
+
+def _with_weights(made: Any, theirs: Any, names: dict[str, str]) -> Any:
+    with torch.no_grad():
+        made.norm_weight.copy_(theirs.norm.gamma + 1)
+        for ours, name in names.items():
+            target = getattr(made, ours)
+            target.copy_(getattr(theirs, name).reshape(target.shape))
+    return made
