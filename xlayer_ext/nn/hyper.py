@@ -1,9 +1,10 @@
-"""Hyper-connections as modules: residual connections of n streams that learn how streams and sublayers feed each other."""
+"""Hyper-connections as modules: n residual streams that learn what sublayers read of them and leave in them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +17,7 @@ from xlayer_ext.functional._checks import check_choice
 
 COEFFICIENTS = ("paper", "per_stream")
 NORMS = ("layer", "rms")
+START_READ = 0.75  # is what a manifold-constrained sublayer reads of its own stream at first; the others share the rest
 START_KEPT = 0.99  # of a stream stays in it, where manifold-constrained mixing begins
 PYPI_EPS = 1e-24  # the PyPI package divides by the larger of a row's norm and 1e-12
 
@@ -103,9 +105,10 @@ class HyperConnection(_StreamConnection):
     .. math::
         x = \sum_j \alpha_{j0} h_j, \qquad y = T(x), \qquad h'_k = \beta_k y + \sum_j \alpha_{jk} h_j
 
-    α ``[n, n+1]`` and β ``[n]`` are parameters; in DHC every token adds :math:`s_\alpha \tanh(\mathrm{norm}(h_j) W_\alpha)`
-    to row j of α and :math:`s_\beta \tanh(\mathrm{norm}(h_j) w_\beta)` to β_j. It starts as the residual connection of a
-    pre-norm network: α = [one-hot(layer_index mod n) | I], β = 1, W = 0, s = 0.01.
+    α ``[n, n+1]`` and β ``[n]`` are parameters; in DHC every token adds
+    :math:`s_\alpha \tanh(\mathrm{norm}(h_j) W_\alpha)` to row j of α and
+    :math:`s_\beta \tanh(\mathrm{norm}(h_j) w_\beta)` to β_j. It starts as the residual connection of a pre-norm net:
+    α = [one-hot(layer_index mod n) | I], β = 1, W = 0, s = 0.01.
 
     Weight decay is for the dynamic weights alone (``decayed`` names them), as in the paper.
 
@@ -121,6 +124,7 @@ class HyperConnection(_StreamConnection):
             is y and the others are handed through.
         packed: streams lie in the batch, ``[(b n), ..., d]``, as in the PyPI package ``hyper-connections``, instead of
             ``[..., n, d]``. Nothing is copied for it.
+        device, dtype: of the parameters; the coefficients are computed in float32 at least, whatever it is.
 
     Shape:
         - streams: ``[..., n, d]``, or ``[(b n), ..., d]`` if packed; every dtype
@@ -151,21 +155,22 @@ class HyperConnection(_StreamConnection):
         eps: float = 1e-5,
         branch: Callable[..., Any] | None = None,
         packed: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(hidden_size, expansion_rate, eps, branch, packed)
         check_choice("norm", norm, NORMS)
         n, d = expansion_rate, hidden_size
+        parameter = partial(_parameter, device, dtype)
         self.layer_index, self.static_weights, self.use_tanh, self.norm = layer_index, static_weights, use_tanh, norm
-        self.static_alpha = nn.Parameter(torch.empty(n, n + 1))
-        self.static_beta = nn.Parameter(torch.empty(n))
+        self.static_alpha, self.static_beta = parameter(n, n + 1), parameter(n)
         if not static_weights:
-            self.norm_weight = nn.Parameter(torch.empty(d))
+            self.norm_weight = parameter(d)
             if norm == "layer":
-                self.norm_bias = nn.Parameter(torch.empty(d))
-            self.dynamic_alpha = nn.Parameter(torch.empty(d, n + 1))
-            self.dynamic_beta = nn.Parameter(torch.empty(d))
-            self.alpha_scale = nn.Parameter(torch.empty(()))
-            self.beta_scale = nn.Parameter(torch.empty(()))
+                self.norm_bias = parameter(d)
+            self.dynamic_alpha, self.dynamic_beta = parameter(d, n + 1), parameter(d)
+            # One element, not a scalar: FSDP2 shards the first dimension.
+            self.alpha_scale, self.beta_scale = parameter(1), parameter(1)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -191,7 +196,7 @@ class HyperConnection(_StreamConnection):
         if self.static_weights:
             return Connection(base)
         weight = torch.cat([self.dynamic_alpha, self.dynamic_beta.unsqueeze(1)], 1)
-        scale = torch.cat([self.alpha_scale.expand(self.expansion_rate + 1), self.beta_scale.expand(1)])
+        scale = torch.cat([self.alpha_scale.expand(self.expansion_rate + 1), self.beta_scale])
         # No matrix product: autocast would round it.
         bias = (self.norm_bias.unsqueeze(1) * weight).sum(0) if self.norm == "layer" else None
         form = "tanh" if self.use_tanh else "identity"
@@ -227,24 +232,27 @@ class ManifoldHyperConnection(_StreamConnection):
 
     .. math:: x = \sum_j \mathrm{pre}_j h_j, \qquad y = T(x), \qquad h'_i = \mathrm{post}_i\, y + \sum_j M_{ij} h_j
 
-    pre = σ(·) in (0, 1), post = 2σ(·) in (0, 2), M = Sinkhorn–Knopp(exp(·)), ``iterations`` rounds. What they are made of,
-    per token:
+    pre = σ(·) in (0, 1), post = 2σ(·) in (0, 2), M = Sinkhorn–Knopp(exp(·)), ``iterations`` rounds. What they are made
+    of, per token:
 
-    * ``coefficients="paper"``: :math:`a \cdot \mathrm{RMSNorm}([h_1; \dots; h_n])\, \varphi + b`, φ ``[n·d, n²+2n]`` with
-      columns pre (n), post (n), M (n², row by row). Columns of M are normalized, then rows: rows sum to 1.
-    * ``coefficients="per_stream"``: the form of the PyPI package: row j from RMSNorm(h_j), one weight ``[d, n+2]`` for all
-      streams; the sums over i of M_ij, normalized last, are 1.
+    * ``coefficients="paper"``: :math:`a \cdot \mathrm{RMSNorm}([h_1; \dots; h_n])\, \varphi + b`, φ
+      ``[n·d, n²+2n]`` with columns pre (n), post (n), M (n², row by row). Columns of M are normalized, then rows: rows
+      sum to 1.
+    * ``coefficients="per_stream"``: the form of the PyPI package: row j from RMSNorm(h_j), one weight ``[d, n+2]`` for
+      all streams; the sums over i of M_ij, normalized last, are 1.
 
-    Starts as the residual connection when the streams are copies of each other: the weights are 0, pre = 1/n, post = 1
-    and M near the identity. Weight decay is for the dynamic weights alone (``decayed`` names them).
+    Starts as the residual connection where the streams are copies of each other: the weights are 0, pre adds up to 1
+    (three quarters of it for stream layer_index mod n), post = 1 and M is near the identity. Weight decay is for the
+    dynamic weights alone (``decayed`` names them).
 
     Args:
         hidden_size: d.
         expansion_rate: n, the number of streams.
+        layer_index: which stream the sublayer reads most of at first; give each sublayer its number.
         coefficients: ``"paper"`` or ``"per_stream"``.
         iterations: of Sinkhorn–Knopp.
         eps: of the RMSNorm.
-        branch, packed: as in :class:`HyperConnection`.
+        branch, packed, device, dtype: as in :class:`HyperConnection`.
 
     Shape:
         as in :class:`HyperConnection`
@@ -267,34 +275,38 @@ class ManifoldHyperConnection(_StreamConnection):
         hidden_size: int,
         expansion_rate: int = 4,
         *,
+        layer_index: int = 0,
         coefficients: str = "paper",
         iterations: int = 20,
         eps: float = 1e-6,
         branch: Callable[..., Any] | None = None,
         packed: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(hidden_size, expansion_rate, eps, branch, packed)
         check_choice("coefficients", coefficients, COEFFICIENTS)
         if iterations < 1:
             raise ValueError(f"iterations must be at least 1, got {iterations}")
         n, d = expansion_rate, hidden_size
-        self.coefficients, self.iterations = coefficients, iterations
+        parameter = partial(_parameter, device, dtype)
+        self.layer_index, self.coefficients, self.iterations = layer_index, coefficients, iterations
         if coefficients == "paper":
-            self.norm_weight = nn.Parameter(torch.empty(n * d))
-            self.phi = nn.Parameter(torch.empty(n * d, n * (n + 2)))
-            self.b_pre, self.b_post = nn.Parameter(torch.empty(n)), nn.Parameter(torch.empty(n))
-            self.b_res = nn.Parameter(torch.empty(n, n))
+            self.norm_weight = parameter(n * d)
+            self.phi = parameter(n * d, n * (n + 2))
+            self.b_pre, self.b_post = parameter(n), parameter(n)
+            self.b_res = parameter(n, n)
         else:
-            self.norm_weight = nn.Parameter(torch.empty(d))
-            self.dynamic_alpha, self.dynamic_beta = nn.Parameter(torch.empty(d, n + 1)), nn.Parameter(torch.empty(d))
-            self.static_alpha, self.static_beta = nn.Parameter(torch.empty(n, n + 1)), nn.Parameter(torch.empty(n))
-        self.pre_scale, self.residual_scale, self.post_scale = (nn.Parameter(torch.empty(())) for _ in range(3))
+            self.norm_weight = parameter(d)
+            self.dynamic_alpha, self.dynamic_beta = parameter(d, n + 1), parameter(d)
+            self.static_alpha, self.static_beta = parameter(n, n + 1), parameter(n)
+        self.pre_scale, self.residual_scale, self.post_scale = (parameter(1) for _ in range(3))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Back to the residual connection."""
         n = self.expansion_rate
-        mean = -math.log(n - 1) if n > 1 else 20.0  # σ of it is 1/n
+        others = (1 - START_READ) / (n - 1) if n > 1 else 0.0
         kept = math.log((n - 1) * START_KEPT / (1 - START_KEPT)) if n > 1 else 0.0
         with torch.no_grad():
             self.norm_weight.fill_(1)
@@ -302,20 +314,29 @@ class ManifoldHyperConnection(_StreamConnection):
                 scale.fill_(0.01)
             if self.coefficients == "paper":
                 self.phi.zero_()
-                self.b_pre.fill_(mean)
+                self._start_reading(self.b_pre, others)
                 self.b_post.zero_()
                 self.b_res.zero_().fill_diagonal_(kept)
             else:
                 self.dynamic_alpha.zero_()
                 self.dynamic_beta.zero_()
                 self.static_alpha.zero_()
-                self.static_alpha[:, 0] = mean
+                self._start_reading(self.static_alpha[:, 0], others)
                 self.static_alpha[:, 1:].fill_diagonal_(kept)
                 self.static_beta.zero_()
 
+    def _start_reading(self, logits: Tensor, others: float) -> None:
+        """pre adds up to 1, and sublayers differ in it: if all streams were alike to all of them, all would get the
+        same gradients and stay copies of each other."""
+        if self.expansion_rate == 1:
+            logits.fill_(20.0)  # σ of it is 1 but for 2e-9
+            return
+        logits.fill_(math.log(others / (1 - others)))
+        logits[self.layer_index % self.expansion_rate] = math.log(START_READ / (1 - START_READ))
+
     def connection(self) -> Connection:
         n = self.expansion_rate
-        scale = torch.cat([self.pre_scale.expand(1), self.residual_scale.expand(n), self.post_scale.expand(1)])
+        scale = torch.cat([self.pre_scale, self.residual_scale.expand(n), self.post_scale])
         if self.coefficients == "per_stream":
             base = torch.cat([self.static_alpha, self.static_beta.unsqueeze(1)], 1)
             weight = torch.cat([self.dynamic_alpha, self.dynamic_beta.unsqueeze(1)], 1)
@@ -360,7 +381,7 @@ class ManifoldHyperConnection(_StreamConnection):
 
 
 def expand_streams(x: Tensor, expansion_rate: int, *, packed: bool = False) -> Tensor:
-    """n streams that begin as copies of ``x``: ``[..., d] → [..., n, d]``, or ``[b, ..., d] → [(b n), ..., d]`` if packed.
+    """n streams that begin as copies of x: ``[..., d] → [..., n, d]``, or ``[b, ..., d] → [(b n), ..., d]`` if packed.
 
     Unpacked streams share the memory of ``x`` until the first sublayer writes its own.
 
@@ -393,6 +414,28 @@ def reduce_streams(
     else:
         dim = -2
     return streams.sum(dim) if reduce == "sum" else streams.mean(dim)
+
+
+def no_weight_decay(module: nn.Module) -> set[str]:
+    """Names of the parameters of ``module``'s hyper-connections that weight decay is not for, as in the paper.
+
+    That is all but the dynamic weights.
+
+    Example::
+
+        >>> sorted(no_weight_decay(HyperConnection(64, static_weights=True)))
+        ['static_alpha', 'static_beta']
+    """
+    names: set[str] = set()
+    for prefix, owner in module.named_modules():
+        if isinstance(owner, _StreamConnection):
+            own = (name for name, _ in owner.named_parameters(recurse=False) if name not in owner.decayed)
+            names.update(f"{prefix}.{name}" if prefix else name for name in own)
+    return names
+
+
+def _parameter(device: torch.device | str | None, dtype: torch.dtype | None, *shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
 
 def _folded(weight: Tensor, norm_weight: Tensor) -> Tensor:

@@ -1,0 +1,324 @@
+"""Turns the residual connections of a Hugging Face decoder into hyper-connections; no model code is replaced.
+
+A decoder layer keeps its modules, its name and its place, and gets a subclass of its own class with another forward:
+norm, attention, norm and MLP run as before, between the pre and post of two hyper-connections. Layers hand on
+(streams, y, coefficients), so that the post of a sublayer runs fused with the next sublayer's pre, in the forward of
+the layer that owns that pre: FSDP2 and recomputation layer by layer see a layer's own parameters only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, cast
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from xlayer_ext import functional as XF
+from xlayer_ext.nn import HyperConnection, ManifoldHyperConnection, expand_streams, no_weight_decay, reduce_streams
+
+RESIDUALS = ("shc", "dhc", "mhc")
+State = tuple[Tensor, Tensor, Tensor]  # streams [b, s, n, d], output of the sublayer before [b, s, d], its coefficients
+
+_CONFIG_FILE = "hyper_attachment.json"
+_WEIGHTS_FILE = "hyper_attachment.safetensors"
+_NAMES = ("hyper_attention", "hyper_mlp")  # of the new modules, inside a layer
+
+
+@dataclass(frozen=True)
+class AttachConfig:
+    """What :func:`attach` makes.
+
+    Attributes:
+        residual: ``"shc"`` static, ``"dhc"`` dynamic, ``"mhc"`` manifold-constrained (as in the paper).
+        expansion_rate: n, the number of streams.
+        use_tanh, norm: of dhc, as in :class:`xlayer_ext.nn.HyperConnection`.
+        iterations: of Sinkhorn-Knopp, in mhc.
+    """
+
+    residual: str = "dhc"
+    expansion_rate: int = 4
+    use_tanh: bool = True
+    norm: str = "layer"
+    iterations: int = 20
+
+    def __post_init__(self) -> None:
+        if self.residual not in RESIDUALS:
+            raise ValueError(f"residual must be one of {', '.join(RESIDUALS)}; got {self.residual!r}")
+
+    def connection(self, hidden_size: int, sublayer: int, like: Tensor) -> HyperConnection | ManifoldHyperConnection:
+        """A new hyper-connection for sublayer number ``sublayer``, which starts as a residual connection."""
+        place: dict[str, Any] = {"layer_index": sublayer, "device": like.device, "dtype": like.dtype}
+        if self.residual == "mhc":
+            return ManifoldHyperConnection(hidden_size, self.expansion_rate, iterations=self.iterations, **place)
+        kind: dict[str, Any] = {"static_weights": self.residual == "shc", "use_tanh": self.use_tanh, "norm": self.norm}
+        return HyperConnection(hidden_size, self.expansion_rate, **kind, **place)
+
+
+class _HyperBlock(nn.Module):
+    """What is common to decoder layers between two hyper-connections."""
+
+    hyper_attention: HyperConnection | ManifoldHyperConnection
+    hyper_mlp: HyperConnection | ManifoldHyperConnection
+    mlp: Callable[[Tensor], Tensor]
+
+    def _enter(self, state: Tensor | State) -> State:
+        """Streams, what attention reads of them, and its coefficients."""
+        _check_checkpointing(self)
+        if isinstance(state, Tensor):  # embeddings: this is the first layer
+            streams = expand_streams(state, self.hyper_attention.expansion_rate)
+            return streams, *self.hyper_attention.pre(streams)
+        return self.hyper_attention.boundary(*state)
+
+
+class _LlamaBlock(_HyperBlock):
+    input_layernorm: nn.Module
+    self_attn: nn.Module
+    post_attention_layernorm: nn.Module
+
+    def forward(self, hidden_states: Any, **kwargs: Any) -> State:
+        streams, x, coefficients = self._enter(hidden_states)
+        y, _ = self.self_attn(hidden_states=self.input_layernorm(x), **kwargs)
+        streams, x, coefficients = self.hyper_mlp.boundary(streams, y, coefficients)
+        return streams, self.mlp(self.post_attention_layernorm(x)), coefficients
+
+
+class _GPT2Block(_HyperBlock):
+    ln_1: nn.Module
+    attn: nn.Module
+    ln_2: nn.Module
+
+    def forward(
+        self,
+        hidden_states: Any,
+        past_key_values: Any = None,
+        attention_mask: Any = None,
+        encoder_hidden_states: Any = None,
+        encoder_attention_mask: Any = None,
+        **kwargs: Any,
+    ) -> State:
+        if encoder_hidden_states is not None:
+            raise ValueError("hyper-connections: GPT-2 with cross-attention is not supported")
+        streams, x, coefficients = self._enter(hidden_states)
+        y, _ = self.attn(self.ln_1(x), past_key_values=past_key_values, attention_mask=attention_mask, **kwargs)
+        streams, x, coefficients = self.hyper_mlp.boundary(streams, y, coefficients)
+        return streams, self.mlp(self.ln_2(x)), coefficients
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Where a kind of decoder keeps its parts."""
+
+    block: type[_HyperBlock]
+    layers: str
+    final_norm: str
+    parts: frozenset[str]  # of a layer: with any other, its forward would be another too
+
+
+_LLAMA = _Kind(
+    _LlamaBlock, "layers", "norm", frozenset({"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"})
+)
+_GPT2 = _Kind(_GPT2Block, "h", "ln_f", frozenset({"ln_1", "attn", "ln_2", "mlp"}))
+# By name: layers with the same parts may do other things with them (Granite scales its residuals).
+KINDS = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA, "gpt2": _GPT2}
+
+
+class HyperAttachment(nn.Module):
+    """The hyper-connections of a decoder (made by :func:`attach`): its parameters are the new ones, and those alone.
+
+    They are the decoder's parameters as well, under ``…layers.i.hyper_attention`` and ``…layers.i.hyper_mlp``.
+
+    Attributes:
+        config: what was asked for.
+        layers: per decoder layer, the two hyper-connections ``attention`` and ``mlp``.
+    """
+
+    def __init__(self, decoder: Any, config: AttachConfig) -> None:
+        super().__init__()
+        kind, layers = _check_decoder(decoder)
+        like = next(layers[0].parameters())
+        width = decoder.config.hidden_size
+        self.config = config
+        self.layers = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "attention": config.connection(width, 2 * i, like),
+                    "mlp": config.connection(width, 2 * i + 1, like),
+                }
+            )
+            for i in range(len(layers))
+        )
+        self._decoder = (decoder,)  # in a tuple, so that it does not become a submodule
+        for layer, own in zip(layers, cast(Any, self.layers), strict=True):
+            layer.hyper_attention, layer.hyper_mlp = own["attention"], own["mlp"]
+            layer.__class__ = _block_class(kind.block, type(layer))
+        self._hook: Any = getattr(decoder, kind.final_norm).register_forward_pre_hook(_leave)
+
+    def remove(self) -> None:
+        """Gives the decoder its residual connections back: it then computes exactly what it did before.
+
+        Raises:
+            RuntimeError: something else, such as FSDP2, has changed the layers since.
+        """
+        if self._hook is None:
+            return
+        _, layers = _parts(self._decoder[0])
+        if not all(type(layer).__dict__.get("_hyper_block") for layer in layers):
+            raise RuntimeError("hyper-connections can be removed only before FSDP2 or others change the layers")
+        for layer in layers:
+            for name in _NAMES:
+                delattr(layer, name)
+            layer.__class__ = type(layer).__bases__[1]
+        self._hook.remove()
+        self._hook = None
+
+    def no_weight_decay(self) -> set[str]:
+        """Names among :meth:`named_parameters` that weight decay is not for: all but the dynamic weights."""
+        return no_weight_decay(self)
+
+    def save_pretrained(self, directory: str | Path, *, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Writes the hyper-connections (safetensors) and their configuration (JSON) into ``directory``.
+
+        Args:
+            directory: made if missing.
+            state_dict: the whole weights, for a sharded model that had them gathered.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        state = self.state_dict() if state_dict is None else state_dict
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, directory / _WEIGHTS_FILE)
+        settings = {"config": asdict(self.config), "model": _describe(self._decoder[0])}
+        (directory / _CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, model: nn.Module, directory: str | Path) -> HyperAttachment:
+        """Attaches what :meth:`save_pretrained` wrote to ``model``, a decoder of the same kind and size.
+
+        Raises:
+            ValueError: files are missing, or were made for another model; ``model`` is then as it was.
+        """
+        directory = Path(directory)
+        missing = [name for name in (_CONFIG_FILE, _WEIGHTS_FILE) if not (directory / name).is_file()]
+        if missing:
+            raise ValueError(f"no hyper-connections in {directory}: {', '.join(missing)} missing")
+        saved = json.loads((directory / _CONFIG_FILE).read_text())
+        decoder = _decoder_of(model)
+        for name, found in _describe(decoder).items():
+            if saved["model"].get(name) != found:
+                wanted = saved["model"].get(name)
+                raise ValueError(f"{directory} was made for a model with {name} {wanted!r}, got {found!r}")
+        unknown = set(saved["config"]) - {field.name for field in fields(AttachConfig)}
+        if unknown:
+            raise ValueError(f"{directory} has options that this version does not know: {', '.join(sorted(unknown))}")
+        state = load_file(directory / _WEIGHTS_FILE)
+        made = cls(decoder, AttachConfig(**saved["config"]))
+        expected = {name: tensor.shape for name, tensor in made.state_dict().items()}
+        if {name: tensor.shape for name, tensor in state.items()} != expected:
+            made.remove()
+            raise ValueError(f"the weights in {directory} do not fit their configuration")
+        made.load_state_dict(state)
+        return made
+
+
+def attach(model: nn.Module, residual: str = "dhc", expansion_rate: int = 4, **options: Any) -> HyperAttachment:
+    """Turns the residual connections of a Hugging Face decoder into hyper-connections, in place.
+
+    They start as the identity: all streams are copies, and the model computes what it did. At the end the streams are
+    averaged. Cached generation, padding, AMP, DDP, FSDP2 and gradient checkpointing (not reentrant) work. With
+    ``output_hidden_states`` the states between layers are the streams ``[b, s, n, d]`` before the last MLP's output is
+    added.
+
+    Args:
+        model: a Llama, Mistral, Qwen2, Qwen3 or GPT-2 model, with or without a head. Attach before DDP, FSDP2,
+            ``device_map`` or ``torch.compile``.
+        residual: ``"shc"`` static, ``"dhc"`` dynamic hyper-connections, ``"mhc"`` manifold-constrained ones.
+        expansion_rate: n, the number of streams.
+        options: ``use_tanh``, ``norm``, ``iterations``, as in :class:`AttachConfig`.
+
+    Returns:
+        The hyper-connections, on the model's device and in its dtype; ``remove()`` takes them off again.
+
+    Raises:
+        ValueError: the model is of another kind or has hyper-connections already; an option is wrong.
+
+    Papers: Hyper-Connections, ICLR 2025, arXiv 2409.19606; mHC, arXiv 2512.24880.
+
+    Example::
+
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes)).eval()
+        >>> tokens = torch.arange(12).view(2, 6)
+        >>> before = model(tokens).logits
+        >>> handle = attach(model, "mhc", expansion_rate=4)
+        >>> torch.allclose(model(tokens).logits, before, atol=1e-5)
+        True
+    """
+    unknown = set(options) - {field.name for field in fields(AttachConfig)}
+    if unknown:
+        raise ValueError(f"attach has no option {', '.join(sorted(unknown))}")
+    return HyperAttachment(_decoder_of(model), AttachConfig(residual, expansion_rate, **options))
+
+
+def _leave(norm: nn.Module, args: tuple[Any, ...]) -> Any:
+    """The last post and the mean over streams, before the decoder's final norm."""
+    if isinstance(args[0], Tensor):  # no layer ran before it
+        return None
+    return (reduce_streams(XF.hyper_post(*args[0]), reduce="mean"), *args[1:])
+
+
+_BLOCK_CLASSES: dict[tuple[type, type], type[nn.Module]] = {}
+
+
+def _block_class(block: type[_HyperBlock], original: type[nn.Module]) -> type[nn.Module]:
+    """The layer's class with the forward of ``block``, under the same name and one for all layers: FSDP policies look
+    a layer's class up by name and wrap its instances."""
+    if (block, original) not in _BLOCK_CLASSES:
+        body = {"_hyper_block": True, "__module__": original.__module__, "__qualname__": original.__qualname__}
+        _BLOCK_CLASSES[block, original] = type(original.__name__, (block, original), body)
+    return _BLOCK_CLASSES[block, original]
+
+
+def _decoder_of(model: Any) -> Any:
+    return getattr(model, "base_model", model)
+
+
+def _parts(decoder: Any) -> tuple[_Kind, Any]:
+    kind = KINDS[decoder.config.model_type]
+    return kind, getattr(decoder, kind.layers)
+
+
+def _check_decoder(decoder: Any) -> tuple[_Kind, Any]:
+    model_type = getattr(getattr(decoder, "config", None), "model_type", None)
+    if model_type not in KINDS or not hasattr(decoder, KINDS[model_type].layers):
+        got = type(decoder).__name__
+        raise ValueError(f"hyper-connections attach to decoders of type {', '.join(KINDS)}; got {got}")
+    kind, layers = _parts(decoder)
+    for layer in layers:
+        if hasattr(layer, _NAMES[0]):
+            raise ValueError("this decoder has hyper-connections already; call their remove() first")
+        if {name for name, _ in layer.named_children()} != kind.parts or not isinstance(
+            layer, GradientCheckpointingLayer
+        ):
+            raise ValueError(f"hyper-connections need layers of {', '.join(sorted(kind.parts))} and nothing else")
+        if "forward" in vars(layer):
+            raise ValueError("something (device_map?) has replaced the layers' forward: attach hyper-connections first")
+    if not len(layers):
+        raise ValueError("hyper-connections need a decoder with at least one layer")
+    return kind, layers
+
+
+def _check_checkpointing(layer: Any) -> None:
+    function = getattr(layer, "_gradient_checkpointing_func", None)
+    if layer.gradient_checkpointing and getattr(function, "keywords", {}).get("use_reentrant"):
+        raise ValueError("hyper-connections need gradient checkpointing with use_reentrant=False")
+
+
+def _describe(decoder: Any) -> dict[str, Any]:
+    settings = decoder.config
+    return {name: getattr(settings, name, None) for name in ("model_type", "hidden_size", "num_hidden_layers")}
