@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     }
     for item in items:
         for marker, (skips_here, reason) in skips.items():
-            if skips_here and marker in item.keywords:
+            if skips_here and item.get_closest_marker(marker):  # keywords would match folders too
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
