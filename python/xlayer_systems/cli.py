@@ -28,9 +28,17 @@ app = typer.Typer(
 
     xlayer eval runs/xlrb-H9-stdlib-topics-seed0-quick
 
+    xlayer train hyper_lm --residual dhc --quick
+
+    xlayer eval runs/hyper_lm-dhc-stdlib-lm-seed0-quick --prompt "def "
+
+    xlayer sweep hyper_lm --residual plain,shc,dhc,mhc --seeds 0,1,2 --quick
+
 **Real data and backbones** are named in the same place:
 
     xlayer train xlrb --preset H9 --dataset glue/rte --backbone roberta-large --set dtype=bfloat16
+
+    xlayer train hyper_lm --residual dhc --dataset wikitext/wikitext-2-raw-v1 --backbone small --set dtype=bfloat16
 
 **Many GPUs**: `accelerate launch -m xlayer_systems.cli train xlrb --preset H9 ...`
 
@@ -39,15 +47,29 @@ Wrong input gives one line that starts with `error:` and exit code 2.""",
 pretrain_app = typer.Typer(no_args_is_help=True, help="Make the small backbone that the other commands start from.")
 app.add_typer(pretrain_app, name="pretrain")
 
-System = Annotated[str, typer.Argument(help="What to train: xlrb.")]
-Dataset = Annotated[
+System = Annotated[
     str,
-    typer.Option(help="stdlib-topics, stdlib-pairs (embedded), glue/rte or another hub name, or a local folder."),
+    typer.Argument(
+        help="What to train: xlrb (routing bridges in an encoder), hyper_lm (a hyper-connected language model)."
+    ),
+]
+Dataset = Annotated[
+    str | None,
+    typer.Option(
+        help="xlrb: stdlib-topics (default), stdlib-pairs, glue/rte or another hub name, or a local folder. "
+        "hyper_lm: stdlib-lm (default), wikitext/wikitext-2-raw-v1 or another hub name, a folder of .txt files, or one "
+        "with a train and a validation file."
+    ),
 ]
 Backbone = Annotated[
-    str, typer.Option(help="small (shipped), small-scratch, a Hugging Face name such as roberta-large, or a folder.")
+    str | None,
+    typer.Option(
+        help="xlrb: small (default, shipped), small-scratch, a Hugging Face name such as roberta-large, or a folder. "
+        "hyper_lm: the size of the model, tiny (default), small, base or large."
+    ),
 ]
-Quick = Annotated[bool, typer.Option("--quick", help="Settings that train in about a minute on two CPU cores.")]
+Streams = Annotated[int | None, typer.Option(help="hyper_lm: number of residual streams; the same as expansion_rate.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Settings that train in a minute or two on two CPU cores.")]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a training option or a field of the preset; repeatable."),
@@ -58,9 +80,18 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last chec
 @app.command()
 def train(
     system: System,
-    preset: Annotated[str, typer.Option(help="plain (the backbone alone), H1 to H30, A1 to A20.")] = "H9",
-    dataset: Dataset = "stdlib-topics",
-    backbone: Backbone = "small",
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            "--preset",
+            "--residual",
+            help="xlrb: plain (the backbone alone), H1 to H30, A1 to A20; H9 by default. "
+            "hyper_lm: plain, shc, dhc or mhc; dhc by default.",
+        ),
+    ] = None,
+    dataset: Dataset = None,
+    backbone: Backbone = None,
+    streams: Streams = None,
     seed: Annotated[int, typer.Option(help="Initial parameters, order of the examples, dropout.")] = 0,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training set.")] = None,
     quick: Quick = False,
@@ -68,7 +99,7 @@ def train(
     resume: Resume = False,
     settings: Settings = None,
 ) -> None:
-    """Train one preset with one seed and report its accuracy with a 95 % interval.
+    """Train one preset with one seed and report its accuracy with a 95 % interval, or its loss.
 
     Examples:
 
@@ -77,13 +108,15 @@ def train(
         xlayer train xlrb --preset H9 --set topk=2 --set router_weight=full_softmax
 
         xlayer train xlrb --preset H9 --run-dir runs/mine --resume    (the same options as before)
+
+        xlayer train hyper_lm --residual dhc --streams 2 --quick --set max_steps=400
     """
     from xlayer_systems.jobs import format_result, make_spec, train_run
     from xlayer_systems.options import parse_overrides
 
-    overrides = _with_epochs(parse_overrides(settings or []), epochs)
+    overrides = _with_shortcuts(parse_overrides(settings or []), epochs=epochs, expansion_rate=streams)
     spec = make_spec(system, preset, dataset=dataset, backbone=backbone, seed=seed, quick=quick, overrides=overrides)
-    path = run_dir or Path("runs") / _run_name(system, preset, dataset, seed, quick)
+    path = run_dir or Path("runs") / _run_name(system, spec.preset, spec.dataset, seed, quick)
     result = train_run(spec, path, resume)
     if _is_main_process():
         print(format_result(result))
@@ -94,12 +127,18 @@ def train(
 def sweep(
     system: System,
     presets: Annotated[
-        str,
-        typer.Option(help="Separated by commas; each may carry overrides: H9:router_weight=full_softmax:topk=2."),
-    ] = "plain,H9",
+        str | None,
+        typer.Option(
+            "--presets",
+            "--residual",
+            help="Separated by commas; each may carry overrides: H9:router_weight=full_softmax:topk=2, "
+            "dhc:expansion_rate=2. By default plain and the system's own default.",
+        ),
+    ] = None,
     seeds: Annotated[str, typer.Option(help="Separated by commas.")] = "0",
-    dataset: Dataset = "stdlib-topics",
-    backbone: Backbone = "small",
+    dataset: Dataset = None,
+    backbone: Backbone = None,
+    streams: Streams = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training set.")] = None,
     quick: Quick = False,
     out: Annotated[Path | None, typer.Option(help="A new directory; by default runs/sweep-<system>-<dataset>.")] = None,
@@ -109,20 +148,25 @@ def sweep(
     """Train several presets with several seeds and print a table.
 
     Per preset: mean accuracy on the whole validation set and its 95 % interval (Wilson for one seed, Student's t over
-    seeds for more), parameters, seconds. Writes results.json, report.md, curves and routing as PNG, and one run
-    directory per preset and seed.
+    seeds for more), parameters, seconds. For language models: validation loss with its interval over seeds, and how
+    many tokens it took to the final loss of plain. Writes results.json, report.md, curves and what the layers did as
+    PNG, and one run directory per preset and seed.
 
     Examples:
 
         xlayer sweep xlrb --presets plain,H9,A3,A8 --seeds 0,1,2 --quick
 
         xlayer sweep xlrb --presets H9,H9:router_weight=full_softmax,H9:gate_position=after_norm --seeds 0,1,2,3,4
+
+        xlayer sweep hyper_lm --residual plain,shc,dhc,mhc --seeds 0,1,2 --quick
     """
     from xlayer_systems.jobs import make_spec
     from xlayer_systems.options import parse_overrides
+    from xlayer_systems.recipes import PLAIN, get_recipe
     from xlayer_systems.sweep import format_sweep, parse_seeds, parse_variants, run_sweep
 
-    common = _with_epochs(parse_overrides(settings or []), epochs)
+    recipe = get_recipe(system)
+    common = _with_shortcuts(parse_overrides(settings or []), epochs=epochs, expansion_rate=streams)
     numbers = parse_seeds(seeds)
     specs = {
         variant.name: [
@@ -137,9 +181,10 @@ def sweep(
             )
             for seed in numbers
         ]
-        for variant in parse_variants(presets)
+        for variant in parse_variants(presets or f"{PLAIN},{recipe.default_preset}")
     }
-    path = out or Path("runs") / f"sweep-{system}-{dataset.replace('/', '-')}{'-quick' * quick}"
+    name = (dataset or recipe.default_dataset).replace("/", "-")
+    path = out or Path("runs") / f"sweep-{system}-{name}{'-quick' * quick}"
     summary = run_sweep(specs, path, resume)
     if _is_main_process():
         print(format_sweep(summary))
@@ -147,10 +192,27 @@ def sweep(
 
 
 @app.command(name="eval")
-def evaluate(run: Annotated[Path, typer.Argument(help="Run directory of a finished run.")]) -> None:
-    """Evaluate the model of a finished run on the whole validation set."""
-    from xlayer_systems.jobs import evaluate_run, format_result
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Run directory of a finished run.")],
+    prompt: Annotated[str | None, typer.Option(help="Language models: go on with this text instead.")] = None,
+    tokens: Annotated[int, typer.Option(help="With --prompt: at most so many tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="With --prompt: 0 takes the likeliest token every time.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="With --prompt: draw from so many of the likeliest tokens.")] = None,
+    seed: Annotated[int, typer.Option(help="With --prompt: of the draws.")] = 0,
+) -> None:
+    """Evaluate the model of a finished run on the whole validation set, or let a language model write.
 
+    Examples:
+
+        xlayer eval runs/xlrb-H9-stdlib-topics-seed0-quick
+
+        xlayer eval runs/hyper_lm-dhc-stdlib-lm-seed0-quick --prompt "def " --temperature 0.8 --top-k 40
+    """
+    from xlayer_systems.jobs import complete_text, evaluate_run, format_result
+
+    if prompt is not None:
+        print(complete_text(run, prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed))
+        return
     result = evaluate_run(run)
     if _is_main_process():
         print(format_result(result))
@@ -184,7 +246,7 @@ def encoder(
     from xlayer_systems.options import parse_overrides
     from xlayer_systems.pretrain import pretrain_encoder
 
-    overrides = _with_epochs(parse_overrides(settings or []), epochs)
+    overrides = _with_shortcuts(parse_overrides(settings or []), epochs=epochs)
     result = pretrain_encoder(out, contrast=contrast, seed=seed, overrides=overrides, resume=resume)
     if _is_main_process():
         print(f"masked-token loss {result['masked_loss']:.3f} nats, pairs found {100 * result['pairs_found']:.1f} %")
@@ -202,8 +264,9 @@ def main() -> None:
         sys.exit(EXIT_USER_ERROR)
 
 
-def _with_epochs(overrides: dict[str, str], epochs: int | None) -> dict[str, str]:
-    return overrides if epochs is None else {"epochs": str(epochs), **overrides}
+def _with_shortcuts(overrides: dict[str, str], **shortcuts: int | None) -> dict[str, str]:
+    """Overrides with those that have an option of their own; ``--set`` wins."""
+    return {**{key: str(value) for key, value in shortcuts.items() if value is not None}, **overrides}
 
 
 def _run_name(system: str, preset: str, dataset: str, seed: int, quick: bool) -> str:

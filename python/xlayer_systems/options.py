@@ -6,7 +6,7 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from xlayer_systems.errors import UserError
 
@@ -14,46 +14,53 @@ DTYPES = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # to Accelera
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainOptions:
-    """How to train. The defaults are the published ones for roberta-large on RTE.
+class LoopOptions:
+    """What every run of the shared loop has. A subclass per kind of training adds its rates and its defaults.
 
     Attributes:
+        epochs: passes over the training set.
+        max_steps: end after so many optimizer steps, if that comes first.
         batch_size: examples per optimizer step, over all processes and accumulation steps together, so that a run
             means the same on one CPU and on eight GPUs.
         accumulate: micro-batches per optimizer step and process.
-        bridge_lr: learning rate of the parameters that a system adds; None gives them the encoder's, as published.
+        max_length: tokens of an example.
         warmup: share of all steps in which the rate rises linearly; it falls linearly to 0 over the rest.
+        clip: largest norm of the gradient.
         dtype: float32, or bfloat16 and float16 for mixed precision.
         stop_below: stop after the first epoch when its validation accuracy is below this.
+        eval_every: steps between evaluations, beside the one at the end of every epoch.
         checkpoint_every: steps between checkpoints, beside the one at the end of every epoch.
     """
 
     epochs: int = 3
+    max_steps: int | None = None
     batch_size: int = 8
     accumulate: int = 1
     max_length: int = 128
-    encoder_lr: float = 1.5e-5
-    head_lr: float = 3e-4
-    bridge_lr: float | None = None
     weight_decay: float = 0.01
     warmup: float = 0.1
     clip: float = 1.0
-    label_smoothing: float = 0.05
-    head_dropout: float = 0.1
     dtype: str = "float32"
     gradient_checkpointing: bool = False
     stop_below: float | None = None
     eval_batch_size: int = 64
+    eval_every: int | None = None
     log_every: int = 20
     checkpoint_every: int = 200
     tensorboard: bool = True
 
+    counts: ClassVar[tuple[str, ...]] = (
+        "max_steps", "batch_size", "accumulate", "max_length", "eval_batch_size", "eval_every", "log_every",
+        "checkpoint_every",
+    )  # fmt: skip
+
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise UserError(f"unknown dtype {self.dtype!r}; expected one of {', '.join(DTYPES)}")
-        for name in ("batch_size", "accumulate", "max_length", "eval_batch_size", "log_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in self.counts:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}")
         if self.epochs < 0:
             raise UserError(f"epochs must not be negative, got {self.epochs}")
         if not 0 <= self.warmup <= 1:
@@ -66,6 +73,44 @@ class TrainOptions:
             expected = f"a multiple of processes x accumulate = {processes} x {self.accumulate}"
             raise UserError(f"batch_size {self.batch_size} must be {expected}")
         return self.batch_size // parts
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOptions(LoopOptions):
+    """How to fine-tune an encoder. The defaults are the published ones for roberta-large on RTE.
+
+    Attributes:
+        bridge_lr: learning rate of the parameters that a system adds; None gives them the encoder's, as published.
+    """
+
+    encoder_lr: float = 1.5e-5
+    head_lr: float = 3e-4
+    bridge_lr: float | None = None
+    label_smoothing: float = 0.05
+    head_dropout: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModelOptions(LoopOptions):
+    """How to train a language model from random parameters.
+
+    Attributes:
+        max_length: tokens of a block; the model sees no further back.
+        beta2: AdamW's decay of the average of squared gradients.
+        eval_blocks: blocks of the validation text that evaluations during training use, evenly spaced; None: all.
+    """
+
+    epochs: int = 1
+    batch_size: int = 32
+    max_length: int = 256
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.1
+    beta2: float = 0.95
+    eval_batch_size: int = 32
+    eval_blocks: int | None = 1024
+    eval_every: int | None = 200
+
+    counts: ClassVar[tuple[str, ...]] = (*LoopOptions.counts, "eval_blocks")
 
 
 Settings = TypeVar("Settings")

@@ -10,49 +10,71 @@ from typing import Any, Protocol
 from torch import nn
 
 from xlayer_systems import backbones
+from xlayer_systems.classification import Classification
+from xlayer_systems.data.text import STDLIB
 from xlayer_systems.errors import UserError
-from xlayer_systems.options import TrainOptions
+from xlayer_systems.language_modeling import LanguageModeling
+from xlayer_systems.objectives import Objective
+from xlayer_systems.options import LanguageModelOptions, TrainOptions
 
 PLAIN = "plain"
 
 
 class Recipe(Protocol):
-    """A trainable system."""
+    """A trainable system: how it is trained (its `Objective`), from what, and its defaults."""
+
+    objective: Objective
+    default_preset: str
+    default_dataset: str
+    default_backbone: str
+    usage_title: str  # of what `plot` draws
 
     def presets(self) -> Sequence[str]:
-        """Ids of the presets, `PLAIN` (the backbone alone) among them."""
+        """Ids of the presets, `PLAIN` (without what the system adds) among them."""
 
-    def config(self, preset: str) -> Any:
-        """The system's config dataclass for a preset; None for `PLAIN`."""
+    def config(self, preset: str, backbone: str) -> Any:
+        """The system's config dataclass for a preset; None for a backbone alone."""
 
-    def options(self, preset: str, dataset: str, backbone: str, quick: bool) -> TrainOptions:
-        """Default training options."""
+    def options(self, preset: str, dataset: str, backbone: str, quick: bool) -> Any:
+        """Default training options, a `LoopOptions`."""
 
-    def build(self, backbone: nn.Module, config: Any, labels: int, options: TrainOptions) -> nn.Module:
+    def fingerprint(self, backbone: str) -> str:
+        """Identifies the weights that a run starts from."""
+
+    def load_backbone(self, backbone: str) -> Any:
+        """What `build` starts from."""
+
+    def build(self, backbone: Any, config: Any, data: Any, options: Any) -> nn.Module:
         """The model to train."""
 
-    def parameter_groups(self, model: Any, options: TrainOptions) -> list[dict[str, Any]]:
+    def parameter_groups(self, model: Any, options: Any) -> list[dict[str, Any]]:
         """Groups for AdamW."""
 
-    def save(self, model: Any, folder: Path) -> None:
+    def save(self, model: Any, data: Any, folder: Path) -> None:
         """Write everything that `load` needs beside the backbone's architecture."""
 
-    def load(self, folder: Path, backbone: nn.Module) -> nn.Module:
+    def load(self, folder: Path, backbone: Any) -> nn.Module:
         """The inverse of `save`."""
 
     def plot(self, records: Sequence[Mapping[str, Any]], path: Path) -> bool:
-        """Draw the usage metrics in ``records`` (one per epoch); False when there are none."""
+        """Draw the usage metrics in ``records`` (one per evaluation); False when there are none."""
 
 
 class XLRBRecipe:
     """Cross-layer routing bridges on an encoder, for classification."""
+
+    objective: Objective = Classification()
+    default_preset = "H9"
+    default_dataset = "stdlib-topics"
+    default_backbone = backbones.SMALL
+    usage_title = "gates, messages and routing"
 
     def presets(self) -> Sequence[str]:
         from xlayer_systems.xlrb import PRESETS
 
         return (PLAIN, *PRESETS)
 
-    def config(self, preset: str) -> Any:
+    def config(self, preset: str, backbone: str) -> Any:
         from xlayer_systems.xlrb import PRESETS
 
         if preset != PLAIN and preset not in PRESETS:
@@ -74,9 +96,16 @@ class XLRBRecipe:
             options = dataclasses.replace(options, epochs=3, max_length=64)
         return options
 
-    def build(self, backbone: nn.Module, config: Any, labels: int, options: TrainOptions) -> nn.Module:
+    def fingerprint(self, backbone: str) -> str:
+        return backbones.fingerprint(backbone)
+
+    def load_backbone(self, backbone: str) -> Any:
+        return backbones.load_backbone(backbone)
+
+    def build(self, backbone: Any, config: Any, data: Any, options: TrainOptions) -> nn.Module:
         from xlayer_systems.xlrb import XLRBClassifier
 
+        labels = len(data.task.labels)
         try:
             return XLRBClassifier(
                 backbone, config, labels, label_smoothing=options.label_smoothing, dropout=options.head_dropout
@@ -90,10 +119,10 @@ class XLRBRecipe:
         )
         return groups
 
-    def save(self, model: Any, folder: Path) -> None:
+    def save(self, model: Any, data: Any, folder: Path) -> None:
         model.save_pretrained(folder, include_encoder=True)
 
-    def load(self, folder: Path, backbone: nn.Module) -> nn.Module:
+    def load(self, folder: Path, backbone: Any) -> nn.Module:
         from xlayer_systems.xlrb import XLRBClassifier
 
         try:
@@ -110,7 +139,76 @@ class XLRBRecipe:
         return bool(history)
 
 
-RECIPES: dict[str, Recipe] = {"xlrb": XLRBRecipe()}
+class HyperLMRecipe:
+    """Language models with residual or hyper-connections, from random parameters; a backbone is a size by name."""
+
+    objective: Objective = LanguageModeling()
+    default_preset = "dhc"
+    default_dataset = STDLIB
+    default_backbone = "tiny"
+    usage_title = "gradients and inputs of the layers"
+
+    def presets(self) -> Sequence[str]:
+        from xlayer_systems.hyper_lm import RESIDUALS
+
+        return RESIDUALS
+
+    def config(self, preset: str, backbone: str) -> Any:
+        from xlayer_systems.hyper_lm import RESIDUALS, SIZES, sized
+
+        if preset not in RESIDUALS:
+            raise UserError(f"unknown residual kind {preset!r}; expected one of {', '.join(RESIDUALS)}")
+        if backbone not in SIZES:
+            raise UserError(f"unknown size {backbone!r}; expected one of {', '.join(SIZES)}")
+        return sized(backbone, residual=preset)
+
+    def options(self, preset: str, dataset: str, backbone: str, quick: bool) -> LanguageModelOptions:
+        options = LanguageModelOptions()
+        if backbone == "tiny":
+            options = dataclasses.replace(options, learning_rate=4e-3, max_length=128)
+        if quick:
+            options = dataclasses.replace(
+                options, batch_size=8, max_length=128, max_steps=600, eval_every=30, eval_blocks=128
+            )
+        return options
+
+    def fingerprint(self, backbone: str) -> str:
+        return backbone
+
+    def load_backbone(self, backbone: str) -> Any:
+        return None
+
+    def build(self, backbone: Any, config: Any, data: Any, options: LanguageModelOptions) -> nn.Module:
+        from xlayer_systems.hyper_lm import HyperTransformer, LanguageModel
+
+        return LanguageModel(HyperTransformer.from_config(dataclasses.replace(config, vocab_size=len(data.tokenizer))))
+
+    def parameter_groups(self, model: Any, options: LanguageModelOptions) -> list[dict[str, Any]]:
+        groups = model.model.parameter_groups(options.learning_rate, options.weight_decay)
+        return [{**group, "betas": (0.9, options.beta2)} for group in groups]
+
+    def save(self, model: Any, data: Any, folder: Path) -> None:
+        model.model.save_pretrained(folder)
+        data.tokenizer.save_pretrained(folder)
+
+    def load(self, folder: Path, backbone: Any) -> nn.Module:
+        from xlayer_systems.hyper_lm import HyperTransformer, LanguageModel
+
+        try:
+            return LanguageModel(HyperTransformer.from_pretrained(folder))
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    def plot(self, records: Sequence[Mapping[str, Any]], path: Path) -> bool:
+        from xlayer_systems.hyper_lm import plot_layers
+
+        history = [record for record in records if "gradient_norms" in record]
+        if history:
+            plot_layers(history, path)
+        return bool(history)
+
+
+RECIPES: dict[str, Recipe] = {"xlrb": XLRBRecipe(), "hyper_lm": HyperLMRecipe()}
 
 
 def get_recipe(system: str) -> Recipe:

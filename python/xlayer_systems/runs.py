@@ -52,9 +52,11 @@ class RunDirectory:
 
     def create(self, config: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
         """Make the directory; one that exists is refused, whatever is in it."""
-        if self.path.exists():
-            raise UserError(f"run directory {self.path} exists; choose another --run-dir, or continue it with --resume")
-        if self.is_writer:
+        if self.is_writer:  # the other processes may look when this one has made it already
+            if self.path.exists():
+                raise UserError(
+                    f"run directory {self.path} exists; choose another --run-dir, or continue it with --resume"
+                )
             # Under another name until it is whole: a directory that exists can then always be resumed.
             unfinished = RunDirectory(self.path.with_name(f".{self.path.name}.tmp"))
             shutil.rmtree(unfinished.path, ignore_errors=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,10 @@ from typing import Any
 from xlayer_systems.errors import UserError
 from xlayer_systems.jobs import RunSpec, train_run
 from xlayer_systems.options import parse_overrides
-from xlayer_systems.plots import plot_curves
+from xlayer_systems.recipes import get_recipe
 from xlayer_systems.runs import Record, RunDirectory
-from xlayer_systems.stats import Interval, student_interval
+
+AllRecords = dict[str, list[list[Record]]]  # per variant, per seed: metrics.jsonl
 
 
 @dataclass(frozen=True)
@@ -70,67 +70,31 @@ def run_sweep(specs: dict[str, list[RunSpec]], out: Path, resume: bool) -> Recor
             path = out / f"{Variant(name, '', {}).folder}-seed{spec.seed}"
             results[name].append(train_run(spec, path, resume))
             paths[name].append(path)
-    summary = _summarize(results)
+    records = {name: [RunDirectory(path).metrics() for path in folders] for name, folders in paths.items()}
+    objective = next(iter(specs.values()))[0].recipe.objective
+    summary = {"system": next(iter(specs.values()))[0].system, **objective.summarize(results, records), "runs": results}
     if int(os.environ.get("RANK", "0")) == 0:
-        _write(summary, specs, paths, out)
+        _write(summary, specs, records, RunDirectory(next(iter(paths.values()))[0]), out)
     return summary
 
 
 def format_sweep(summary: Record) -> str:
     """The sweep's table in plain text."""
-    rows = [("", "accuracy", "95 % interval", "parameters", "seconds")]
-    for row in summary["rows"]:
-        interval = f"[{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
-        parameters = f"{row['parameters']:,}" if row["parameters"] else ""
-        seconds = f"{row['seconds']:.0f}" if row["seconds"] else ""
-        rows.append((row["name"], f"{100 * row['accuracy']:.1f} %", interval, parameters, seconds))
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    name, *numbers = (f"{{:{align}{width}}}" for align, width in zip("<>>>>", widths, strict=True))
-    line = "  ".join([name, *numbers])
-    return "\n".join([summary["title"], *(line.format(*row).rstrip() for row in rows)])
+    return get_recipe(summary["system"]).objective.format_sweep(summary)
 
 
-def _summarize(results: dict[str, list[Record]]) -> Record:
-    first = next(iter(results.values()))[0]
-    seeds = len(next(iter(results.values())))
-    kind = f"Student's t over {seeds} seeds" if seeds > 1 else "Wilson, one seed"
-    rows = [_row("majority", [first["majority"]])]
-    if first["lexical"] is not None:
-        rows.append(_row("lexical overlap", [first["lexical"]]))
-    for name, runs in results.items():
-        row = _row(name, [run["accuracy"] for run in runs])
-        seconds = sum(run["seconds"] for run in runs) / len(runs)
-        rows.append({**row, "parameters": runs[0]["parameters"], "seconds": seconds})
-    title = f"{first['dataset']}, {first['backbone']}: accuracy on all {first['accuracy']['total']} validation examples"
-    return {"title": f"{title} ({kind}; baselines: Wilson)", "rows": rows, "runs": results}
-
-
-def _row(name: str, accuracies: Sequence[Record]) -> Record:
-    if len(accuracies) > 1:
-        interval = student_interval([accuracy["mean"] for accuracy in accuracies])
-    else:
-        interval = Interval(*(accuracies[0][key] for key in ("mean", "low", "high")))
-    return {
-        "name": name,
-        "accuracy": interval.mean,
-        "low": interval.low,
-        "high": interval.high,
-        "parameters": None,
-        "seconds": None,
-    }
-
-
-def _write(summary: Record, specs: dict[str, list[RunSpec]], paths: dict[str, list[Path]], out: Path) -> None:
-    records = {name: [RunDirectory(path).metrics() for path in folders] for name, folders in paths.items()}
-    majority = summary["rows"][0]["accuracy"]
-    plot_curves(records, out / "curves.png", majority)
-    pictures = ["![curves](curves.png)"]
+def _write(
+    summary: Record, specs: dict[str, list[RunSpec]], records: AllRecords, first: RunDirectory, out: Path
+) -> None:
+    recipe = get_recipe(summary["system"])
+    pictures = recipe.objective.plot_sweep(summary, records, out)
     for name, variants in specs.items():
         picture = f"usage-{Variant(name, '', {}).folder}.png"
         evaluations: list[Any] = [record for record in records[name][0] if record["event"] == "eval"]
-        if variants[0].recipe.plot(evaluations, out / picture):
-            pictures.append(f"Gates, messages and routing of {name}, seed {variants[0].seed}:\n\n![usage]({picture})")
-    environment = RunDirectory(next(iter(paths.values()))[0]).read_config()["environment"]
+        if recipe.plot(evaluations, out / picture):
+            title = f"{recipe.usage_title[0].upper()}{recipe.usage_title[1:]}"
+            pictures.append(f"{title} of {name}, seed {variants[0].seed}:\n\n![usage]({picture})")
+    environment = first.read_config()["environment"]
     (out / "results.json").write_text(json.dumps({**summary, "environment": environment}, indent=2) + "\n")
     table = f"```\n{format_sweep(summary)}\n```"
     (out / "report.md").write_text("\n\n".join(["# Sweep", table, *pictures]) + "\n")

@@ -8,25 +8,24 @@ from typing import Any
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 
 
-def train_tokenizer(texts: Iterable[str], vocabulary: int, max_length: int) -> Any:
+def train_tokenizer(texts: Iterable[str], vocabulary: int, max_length: int, *, keep_text: bool = False) -> Any:
     """Train on ``texts`` and return a `PreTrainedTokenizerFast` that wraps pairs as RoBERTa does.
 
-    ``<s> a </s>`` and ``<s> a </s></s> b </s>``; ids 0 to 4 are `SPECIAL_TOKENS` in RoBERTa's order. The text is
-    lower-cased: a small vocabulary then goes further, and case says little about what a docstring is about.
+    ``<s> a </s>`` and ``<s> a </s></s> b </s>``; ids 0 to 4 are `SPECIAL_TOKENS` in RoBERTa's order. For an encoder the
+    text is lower-cased: a small vocabulary then goes further, and case says little about what a docstring is about.
+    With ``keep_text``, for language models, it stays what it is, byte for byte: decoding the tokens gives it back.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    # Underscores separate words, as in most identifiers; byte-level BPE then never fails on a character.
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split("_", "isolated"),
-            pre_tokenizers.Digits(),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
+    # Byte-level BPE never fails on a character.
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if not keep_text:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+        # Underscores separate words, as in most identifiers.
+        words = [pre_tokenizers.Split("_", "isolated"), pre_tokenizers.Digits()]
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*words, tokenizer.pre_tokenizer])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,

@@ -1,9 +1,10 @@
 """The training loop that every system shares, on Accelerate.
 
 A system brings a model whose ``forward(**batch)`` returns an object with ``.loss``, its parameter groups, and its data
-in the shape of `TrainingData`. Started through ``accelerate launch`` the same loop runs under DDP or FSDP2 on many
-devices (with the run directory on a shared disk); a batch is then divided among the processes, so the run takes the
-same steps as on one.
+in the shape of `TrainingData`. Where the model has them, ``usage(reset)`` (what it did in an evaluation) and
+``gradient_groups()`` (parameters by the name of their layer, for the norms of their gradients) are logged with every
+evaluation. Started through ``accelerate launch`` the same loop runs under DDP or FSDP2 on many devices (with the run
+directory on a shared disk); a batch is then divided among the processes, so the run takes the same steps as on one.
 
 A run that is killed and resumed ends with the same bits on the CPU: a checkpoint holds model, optimizer, schedule,
 random state and position, and what was logged after it is cut off again.
@@ -24,9 +25,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from xlayer_ext.bench import keep_freed_memory
 from xlayer_systems.data.batches import epoch_batches
 from xlayer_systems.errors import UserError
-from xlayer_systems.options import DTYPES, TrainOptions
+from xlayer_systems.options import DTYPES, LoopOptions
 from xlayer_systems.runs import Record, RunDirectory
 
 EMA_DECAY = 0.98
@@ -78,7 +80,7 @@ class Progress:
         vars(self).update(state)
 
 
-def make_accelerator(options: TrainOptions) -> Any:
+def make_accelerator(options: LoopOptions) -> Any:
     """An `accelerate.Accelerator` for these options; a second run in one process may use another precision."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
@@ -132,7 +134,7 @@ class Trainer:
         model: nn.Module,
         groups: list[dict[str, Any]],
         data: TrainingData,
-        options: TrainOptions,
+        options: LoopOptions,
         run: RunDirectory,
         seed: int,
         name: str = "training",
@@ -144,13 +146,20 @@ class Trainer:
         self.steps_per_epoch = len(self.lengths) // options.batch_size
         if options.epochs and not self.steps_per_epoch:
             raise UserError(f"batch_size {options.batch_size} is more than the {len(self.lengths)} training examples")
+        self.total_steps = options.epochs * self.steps_per_epoch
+        if options.max_steps is not None:
+            self.total_steps = min(self.total_steps, options.max_steps)
         if options.gradient_checkpointing:
             _enable_checkpointing(model)
+        if accelerator.device.type == "cpu":
+            # Fresh pages for every large tensor can cost more than the kernel that fills it.
+            keep_freed_memory()
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.schedule = linear_schedule(optimizer, options.epochs * self.steps_per_epoch, options.warmup)
+        self.schedule = linear_schedule(optimizer, self.total_steps, options.warmup)
         self.progress = Progress()
+        self.gradient_norms: dict[str, float] = {}
         accelerator.register_for_checkpointing(self.schedule, self.progress)
         # After the model was built, so that its parameters do not depend on the number of processes.
         seed_everything(seed * 1000 + accelerator.process_index)
@@ -167,10 +176,10 @@ class Trainer:
         if self.options.tensorboard:
             self.run.open_tensorboard(self.progress.step)
         with self._progress_bar() as advance:
-            while self.progress.epoch < self.options.epochs and not self.progress.is_stopped:
+            while self.progress.step < self.total_steps and not self.progress.is_stopped:
                 self._train_epoch(advance)
-        if not self.options.epochs:
-            self._evaluate_epoch()
+        if not self.total_steps:
+            self._evaluate()
         self.accelerator.wait_for_everyone()
         self.run.close()
         return self.progress.last_evaluation
@@ -178,34 +187,43 @@ class Trainer:
     def _train_epoch(self, advance: Any) -> None:
         progress, options = self.progress, self.options
         batches = epoch_batches(self.lengths, options.batch_size, self.seed, progress.epoch)
-        started = time.perf_counter()
-        first_batch = progress.batch
+        batches = batches[: progress.batch + self.total_steps - progress.step]
+        started, first_batch = time.perf_counter(), progress.batch
         window: list[Tensor] = []
         self.model.train()
         for batch in batches[progress.batch :]:
-            window.append(self._step(batch))
+            is_last = progress.batch + 1 == len(batches)
+            is_checkpoint = self._is_due(options.checkpoint_every) and not is_last
+            is_evaluation = self._is_due(options.eval_every) or is_last
+            window.append(self._step(batch, watch=is_evaluation))
             progress.step += 1
             progress.batch += 1
-            is_last = progress.batch == len(batches)
-            is_checkpoint = progress.step % options.checkpoint_every == 0 and not is_last
-            if progress.step % options.log_every == 0 or is_checkpoint or is_last:
+            if progress.step % options.log_every == 0 or is_checkpoint or is_evaluation:
                 self._log_window(window)
                 window.clear()
+            if is_evaluation:
+                self._evaluate_on_time(progress.batch - first_batch, started)
+                started, first_batch = time.perf_counter(), progress.batch
             if is_checkpoint:
                 self._save_checkpoint()
             advance()
-        trained = time.perf_counter()
-        accuracy = self._evaluate_epoch()
-        timing = {"epoch": progress.epoch, "steps": len(batches) - first_batch, "train_seconds": trained - started}
-        self.run.log_time({**timing, "eval_seconds": time.perf_counter() - trained})
-        progress.is_stopped = options.stop_below is not None and progress.epoch == 0 and accuracy < options.stop_below
+        accuracy = progress.last_evaluation.get("accuracy")
+        if options.stop_below is not None and progress.epoch == 0 and accuracy is not None:
+            progress.is_stopped = accuracy < options.stop_below
         if progress.is_stopped:
             self.run.log({"event": "stopped", "step": progress.step, "epoch": 1, "below": options.stop_below})
         progress.epoch, progress.batch, progress.epoch_loss = progress.epoch + 1, 0, 0.0
         self._save_checkpoint()
 
-    def _step(self, batch: list[int]) -> Tensor:
-        """One optimizer step on the examples ``batch``; returns this process's mean loss without synchronizing."""
+    def _is_due(self, every: int | None) -> bool:
+        """Whether the step that comes now is one of those that something is done after."""
+        return every is not None and (self.progress.step + 1) % every == 0
+
+    def _step(self, batch: list[int], watch: bool = False) -> Tensor:
+        """One optimizer step on the examples ``batch``; returns this process's mean loss without synchronizing.
+
+        ``watch`` keeps the norms of the layers' gradients.
+        """
         losses = []
         for part in range(self.options.accumulate):
             start = (part * self.accelerator.num_processes + self.accelerator.process_index) * self.micro_batch
@@ -214,7 +232,9 @@ class Trainer:
                 loss = self.model(**self._on_device(self.data.collate(examples))).loss
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
-                    self.accelerator.clip_grad_norm_(self.parameters, self.options.clip)
+                    norm = self.accelerator.clip_grad_norm_(self.parameters, self.options.clip)
+                    if watch:
+                        self.gradient_norms = self._layer_gradient_norms(norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             losses.append(loss.detach().double())
@@ -239,22 +259,36 @@ class Trainer:
             }
         )
 
-    def _evaluate_epoch(self) -> float:
-        """Evaluate and log; returns the accuracy (0 for data without one)."""
+    def _layer_gradient_norms(self, total: Any) -> dict[str, float]:
+        """Norm of the gradient of each layer, before it was clipped from the norm ``total``; {} without layers."""
+        groups = getattr(self.accelerator.unwrap_model(self.model), "gradient_groups", None)
+        if groups is None:
+            return {}
+        scale = max(1.0, float(_whole(total)) / self.options.clip)
+        return {name: scale * gradient_norm(parameters) for name, parameters in groups().items()}
+
+    def _evaluate_on_time(self, steps: int, started: float) -> None:
+        trained = time.perf_counter()
+        self._evaluate()
+        timing = {"epoch": self.progress.epoch, "steps": steps, "train_seconds": trained - started}
+        self.run.log_time({**timing, "eval_seconds": time.perf_counter() - trained})
+
+    def _evaluate(self) -> None:
         model, progress = self.accelerator.unwrap_model(self.model), self.progress
         usage = getattr(model, "usage", None)
         if usage is not None:
             usage(reset=True)
         metrics = evaluate(self.accelerator, self.model, self.data, self.options.eval_batch_size)
         record: Record = {"event": "eval", "step": progress.step, "epoch": progress.epoch + 1, **metrics}
-        if self.steps_per_epoch and self.options.epochs:
-            record["train_loss"] = progress.epoch_loss / self.steps_per_epoch
+        if progress.batch:
+            record["train_loss"] = progress.epoch_loss / progress.batch
         if usage is not None:
             # Gathered over validation, not over training: then it does not depend on where a run was interrupted.
             record["usage"] = usage(reset=True)
+        if self.gradient_norms:
+            record["gradient_norms"] = self.gradient_norms
         self.run.log(record)
         progress.last_evaluation = record
-        return float(metrics.get("accuracy", 0.0))
 
     def _save_checkpoint(self) -> None:
         self.progress.metrics_size = self.run.metrics_size()
@@ -275,9 +309,8 @@ class Trainer:
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         is_hidden = not (self.accelerator.is_main_process and sys.stderr.isatty())
-        total = self.options.epochs * self.steps_per_epoch
         with Bar(*columns, disable=is_hidden, transient=True) as bar:
-            task = bar.add_task(self.name, total=total, completed=self.progress.step)
+            task = bar.add_task(self.name, total=self.total_steps, completed=self.progress.step)
             yield lambda: bar.advance(task)
 
 
@@ -309,3 +342,15 @@ def _enable_checkpointing(model: nn.Module) -> None:
     if enable is None:
         raise UserError(f"{type(model).__name__} has no gradient checkpointing; leave gradient_checkpointing at false")
     enable()
+
+
+def gradient_norm(parameters: Sequence[Tensor]) -> float:
+    """Norm of the gradients of ``parameters``, divided by FSDP2 or not; every process must ask."""
+    squares = [_whole(p.grad.detach().float().square().sum()) for p in parameters if p.grad is not None]
+    return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+
+
+def _whole(value: Tensor) -> Tensor:
+    """A tensor that FSDP2 divided, put together."""
+    gathered: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
+    return gathered

@@ -40,6 +40,11 @@ class ClassificationData:
         self.train = encode(task.train, tokenizer, max_length)
         self.validation = encode(task.validation, tokenizer, max_length)
 
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the examples."""
+        return self.task.fingerprint
+
     def lengths(self) -> list[int]:
         """Tokens of each training example."""
         return [len(example.input_ids) for example in self.train]

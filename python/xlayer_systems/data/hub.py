@@ -21,7 +21,8 @@ PAIR_COLUMNS = (
 TEXT_COLUMNS = ("sentence", "text")
 LABEL_COLUMNS = ("label", "coarse_label", "answer")
 VALIDATION_SPLITS = ("validation", "dev", "validation_matched", "test")
-COLLECTIONS = ("glue", "super_glue")  # "glue/rte" names a subset; elsewhere "a/b" is an owner and a name
+# "glue/rte" names a subset; elsewhere "a/b" is an owner and a name, and "a/b/c" a subset of it.
+COLLECTIONS = ("glue", "super_glue", "wikitext")
 FILE_LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -38,13 +39,7 @@ def load_named(name: str) -> TextTask:
     A folder of files holds one ``train`` and one ``validation`` file, as .jsonl, .csv or .parquet. Rows whose label is
     missing or -1 (GLUE's hidden test labels) are left out.
     """
-    splits = _load(name)
-    if "train" not in splits:
-        raise UserError(f"data set {name!r}: expected a split named train, found {', '.join(splits)}")
-    validation = next((split for split in VALIDATION_SPLITS if split in splits), None)
-    if validation is None:
-        raise UserError(f"data set {name!r}: expected a split named validation, found {', '.join(splits)}")
-    train, held_out = splits["train"], splits[validation]
+    train, held_out, validation = load_splits(name)
     columns = _find_columns(name, train.column_names)
     if _find_columns(name, held_out.column_names) != columns:
         expected = f"the columns of training, {', '.join(train.column_names)}"
@@ -55,6 +50,17 @@ def load_named(name: str) -> TextTask:
     examples = [_examples(name, split, columns, index_of) for split in (train, held_out)]
     digest = hashlib.sha256(repr((labels, examples)).encode()).hexdigest()[:16]
     return TextTask(name, examples[0], examples[1], labels, digest)
+
+
+def load_splits(name: str) -> tuple[Any, Any, str]:
+    """Training rows, validation rows, and what the split of the latter is called."""
+    splits = _load(name)
+    if "train" not in splits:
+        raise UserError(f"data set {name!r}: expected a split named train, found {', '.join(splits)}")
+    validation = next((split for split in VALIDATION_SPLITS if split in splits), None)
+    if validation is None:
+        raise UserError(f"data set {name!r}: expected a split named validation, found {', '.join(splits)}")
+    return splits["train"], splits[validation], validation
 
 
 def _load(name: str) -> Any:
@@ -74,7 +80,9 @@ def _load(name: str) -> Any:
                 for split, file in _split_files(path).items()
             }
         collection, _, subset = name.partition("/")
-        return datasets.load_dataset(collection, subset) if collection in COLLECTIONS else datasets.load_dataset(name)
+        if collection not in COLLECTIONS:  # "owner/name", or "owner/name/subset"
+            collection, subset = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
+        return datasets.load_dataset(collection, subset) if subset else datasets.load_dataset(collection)
     except UserError:
         raise
     except Exception as error:

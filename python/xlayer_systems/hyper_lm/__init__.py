@@ -1,0 +1,27 @@
+"""Hyper-connections (Zhu et al., ICLR 2025, arXiv 2409.19606) in language models.
+
+``HyperTransformer`` is a decoder-only transformer with plain, static, dynamic or manifold-constrained connections;
+``LanguageModel`` is what the training loop trains of it.
+"""
+
+from .attach import AttachConfig, HyperAttachment, attach
+from .config import RESIDUALS, SIZES, HyperLMConfig, sized
+from .generation import generate
+from .language_model import LanguageModel, LanguageModelOutput
+from .model import HyperTransformer
+from .plots import plot_layers
+
+__all__ = [
+    "RESIDUALS",
+    "SIZES",
+    "AttachConfig",
+    "HyperAttachment",
+    "HyperLMConfig",
+    "HyperTransformer",
+    "LanguageModel",
+    "LanguageModelOutput",
+    "attach",
+    "generate",
+    "plot_layers",
+    "sized",
+]
