@@ -8,12 +8,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from xlayer_ext.bench import (
+    PASSES,
     Builder,
     LimitProbe,
     Row,
@@ -23,6 +24,7 @@ from xlayer_ext.bench import (
     compare,
     cuda_peak,
     device_name,
+    keep_freed_memory,
     peak_memory,
     provenance,
     write_rows,
@@ -38,7 +40,8 @@ class Case:
 
     `bytes` and `flops` are the fewest that the work needs: each input read once, each output written once; `alu` is the
     fewest float32 operations outside GEMMs. `halve(arguments)` gives the arguments of the same case with half the work,
-    or None: where plain PyTorch does not fit into memory, a smaller case tells its speed.
+    or None: where plain PyTorch does not fit into memory, a smaller case tells its speed. `peers` are implementations
+    beyond the usual ones that `build` knows by these names: other packages, or another way to do the same work.
     """
 
     family: str
@@ -53,18 +56,21 @@ class Case:
     suite: str = "main"  # "main", "full" (only with --suite full) or "toy" (only with --quick)
     alu: int = 0
     halve: Callable[[dict[str, Any]], dict[str, Any] | None] | None = None
+    peers: tuple[str, ...] = ()
 
 
 Check = Callable[[Case], None]
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`torch.compile` for the shapes of one case.
-
-    Earlier cases are forgotten: at its recompilation limit dynamo would quietly run the plain function.
-    """
-    torch.compiler.reset()
+    """`torch.compile` for the shapes of one case; `run` has made it forget the cases before."""
     return torch.compile(function, dynamic=False)
+
+
+def _forget_compiled() -> None:
+    """Between cases: at its recompilation limit dynamo would quietly run the plain function."""
+    if "torch._dynamo" in sys.modules:  # else nothing was compiled, and importing it takes seconds
+        torch.compiler.reset()
 
 
 def settled(work: Work) -> Work:
@@ -105,7 +111,8 @@ def run(
     rows: list[Row] = []
     for case in cases:
         probe = probes[case.dtype]
-        works, peaks = _prepare(case, impls, device, memory, check)
+        _forget_compiled()
+        works, peaks = _prepare(case, [*impls, *case.peers], device, memory, check)
         smaller, parts = _smaller_eager(case, device) if works and "eager" in set(impls) - works.keys() else ({}, 1)
         times = compare(works | smaller | probe.works, device=device, seconds=seconds) if works else {}
         found = list(_rows(case, times, peaks, probe, label or device_name(device), origin, parts))
@@ -205,19 +212,27 @@ def main(
     make_cases: Callable[[argparse.Namespace], list[Case]],
     argv: Sequence[str] | None = None,
     check: Check | None = None,
+    *,
+    impls: Sequence[str] = IMPLS,
+    table: Callable[[Sequence[Row]], str] | None = None,
 ) -> int:
-    """Runs a benchmark script: its cases, with every implementation, as a table or as JSON lines on stdout."""
+    """Runs a benchmark script: its cases, with every implementation, as a table or as JSON lines on stdout.
+
+    `impls` are those of every case, beside its peers; `table` formats the rows, by default `format_table`.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print rows as JSON lines, not as a table")
     parser.add_argument("--out", metavar="FILE", help="append the rows to this JSON-lines file as well")
     parser.add_argument("--case", nargs="+", metavar="NAME", help="only these cases, whatever the suite")
+    parser.add_argument("--op", nargs="+", metavar="NAME", help="only these operators")
+    parser.add_argument("--pass", nargs="+", dest="passes", choices=PASSES, help="only these passes")
     parser.add_argument("--suite", choices=("main", "full"), default="main", help="full: masks and variants as well")
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES, help="element types")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …")
     parser.add_argument("--label", metavar="NAME", help="the device's name in the rows (default: what it says itself)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: what torch takes)")
     parser.add_argument("--seconds", type=float, default=3.0, help="time for one case, shared by its implementations")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out, of peers too")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     parser.add_argument("--quick", action="store_true", help="the toy case only, in an instant: shows that all runs")
     options = parser.parse_args(argv)
@@ -225,19 +240,40 @@ def main(
         torch.set_num_threads(options.threads)
     if torch.device(options.device).type == "cuda":
         torch.cuda.set_device(options.device)  # events and streams are the current device's
-    cases = make_cases(options)
-    wanted = options.case or (["toy"] if options.quick else None)
-    if wanted and (unknown := set(wanted) - {case.name for case in cases}):
-        names = ", ".join(dict.fromkeys(case.name for case in cases))
-        parser.error(f"unknown case {', '.join(sorted(unknown))}; there are {names}")
-    chosen = [case for case in cases if (case.name in wanted if wanted else case.suite in ("main", options.suite))]
-    impls = [impl for impl in IMPLS if not (impl == "compile" and options.no_compile)]
+    keep_freed_memory()
+    chosen = _chosen(parser, options, make_cases(options))
+    if options.no_compile:
+        chosen = [replace(case, peers=_not_compiled(case.peers)) for case in chosen]
+        impls = _not_compiled(impls)
     quick = {"seconds": 0.1, "limit_seconds": 0.02, "buffer_bytes": 32 << 20}
     amount: dict[str, Any] = quick if options.quick else {"seconds": options.seconds}
     amount |= {"memory": not options.no_memory, "check": check, "out": options.out, "label": options.label}
     rows = run(chosen, impls, device=options.device, **amount)
-    print("\n".join(row.to_json() for row in rows) if options.json else format_table(rows))
+    print("\n".join(row.to_json() for row in rows) if options.json else (table or format_table)(rows))
     return 0
+
+
+def _chosen(parser: argparse.ArgumentParser, options: argparse.Namespace, cases: list[Case]) -> list[Case]:
+    """The cases that the options ask for; a name that no case has ends the program."""
+    wanted = options.case or (["toy"] if options.quick else None)
+    for what, names, known in (
+        ("case", wanted, [case.name for case in cases]),
+        ("op", options.op, [case.op for case in cases]),
+    ):
+        if names and (unknown := set(names) - set(known)):
+            there = ", ".join(dict.fromkeys(known))
+            parser.error(f"unknown {what} {', '.join(sorted(unknown))}; there are {there}")
+    return [
+        case
+        for case in cases
+        if (case.name in wanted if wanted else case.suite in ("main", options.suite))
+        and (not options.op or case.op in options.op)
+        and (not options.passes or case.pass_ in options.passes)
+    ]
+
+
+def _not_compiled(impls: Sequence[str]) -> tuple[str, ...]:
+    return tuple(impl for impl in impls if not impl.endswith("compile"))
 
 
 def format_table(rows: Sequence[Row]) -> str:
@@ -245,14 +281,15 @@ def format_table(rows: Sequence[Row]) -> str:
     ops = dict.fromkeys(row.op for row in rows)
     if len(ops) > 1:
         return "\n\n".join(f"{op}\n{format_table([row for row in rows if row.op == op])}" for op in ops)
-    head = f"{'case':<14}{'pass':<9}{'dtype':<10}{'impl':<9}{'ms':>10}{'min':>10}{'spread':>8}{'MB peak':>10}"
+    wide = max([9, *(len(row.impl) + 1 for row in rows)])
+    head = f"{'case':<14}{'pass':<9}{'dtype':<10}{'impl':<{wide}}{'ms':>10}{'min':>10}{'spread':>8}{'MB peak':>10}"
     lines = [f"{head}{'÷ eager':>9}{'of limit':>10} bound by"]
     for row in rows:
         peak = "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.1f}"
         bound = row.extra.get("bound", "-")
         speedup = f"{row.extra['speedup_over_eager']:.2f}x" if "speedup_over_eager" in row.extra else "-"
         lines.append(
-            f"{row.case:<14}{row.pass_:<9}{row.dtype:<10}{row.impl:<9}{row.ms_median:>10.3f}{row.ms_min:>10.3f}"
+            f"{row.case:<14}{row.pass_:<9}{row.dtype:<10}{row.impl:<{wide}}{row.ms_median:>10.3f}{row.ms_min:>10.3f}"
             f"{row.extra['spread']:>8.2f}{peak:>10}{speedup:>9}{row.fraction_of_limit:>10.3f} {bound}"
         )
     if rows:
