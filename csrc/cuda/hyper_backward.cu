@@ -10,7 +10,7 @@ constexpr int64_t kMostRuns = 256;
 constexpr int64_t kFewestRunTokens = 16;
 constexpr int64_t kEnoughBlocks = 1024;       // of the streams' kernel: several for every place on an H200
 constexpr int64_t kMostRunsOfAll = 32;        // of rms_all's weight, which is large
-constexpr int64_t kHistoryBytes = 96 * 1024;  // of a block, in shared memory
+constexpr int64_t kHistoryBytes = 64 * 1024;  // of a block, in shared memory
 
 int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
 
@@ -69,7 +69,7 @@ int64_t plan(const HyperBackward& args, Backward& with) {
         with.dots = pieces.take(element * tokens * n);
         with.records = pieces.take(element * tokens * record_size(n));
         with.weight_sum = pieces.take(element * size.columns());
-        with.number_partials = pieces.take(element * with.number_runs * 3 * with.numbers);
+        with.number_partials = pieces.take(8 * with.number_runs * 3 * with.numbers);
         with.histories = pieces.take(with.histories_bytes);
     }
     if (with.post) {

@@ -45,7 +45,7 @@ struct Backward {
     int64_t runs, run_tokens, weight_runs, weight_run_tokens, number_runs, number_run_tokens, tiles;
     bool history_shared;               // Sinkhorn's matrices fit into shared memory
     int64_t history, histories_bytes;  // of one token: numbers; of all blocks, in the workspace
-    // In the workspace, all of A:
+    // In the workspace, of A but for number_partials, which are double:
     void* dots;             // [tokens, n]
     void* records;          // [tokens, record_size]
     void* weight_sum;       // [n+2]

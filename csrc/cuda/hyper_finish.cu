@@ -54,7 +54,8 @@ __global__ void __launch_bounds__(kFinishThreads, 4) hyper_finish_weight_kernel(
 
 template <class A>
 struct FinishNumbers {
-    Partials<A> numbers, post;
+    Partials<double> numbers;
+    Partials<A> post;
     int n;
     A *base, *bias, *scale, *grad_post;  // null: not wanted
 };
@@ -63,30 +64,31 @@ struct FinishNumbers {
 // resources: hyper_finish_numbers_kernel threads 256, registers 64, shared 9216, occupancy 0.5
 template <class A>
 __global__ void __launch_bounds__(kFinishThreads, 4) hyper_finish_numbers_kernel(FinishNumbers<A> args) {
-    A* const shared = shared_memory<A>();
-    A* const sums = shared + kFinishThreads;
+    double* const shared = shared_memory<double>();
+    double* const sums = shared + kFinishThreads;
     const int n = args.n, columns = n + 2, numbers = n * columns;
     for (int first = 0; first < 3 * numbers && args.base != nullptr; first += kWarp) {
         const int at = first + lane_of_warp();
-        const A sum = sum_over_arrays(args.numbers, at, at < 3 * numbers, shared);
+        const double sum = sum_over_arrays(args.numbers, at, at < 3 * numbers, shared);
         if (threadIdx.x < kWarp && at < 3 * numbers) sums[at] = sum;
     }
     sync_block();
     const int thread = static_cast<int>(threadIdx.x);
-    for (int at = thread; at < numbers && args.base != nullptr; at += kFinishThreads) args.base[at] = sums[at];
+    for (int at = thread; at < numbers && args.base != nullptr; at += kFinishThreads)
+        args.base[at] = static_cast<A>(sums[at]);
     if (thread < columns && args.scale != nullptr) {
-        A scale = 0, bias = 0;
+        double scale = 0, bias = 0;
         for (int j = 0; j < n; ++j) {
             scale += sums[numbers + j * columns + thread];
             bias += sums[2 * numbers + j * columns + thread];
         }
-        args.scale[thread] = scale;
-        args.bias[thread] = bias;
+        args.scale[thread] = static_cast<A>(scale);
+        args.bias[thread] = static_cast<A>(bias);
     }
     if (args.grad_post == nullptr) return;
     for (int first = 0; first < n * (n + 1); first += kWarp) {
         const int at = first + lane_of_warp();
-        const A sum = sum_over_arrays(args.post, at, at < n * (n + 1), shared);
+        const A sum = sum_over_arrays(args.post, at, at < n * (n + 1), reinterpret_cast<A*>(shared));
         if (threadIdx.x < kWarp && at < n * (n + 1)) args.grad_post[post_index(n, at / n, at % n)] = sum;
     }
     if (thread < n) args.grad_post[thread * columns] = 0;  // post does not use c_j0
@@ -128,14 +130,14 @@ void finish(const Backward& with, void* stream) {
     const bool shared = with.post && args.post.shared;
     if (args.pre || shared) {
         const FinishNumbers<A> numbers{
-            {static_cast<const A*>(with.number_partials), with.number_runs, 3 * with.numbers},
+            {static_cast<const double*>(with.number_partials), with.number_runs, 3 * with.numbers},
             {static_cast<const A*>(with.post_partials), with.runs * with.tiles, n * (n + 1)},
             static_cast<int>(n),
             args.pre ? static_cast<A*>(args.grad_base) : nullptr,
             with.dynamic ? static_cast<A*>(args.grad_bias) : nullptr,
             with.dynamic ? static_cast<A*>(args.grad_scale) : nullptr,
             shared ? static_cast<A*>(args.grad_post_coefficients) : nullptr};
-        const size_t bytes = sizeof(A) * static_cast<size_t>(kFinishThreads + 3 * with.numbers);
+        const size_t bytes = sizeof(double) * static_cast<size_t>(kFinishThreads + 3 * with.numbers);
         launch("hyper_finish_numbers", hyper_finish_numbers_kernel<A>, {1, kFinishThreads, stream, bytes}, numbers);
     }
     if (with.post && !shared) {

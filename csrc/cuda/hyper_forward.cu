@@ -15,7 +15,7 @@ using namespace hyper;
 
 constexpr int kForwardWarps = 8;
 constexpr int kForwardThreads = kForwardWarps * kWarp;
-constexpr int64_t kStagedBytes = 96 * 1024;  // at least two blocks on a multiprocessor
+constexpr int64_t kSharedBytes = 96 * 1024;  // at most: two blocks on a multiprocessor
 
 // Elements of d that a thread has at a time, and columns of the weight in one pass over them: what registers hold.
 template <class T, int N>
@@ -24,6 +24,10 @@ template <int N>
 constexpr int kColumns = N == 0   ? 1
                          : N == 8 ? 5
                                   : N + 2;
+
+// Blocks on a multiprocessor: so many that a thread has the registers that it needs.
+template <class T, int N>
+constexpr int kForwardBlocks = sizeof(T) == 8 || N == 8 ? 1 : 2;
 
 struct Forward {
     HyperForward args;
@@ -34,7 +38,7 @@ struct Forward {
 
 template <class A, int N>
 struct ForwardShared {
-    static constexpr int kSums = kMost<N> * (kColumns<N> + 1);
+    static constexpr int kSums = kMost<N> * (kColumns<N> + 2);
     A post[kMostNumbers<N>], z[kMostNumbers<N>], c[kMostNumbers<N>];
     A mean[kMost<N>], inverse[kMost<N>];
     A partial[kForwardWarps * kSums], sum[kSums];
@@ -126,7 +130,8 @@ class ForwardToken {
         if (!layer) return;
         sum_over_block<kMost<N>, kForwardWarps>(sum, shared().partial, shared().sum);
         sync_block();
-        if (static_cast<int>(threadIdx.x) < n_) shared().mean[threadIdx.x] = shared().sum[threadIdx.x] / static_cast<A>(d_);
+        if (static_cast<int>(threadIdx.x) < n_)
+            shared().mean[threadIdx.x] = shared().sum[threadIdx.x] / static_cast<A>(d_);
         sync_block();
     }
 
@@ -137,7 +142,7 @@ class ForwardToken {
 #pragma unroll
         for (int j = 0; j < kMost<N>; ++j) mean[j] = layer && real(j) ? shared().mean[j] : A(0);
         for (int first = 0; first < n_ + 2; first += kColumns<N>) {
-            A sum[kMost<N> * (kColumns<N> + 1)] = {};  // of products, then of squares
+            A sum[kMost<N> * (kColumns<N> + 2)] = {};  // of products, then of h' − mean and its squares
             for (int64_t e = static_cast<int64_t>(threadIdx.x) * V; e < d_; e += kStep) {
                 const int64_t count = d_ - e;
                 A h[kMost<N>][V];
@@ -148,7 +153,8 @@ class ForwardToken {
 #pragma unroll
                     for (int v = 0; v < V; ++v) {
                         h[j][v] = v < count ? widen(row.at[v]) - mean[j] : A(0);
-                        sum[kMost<N> * kColumns<N> + j] += h[j][v] * h[j][v];
+                        sum[kMost<N> * kColumns<N> + j] += h[j][v];
+                        sum[kMost<N> * (kColumns<N> + 1) + j] += h[j][v] * h[j][v];
                     }
                 }
 #pragma unroll
@@ -163,22 +169,29 @@ class ForwardToken {
                     }
                 }
             }
-            sum_over_block<kMost<N>*(kColumns<N> + 1), kForwardWarps>(sum, shared().partial, shared().sum);
+            sum_over_block<kMost<N>*(kColumns<N> + 2), kForwardWarps>(sum, shared().partial, shared().sum);
             sync_block();
-            finish_products(first, mean);
+            finish_products(first);
             sync_block();
         }
     }
 
-    __device__ __forceinline__ void finish_products(int first, const A (&)[kMost<N>]) {
+    __device__ __forceinline__ void finish_products(int first) {
         const int thread = static_cast<int>(threadIdx.x), j = thread / kColumns<N>, m = first + thread % kColumns<N>;
         if (thread >= kMost<N> * kColumns<N> || j >= n_) return;
-        const A squares = shared().sum[kMost<N> * kColumns<N> + j];
-        const A inverse = A(1) / sqrt(squares / static_cast<A>(d_) + static_cast<A>(args_.connection.eps));
-        shared().z[j * (n_ + 2) + m] = inverse * shared().sum[thread];
+        const A width = static_cast<A>(d_);
+        A mean = 0, off = 0, level = 0;  // off: by how much the mean had been rounded, level: what it adds to z
+        if (args_.connection.norm == HyperNorm::layer) {
+            off = shared().sum[kMost<N> * kColumns<N> + j] / width;
+            mean = shared().mean[j] + off;
+            level = off * static_cast<const A*>(args_.workspace)[m];
+        }
+        const A squares = shared().sum[kMost<N> * (kColumns<N> + 1) + j];
+        const A inverse = A(1) / sqrt(squares / width - off * off + static_cast<A>(args_.connection.eps));
+        shared().z[j * (n_ + 2) + m] = inverse * (shared().sum[thread] - level);
         if (m > 0) return;
         A* statistics = static_cast<A*>(args_.statistics) + (token_ * n_ + j) * 2;
-        statistics[0] = args_.connection.norm == HyperNorm::layer ? shared().mean[j] : A(0);
+        statistics[0] = mean;
         statistics[1] = inverse;
     }
 
@@ -250,7 +263,7 @@ class ForwardToken {
 // resources: hyper_forward_kernel threads 256, registers 128, shared 102400, occupancy 0.25
 // sass: hyper_forward_kernel<*, [!0]> LDG, STG
 template <class T, int N>
-__global__ void __launch_bounds__(kForwardThreads, 2) hyper_forward_kernel(Forward with) {
+__global__ void __launch_bounds__(kForwardThreads, kForwardBlocks<T, N>) hyper_forward_kernel(Forward with) {
     for (int64_t token = blockIdx.x; token < tokens_of(with.args.size); token += gridDim.x)
         ForwardToken<T, N>(with, token).run();
 }
@@ -274,7 +287,7 @@ void launch_forward(const HyperForward& args, bool has_logits, void* stream) {
     const int64_t pitch = round_up(args.size.width, V);
     const int64_t bytes = args.size.streams * pitch * static_cast<int64_t>(sizeof(T));
     const bool again = args.pre && (with.post || (with.dynamic && !has_logits));
-    with.pitch = again && bytes <= kStagedBytes ? pitch : 0;
+    with.pitch = again && kForwardShared<A, N> + bytes <= kSharedBytes ? pitch : 0;
     const int64_t shared = kForwardShared<A, N> + (with.pitch > 0 ? bytes : 0);
     launch("hyper_forward", hyper_forward_kernel<T, N>,
            {args.size.tokens(), kForwardThreads, stream, static_cast<size_t>(shared)}, with);
@@ -290,9 +303,14 @@ void forward(const HyperForward& args, bool has_logits, void* stream) {
 
 }  // namespace
 
-int64_t hyper_forward_workspace(const HyperForward&) { return 0; }
+int64_t hyper_forward_workspace(const HyperForward& args) {
+    const bool layer = args.pre && args.connection.norm == HyperNorm::layer;
+    return layer ? args.size.columns() * (args.size.dtype == DType::float64 ? 8 : 4) : 0;
+}
 
 void hyper_forward(const HyperForward& args, void* stream) {
+    if (args.pre && args.connection.norm == HyperNorm::layer)
+        sum_weights(args.size, args.connection.weight, args.workspace, stream);
     if (!args.pre || args.connection.norm != HyperNorm::rms_all) return forward(args, false, stream);
     HyperForward rest = args;
     if (args.post.branch.data != nullptr) {

@@ -12,12 +12,16 @@ constexpr int kStep = 32;    // elements of n·d at a time
 constexpr int kGroup = 4;    // rows of a thread
 constexpr int kLogitThreads = kTokens * kRows / kGroup;
 
+constexpr int kSumWarps = 4;
+constexpr int kSumThreads = kSumWarps * kWarp;
+
 template <class A>
 struct LogitsShared {
     A h[kStep][kTokens + 1], weight[kStep][kRows + 1];
 };
 
-// Thread (t, r): token t of the block, rows r·kGroup and on. All of a block's sums go over n·d in order.
+// Thread (t, r): token t of the block, rows r·kGroup and on. Sums go over n·d in order: sums of kStep products are
+// added to a sum of sums, so that rounding does not grow with the length of one chain.
 // resources: hyper_logits_kernel threads 256, registers 128, shared 17408, occupancy 0.25
 // sass: hyper_logits_kernel LDG
 template <class T>
@@ -44,13 +48,17 @@ __global__ void __launch_bounds__(kLogitThreads, 2) hyper_logits_kernel(LogitsOf
                 shared.weight[lane][r] = used ? static_cast<const A*>(args.weight)[(row + r) * all + e] : A(0);
             }
             sync_block();
+            A step[kGroup] = {}, step_squares = 0;
 #pragma unroll 8
             for (int i = 0; i < kStep; ++i) {
                 const A h = shared.h[i][lane];
-                squares += h * h;
+                step_squares += h * h;
 #pragma unroll
-                for (int g = 0; g < kGroup; ++g) sum[g] += h * shared.weight[i][warp * kGroup + g];
+                for (int g = 0; g < kGroup; ++g) step[g] += h * shared.weight[i][warp * kGroup + g];
             }
+            squares += step_squares;
+#pragma unroll
+            for (int g = 0; g < kGroup; ++g) sum[g] += step[g];
             sync_block();
         }
         const int64_t token = first + lane;
@@ -67,7 +75,34 @@ __global__ void __launch_bounds__(kLogitThreads, 2) hyper_logits_kernel(LogitsOf
     }
 }
 
+// The sum of each row of the weight: what a mean of 1 would add to z. A block per row.
+template <class A>
+struct WeightSums {
+    const A* weight;
+    int64_t width;
+    A* sums;
+};
+// resources: hyper_weight_sums_kernel threads 128, registers 64, shared 64, occupancy 0.5
+template <class A>
+__global__ void __launch_bounds__(kSumThreads) hyper_weight_sums_kernel(WeightSums<A> args) {
+    A* const shared = shared_memory<A>();
+    const A* const row = args.weight + blockIdx.x * args.width;
+    A sum[1] = {};
+    for (int64_t e = threadIdx.x; e < args.width; e += kSumThreads) sum[0] += row[e];
+    sum_over_block<1, kSumWarps>(sum, shared, args.sums + blockIdx.x);
+}
+
 }  // namespace
+
+void sum_weights(const HyperSizes& size, const void* weight, void* sums, void* stream) {
+    const auto launch_sums = [&](auto accumulator) {
+        using A = decltype(accumulator);
+        launch("hyper_weight_sums", hyper_weight_sums_kernel<A>,
+               {size.columns(), kSumThreads, stream, sizeof(A) * kSumWarps},
+               WeightSums<A>{static_cast<const A*>(weight), size.width, static_cast<A*>(sums)});
+    };
+    size.dtype == DType::float64 ? launch_sums(double{}) : launch_sums(float{});
+}
 
 void logits_of_all(const LogitsOfAll& args, void* stream) {
     with_element(args.size.dtype, [&](auto element) {

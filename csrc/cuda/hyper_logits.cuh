@@ -1,4 +1,4 @@
-// Products of all streams of a token with the large weight of rms_all: see hyper_logits.cu.
+// What hyper_logits.cu offers the others.
 #pragma once
 
 #include "hyper.cuh"
@@ -14,5 +14,8 @@ struct LogitsOfAll {
     void *logits, *statistics;
 };
 void logits_of_all(const LogitsOfAll& args, void* stream);
+
+// sums[m] = the sum of row m of a weight [n+2, d]: what a mean of 1 would add to z.
+void sum_weights(const HyperSizes& size, const void* weight, void* sums, void* stream);
 
 }  // namespace xlayer::cuda::hyper

@@ -1,6 +1,7 @@
 // First half of hyper's backward: from ∂L/∂x and ∂L/∂c to ∂L/∂z. The products ⟨h'_j, ∂L/∂x⟩ are bound by memory: n+2
 // units of d are read per token, 24 KiB at n = 4, d = 2048 in bfloat16: 6 ns on an H200. The rest is O(n²) per token.
 #include "hyper_backward.cuh"
+#include "hyper_logits.cuh"
 
 namespace xlayer::cuda::hyper {
 namespace {
@@ -68,34 +69,18 @@ __global__ void __launch_bounds__(kDotThreads, 4) hyper_dots_kernel(Dots dots) {
     }
 }
 
-// The sum of each row of the weight: what a mean of 1 would add to z. A block per row.
-template <class A>
-struct WeightSums {
-    const A* weight;
-    int64_t width;
-    A* sums;
-};
-// resources: hyper_weight_sums_kernel threads 128, registers 64, shared 64, occupancy 0.5
-template <class A>
-__global__ void __launch_bounds__(kDotThreads) hyper_weight_sums_kernel(WeightSums<A> args) {
-    A* const shared = shared_memory<A>();
-    const A* const row = args.weight + blockIdx.x * args.width;
-    A sum[1] = {};
-    for (int64_t e = threadIdx.x; e < args.width; e += kDotThreads) sum[0] += row[e];
-    sum_over_block<1, kDotWarps>(sum, shared, args.sums + blockIdx.x);
-}
-
 template <class A, int N>
 struct NumberShared {
     A grad[kNumberTokens<N>][kMost<N> * kMost<N>];  // of Sinkhorn's matrix
-    A partial[kNumberWarps][3 * kMostNumbers<N>];
+    double partial[kNumberWarps][3 * kMostNumbers<N>];
 };
 
 // A lane has row j of a token's numbers, z_jm and what belongs to it, for m < n+2.
 template <class A, int N>
 class TokenRow {
   public:
-    A base[kMost<N> + 2] = {}, scale[kMost<N> + 2] = {}, bias[kMost<N> + 2] = {};  // sums of gradients
+    // Sums of gradients, of few numbers and with much that cancels.
+    double base[kMost<N> + 2] = {}, scale[kMost<N> + 2] = {}, bias[kMost<N> + 2] = {};
 
     __device__ __forceinline__ TokenRow(const Backward& with)
         : with_(with),
@@ -142,7 +127,7 @@ class TokenRow {
             if (!with_.dynamic) continue;
             const NumberParameters<A> with(args_.connection, j_ * columns_ + m, columns_);
             const A in = z[m] + with.bias, act = tanh_form ? tanh(in) : in;
-            scale[m] += grad[m] * act;
+            scale[m] += static_cast<double>(grad[m]) * act;
             grad[m] *= with.scale * (tanh_form ? A(1) - act * act : A(1));
             bias[m] += grad[m];
         }
@@ -174,7 +159,7 @@ class TokenRow {
             if (!used(m)) continue;
             if (m > 0 && m < columns_ - 1) grad[m] = matrix_grad[j_ * n_ + m - 1];
             base[m] += grad[m];
-            scale[m] += grad[m] * z[m];
+            scale[m] += static_cast<double>(grad[m]) * z[m];
             grad[m] *= factor[m];
         }
     }
@@ -219,12 +204,12 @@ class TokenRow {
 };
 
 // Adds what the lanes with the same j have of one gradient, over the warp; lanes of the first token write it.
-template <int N, class A>
-__device__ __forceinline__ void add_tokens(const A (&sum)[kMost<N> + 2], int n, A* to) {
+template <int N>
+__device__ __forceinline__ void add_tokens(const double (&sum)[kMost<N> + 2], int n, double* to) {
     const int j = lane_of_warp() % kTokenLanes<N>;
 #pragma unroll
     for (int m = 0; m < kMost<N> + 2; ++m) {
-        A total = sum[m];
+        double total = sum[m];
 #pragma unroll
         for (int mask = kTokenLanes<N>; mask < kWarp; mask *= 2) total += shuffle_xor(total, mask);
         if (lane_of_warp() < n && (N != 0 || m < n + 2)) to[j * (n + 2) + m] = total;
@@ -247,15 +232,15 @@ __global__ void __launch_bounds__(kNumberWarps* kWarp) hyper_numbers_kernel(Back
     for (int64_t token = first; token < last; token += kNumberTokens<N>)
         row.add(token + group, token + group < last, shared, history);
 
-    A* const partial = shared.partial[warp];
+    double* const partial = shared.partial[warp];
     const int numbers = n * (n + 2);
     add_tokens<N>(row.base, n, partial);
     add_tokens<N>(row.scale, n, partial + numbers);
     add_tokens<N>(row.bias, n, partial + 2 * numbers);
     sync_block();
-    A* const to = static_cast<A*>(with.number_partials) + static_cast<int64_t>(blockIdx.x) * 3 * numbers;
+    double* const to = static_cast<double*>(with.number_partials) + static_cast<int64_t>(blockIdx.x) * 3 * numbers;
     for (int at = static_cast<int>(threadIdx.x); at < 3 * numbers; at += kNumberWarps * kWarp) {
-        A sum = 0;
+        double sum = 0;
         for (int w = 0; w < kNumberWarps; ++w) sum += shared.partial[w][at];
         to[at] = sum;
     }
@@ -285,18 +270,14 @@ void launch_numbers(const Backward& with, void* stream) {
 
 void backward_numbers(const Backward& with, void* stream) {
     const HyperBackward& args = with.args;
+    if (with.dynamic && args.connection.norm == HyperNorm::layer)
+        sum_weights(args.size, args.connection.weight, with.weight_sum, stream);
     with_element(args.size.dtype, [&](auto element) {
         using T = decltype(element);
         with_streams(args.size.streams, [&](auto n) { launch_dots<T, decltype(n)::value>(with, stream); });
     });
     const auto numbers = [&](auto accumulator) {
         using A = decltype(accumulator);
-        if (with.dynamic && args.connection.norm == HyperNorm::layer) {
-            const WeightSums<A> sums{static_cast<const A*>(args.connection.weight), args.size.width,
-                                     static_cast<A*>(with.weight_sum)};
-            launch("hyper_weight_sums", hyper_weight_sums_kernel<A>,
-                   {args.size.columns(), kDotThreads, stream, sizeof(A) * kDotWarps}, sums);
-        }
         with_streams(args.size.streams, [&](auto n) { launch_numbers<A, decltype(n)::value>(with, stream); });
     };
     args.size.dtype == DType::float64 ? numbers(double{}) : numbers(float{});
