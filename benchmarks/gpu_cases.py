@@ -19,6 +19,13 @@ from xlayer_ext import backend, functional
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 HDIM_SIZES = ((2, 17, 37, 24, 96, 40), (1, 70, 129, 5, 7, 3), (1, 3, 20, 64, 130, 24))  # B, Sq, Sk, D, M, H
+HYPER_SIZES = ((2, 19, 4, 72), (1, 33, 2, 33), (3, 5, 8, 40), (1, 7, 3, 130))  # B, S, n, d
+HYPER_CONNECTIONS = (  # norm (None: static), form, whether there is a bias
+    (None, "identity", False),
+    ("layer", "tanh", True),
+    ("rms", "sinkhorn_columns", False),
+    ("rms_all", "sinkhorn_rows", False),
+)
 MEAN_SIZES = ((3, 37, 65), (1, 5, 1), (2, 1, 264))  # B, S, H
 
 
@@ -70,8 +77,60 @@ def masked_mean(dtype: torch.dtype, masked: bool, device: str) -> Iterator[str]:
         yield name
 
 
+def hyper_inputs(
+    dtype: torch.dtype, size: tuple[int, ...], how: tuple[str | None, str, bool], device: str
+) -> tuple[Tensor, functional.Connection]:
+    b, s, n, d = size
+    norm, form, affine = how
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def parameter(*shape: int, scale: float = 1.0) -> Tensor:
+        return draw(*shape, dtype=wide, device=device, scale=scale).requires_grad_()
+
+    streams = draw(b, s, n, d, dtype=dtype, device=device).requires_grad_()
+    base = parameter(n, n + 2)
+    if norm is None:
+        return streams, functional.Connection(base)
+    rows, columns = (n * (n + 2), n * d) if norm == "rms_all" else (n + 2, d)
+    weight, scale = parameter(rows, columns, scale=columns**-0.5), parameter(n + 2)
+    bias = parameter(n + 2) if affine else None
+    return streams, functional.Connection(base, weight, bias, scale, norm, form)
+
+
+def hyper(part: str) -> Callable[[torch.dtype, bool, str], Iterator[str]]:
+    """Cases of hyper_pre, hyper_post or hyper_post_pre; "masked" is whether all tokens share post's coefficients."""
+
+    def cases(dtype: torch.dtype, masked: bool, device: str) -> Iterator[str]:
+        wide = torch.promote_types(dtype, torch.float32)
+        for size, how in zip(HYPER_SIZES, HYPER_CONNECTIONS, strict=True):
+            b, s, n, d = size
+            streams, connection = hyper_inputs(dtype, size, how, device)
+            branch = draw(b, s, d, dtype=dtype, device=device).requires_grad_()
+            shape = (n, n + 2) if masked else (b, s, n, n + 2)
+            coefficients = draw(*shape, dtype=wide, device=device).requires_grad_()
+            tensors, parameters = [streams], [t for t in connection[:4] if t is not None]
+            if part == "hyper_pre":
+                out = functional.hyper_pre(streams, connection)[0]
+                tensors += parameters
+            elif part == "hyper_post":
+                out = functional.hyper_post(streams, branch, coefficients)
+                tensors += [branch, coefficients]
+            else:
+                mixed, x, _ = functional.hyper_post_pre(streams, branch, coefficients, connection)
+                out = mixed + x.unsqueeze(-2)
+                tensors += [branch, coefficients, *parameters]
+            name = f"{part} B={b} S={s} n={n} d={d} {how[0]} {how[1]}"
+            finish(name, out, tensors)
+            yield name
+
+    return cases
+
+
 CASES: dict[str, Callable[[torch.dtype, bool, str], Iterator[str]]] = {
     "hdim_attention": hdim_attention,
+    "hyper_pre": hyper("hyper_pre"),
+    "hyper_post": hyper("hyper_post"),
+    "hyper_post_pre": hyper("hyper_post_pre"),
     "masked_mean": masked_mean,
 }
 

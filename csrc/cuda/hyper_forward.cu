@@ -154,7 +154,8 @@ class ForwardToken {
                     for (int v = 0; v < V; ++v) {
                         h[j][v] = v < count ? widen(row.at[v]) - mean[j] : A(0);
                         sum[kMost<N> * kColumns<N> + j] += h[j][v];
-                        sum[kMost<N> * (kColumns<N> + 1) + j] += h[j][v] * h[j][v];
+                        A& squares = sum[kMost<N> * (kColumns<N> + 1) + j];
+                        squares = fma(h[j][v], h[j][v], squares);
                     }
                 }
 #pragma unroll
@@ -165,7 +166,10 @@ class ForwardToken {
                     for (int j = 0; j < kMost<N>; ++j) {
                         if (!real(j)) continue;
 #pragma unroll
-                        for (int v = 0; v < V; ++v) sum[j * kColumns<N> + m] += h[j][v] * w.at[v];
+                        for (int v = 0; v < V; ++v) {
+                            A& product = sum[j * kColumns<N> + m];
+                            product = fma(h[j][v], w.at[v], product);
+                        }
                     }
                 }
             }

@@ -52,9 +52,9 @@ __global__ void __launch_bounds__(kLogitThreads, 2) hyper_logits_kernel(LogitsOf
 #pragma unroll 8
             for (int i = 0; i < kStep; ++i) {
                 const A h = shared.h[i][lane];
-                step_squares += h * h;
+                step_squares = fma(h, h, step_squares);
 #pragma unroll
-                for (int g = 0; g < kGroup; ++g) step[g] += h * shared.weight[i][warp * kGroup + g];
+                for (int g = 0; g < kGroup; ++g) step[g] = fma(h, shared.weight[i][warp * kGroup + g], step[g]);
             }
             squares += step_squares;
 #pragma unroll

@@ -13,7 +13,8 @@ constexpr int kDotElements = N == 0 ? 1 : (N == 8 ? 8 : 16) / sizeof(T);
 
 template <class A, int N>
 struct DotShared {
-    A post[kMostNumbers<N>], partial[kDotWarps * kMost<N>], sum[kMost<N>];
+    double partial[kDotWarps * kMost<N>], sum[kMost<N>];
+    A post[kMostNumbers<N>];
 };
 
 struct Dots {
@@ -60,12 +61,15 @@ __global__ void __launch_bounds__(kDotThreads, 4) hyper_dots_kernel(Dots dots) {
                 if (N == 0 && j >= n) continue;
                 const Vector<T, V> next = dots.with.post ? mix<T, N>(n, j, shared.post, h, y) : h[j];
 #pragma unroll
-                for (int v = 0; v < V; ++v) sum[j] += widen(next.at[v]) * widen(x.at[v]);
+                for (int v = 0; v < V; ++v) sum[j] = fma(widen(next.at[v]), widen(x.at[v]), sum[j]);
             }
         }
-        sum_over_block<kMost<N>, kDotWarps>(sum, shared.partial, shared.sum);
+        double wide[kMost<N>];  // what cancels here is all there is of some gradients
+#pragma unroll
+        for (int j = 0; j < kMost<N>; ++j) wide[j] = sum[j];
+        sum_over_block<kMost<N>, kDotWarps>(wide, shared.partial, shared.sum);
         sync_block();
-        if (thread < n) static_cast<A*>(dots.with.dots)[token * n + thread] = shared.sum[thread];
+        if (thread < n) static_cast<A*>(dots.with.dots)[token * n + thread] = static_cast<A>(shared.sum[thread]);
     }
 }
 
@@ -181,8 +185,8 @@ class TokenRow {
 #pragma unroll
         for (int m = 0; m < kMost<N> + 2; ++m) {
             if (!used(m) || !real) continue;
-            along += grad[m] * z[m];
-            if (norm == HyperNorm::layer) level += grad[m] * static_cast<const A*>(with_.weight_sum)[m];
+            along = fma(grad[m], z[m], along);
+            if (norm == HyperNorm::layer) level = fma(grad[m], static_cast<const A*>(with_.weight_sum)[m], level);
             record[kLogits * n_ + j_ * columns_ + m] = grad[m] * inverse;
         }
         A width = static_cast<A>(args_.size.width);

@@ -151,7 +151,7 @@ class StreamThread {
                     const A factor = logits[m];
                     const Vector<A, V> w = weight(m);
 #pragma unroll
-                    for (int v = 0; v < V; ++v) sum[v] += factor * w.at[v];
+                    for (int v = 0; v < V; ++v) sum[v] = fma(factor, w.at[v], sum[v]);
                 }
             } else {
 #pragma unroll
@@ -161,8 +161,8 @@ class StreamThread {
                     const Vector<A, V> w = kKeepWeight ? weight_[m] : weight(m);
 #pragma unroll
                     for (int v = 0; v < V; ++v) {
-                        sum[v] += factor * w.at[v];
-                        weight_sum_[m][v] += factor * centred[v];
+                        sum[v] = fma(factor, w.at[v], sum[v]);
+                        weight_sum_[m][v] = fma(factor, centred[v], weight_sum_[m][v]);
                     }
                 }
             }
@@ -170,7 +170,7 @@ class StreamThread {
         // The many small terms first, so that they are not rounded to the size of these.
         const A pre = record[kPre * n_ + j_];
 #pragma unroll
-        for (int v = 0; v < V; ++v) grad[v] = widen(rows.out.at[v]) + (pre * widen(rows.x.at[v]) + sum[v]);
+        for (int v = 0; v < V; ++v) grad[v] = widen(rows.out.at[v]) + fma(pre, widen(rows.x.at[v]), sum[v]);
     }
 
     __device__ __forceinline__ void add(int64_t token, int64_t first, const Rows& rows) {
@@ -215,7 +215,7 @@ class StreamThread {
 #pragma unroll
         for (int v = 0; v < V; ++v) {
             grad[v] = 0;
-            products_[kMost<N>] += own.at[v] * rows.y[v];
+            products_[kMost<N>] = fma(own.at[v], rows.y[v], products_[kMost<N>]);
         }
 #pragma unroll
         for (int k = 0; k < kMost<N>; ++k) {
@@ -224,9 +224,9 @@ class StreamThread {
             const A factor = c[post_index(n_, j_, k)], of_y = with_branch ? c[post_index(n_, n_, k)] : A(0);
 #pragma unroll
             for (int v = 0; v < V; ++v) {
-                grad[v] += factor * g.at[v];
-                branch[v] += of_y * g.at[v];
-                products_[k] += g.at[v] * widen(rows.h.at[v]);
+                grad[v] = fma(factor, g.at[v], grad[v]);
+                branch[v] = fma(of_y, g.at[v], branch[v]);
+                products_[k] = fma(g.at[v], widen(rows.h.at[v]), products_[k]);
             }
         }
         if (with_branch && count_ > 0) {

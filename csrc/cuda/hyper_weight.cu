@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kWeightThreads, 4) hyper_weight_kernel(WeightC
             for (int m = 0; m < kRows; ++m) {
                 const A factor = shared.logits[t][m];
 #pragma unroll
-                for (int v = 0; v < V; ++v) sum[m][v] += factor * widen(h.at[v]);
+                for (int v = 0; v < V; ++v) sum[m][v] = fma(factor, widen(h.at[v]), sum[m][v]);
             }
         }
     }
