@@ -109,6 +109,15 @@ def test_what_does_not_fit_into_shared_memory(kind: str, n: int, d: int) -> None
     check_oracle_rule(draws, torch.float32)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("kind", ["shc", "dhc", "mhc-per-stream"])
+def test_blocks_with_several_tokens(kind: str, shared: bool) -> None:
+    """More tokens than the forward has blocks; each is copied to the chip while the one before it is worked on."""
+    emulation.library()
+    case = hyper_case(fresh_generator(), "post_pre", kind, lead=(560,), d=8, shared=shared, eps=0.1)
+    assert_near(run(case, "xlayer_emulated"), run(case, "xlayer"), 1e-10)
+
+
 def names(case: HyperCase) -> list[str]:
     outputs = ["streams", "branch_input", "coefficients", "logits", "statistics"]
     parameters = ["base", "weight", "bias", "scale"]

@@ -98,14 +98,14 @@ class TokenRow {
     __device__ __forceinline__ void add(int64_t token, bool has_token, NumberShared<A, N>& shared, A* history) {
         const bool real = has_token && j_ < n_;
         const int64_t row = (token * n_ + j_) * columns_;
-        A grad[kMost<N> + 2] = {}, z[kMost<N> + 2] = {};
+        const A* const z = static_cast<const A*>(args_.logits) + row;  // read again rather than kept in registers
+        A grad[kMost<N> + 2] = {};
         if (real) {
             const A* const grad_c = static_cast<const A*>(args_.grad_coefficients);
 #pragma unroll
             for (int m = 0; m < kMost<N> + 2; ++m) {
                 if (!used(m)) continue;
                 if (grad_c != nullptr) grad[m] = grad_c[row + m];
-                if (with_.dynamic) z[m] = static_cast<const A*>(args_.logits)[row + m];
             }
             grad[0] += static_cast<const A*>(with_.dots)[token * n_ + j_];
         }
@@ -121,7 +121,7 @@ class TokenRow {
     __device__ __forceinline__ bool used(int m) const { return N != 0 || m < columns_; }
 
     // grad: in ∂L/∂c, out ∂L/∂z.
-    __device__ __forceinline__ void plain(bool real, const A (&z)[kMost<N> + 2], A (&grad)[kMost<N> + 2]) {
+    __device__ __forceinline__ void plain(bool real, const A* z, A (&grad)[kMost<N> + 2]) {
         if (!real) return;
         const bool tanh_form = args_.connection.form == HyperForm::tanh;
 #pragma unroll
@@ -137,8 +137,8 @@ class TokenRow {
         }
     }
 
-    __device__ __forceinline__ void constrained(bool real, const A (&z)[kMost<N> + 2], A (&grad)[kMost<N> + 2],
-                                                A* matrix_grad, A* history) {
+    __device__ __forceinline__ void constrained(bool real, const A* z, A (&grad)[kMost<N> + 2], A* matrix_grad,
+                                                A* history) {
         A factor[kMost<N> + 2] = {};
         if (real) {
 #pragma unroll
@@ -169,8 +169,7 @@ class TokenRow {
     }
 
     // What the streams' kernel needs of the token.
-    __device__ __forceinline__ void hand_on(int64_t token, bool real, const A (&z)[kMost<N> + 2],
-                                            const A (&grad)[kMost<N> + 2]) {
+    __device__ __forceinline__ void hand_on(int64_t token, bool real, const A* z, const A (&grad)[kMost<N> + 2]) {
         const HyperNorm norm = args_.connection.norm;
         A* const record = static_cast<A*>(with_.records) + token * record_size(n_);
         if (!with_.dynamic) {
@@ -222,7 +221,7 @@ __device__ __forceinline__ void add_tokens(const double (&sum)[kMost<N> + 2], in
 
 // resources: hyper_numbers_kernel threads 128, registers 255, shared 131072, occupancy 0.0625
 template <class A, int N>
-__global__ void __launch_bounds__(kNumberWarps* kWarp) hyper_numbers_kernel(Backward with) {
+__global__ void __launch_bounds__(kNumberWarps* kWarp, N == 0 ? 1 : 2) hyper_numbers_kernel(Backward with) {
     NumberShared<A, N>& shared = *shared_memory<NumberShared<A, N>>();
     const int n = streams_of<N>(with.args.size), warp = static_cast<int>(threadIdx.x) / kWarp;
     const int group = static_cast<int>(threadIdx.x) / kTokenLanes<N>;

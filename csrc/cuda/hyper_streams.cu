@@ -34,6 +34,7 @@ class StreamThread {
     static constexpr int V = kStreamElements<T, N>;
     static constexpr int kGroups = kStreamGroups<N>;
     static constexpr int kWeights = All ? 1 : kMost<N> + 2;  // rows of the weight in registers
+    static constexpr int kProducts = N;                      // sums of products in registers, but for one
     static constexpr bool kKeepWeight = !All && N != 0 && sizeof(T) < 8;
 
   public:
@@ -54,12 +55,17 @@ class StreamThread {
     __device__ __forceinline__ void run(int64_t first, int64_t last) {
         Rows rows = fetch(first);
         for (int64_t token = first; token < last; ++token) {
-            const Rows next = token + 1 < last ? fetch(token + 1) : rows;
-            add(token, first, rows);
-            rows = next;
+            if constexpr (N == 0) {  // no registers are left for the next token's
+                if (token > first) rows = fetch(token);
+                add(token, first, rows);
+            } else {
+                const Rows next = token + 1 < last ? fetch(token + 1) : rows;
+                add(token, first, rows);
+                rows = next;
+            }
         }
         if (with_.post && args_.post.shared) {
-            hand_on_products(static_cast<int64_t>(blockIdx.y) * with_.tiles + blockIdx.x);
+            hand_on_products();
             sync_block();
             write_products(static_cast<int64_t>(blockIdx.y) * with_.tiles + blockIdx.x);
         } else if (with_.post) {
@@ -157,6 +163,7 @@ class StreamThread {
 #pragma unroll
                 for (int m = 0; m < kWeights; ++m) {
                     if (!used(m)) continue;
+                    if (N == 0 || N == 4) sync_warp();  // as below
                     const A factor = logits[m];
                     const Vector<A, V> w = kKeepWeight ? weight_[m] : weight(m);
 #pragma unroll
@@ -189,7 +196,7 @@ class StreamThread {
             } else if (!with_.dynamic) {
                 sync_block();  // the token before is done with the gradients in shared memory
             }
-            post_gradient(token, rows, grad);
+            post_gradient(token, first, rows, grad);
         }
         Vector<T, V> out;
 #pragma unroll
@@ -199,7 +206,7 @@ class StreamThread {
     }
 
     // grad: in ∂L/∂h'_j, out ∂L/∂h_j. Of ∂L/∂y the warps of a group take turns to make it.
-    __device__ __forceinline__ void post_gradient(int64_t token, const Rows& rows, A (&grad)[V]) {
+    __device__ __forceinline__ void post_gradient(int64_t token, int64_t first, const Rows& rows, A (&grad)[V]) {
         const A* const c = post_numbers(token);
         Vector<A, V> own;
 #pragma unroll
@@ -207,43 +214,58 @@ class StreamThread {
         shared().grad[group_][j_][lane_of_warp()] = own;
         if (!args_.post.shared) {
 #pragma unroll
-            for (int k = 0; k <= kMost<N>; ++k) products_[k] = 0;
+            for (int k = 0; k <= kProducts; ++k) products_[k] = 0;
         }
+        const bool anew = !args_.post.shared || token == first;
         sync_block();
         const bool with_branch = token % n_ == j_;
         A branch[V] = {};
 #pragma unroll
         for (int v = 0; v < V; ++v) {
             grad[v] = 0;
-            products_[kMost<N>] = fma(own.at[v], rows.y[v], products_[kMost<N>]);
+            products_[kProducts] = fma(own.at[v], rows.y[v], products_[kProducts]);
         }
+        if constexpr (N == 0) add_product(kMost<N>, anew);
 #pragma unroll
         for (int k = 0; k < kMost<N>; ++k) {
             if (!real(k)) continue;
+            sync_warp();  // holds the loads, which would take too many registers
             const Vector<A, V> g = shared().grad[group_][k][lane_of_warp()];
             const A factor = c[post_index(n_, j_, k)], of_y = with_branch ? c[post_index(n_, n_, k)] : A(0);
 #pragma unroll
             for (int v = 0; v < V; ++v) {
                 grad[v] = fma(factor, g.at[v], grad[v]);
                 branch[v] = fma(of_y, g.at[v], branch[v]);
-                products_[k] = fma(g.at[v], widen(rows.h.at[v]), products_[k]);
+                products_[N == 0 ? 0 : k] = fma(g.at[v], widen(rows.h.at[v]), products_[N == 0 ? 0 : k]);
             }
+            if constexpr (N == 0) add_product(k, anew);
         }
         if (with_branch && count_ > 0) {
             write_branch<T>(args_.size.branch_dtype, args_.grad_branch, token * args_.size.width + e_, count_,
                             flags_.whole_grad_branch, branch);
         }
-        if (!args_.post.shared) hand_on_products(token * with_.tiles + blockIdx.x);
+        if (!args_.post.shared) hand_on_products();
     }
 
     // The warp's sums of ⟨∂L/∂h'_k, h_j⟩ and ⟨∂L/∂h'_j, y⟩ to where write_products() finds them after a barrier.
-    __device__ __forceinline__ void hand_on_products(int64_t) {
-        A sum[kMost<N> + 1];
+    __device__ __forceinline__ void hand_on_products() {
+        if constexpr (N != 0) {
+            A sum[kMost<N> + 1];
 #pragma unroll
-        for (int k = 0; k <= kMost<N>; ++k) sum[k] = products_[k];
-        sum_over_lanes<kMost<N> + 1>(sum);
-        const int k = kept_number<kMost<N> + 1>(0);
-        if (k >= 0) shared().products[group_][j_][k] = sum[0];
+            for (int k = 0; k <= kMost<N>; ++k) sum[k] = products_[k];
+            sum_over_lanes<kMost<N> + 1>(sum);
+            const int k = kept_number<kMost<N> + 1>(0);
+            if (k >= 0) shared().products[group_][j_][k] = sum[0];
+        }
+    }
+
+    // The same, one by one, where there are no registers for all of them.
+    __device__ __forceinline__ void add_product(int k, bool anew) {
+#pragma unroll
+        for (int mask = kWarp / 2; mask > 0; mask /= 2) products_[0] += shuffle_xor(products_[0], mask);
+        A& sum = shared().products[group_][j_][k];
+        if (lane_of_warp() == 0) sum = products_[0] + (anew ? A(0) : sum);
+        products_[0] = 0;
     }
 
     // [n+1, n]: element (j, k) for j < n, (n, j) for y.
@@ -290,13 +312,14 @@ class StreamThread {
     int64_t weight_at_, weight_row_;
     Vector<A, V> weight_[kKeepWeight ? kWeights : 1];
     A weight_sum_[kWeights][V] = {};
-    A products_[kMost<N> + 1] = {};
+    A products_[kProducts + 1] = {};
 };
 
-// resources: hyper_streams_kernel threads 512, registers 255, shared 65536, occupancy 0.25
+// resources: hyper_streams_kernel<*, [[]0], *> threads 512, registers 128, shared 65536, occupancy 0.25
+// resources: hyper_streams_kernel threads 256, registers 168, shared 16384, occupancy 0.125
 // sass: hyper_streams_kernel LDG, STG
 template <class T, int N, bool All>
-__global__ void __launch_bounds__(kStreamThreads<N>) hyper_streams_kernel(StreamsCall streams) {
+__global__ void __launch_bounds__(kStreamThreads<N>, N == 0 ? 1 : 2) hyper_streams_kernel(StreamsCall streams) {
     const int64_t first = blockIdx.y * streams.with.run_tokens, tokens = tokens_of(streams.with.args.size);
     const int64_t last = first + streams.with.run_tokens < tokens ? first + streams.with.run_tokens : tokens;
     StreamThread<T, N, All>(streams).run(first, last);

@@ -27,7 +27,7 @@ struct WeightShared {
 // resources: hyper_weight_kernel threads 128, registers 128, shared 8192, occupancy 0.25
 // sass: hyper_weight_kernel LDG, STG
 template <class T, int N>
-__global__ void __launch_bounds__(kWeightThreads, 4) hyper_weight_kernel(WeightCall call) {
+__global__ void __launch_bounds__(kWeightThreads, sizeof(T) == 8 ? 2 : 4) hyper_weight_kernel(WeightCall call) {
     using A = Accumulator<T>;
     constexpr int V = kWeightElements<T, N>;
     WeightShared<A, N>& shared = *shared_memory<WeightShared<A, N>>();
