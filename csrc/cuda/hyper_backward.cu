@@ -8,9 +8,8 @@ using namespace hyper;
 
 constexpr int64_t kMostRuns = 256;
 constexpr int64_t kFewestRunTokens = 16;
-constexpr int64_t kEnoughBlocks = 1024;       // of the streams' kernel: several for every place on an H200
-constexpr int64_t kMostRunsOfAll = 32;        // of rms_all's weight, which is large
-constexpr int64_t kHistoryBytes = 64 * 1024;  // of a block, in shared memory
+constexpr int64_t kEnoughBlocks = 1024;  // of the streams' kernel: several for every place on an H200
+constexpr int64_t kMostRunsOfAll = 32;   // of rms_all's weight, which is large
 
 int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
 
@@ -46,7 +45,7 @@ void plan_runs(Backward& with) {
     with.number_runs = ceil_div(tokens, with.number_run_tokens);
     with.history = with.dynamic && is_constrained(args.connection) ? (2 * args.connection.iterations + 1) * n * n : 0;
     const int64_t history_bytes = kNumberTokens<N> * with.history * static_cast<int64_t>(sizeof(A));
-    with.history_shared = history_bytes <= kHistoryBytes;
+    with.history_shared = static_cast<int64_t>(sizeof(NumberShared<A, N>)) + history_bytes <= kNumberBytes;
     if (!with.history_shared) with.histories_bytes = with.number_runs * history_bytes;
 }
 

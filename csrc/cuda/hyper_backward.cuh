@@ -22,6 +22,15 @@ constexpr int kTokenLanes = kMost<N>;
 template <int N>
 constexpr int kNumberTokens = kNumberWarps * kWarp / kTokenLanes<N>;  // that a block has at a time
 
+// Their scratch, beside Sinkhorn's matrices where these fit.
+template <class A, int N>
+struct NumberShared {
+    A grad[kNumberTokens<N>][kMost<N> * kMost<N>];  // of Sinkhorn's matrix
+    double partial[kNumberWarps][3 * kMostNumbers<N>];
+};
+
+constexpr int64_t kNumberBytes = 92 * 1024;
+
 // Elements of d that a thread of the streams' kernel has, and groups of n warps in its block. The block has one warp
 // for each stream and group.
 template <class T, int N>

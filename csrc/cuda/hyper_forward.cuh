@@ -7,7 +7,7 @@ namespace xlayer::cuda::hyper {
 
 constexpr int kForwardWarps = 8;
 constexpr int kForwardThreads = kForwardWarps * kWarp;
-constexpr int64_t kSharedBytes = 96 * 1024;  // at most: two blocks on a multiprocessor
+constexpr int64_t kSharedBytes = 80 * 1024;  // at most: two blocks on a multiprocessor
 
 // Elements of d that a thread has at a time, and columns of the weight in one pass over them: what registers hold.
 template <class T, int N>

@@ -73,12 +73,6 @@ __global__ void __launch_bounds__(kDotThreads, 4) hyper_dots_kernel(Dots dots) {
     }
 }
 
-template <class A, int N>
-struct NumberShared {
-    A grad[kNumberTokens<N>][kMost<N> * kMost<N>];  // of Sinkhorn's matrix
-    double partial[kNumberWarps][3 * kMostNumbers<N>];
-};
-
 // A lane has row j of a token's numbers, z_jm and what belongs to it, for m < n+2.
 template <class A, int N>
 class TokenRow {
@@ -219,7 +213,7 @@ __device__ __forceinline__ void add_tokens(const double (&sum)[kMost<N> + 2], in
     }
 }
 
-// resources: hyper_numbers_kernel threads 128, registers 255, shared 131072, occupancy 0.0625
+// resources: hyper_numbers_kernel threads 128, registers 255, shared 94208, occupancy 0.0625
 template <class A, int N>
 __global__ void __launch_bounds__(kNumberWarps* kWarp, N == 0 ? 1 : 2) hyper_numbers_kernel(Backward with) {
     NumberShared<A, N>& shared = *shared_memory<NumberShared<A, N>>();

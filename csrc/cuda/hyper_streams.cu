@@ -35,7 +35,7 @@ class StreamThread {
     static constexpr int kGroups = kStreamGroups<N>;
     static constexpr int kWeights = All ? 1 : kMost<N> + 2;  // rows of the weight in registers
     static constexpr int kProducts = N;                      // sums of products in registers, but for one
-    static constexpr bool kKeepWeight = !All && N != 0 && sizeof(T) < 8;
+    static constexpr bool kKeepWeight = !All && sizeof(T) < 8 && N != 0 && V * N < 16;  // else from the L1
 
   public:
     __device__ __forceinline__ explicit StreamThread(const StreamsCall& streams)
@@ -163,7 +163,7 @@ class StreamThread {
 #pragma unroll
                 for (int m = 0; m < kWeights; ++m) {
                     if (!used(m)) continue;
-                    if (N == 0 || N == 4) sync_warp();  // as below
+                    if (N == 0) sync_warp();  // as below
                     const A factor = logits[m];
                     const Vector<A, V> w = kKeepWeight ? weight_[m] : weight(m);
 #pragma unroll
@@ -315,8 +315,8 @@ class StreamThread {
     A products_[kProducts + 1] = {};
 };
 
-// resources: hyper_streams_kernel<*, [[]0], *> threads 512, registers 128, shared 65536, occupancy 0.25
-// resources: hyper_streams_kernel threads 256, registers 168, shared 16384, occupancy 0.125
+// resources: hyper_streams_kernel<*, 0, *> threads 512, registers 128, shared 16384, occupancy 0.25
+// resources: hyper_streams_kernel threads 256, registers 128, shared 8192, occupancy 0.25
 // sass: hyper_streams_kernel LDG, STG
 template <class T, int N, bool All>
 __global__ void __launch_bounds__(kStreamThreads<N>, N == 0 ? 1 : 2) hyper_streams_kernel(StreamsCall streams) {

@@ -24,6 +24,7 @@ struct WeightShared {
 };
 
 // A thread has V columns of one stream and kRows rows, over a run of tokens.
+// resources: hyper_weight_kernel<double, *> threads 128, registers 255, shared 8192, occupancy 0.125
 // resources: hyper_weight_kernel threads 128, registers 128, shared 8192, occupancy 0.25
 // sass: hyper_weight_kernel LDG, STG
 template <class T, int N>
