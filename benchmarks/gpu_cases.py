@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from benchmarks import bench_hdim, emulator
+from benchmarks import bench_hdim, bench_hyper, emulator
 from xlayer_ext import backend, functional
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -155,6 +155,8 @@ def run_small(device: str) -> None:
 def run_large(device: str) -> None:
     _, b, s, d, m, h, options = bench_hdim.CUDA_SIZES["B32-S512"]
     bench_hdim.build("native", "fwd+bwd", [b, s, d, m, h], "bfloat16", device, **options)()
+    size = bench_hyper.settings(cuda=True)["dhc"].size
+    bench_hyper.build("native", "boundary", "fwd+bwd", "dhc", list(size), False, "bfloat16", device)()
     torch.cuda.synchronize()
 
 

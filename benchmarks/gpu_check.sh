@@ -7,7 +7,7 @@
 #       test      the kernels' tests with --device cuda
 #       sanitize  compute-sanitizer's four tools over benchmarks/gpu_cases.py
 #       bench     benchmarks of every family, rows in OUT_DIR/<gpu>.jsonl
-#       profile   Nsight Compute on one launch of each hdim kernel
+#       profile   Nsight Compute on one launch of each kernel of hdim and hyper
 #       all       the default: all of these; `dry` is --dry-run
 #
 # Each part writes OUT_DIR/<part>.log, and goes on without the others; summary.txt has a line for each. A part gets its
@@ -43,7 +43,7 @@ part_build() {
 }
 
 part_test() {
-    local files=(tests/test_hdim*.py tests/test_{routing,build,info}.py) options=()
+    local files=(tests/test_hdim*.py tests/test_hyper{,_torch,_modules}.py tests/test_{routing,build,info}.py) options=()
     # Each worker is a process with its own CUDA context; the tests are far from filling the GPU.
     "$python" -c 'import xdist' 2>/dev/null && options=(-n 8)
     [[ $dry ]] && files=(tests/test_routing.py) && options=(-k oracle_rule)
@@ -92,10 +92,12 @@ part_bench() {
     }
     if [[ $dry ]]; then
         bench hdim --quick --no-compile --dtype bfloat16 float32
+        bench hyper --quick --no-compile --op boundary
         bench routing --quick --no-compile
     else
         bench hdim --seconds 2 --dtype bfloat16
         bench hdim --seconds 2 --case B32-S512 --dtype float32 float16
+        bench hyper --seconds 1 --dtype bfloat16 --op boundary pre+post --pass fwd bwd
         bench routing --seconds 1 --dtype bfloat16 float32
     fi
     return "$failed"

@@ -41,6 +41,7 @@ def test_dry_run(tmp_path: Path) -> None:
         for op, dtype in (("hdim_attention", "bfloat16"), ("hdim_attention", "float32"), ("masked_mean", "float32"))
         for pass_ in ("fwd", "fwd+bwd")
     }
+    assert ("boundary", "float32", "bwd") in native
     assert "every result is finite" in (tmp_path / "sanitize.log").read_text()
     assert " passed" in (tmp_path / "test.log").read_text()
 
