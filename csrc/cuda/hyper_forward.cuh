@@ -13,7 +13,9 @@ constexpr int64_t kSharedBytes = 80 * 1024;  // at most: two blocks on a multipr
 template <class T, int N>
 constexpr int kForwardElements = N == 0 ? 1 : (N == 8 ? 8 : 16) / sizeof(T);
 template <int N>
-constexpr int kColumns = N == 0 ? 1 : (N + 2) / 2;
+constexpr int kColumns = N == 0   ? 1
+                         : N == 4 ? 2
+                                  : (N + 2) / 2;
 
 // Blocks on a multiprocessor: so many that a thread has the registers that it needs.
 template <class T, int N>
@@ -162,10 +164,9 @@ class ForwardToken {
 #pragma unroll
                 for (int v = 0; v < V; ++v) sum[k] += widen(mixed.at[v]);
             }
-            // Only now, when what lay there has been used.
-            if (with_.ahead > 0 && next < tokens_of(args_.size)) ForwardToken(with_, next).copy_ahead(e);
         }
-        if (with_.ahead > 0) commit_copies();
+        // Only now, when what lay there has been used.
+        if (with_.ahead > 0 && next < tokens_of(args_.size)) ForwardToken(with_, next).copy_ahead();
         if (!layer) return;
         sum_over_block<kMost<N>, kForwardWarps>(sum, shared().partial, shared().sum);
         sync_block();
