@@ -80,8 +80,25 @@ def launch_hdim(
     torch.ops.xlayer_emulated.hdim_attention_backward(outputs[0], None, *floats, *masks, *outputs, 1.0, gelu, tf32)
 
 
+def launch_hyper(dtype: torch.dtype, n: int, width: int, norm: int, shared: bool) -> None:
+    """The boundary and its backward; norm 0, 1 and 3 are static, of each stream and of all together."""
+    wide = torch.promote_types(dtype, torch.float32)
+    streams, rows = torch.zeros(1, 2, n, width, dtype=dtype), torch.zeros(1, 2, width, dtype=dtype)
+    coefficients = torch.zeros((n, n + 2) if shared else (1, 2, n, n + 2), dtype=wide)
+    weights = (n * (n + 2), n * width) if norm == 3 else (n + 2, width)
+    dynamic = [torch.zeros(weights, dtype=wide), None, torch.zeros(n + 2, dtype=wide)] if norm else [None] * 3
+    connection = (torch.zeros(n, n + 2, dtype=wide), *dynamic, norm, 2 if norm == 3 else 1, 20, 1.0)
+    post = (streams, rows, coefficients)
+    out, x, *made = torch.ops.xlayer_emulated.hyper_post_pre(*post, *connection)
+    torch.ops.xlayer_emulated.hyper_post_pre_backward(out, x, None, *post, *made, *connection)
+
+
 def launch_every_kernel() -> None:
     """Each also with the most shared memory that it ever asks for."""
+    for dtype, n, width in ((torch.float32, 4, 2200), (torch.float32, 8, 2200), (torch.float64, 4, 1000)):
+        launch_hyper(dtype, n, width, 1, False)
+    for dtype, n, norm, shared in itertools.product(DTYPES, (2, 4, 8, 16), (0, 1, 3), (False, True)):
+        launch_hyper(dtype, n, 40, norm, shared)
     for dtype in DTYPES:
         for width in (32, 33):  # loaded as vectors, and element by element
             launch_masked_mean(dtype, width)

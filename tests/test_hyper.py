@@ -34,9 +34,9 @@ def native(device: str) -> str:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("part", "kind"), CASES)
-def test_oracle_rule(native: str, part: str, kind: str, dtype: torch.dtype, kernels: str) -> None:
+def test_oracle_rule(native: str, part: str, kind: str, dtype: torch.dtype) -> None:
     generator, draws = fresh_generator(), []
-    for shared in (False, True) * (4 if kernels == "emulated" else 6):
+    for shared in (False, True) * 6:
         case = hyper_case(generator, part, kind, n=4, d=65, lead=(2, 19), device=native, shared=shared).to(dtype)
         draws.append(Draw(evaluate_native(case), evaluate_formula(case.to(torch.float64)), evaluate_formula(case)))
     for dynamic in (False, True):  # shared coefficients have a gradient of their own shape

@@ -62,6 +62,7 @@ struct FinishNumbers {
 
 // One block: the gradients of base, bias and scale, and of post's coefficients where tokens share them.
 // resources: hyper_finish_numbers_kernel threads 256, registers 64, shared 9216, occupancy 0.5
+// sass: hyper_finish_numbers_kernel LDG
 template <class A>
 __global__ void __launch_bounds__(kFinishThreads, 4) hyper_finish_numbers_kernel(FinishNumbers<A> args) {
     double* const shared = shared_memory<double>();

@@ -18,6 +18,7 @@ using namespace hyper;
 // resources: hyper_forward_kernel<*, 8> threads 256, registers 255, shared 81920, occupancy 0.125
 // resources: hyper_forward_kernel threads 256, registers 128, shared 81920, occupancy 0.25
 // sass: hyper_forward_kernel<*, [24]> LDGSTS.128, STG.128
+// sass: hyper_forward_kernel<*, [08]> LDG, STG
 template <class T, int N>
 __global__ void __launch_bounds__(kForwardThreads, kForwardBlocks<T, N>) hyper_forward_kernel(Forward with) {
     if (with.ahead > 0) ForwardToken<T, N>(with, blockIdx.x).copy_ahead();

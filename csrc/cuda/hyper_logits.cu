@@ -82,7 +82,8 @@ struct WeightSums {
     int64_t width;
     A* sums;
 };
-// resources: hyper_weight_sums_kernel threads 128, registers 64, shared 64, occupancy 0.5
+// resources: hyper_weight_sums_kernel threads 128, registers 64, shared 32, occupancy 0.5
+// sass: hyper_weight_sums_kernel LDG, STG
 template <class A>
 __global__ void __launch_bounds__(kSumThreads) hyper_weight_sums_kernel(WeightSums<A> args) {
     A* const shared = shared_memory<A>();

@@ -23,7 +23,7 @@ struct Dots {
 };
 
 // A block per token.
-// resources: hyper_dots_kernel threads 128, registers 128, shared 4096, occupancy 0.25
+// resources: hyper_dots_kernel threads 128, registers 128, shared 3072, occupancy 0.25
 // sass: hyper_dots_kernel LDG
 template <class T, int N>
 __global__ void __launch_bounds__(kDotThreads, 4) hyper_dots_kernel(Dots dots) {
@@ -214,6 +214,7 @@ __device__ __forceinline__ void add_tokens(const double (&sum)[kMost<N> + 2], in
 }
 
 // resources: hyper_numbers_kernel threads 128, registers 255, shared 94208, occupancy 0.0625
+// sass: hyper_numbers_kernel LDG, STG
 template <class A, int N>
 __global__ void __launch_bounds__(kNumberWarps* kWarp, N == 0 ? 1 : 2) hyper_numbers_kernel(Backward with) {
     NumberShared<A, N>& shared = *shared_memory<NumberShared<A, N>>();

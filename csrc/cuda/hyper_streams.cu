@@ -315,7 +315,7 @@ class StreamThread {
     A products_[kProducts + 1] = {};
 };
 
-// resources: hyper_streams_kernel<*, 0, *> threads 512, registers 128, shared 16384, occupancy 0.25
+// resources: hyper_streams_kernel<*, 0, *> threads 512, registers 128, shared 10496, occupancy 0.25
 // resources: hyper_streams_kernel threads 256, registers 128, shared 8192, occupancy 0.25
 // sass: hyper_streams_kernel LDG, STG
 template <class T, int N, bool All>

@@ -11,6 +11,8 @@ constexpr int kRows = 24;    // of the weight, whose sums a thread has
 constexpr int kTokens = 16;  // whose ∂L/∂z are in shared memory together
 template <class T, int N>
 constexpr int kWeightElements = N == 0 || sizeof(T) > 2 ? 1 : 2;
+template <class T>
+constexpr int kWeightBlocks = sizeof(T) == 8 ? 2 : 4;  // on a multiprocessor
 
 struct WeightCall {
     Backward with;
@@ -24,11 +26,11 @@ struct WeightShared {
 };
 
 // A thread has V columns of one stream and kRows rows, over a run of tokens.
-// resources: hyper_weight_kernel<double, *> threads 128, registers 255, shared 8192, occupancy 0.125
-// resources: hyper_weight_kernel threads 128, registers 128, shared 8192, occupancy 0.25
+// resources: hyper_weight_kernel<double, *> threads 128, registers 255, shared 5376, occupancy 0.125
+// resources: hyper_weight_kernel threads 128, registers 128, shared 2688, occupancy 0.25
 // sass: hyper_weight_kernel LDG, STG
 template <class T, int N>
-__global__ void __launch_bounds__(kWeightThreads, sizeof(T) == 8 ? 2 : 4) hyper_weight_kernel(WeightCall call) {
+__global__ void __launch_bounds__(kWeightThreads, kWeightBlocks<T>) hyper_weight_kernel(WeightCall call) {
     using A = Accumulator<T>;
     constexpr int V = kWeightElements<T, N>;
     WeightShared<A, N>& shared = *shared_memory<WeightShared<A, N>>();
