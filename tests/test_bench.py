@@ -591,6 +591,18 @@ def test_peers_of_a_case_are_timed_beside_the_usual_implementations(capsys):
     assert [row.impl for row in rows] == ["native", "eager", "other"]
 
 
+def test_only_the_implementations_that_were_asked_for_run(capsys):
+    arguments = ("hdim", "sum", "toy", "fwd", "float32", 4000, 1000, build_named, {})
+    case = bench_suite.Case(*arguments, suite="toy", peers=("other", "third"))
+    options = ["--quick", "--no-memory", "--json", "--impl", "third", "eager"]
+    assert bench_suite.main("", lambda options: [case], options) == 0
+    rows = [bench.Row.from_json(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row.impl for row in rows] == ["eager", "third"]
+    with pytest.raises(SystemExit):
+        bench_suite.main("", lambda options: [case], ["--quick", "--impl", "fourth"])
+    assert "unknown impl fourth; there are native, eager, compile, other, third" in capsys.readouterr().err
+
+
 def test_script_names_the_operators_it_knows(capsys):
     with pytest.raises(SystemExit):
         bench_hyper.main(["--op", "prepost"])

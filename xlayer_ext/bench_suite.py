@@ -226,6 +226,7 @@ def main(
     parser.add_argument("--case", nargs="+", metavar="NAME", help="only these cases, whatever the suite")
     parser.add_argument("--op", nargs="+", metavar="NAME", help="only these operators")
     parser.add_argument("--pass", nargs="+", dest="passes", choices=PASSES, help="only these passes")
+    parser.add_argument("--impl", nargs="+", metavar="NAME", help="only these implementations")
     parser.add_argument("--suite", choices=("main", "full"), default="main", help="full: masks and variants as well")
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES, help="element types")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …")
@@ -245,6 +246,12 @@ def main(
     if options.no_compile:
         chosen = [replace(case, peers=_not_compiled(case.peers)) for case in chosen]
         impls = _not_compiled(impls)
+    if options.impl:
+        known = list(dict.fromkeys([*impls, *(peer for case in chosen for peer in case.peers)]))
+        if unknown := set(options.impl) - set(known):
+            parser.error(f"unknown impl {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+        chosen = [replace(case, peers=tuple(peer for peer in case.peers if peer in options.impl)) for case in chosen]
+        impls = [impl for impl in impls if impl in options.impl]
     quick = {"seconds": 0.1, "limit_seconds": 0.02, "buffer_bytes": 32 << 20}
     amount: dict[str, Any] = quick if options.quick else {"seconds": options.seconds}
     amount |= {"memory": not options.no_memory, "check": check, "out": options.out, "label": options.label}
