@@ -87,6 +87,11 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
+def tf32_allowed() -> bool:
+    """Whether the user lets factors of float32 products be rounded."""
+    return torch.get_float32_matmul_precision() != "highest"
+
+
 def check_one_device(*arguments: object) -> None:
     """For fake kernels, which also serve calls that mix meta tensors with real ones, and must not."""
     devices = {argument.device for argument in arguments if isinstance(argument, Tensor)}

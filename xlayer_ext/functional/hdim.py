@@ -20,6 +20,7 @@ from xlayer_ext.functional._checks import (
     check_shapes,
     check_temperature,
     forbid_second_derivative,
+    tf32_allowed,
 )
 from xlayer_ext.reference._masking import isolate
 from xlayer_ext.reference.hdim import unit
@@ -120,7 +121,7 @@ def hdim_attention(
     if use_native("hdim_attention", query, beyond=f"D > {CUDA_MOST_COLUMNS} on {query.device}" if wide else None):
         context, logsumexp, row_entropy = torch.ops.xlayer.hdim_attention(
             query, key, value, weight1, bias1, weight2, key_mask, pair_mask, temperature, activation == "gelu",
-            query.dtype == torch.float32 and _tf32_allowed(),
+            query.dtype == torch.float32 and tf32_allowed(),
         )  # fmt: skip
         if not return_entropy:
             return context
@@ -247,11 +248,6 @@ def value_fusion(context: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor |
 
 
 @torch.compiler.assume_constant_result  # a compiled graph guards on the setting, but cannot read it
-def _tf32_allowed() -> bool:
-    """Whether the user lets factors of float32 products be rounded."""
-    return torch.get_float32_matmul_precision() != "highest"
-
-
 def _check_attention(
     floats: dict[str, Tensor], key_mask: Tensor | None, pair_mask: Tensor | None, temperature: float
 ) -> None:

@@ -2,11 +2,21 @@
 
 from xlayer_ext.reference.hdim import bilinear_attention, cosine_attention, hdim_attention, value_fusion
 from xlayer_ext.reference.hyper import hyper_coefficients, hyper_post, hyper_post_pre, hyper_pre, manifold
+from xlayer_ext.reference.quantize import (
+    fsq,
+    fsq_codes_to_indices,
+    fsq_indices_to_codes,
+    vq_nearest,
+    vq_statistics,
+)
 from xlayer_ext.reference.routing import masked_mean
 
 __all__ = [
     "bilinear_attention",
     "cosine_attention",
+    "fsq",
+    "fsq_codes_to_indices",
+    "fsq_indices_to_codes",
     "hdim_attention",
     "hyper_coefficients",
     "hyper_post",
@@ -15,4 +25,6 @@ __all__ = [
     "manifold",
     "masked_mean",
     "value_fusion",
+    "vq_nearest",
+    "vq_statistics",
 ]

@@ -7,11 +7,12 @@ Row j of a sublayer's coefficients ``c [..., n, n+2]`` is (α_j0, α_j1 … α_j
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from xlayer_ext.reference._precision import no_autocast
 
 
 class Connection(NamedTuple):
@@ -52,7 +53,7 @@ class Connection(NamedTuple):
 def hyper_coefficients(streams: Tensor, connection: Connection) -> Tensor:
     """Coefficients of a sublayer that finds ``streams [..., n, d]``: ``[..., n, n+2]``, or ``[n, n+2]`` without a
     weight; in float32 (float64 for float64)."""
-    with _no_autocast(streams):
+    with no_autocast(streams):
         return _coefficients(streams, connection)
 
 
@@ -93,7 +94,7 @@ def manifold(logits: Tensor, connection: Connection) -> Tensor:
 def hyper_pre(streams: Tensor, connection: Connection) -> tuple[Tensor, Tensor]:
     """Branch input x ``[..., d]`` and coefficients of a sublayer that finds ``streams [..., n, d]``."""
     coefficients = hyper_coefficients(streams, connection)
-    with _no_autocast(streams):
+    with no_autocast(streams):
         mixed = torch.einsum("...j,...jd->...d", coefficients[..., 0], streams.to(coefficients.dtype))
     return mixed.to(streams.dtype), coefficients
 
@@ -101,7 +102,7 @@ def hyper_pre(streams: Tensor, connection: Connection) -> tuple[Tensor, Tensor]:
 def hyper_post(streams: Tensor, branch_output: Tensor, coefficients: Tensor) -> Tensor:
     """Streams ``[..., n, d]`` after the sublayer that made ``branch_output [..., d]`` of them."""
     h, y = streams.to(coefficients.dtype), branch_output.to(coefficients.dtype)
-    with _no_autocast(streams):
+    with no_autocast(streams):
         kept = torch.einsum("...jk,...jd->...kd", coefficients[..., 1:-1], h)
     return (kept + coefficients[..., -1:] * y.unsqueeze(-2)).to(streams.dtype)
 
@@ -112,15 +113,6 @@ def hyper_post_pre(
     """:func:`hyper_post` of one sublayer, then :func:`hyper_pre` of the next: streams, branch input, coefficients."""
     streams = hyper_post(streams, branch_output, coefficients)
     return streams, *hyper_pre(streams, connection)
-
-
-def _no_autocast(streams: Tensor) -> AbstractContextManager[None]:
-    """Products stay in the type they are given in: autocast would round coefficients and streams."""
-    device = streams.device.type
-    # As in functional._checks.autocast: torch.compile of torch 2.11 cannot trace the question for meta tensors.
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)
 
 
 def _constrained(connection: Connection) -> bool:

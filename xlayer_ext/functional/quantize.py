@@ -1,0 +1,282 @@
+r"""Vector quantization without the matrix of all distances, and finite scalar quantization (FSQ) in one pass.
+
+:func:`vq_nearest` finds the nearest of K codes for each of N rows; the N × K scores stay in registers, where the plain
+formula writes them. :func:`vq_statistics` tells how many rows fall to each code and what they add up to: the update of
+a codebook, and the gradient of looking codes up. :func:`fsq` bounds and rounds every number of a row to one of a few
+levels: a codebook that is a grid, and cannot collapse to unused codes.
+
+Papers: van den Oord et al., Neural Discrete Representation Learning, 2017, arXiv 1711.00937; Mentzer et al., Finite
+Scalar Quantization: VQ-VAE Made Simple, 2023, arXiv 2309.15505.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from xlayer_ext import reference
+from xlayer_ext._backend import native_available, use_native
+from xlayer_ext.functional._checks import (
+    check_choice,
+    check_common,
+    check_floating,
+    check_one_device,
+    forbid_second_derivative,
+    tf32_allowed,
+)
+from xlayer_ext.reference.quantize import fsq_basis, fsq_offsets
+
+METRICS = ("euclidean", "cosine")
+BOUNDS = ("tanh", "offset")
+VARIANTS = ("package", "paper")
+MOST_DIMENSIONS, MOST_LEVELS = 64, 2**20
+Function = Callable[..., Any]
+
+__all__ = ["fsq", "fsq_codes_to_indices", "fsq_indices_to_codes", "vq_nearest", "vq_statistics"]
+
+
+def vq_nearest(x: Tensor, codebook: Tensor, *, metric: str = "euclidean") -> tuple[Tensor, Tensor]:
+    r"""The nearest code of each row: :math:`k_n = \arg\min_k d(x_n, c_k)`.
+
+    ``euclidean``: :math:`d = |x - c|^2`; ``cosine``: :math:`d = 1 - \frac{x \cdot c}{|x|\,|c|}`, where a vector of
+    length 0 has cosine 0 with all others. Of codes that are equally near the lowest index wins, so of equal codes the
+    first. Nothing of size N × K is written. Products and distances are float32 (float64 for float64), also under
+    autocast; on CUDA float32 products follow :func:`torch.set_float32_matmul_precision`. No gradient.
+
+    Args:
+        x: ``[N, D]``, or ``[h, N, D]`` for h codebooks at once; float64, float32, bfloat16 or float16.
+        codebook: ``[K, D]`` or ``[h, K, D]``, of the same dtype; K at least 1. Unit stride along D spares a copy.
+        metric: ``"euclidean"`` or ``"cosine"``.
+
+    Returns:
+        Indices, int64 ``[N]`` or ``[h, N]``, and the distances to these codes, float32 (float64 for float64), never
+        negative. A code that holds a NaN or inf is never chosen; a row that does gets index 0, and distance inf or NaN.
+
+    Raises:
+        TypeError: a tensor is not floating point, or dtypes differ.
+        ValueError: shapes or devices disagree, no codes, an unknown metric.
+
+    Example::
+
+        >>> indices, distance = vq_nearest(torch.tensor([[0.9, 0.1]]), torch.eye(2))
+        >>> indices, distance
+        (tensor([0]), tensor([0.0200]))
+    """
+    check_floating(x=x, codebook=codebook)
+    check_choice("metric", metric, METRICS)
+    if _autocasts(x):
+        x, codebook = (t if t.dtype == torch.float64 else t.float() for t in (x, codebook))
+    check_common(x=x, codebook=codebook)
+    lead = x.dim() - 2
+    if lead not in (0, 1) or codebook.dim() != x.dim() or codebook.shape[:lead] != x.shape[:lead]:
+        raise ValueError(
+            f"x and codebook must have shapes [N, D] and [K, D], or [h, N, D] and [h, K, D]; got {list(x.shape)} and "
+            f"{list(codebook.shape)}"
+        )
+    if codebook.shape[-1] != x.shape[-1]:
+        raise ValueError(f"codebook must have the width of x, {x.shape[-1]}; got {list(codebook.shape)}")
+    if codebook.shape[-2] == 0 or codebook.shape[-1] == 0:
+        raise ValueError(f"codebook must have at least one code and one column, got {list(codebook.shape)}")
+    x, codebook = x.detach(), codebook.detach()
+    if not use_native("vq_nearest", x):
+        return reference.vq_nearest(x, codebook, metric)
+    batched = (t.unsqueeze(0) if lead == 0 else t for t in (x, codebook))
+    tf32 = x.dtype == torch.float32 and tf32_allowed()
+    indices, distance = torch.ops.xlayer.vq_nearest(*batched, metric == "cosine", tf32)
+    return (indices.squeeze(0), distance.squeeze(0)) if lead == 0 else (indices, distance)
+
+
+def vq_statistics(x: Tensor, indices: Tensor, codes: int) -> tuple[Tensor, Tensor]:
+    r"""What falls to each code: :math:`\mathrm{counts}_k = |\{n: i_n = k\}|`, :math:`\mathrm{sums}_k = \sum_{n: i_n =
+    k} x_n`.
+
+    Deterministic: the sums are made by halves, in an order that the indices alone decide. No gradient.
+
+    Args:
+        x: ``[N, D]`` or ``[h, N, D]``, float64, float32, bfloat16 or float16.
+        indices: int64 ``[N]`` or ``[h, N]``, of :func:`vq_nearest`. A row whose index is outside of [0, codes), such as
+            −1 for padding, counts nowhere and may hold NaN.
+        codes: K, the number of codes.
+
+    Returns:
+        counts ``[K]`` or ``[h, K]`` and sums ``[K, D]`` or ``[h, K, D]``, float32 (float64 for float64).
+
+    Raises:
+        TypeError: ``x`` is not floating point, or ``indices`` not int64.
+        ValueError: shapes or devices disagree, or ``codes`` is below 1.
+    """
+    check_floating(x=x)
+    if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
+        raise TypeError(f"indices must be an int64 tensor, got {getattr(indices, 'dtype', type(indices).__name__)}")
+    if x.dim() not in (2, 3) or indices.shape != x.shape[:-1]:
+        raise ValueError(
+            f"x and indices must have shapes [N, D] and [N], or [h, N, D] and [h, N]; got {list(x.shape)} and "
+            f"{list(indices.shape)}"
+        )
+    if indices.device != x.device:
+        raise ValueError(f"indices must be on the device of x, {x.device}; got {indices.device}")
+    if codes < 1:
+        raise ValueError(f"codes must be at least 1, got {codes}")
+    x = x.detach()
+    if not use_native("vq_statistics", x):
+        return reference.vq_statistics(x, indices, codes)
+    lead = x.dim() - 2
+    batched = (t.unsqueeze(0) if lead == 0 else t for t in (x, indices))
+    counts, sums = torch.ops.xlayer.vq_statistics(*batched, codes)
+    return (counts.squeeze(0), sums.squeeze(0)) if lead == 0 else (counts, sums)
+
+
+def fsq(z: Tensor, levels: Sequence[int], *, bound: str = "tanh", variant: str = "package") -> tuple[Tensor, Tensor]:
+    r"""Finite scalar quantization: every number of a row is bounded and rounded to one of L levels.
+
+    ``bound="tanh"``, symmetric around 0, L at least 2: digit :math:`\lfloor (L-1)(\tanh z + 1)/2 + \frac12 \rfloor`,
+    code :math:`2\,\mathrm{digit}/(L-1) - 1`. The PyPI package calls it ``preserve_symmetry``.
+
+    ``bound="offset"``, with 0 among the codes, L at least 3: with :math:`h = (L-1)(1+\epsilon)/2`, :math:`\epsilon =
+    10^{-3}`, o = ½ for even L and 0 for odd, :math:`s = \mathrm{artanh}(o/h)`, it is digit
+    :math:`\mathrm{round}(\tanh(z + s)\,h - o) + \lfloor L/2 \rfloor` and code :math:`(\mathrm{digit} - \lfloor L/2
+    \rfloor) / \lfloor L/2 \rfloor`. ``variant="paper"`` takes :math:`h = (L-1)(1-\epsilon)/2` and :math:`s =
+    \tan(o/h)`, as the paper's listing does.
+
+    The gradient goes straight through the rounding, and so is that of the bounded z in units of the code. Arithmetic is
+    float32 (float64 for float64), also under autocast.
+
+    Args:
+        z: ``[..., c]``, float64, float32, bfloat16 or float16.
+        levels: L of each of the c dimensions, for example ``[8, 5, 5, 5]``; at most 64 dimensions.
+        bound: ``"tanh"`` or ``"offset"``.
+        variant: of ``offset``: ``"package"`` or ``"paper"``.
+
+    Returns:
+        codes ``[..., c]``, in [−1, 1] and in the dtype of z; indices, int64 ``[...]``, :math:`\sum_i \mathrm{digit}_i
+        \prod_{j<i} L_j`, first dimension least significant; where the product of all levels exceeds 2⁶³, the digits
+        themselves, int64 ``[..., c]``. A NaN gives the code NaN and the digit 0.
+
+    Raises:
+        TypeError: z is not floating point, or a level not a whole number.
+        ValueError: c is not the number of levels, a level is too small, an unknown bound or variant.
+
+    Example::
+
+        >>> fsq(torch.tensor([[0.0, 10.0]]), [3, 2])
+        (tensor([[0., 1.]]), tensor([4]))
+    """
+    check_floating(z=z)
+    levels = _checked_levels(levels, bound, variant)
+    if z.dim() < 1 or z.shape[-1] != len(levels):
+        raise ValueError(f"z must have shape [..., {len(levels)}], a column per level; got {list(z.shape)}")
+    if _autocasts(z) and z.dtype != torch.float64:
+        z = z.float()
+    if not use_native("fsq", z, beyond=_beyond(levels)):
+        return reference.fsq(z, levels, bound=bound, variant=variant)
+    codes, indices = torch.ops.xlayer.fsq(z, *_operator_levels(levels, bound, variant))
+    return codes, indices
+
+
+def fsq_codes_to_indices(codes: Tensor, levels: Sequence[int], *, bound: str = "tanh") -> Tensor:
+    """The indices of codes ``[..., c]``, as :func:`fsq` numbers them; a code between two is taken for the nearest."""
+    check_floating(codes=codes)
+    levels = _checked_levels(levels, bound)
+    if codes.dim() < 1 or codes.shape[-1] != len(levels):
+        raise ValueError(f"codes must have shape [..., {len(levels)}], a column per level; got {list(codes.shape)}")
+    return reference.fsq_codes_to_indices(codes, levels, bound=bound)
+
+
+def fsq_indices_to_codes(
+    indices: Tensor, levels: Sequence[int], *, bound: str = "tanh", dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The codes ``[..., c]`` of indices ``[...]`` that :func:`fsq` gave (of digits ``[..., c]`` where the product of
+    levels exceeds 2⁶³): the same bits as its own."""
+    levels = _checked_levels(levels, bound)
+    if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
+        raise TypeError(f"indices must be an int64 tensor, got {getattr(indices, 'dtype', type(indices).__name__)}")
+    if fsq_basis(levels) is None and (indices.dim() < 1 or indices.shape[-1] != len(levels)):
+        raise ValueError(f"indices must be digits, [..., {len(levels)}], for so many levels; got {list(indices.shape)}")
+    return reference.fsq_indices_to_codes(indices, levels, bound=bound, dtype=dtype)
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------------
+
+
+def _autocasts(tensor: Tensor) -> bool:
+    device = tensor.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def _checked_levels(levels: Sequence[int], bound: str, variant: str = VARIANTS[0]) -> list[int]:
+    check_choice("bound", bound, BOUNDS)
+    check_choice("variant", variant, VARIANTS)
+    found = list(levels)
+    least = 2 if bound == "tanh" else 3
+    if not found:
+        raise ValueError("levels must name at least one dimension, got none")
+    for count in found:
+        if not isinstance(count, int) or isinstance(count, bool):
+            raise TypeError(f"levels must be whole numbers, got {count!r}")
+        if not least <= count <= MOST_LEVELS:
+            raise ValueError(f"levels must be between {least} and {MOST_LEVELS} for bound {bound}, got {count}")
+    return found
+
+
+def _beyond(levels: Sequence[int]) -> str | None:
+    return f"more than {MOST_DIMENSIONS} dimensions" if len(levels) > MOST_DIMENSIONS else None
+
+
+def _operator_levels(levels: list[int], bound: str, variant: str) -> tuple[Any, ...]:
+    """levels, shift, half width and middle per dimension, and whether the bound is ``offset``."""
+    if bound == "tanh":
+        return levels, [], [], [], False
+    columns = zip(*fsq_offsets(levels, variant), strict=True)
+    return levels, *(list(column) for column in columns), True
+
+
+# ---- fake tensors and autograd ---------------------------------------------------------------------------------------
+
+
+def _accumulation(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _fake_nearest(x: Tensor, codebook: Tensor, cosine: bool, tf32: bool) -> tuple[Tensor, Tensor]:
+    check_one_device(x, codebook)
+    return x.new_empty(x.shape[:2], dtype=torch.int64), x.new_empty(x.shape[:2], dtype=_accumulation(x))
+
+
+def _fake_statistics(x: Tensor, indices: Tensor, codes: int) -> tuple[Tensor, Tensor]:
+    check_one_device(x, indices)
+    books, _, width = x.shape
+    wide = _accumulation(x)
+    return x.new_empty((books, codes), dtype=wide), x.new_empty((books, codes, width), dtype=wide)
+
+
+def _fake_fsq(z: Tensor, levels: list[int], *rest: Any) -> tuple[Tensor, Tensor]:
+    shape = z.shape if fsq_basis(levels) is None else z.shape[:-1]
+    return z.new_empty(z.shape), z.new_empty(shape, dtype=torch.int64)
+
+
+def _fake_fsq_backward(grad: Tensor, z: Tensor, *rest: Any) -> Tensor:
+    check_one_device(grad, z)
+    return z.new_empty(z.shape)
+
+
+def _setup_fsq(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    z, *ctx.levels = inputs
+    ctx.save_for_backward(z)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward_fsq(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    (z,) = ctx.saved_tensors
+    return torch.ops.xlayer.fsq_backward(grad, z, *ctx.levels), *(None for _ in ctx.levels)
+
+
+if native_available("fsq"):
+    torch.library.register_fake("xlayer::vq_nearest", _fake_nearest)
+    torch.library.register_fake("xlayer::vq_statistics", _fake_statistics)
+    torch.library.register_fake("xlayer::fsq", _fake_fsq)
+    torch.library.register_fake("xlayer::fsq_backward", _fake_fsq_backward)
+    torch.library.register_autograd("xlayer::fsq", cast(Function, _backward_fsq), setup_context=_setup_fsq)
+    forbid_second_derivative("fsq_backward")
