@@ -98,7 +98,7 @@ inline Tensor unit_stride_last(const Tensor& tensor) {
 
 // A new contiguous tensor for a kernel to write to; its contents are arbitrary, for the emulator NaN. `name` is what
 // the emulator calls it when a kernel leaves its bounds.
-inline Tensor allocate(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype,
+inline Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType dtype,
                        [[maybe_unused]] const char* name) {
     Tensor tensor = torch::stable::new_empty(like, shape, dtype);
 #ifdef XLAYER_EMULATED

@@ -53,12 +53,12 @@ enum class FsqBound { symmetric, offset };
 constexpr int kFsqMostDimensions = 64;
 struct FsqDimensions {
     FsqBound bound;
-    int64_t width;                             // at most kFsqMostDimensions
-    int64_t levels[kFsqMostDimensions];        // symmetric: at least 2, offset: at least 3; at most 2²⁰
-    double shift[kFsqMostDimensions];          // offset only, as are `half` and `middle`
+    int64_t width;                       // at most kFsqMostDimensions
+    int64_t levels[kFsqMostDimensions];  // symmetric: at least 2, offset: at least 3; at most 2²⁰
+    double shift[kFsqMostDimensions];    // offset only, as are `half` and `middle`
     double half[kFsqMostDimensions];
-    double middle[kFsqMostDimensions];         // ½ where L is even, else 0
-    int64_t basis[kFsqMostDimensions];         // of the index: Σ digit_i · basis_i
+    double middle[kFsqMostDimensions];  // ½ where L is even, else 0
+    int64_t basis[kFsqMostDimensions];  // of the index: Σ digit_i · basis_i
 };
 
 struct FsqForward {
