@@ -6,6 +6,7 @@
 
 #include "xlayer/hdim.h"
 #include "xlayer/hyper.h"
+#include "xlayer/quantize.h"
 #include "xlayer/routing.h"
 
 namespace xlayer::cpu {
@@ -66,5 +67,11 @@ XLAYER_DISPATCH(void, hyper_forward, HyperForward)
 XLAYER_DISPATCH(void, hyper_backward, HyperBackward)
 XLAYER_DISPATCH(int64_t, hyper_forward_workspace, HyperForward)
 XLAYER_DISPATCH(int64_t, hyper_backward_workspace, HyperBackward)
+XLAYER_DISPATCH(void, vq_nearest, VqNearest)
+XLAYER_DISPATCH(int64_t, vq_nearest_workspace, VqNearest)
+XLAYER_DISPATCH(void, vq_statistics, VqStatistics)
+XLAYER_DISPATCH(int64_t, vq_statistics_workspace, VqStatistics)
+XLAYER_DISPATCH(void, fsq_forward, FsqForward)
+XLAYER_DISPATCH(void, fsq_backward, FsqBackward)
 
 }  // namespace xlayer::cpu

@@ -107,7 +107,7 @@ def fsq_indices_to_codes(
 
 def _codes(digit: Tensor, count: Tensor, bound: str) -> Tensor:
     if bound == "tanh":
-        return 2 * digit / (count - 1) - 1
+        return (2 * digit - (count - 1)) / (count - 1)
     width = torch.floor(count / 2)
     return (digit - width) / width
 
