@@ -42,11 +42,16 @@ XLAYER_INLINE Vec<T> round_nearest(Vec<T> x) {
     return (x + shifter) - shifter;
 }
 
-// n / d for whole numbers, rounded as the division is, by the inverse of d.
+// n / d for whole numbers, with the bits of the division: the remainder of n · (1/d), exact by one fused operation, is
+// divided too.
 template <class T>
-XLAYER_INLINE Vec<T> divide(Vec<T> n, Vec<T> d, Vec<T> inverse) {
+XLAYER_INLINE Vec<T> divide(Vec<T> n, Vec<T> d, [[maybe_unused]] Vec<T> inverse) {
+#ifdef __FMA__
     const Vec<T> quotient = n * inverse;
     return quotient + (n - quotient * d) * inverse;
+#else
+    return n / d;
+#endif
 }
 
 // Calls f(first row, rows) for pieces of whole rows, on the pool.

@@ -87,6 +87,7 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
+@torch.compiler.assume_constant_result  # a compiled graph guards on the setting, but cannot read it
 def tf32_allowed() -> bool:
     """Whether the user lets factors of float32 products be rounded."""
     return torch.get_float32_matmul_precision() != "highest"

@@ -247,7 +247,6 @@ def value_fusion(context: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor |
     return out.unflatten(0, context.shape[:-1])
 
 
-@torch.compiler.assume_constant_result  # a compiled graph guards on the setting, but cannot read it
 def _check_attention(
     floats: dict[str, Tensor], key_mask: Tensor | None, pair_mask: Tensor | None, temperature: float
 ) -> None:
