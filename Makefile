@@ -17,7 +17,7 @@ CPP := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/include/
 	tests/emulator/*.h tests/emulator/*.cpp tests/emulator/faults/*.h tests/emulator/faults/*.cu)
 # The tests that call operators: they run on the CPU kernels, and on the CUDA kernels under the emulator.
 OPERATOR_TESTS := $(addprefix tests/,test_emulated.py test_hdim.py test_hdim_modules.py test_hdim_torch.py test_hyper.py \
-	test_hyper_modules.py test_hyper_torch.py test_routing.py)
+	test_hyper_modules.py test_hyper_torch.py test_quantize.py test_quantize_torch.py test_routing.py)
 
 .PHONY: demo test lint format build emulator clean
 

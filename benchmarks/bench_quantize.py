@@ -54,11 +54,15 @@ def settings(cuda: bool) -> dict[str, Setting]:
         "sums-one": Setting("full", "statistics", (8 * rows, 1, 256)),
         "fsq-8": Setting("main", "fsq", (numbers, 8, 8), "tanh"),
         "fsq-8-offset": Setting("main", "fsq", (numbers, 8, 8), "offset"),
-        "toy-nearest": Setting("toy", "nearest", (40, 30, 16)),
-        "toy-sums": Setting("toy", "statistics", (40, 30, 16)),
-        "toy-train": Setting("toy", "train", (40, 30, 16)),
-        "toy-fsq": Setting("toy", "fsq", (40, 5, 4), "offset"),
     }
+
+
+TOYS = (  # the case `toy` of each operator
+    Setting("toy", "nearest", (40, 30, 16)),
+    Setting("toy", "statistics", (40, 30, 16)),
+    Setting("toy", "train", (40, 30, 16)),
+    Setting("toy", "fsq", (40, 5, 4), "offset"),
+)
 
 
 # ---- the least work ------------------------------------------------------------------------------------------------
@@ -304,16 +308,9 @@ def _check(op: str, how: str, size: tuple[int, ...], dtype: str, device: str) ->
         plain = reference.vq_nearest(x, codebook, how)[1]
         bench.check_oracle(f"vq_nearest {how} distance", distance, chosen, plain)
     elif op == "statistics":
-        results = (functional, reference), (given[0], given[0].double())
-        native, exact_sums, plain_sums = (
-            api.vq_statistics(x, given[1], size[1])[1]
-            for api, x in (
-                (results[0][0], results[1][0]),
-                (results[0][1], results[1][1]),
-                (results[0][1], results[1][0]),
-            )
-        )
-        bench.check_oracle("vq_statistics sums", native, exact_sums, plain_sums)
+        sides = ((functional, given[0]), (reference, given[0].double()), (reference, given[0]))
+        sums = [statistics(api, size[1], x, given[1])[1] for api, x in sides]
+        bench.check_oracle("vq_statistics sums", *sums)
     else:
         _check_fsq(how, size[1], given[0])
 
@@ -337,7 +334,7 @@ def make_cases(options: argparse.Namespace) -> list[bench_suite.Case]:
     named = settings(cuda=torch.device(options.device).type == "cuda")
     return [
         make_case(name, setting, pass_, dtype, options.device)
-        for name, setting in named.items()
+        for name, setting in [*named.items(), *(("toy", setting) for setting in TOYS)]
         for dtype in options.dtype
         for pass_ in (bench.PASSES if setting.op == "fsq" else ("fwd",))
     ]

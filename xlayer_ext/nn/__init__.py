@@ -1,5 +1,7 @@
 """Modules built from the functional API."""
 
+from xlayer_ext.nn.bridge import PerceiverResampler, RMSScale, StatisticalNormalizer, TanhScale
+from xlayer_ext.nn.diffusion import DiffusionBridge
 from xlayer_ext.nn.hdim import HDIMMessage, QKVMessage
 from xlayer_ext.nn.hyper import (
     HyperConnection,
@@ -11,11 +13,16 @@ from xlayer_ext.nn.hyper import (
 from xlayer_ext.nn.routing import LayerRouter
 
 __all__ = [
+    "DiffusionBridge",
     "HDIMMessage",
     "HyperConnection",
     "LayerRouter",
     "ManifoldHyperConnection",
+    "PerceiverResampler",
     "QKVMessage",
+    "RMSScale",
+    "StatisticalNormalizer",
+    "TanhScale",
     "expand_streams",
     "no_weight_decay",
     "reduce_streams",

@@ -1,0 +1,172 @@
+r"""A diffusion bridge: soft tokens drawn by a rectified flow that is conditioned on another model's hidden states.
+
+Regression to an ambiguous target gives the mean of all answers, which lies where no embedding does; a flow ends on one
+of them. With noise :math:`x_0 \sim N(0, 1)`, target :math:`x_1` and :math:`x_t = t x_1 + (1 - t) x_0` the network
+learns the velocity :math:`x_1 - x_0`; sampling integrates it from noise.
+
+Papers: rectified flow: Liu et al., 2022, arXiv 2209.03003; DiT and AdaLN-Zero: Peebles and Xie, 2022, arXiv 2212.09748.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xlayer_ext.nn.bridge import Attention, feed_forward
+
+CONDITIONINGS = ("pooled", "cross", "hybrid")
+
+
+class DiffusionBridge(nn.Module):
+    """Soft tokens ``[B, K, target_dim]`` from hidden states ``[B, T, source_dim]``.
+
+    Args:
+        source_dim: width of the states.
+        target_dim: width of the soft tokens.
+        soft_tokens: K.
+        dim: width inside.
+        depth: number of DiT blocks.
+        heads: of every attention; must divide ``dim``.
+        conditioning: ``"pooled"``: the mean state joins the timestep in every block's AdaLN; ``"cross"``: blocks attend
+            to all states, AdaLN knows the timestep alone; ``"hybrid"``: both, the states pooled by a learned query.
+        target_scale: what targets are divided by, about their root mean square, so that noise of 1 fits them.
+    """
+
+    target_scale: Tensor
+
+    def __init__(
+        self,
+        source_dim: int,
+        target_dim: int,
+        soft_tokens: int,
+        dim: int,
+        depth: int,
+        heads: int,
+        conditioning: str = "hybrid",
+        target_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if conditioning not in CONDITIONINGS:
+            raise ValueError(f"conditioning must be one of {', '.join(CONDITIONINGS)}; got {conditioning!r}")
+        if dim % heads or dim % 2:
+            raise ValueError(f"dim must be even and a multiple of heads = {heads}, got {dim}")
+        self.soft_tokens, self.target_dim, self.dim, self.conditioning = soft_tokens, target_dim, dim, conditioning
+        self.register_buffer("target_scale", torch.tensor(float(target_scale)))
+        self.source = nn.Sequential(nn.Linear(source_dim, dim), nn.LayerNorm(dim))
+        self.enter = nn.Linear(target_dim, dim)
+        self.positions = nn.Parameter(torch.randn(soft_tokens, dim) * 0.02)
+        self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        if conditioning == "hybrid":
+            self.gist = nn.Parameter(torch.randn(1, dim) * 0.02)
+            self.pool = Attention(dim, heads)
+        crosses = conditioning != "pooled"
+        self.blocks = nn.ModuleList(DiTBlock(dim, heads, crosses) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, elementwise_affine=False)
+        self.modulation = nn.Linear(dim, 2 * dim)
+        self.leave = nn.Linear(dim, target_dim)
+        for last in (self.modulation, self.leave):  # AdaLN-Zero: the velocity starts as 0
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+
+    def forward(self, x: Tensor, mask: Tensor | None, x_t: Tensor, t: Tensor) -> Tensor:
+        """The velocity ``[B, K, target_dim]`` at ``x_t [B, K, target_dim]`` and times ``t [B]`` in [0, 1]."""
+        source, pooled = self._condition(x, mask)
+        return self._velocity(source, mask, pooled, x_t, t)
+
+    def loss(self, x: Tensor, mask: Tensor | None, target: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Mean squared error of the velocity at a random time and noise for each element of the batch.
+
+        Args:
+            x: states ``[B, T, source_dim]``.
+            mask: bool ``[B, T]``, True = may be read.
+            target: ``[B, K, target_dim]``.
+            generator: of times and noise.
+        """
+        goal = target / self.target_scale
+        noise = _noise(goal.shape, goal, generator)
+        t = torch.rand(len(goal), generator=generator, device=_device(goal, generator)).to(goal)
+        x_t = t[:, None, None] * goal + (1 - t[:, None, None]) * noise
+        return F.mse_loss(self(x, mask, x_t, t).float(), (goal - noise).float())
+
+    def sample(
+        self, x: Tensor, mask: Tensor | None = None, steps: int = 10, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Soft tokens ``[B, K, target_dim]`` by Euler's method from noise; differentiable.
+
+        The same generator state gives the same bits.
+        """
+        source, pooled = self._condition(x, mask)
+        x_t = _noise((len(x), self.soft_tokens, self.target_dim), x, generator)
+        for step in range(steps):
+            t = torch.full((len(x),), step / steps, dtype=x_t.dtype, device=x_t.device)
+            x_t = x_t + self._velocity(source, mask, pooled, x_t, t) / steps
+        return x_t * self.target_scale
+
+    def _condition(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The states as blocks read them, and what joins the timestep."""
+        if mask is not None:
+            x = torch.where(mask.unsqueeze(-1), x, torch.zeros_like(x))  # a masked state may hold NaN
+        source = self.source(x)
+        if self.conditioning == "cross":
+            return source, None
+        if self.conditioning == "hybrid":
+            return source, self.pool(self.gist.expand(len(x), 1, -1), source, mask).squeeze(1)
+        if mask is None:
+            return source, source.mean(1)
+        kept = source * mask.unsqueeze(-1)
+        return source, kept.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+
+    def _velocity(self, source: Tensor, mask: Tensor | None, pooled: Tensor | None, x_t: Tensor, t: Tensor) -> Tensor:
+        condition = self.time(timestep_embedding(t, self.dim).to(source.dtype))
+        if pooled is not None:
+            condition = condition + pooled
+        hidden = self.enter(x_t) + self.positions
+        for block in self.blocks:
+            hidden = block(hidden, condition, source, mask)
+        shift, scale = self.modulation(F.silu(condition)).unsqueeze(1).chunk(2, -1)
+        out: Tensor = self.leave(self.norm(hidden) * (1 + scale) + shift)
+        return out
+
+
+class DiTBlock(nn.Module):
+    """Self-attention and feed-forward, modulated and gated by the condition; between them attention to the source."""
+
+    def __init__(self, dim: int, heads: int, crosses: bool) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(dim, elementwise_affine=False) for _ in range(2))
+        self.attention = Attention(dim, heads)
+        self.mlp = feed_forward(dim, 4.0)
+        self.modulation = nn.Linear(dim, 6 * dim)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+        if crosses:
+            self.cross_norm, self.cross_attention = nn.LayerNorm(dim), Attention(dim, heads)
+
+    def forward(self, hidden: Tensor, condition: Tensor, source: Tensor, mask: Tensor | None) -> Tensor:
+        """``[B, K, dim]``, ``[B, dim]`` and ``[B, T, dim]`` to ``[B, K, dim]``."""
+        parts = self.modulation(F.silu(condition)).unsqueeze(1).chunk(6, -1)
+        normed = self.norms[0](hidden) * (1 + parts[1]) + parts[0]
+        hidden = hidden + parts[2] * self.attention(normed, normed)
+        if hasattr(self, "cross_attention"):
+            hidden = hidden + self.cross_attention(self.cross_norm(hidden), source, mask)
+        out: Tensor = hidden + parts[5] * self.mlp(self.norms[1](hidden) * (1 + parts[4]) + parts[3])
+        return out
+
+
+def timestep_embedding(t: Tensor, dim: int, longest: float = 10_000.0) -> Tensor:
+    """Sines and cosines of ``t [B]`` in [0, 1] at dim/2 frequencies from 1000 down to 1000 / longest: ``[B, dim]``."""
+    half = dim // 2
+    frequencies = torch.exp(-math.log(longest) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
+    angles = 1000 * t.float().unsqueeze(1) * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def _device(like: Tensor, generator: torch.Generator | None) -> torch.device:
+    return like.device if generator is None else generator.device
+
+
+def _noise(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    return torch.randn(shape, generator=generator, device=_device(like, generator)).to(like)
