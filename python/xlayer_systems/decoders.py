@@ -1,0 +1,71 @@
+"""Causal language models by name: the two shipped small ones and everything that ``transformers`` can load."""
+
+from __future__ import annotations
+
+import hashlib
+from logging import ERROR, getLogger
+from pathlib import Path
+from typing import Any
+
+from xlayer_systems.errors import UserError
+
+SENDER = "decoder-sender"
+RECEIVER = "decoder-receiver"
+ASSETS = Path(__file__).parent / "assets"
+
+
+def load_decoder(name: str) -> tuple[Any, Any]:
+    """A frozen causal language model in float32 and evaluation mode, and its fast tokenizer.
+
+    Args:
+        name: `SENDER`, `RECEIVER`, a folder written by ``save_pretrained`` or a model of the Hugging Face hub.
+
+    The tokenizer always has a padding, a first and an end-of-text token: where the model has no padding or first token
+    of its own, the end-of-text token stands in. Raises `UserError` for what cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = _load(AutoTokenizer, name)
+    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+        raise UserError(f"decoder {name!r}: expected a fast tokenizer with an end-of-text token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.bos_token_id is None:
+        tokenizer.bos_token = tokenizer.eos_token
+    model = _load(AutoModelForCausalLM, name).float().eval().requires_grad_(False)
+    return model, tokenizer
+
+
+def fingerprint_decoder(name: str) -> str:
+    """Identifies the weights: the name, and for a shipped or local folder the hash of its weight files."""
+    folder = _folder(name)
+    if not folder.is_dir():
+        return name
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _folder(name: str) -> Path:
+    return ASSETS / name if name in (SENDER, RECEIVER) else Path(name)
+
+
+def _load(loader: Any, name: str) -> Any:
+    from transformers.utils import logging
+
+    folder = _folder(name)
+    if name in (SENDER, RECEIVER) and not folder.is_dir():
+        raise UserError(f"the decoder {name!r} needs {folder}; make it with `xlayer pretrain decoder`")
+    logging.disable_progress_bar()
+    getLogger("huggingface_hub").setLevel(ERROR)  # the one line below says what went wrong
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        return loader.from_pretrained(str(folder) if folder.is_dir() else name)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        expected = f"{SENDER}, {RECEIVER}, a local folder or a causal language model of the Hugging Face hub"
+        raise UserError(f"cannot load decoder {name!r}; expected {expected} ({reason})") from error
+    finally:
+        logging.set_verbosity(verbosity)
