@@ -2,6 +2,7 @@
 
 from xlayer_ext.nn.bridge import PerceiverResampler, RMSScale, StatisticalNormalizer, TanhScale
 from xlayer_ext.nn.diffusion import DiffusionBridge
+from xlayer_ext.nn.fsq import FSQ, FSQOutput
 from xlayer_ext.nn.hdim import HDIMMessage, QKVMessage
 from xlayer_ext.nn.hyper import (
     HyperConnection,
@@ -10,10 +11,13 @@ from xlayer_ext.nn.hyper import (
     no_weight_decay,
     reduce_streams,
 )
+from xlayer_ext.nn.quantize import VectorQuantizer, VQOutput
 from xlayer_ext.nn.routing import LayerRouter
 
 __all__ = [
+    "FSQ",
     "DiffusionBridge",
+    "FSQOutput",
     "HDIMMessage",
     "HyperConnection",
     "LayerRouter",
@@ -23,6 +27,8 @@ __all__ = [
     "RMSScale",
     "StatisticalNormalizer",
     "TanhScale",
+    "VQOutput",
+    "VectorQuantizer",
     "expand_streams",
     "no_weight_decay",
     "reduce_streams",

@@ -1,0 +1,84 @@
+"""Finite scalar quantization as a module."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from xlayer_ext import functional as XF
+
+
+class FSQOutput(NamedTuple):
+    """What :class:`FSQ` gives: ``quantized [..., dim]`` and ``indices [...]`` (digits where no index fits)."""
+
+    quantized: Tensor
+    indices: Tensor
+
+
+class FSQ(nn.Module):
+    """Finite scalar quantization: a codebook that is a grid, with nothing to learn and no code to die.
+
+    Args:
+        levels: levels per dimension of the grid, for example ``[8, 5, 5, 5]``.
+        dim: width of input and output; where it is not the number of levels, linear maps lead in and out.
+        bound: ``"tanh"`` (symmetric, from 2 levels) or ``"offset"`` (0 is a code, from 3 levels), as in
+            :func:`xlayer_ext.functional.fsq`.
+        variant: of ``offset``: ``"package"`` or ``"paper"``.
+        device, dtype: of the linear maps.
+
+    Shape:
+        - input ``[..., dim]``; quantized ``[..., dim]`` in its dtype, indices int64 ``[...]``, or the digits
+          ``[..., len(levels)]`` where the product of the levels exceeds 2⁶³
+
+    Raises:
+        ValueError: the input does not have ``dim`` columns, a level is too small, unknown bound or variant.
+
+    Paper: Mentzer et al., Finite Scalar Quantization: VQ-VAE Made Simple, 2023, arXiv 2309.15505.
+    """
+
+    def __init__(
+        self,
+        levels: Sequence[int],
+        dim: int | None = None,
+        bound: str = "tanh",
+        variant: str = "package",
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.levels, self.bound, self.variant = list(levels), bound, variant
+        width = len(self.levels)
+        self.dim = width if dim is None else dim
+        XF.fsq(torch.zeros(1, width), self.levels, bound=bound, variant=variant)  # its checks, before the first batch
+        self.project_in: nn.Module = nn.Identity()
+        self.project_out: nn.Module = nn.Identity()
+        if self.dim != width:
+            self.project_in = nn.Linear(self.dim, width, device=device, dtype=dtype)
+            self.project_out = nn.Linear(width, self.dim, device=device, dtype=dtype)
+
+    @property
+    def codebook_size(self) -> int:
+        """How many codes the grid has."""
+        return math.prod(self.levels)
+
+    def forward(self, z: Tensor) -> FSQOutput:
+        if z.dim() < 1 or z.shape[-1] != self.dim:
+            raise ValueError(f"z must have shape [..., {self.dim}], got {list(z.shape)}")
+        codes, indices = XF.fsq(self.project_in(z), self.levels, bound=self.bound, variant=self.variant)
+        return FSQOutput(self.project_out(codes.to(z.dtype)).to(z.dtype), indices)
+
+    def indices_to_codes(self, indices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Points of the grid ``[..., len(levels)]``, before the linear map out."""
+        return XF.fsq_indices_to_codes(indices, self.levels, bound=self.bound, dtype=dtype)
+
+    def codes_to_indices(self, codes: Tensor) -> Tensor:
+        """Indices of points of the grid ``[..., len(levels)]``."""
+        return XF.fsq_codes_to_indices(codes, self.levels, bound=self.bound)
+
+    def extra_repr(self) -> str:
+        return f"{self.levels}, dim={self.dim}, bound={self.bound}"

@@ -1,0 +1,379 @@
+"""Vector quantization as a module: a codebook that is learned, or follows its vectors by a moving average."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from xlayer_ext import functional as XF
+from xlayer_ext.functional._checks import check_choice
+from xlayer_ext.functional.quantize import METRICS
+
+SURVIVED_MISSES = 20  # of a revived code, before it counts as dead again
+MOST_RECORDS = 32  # forwards of one module that may wait for their recomputation
+CHUNK = 2**22  # scores that the entropy bonus holds at once
+STATE = ("codebook", "sizes", "sums")
+
+
+class VQOutput(NamedTuple):
+    """What :class:`VectorQuantizer` gives."""
+
+    quantized: Tensor  # [..., dim]
+    indices: Tensor  # int64 [...], or [..., h] with several codebooks; -1 at padding
+    loss: Tensor  # scalar, float32
+    perplexity: Tensor  # scalar: exp of the entropy of the codes' use in this batch, mean over codebooks
+
+
+@dataclass
+class _Record:
+    """What the recomputation of one checkpointed forward must see again."""
+
+    shape: torch.Size
+    fingerprint: Tensor
+    codebook: Tensor
+    used: bool = False
+
+
+class VectorQuantizer(nn.Module):
+    r"""Replaces every vector by the nearest of K codes; gradients go straight through to the input.
+
+    In training a codebook is moved by exponential moving averages of how many vectors fall to each code, n, and of
+    their sum, m: :math:`c_k = m_k / \hat n_k`, with Laplace smoothing :math:`\hat n_k = \frac{n_k + \epsilon}{\sum n
+    + K\epsilon}\sum n`. It does so once per forward; where activation checkpointing recomputes a forward in backward,
+    nothing moves, and the codebook is the one that the forward had. With ``ema=False`` the codebook is a parameter.
+    Counts, sums and drawn vectors are those of all processes, so their codebooks are the same without a broadcast:
+    use ``broadcast_buffers=False``. Every process must call the module equally often.
+
+    Args:
+        dim: width of input and output.
+        codebook_size: K.
+        codebook_dim: width of a code, default ``dim / codebooks``; linear maps lead in and out where it differs.
+        codebooks: h, each for its own columns.
+        metric: ``"euclidean"``, or ``"cosine"`` between vectors of length 1.
+        ema: moving averages instead of a learned codebook.
+        decay: of the averages (the PyPI package takes 0.8).
+        epsilon: of the Laplace smoothing.
+        commitment_weight: of the loss that draws the input to its code.
+        codebook_weight: of the loss that draws a learned code to its vectors; nothing with ``ema``.
+        entropy_weight: of the entropy of the mean soft assignment, which is subtracted from the loss. The N × K scores
+            are made in chunks of rows, and made again in backward.
+        entropy_temperature: of the soft assignment.
+        threshold_dead: a code whose average count falls below is replaced by a vector of the batch, 0 for never. Its
+            count and sum are set with it, such that it survives 20 forwards without a vector. Needs ``ema``.
+        kmeans_init: the first batch in training gives the codebook.
+        kmeans_iterations: of it.
+        seed: of what is drawn from batches, the same in all processes.
+
+    Shape:
+        - x: ``[..., dim]``; mask: bool ``[...]``, True where a vector counts. Elsewhere output is 0 and the index -1.
+
+    Raises:
+        ValueError: sizes, options or shapes that do not fit.
+        RuntimeError: a recomputation of a forward that was not made, or of more than 32 forwards ago.
+
+    Paper: van den Oord et al., Neural Discrete Representation Learning, 2017, arXiv 1711.00937.
+    """
+
+    codebook: Tensor
+    sizes: Tensor
+    sums: Tensor
+    initialized: Tensor
+    steps: Tensor
+    use_counts: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        codebook_size: int,
+        *,
+        codebook_dim: int | None = None,
+        codebooks: int = 1,
+        metric: str = "euclidean",
+        ema: bool = True,
+        decay: float = 0.99,
+        epsilon: float = 1e-5,
+        commitment_weight: float = 0.25,
+        codebook_weight: float = 1.0,
+        entropy_weight: float = 0.0,
+        entropy_temperature: float = 1.0,
+        threshold_dead: float = 0.0,
+        kmeans_init: bool = False,
+        kmeans_iterations: int = 10,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        check_choice("metric", metric, METRICS)
+        if min(dim, codebook_size, codebooks) < 1:
+            raise ValueError(
+                f"dim, codebook_size and codebooks must be at least 1; got {dim, codebook_size, codebooks}"
+            )
+        if codebook_dim is None and dim % codebooks:
+            raise ValueError(f"dim must be a multiple of codebooks, {codebooks}, without a codebook_dim; got {dim}")
+        if not 0 < decay < 1:
+            raise ValueError(f"decay must be between 0 and 1, got {decay}")
+        if threshold_dead > 0 and not ema:
+            raise ValueError("threshold_dead needs ema=True: dead codes are known by their average counts")
+        self.dim, self.codebook_size, self.codebooks, self.metric = dim, codebook_size, codebooks, metric
+        self.codebook_dim = dim // codebooks if codebook_dim is None else codebook_dim
+        self.ema, self.decay, self.epsilon = ema, decay, epsilon
+        self.commitment_weight, self.codebook_weight = commitment_weight, codebook_weight
+        self.entropy_weight, self.entropy_temperature = entropy_weight, entropy_temperature
+        self.threshold_dead, self.seed = threshold_dead, seed
+        self.kmeans_init, self.kmeans_iterations = kmeans_init, kmeans_iterations
+        width = codebooks * self.codebook_dim
+        self.project_in: nn.Module = nn.Identity() if width == dim else nn.Linear(dim, width)
+        self.project_out: nn.Module = nn.Identity() if width == dim else nn.Linear(width, dim)
+        # From the seed alone, so that all processes begin with the same codes.
+        start = torch.randn(
+            codebooks, codebook_size, self.codebook_dim, generator=torch.Generator().manual_seed(seed), device="cpu"
+        )
+        start = F.normalize(start, dim=-1) if metric == "cosine" else start / self.codebook_dim**0.5
+        if ema:
+            self.register_buffer("codebook", start)
+        else:
+            self.codebook = nn.Parameter(start)
+        self.register_buffer("sizes", torch.ones(codebooks, codebook_size))
+        self.register_buffer("sums", start.clone())
+        self.register_buffer("use_counts", torch.zeros(codebooks, codebook_size, dtype=torch.int64))
+        self.register_buffer("initialized", torch.tensor(not kmeans_init))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self._records: list[_Record] = []
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> VQOutput:
+        if x.dim() < 1 or x.shape[-1] != self.dim:
+            raise ValueError(f"x must have shape [..., {self.dim}], got {list(x.shape)}")
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:-1]):
+            raise ValueError(f"mask must be bool {list(x.shape[:-1])}, got {mask.dtype} {list(mask.shape)}")
+        if mask is not None:
+            x = x.masked_fill(~mask.unsqueeze(-1), 0)  # padding may hold anything, and 0 · NaN is NaN
+        vectors = self._split(self.project_in(x))
+        with torch.autocast(x.device.type, enabled=False):
+            vectors = vectors.to(torch.promote_types(x.dtype, torch.float32))
+            if self.metric == "cosine":
+                vectors = F.normalize(vectors, dim=-1)
+            counted = None if mask is None else mask.reshape(1, -1).expand(self.codebooks, -1)
+            codes, indices, loss, perplexity = self._quantize(vectors, counted)
+        lead = x.shape[:-1]
+        width = self.codebooks * self.codebook_dim
+        quantized = self.project_out(codes.transpose(0, 1).reshape(*lead, width).to(x.dtype)).to(x.dtype)
+        if mask is not None:
+            quantized = quantized.masked_fill(~mask.unsqueeze(-1), 0)
+        shaped = indices[0].reshape(lead) if self.codebooks == 1 else indices.t().reshape(*lead, self.codebooks)
+        return VQOutput(quantized, shaped, loss, perplexity)
+
+    def set_codebook(self, codebook: Tensor) -> None:
+        """Takes over codes ``[K, D]`` or ``[h, K, D]``, each with an average count of 1."""
+        codes = codebook.detach().reshape(self.codebook.shape)
+        with torch.no_grad():
+            self.codebook.copy_(F.normalize(codes.float(), dim=-1) if self.metric == "cosine" else codes)
+            self.sums.copy_(self.codebook)
+            self.sizes.fill_(1)
+            self.initialized.fill_(True)
+
+    def indices_to_codes(self, indices: Tensor) -> Tensor:
+        """Codes ``[..., h·codebook_dim]`` of indices as the module gives them, before the linear map out; 0 for -1."""
+        rows = indices.reshape(-1, self.codebooks).t()
+        codes = _look_up(self._codes(self.codebook.detach()), rows).masked_fill((rows < 0).unsqueeze(-1), 0)
+        lead = indices.shape if self.codebooks == 1 else indices.shape[:-1]
+        return codes.transpose(0, 1).reshape(*lead, -1)
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, {self.codebook_size}, codebooks={self.codebooks}, metric={self.metric}, ema={self.ema}"
+
+    def _quantize(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Straight-through codes, indices, loss and perplexity of vectors ``[h, N, D]``."""
+        recomputed = self.training and torch._C._current_graph_task_id() != -1
+        if self.training and not recomputed and self.kmeans_init and not self.initialized:
+            self._initialize(x.detach(), mask)
+        book = self._codes(self._seen_codebook(x, recomputed) if self.training and self.ema else self.codebook)
+        book = book.to(x.dtype)
+        indices, distance = XF.vq_nearest(x, book, metric=self.metric)
+        if mask is not None:
+            indices = torch.where(mask, indices, -1)
+        codes = _look_up(book, indices)
+        valid = (indices >= 0).unsqueeze(-1)
+        # Rows that are not finite have no nearest code; they must not reach the averages.
+        used = torch.where(distance.isfinite(), indices, -1)
+        counts, sums = XF.vq_statistics(x, used, self.codebook_size)
+        loss = self._loss(x, codes, book, valid)
+        if self.training and not recomputed:
+            self._update(x.detach(), used, counts, sums)
+        share = counts / counts.sum(-1, keepdim=True).clamp(min=1)
+        perplexity = torch.special.entr(share).sum(-1).exp().mean()
+        straight = codes.detach() + (x - x.detach())
+        return straight, indices, loss.float(), perplexity.float()
+
+    def _loss(self, x: Tensor, codes: Tensor, book: Tensor, valid: Tensor) -> Tensor:
+        numbers = valid.sum().clamp(min=1) * x.shape[-1]
+
+        def mean_square(difference: Tensor) -> Tensor:
+            return difference.masked_fill(~valid, 0).square().sum() / numbers
+
+        loss = self.commitment_weight * mean_square(x - codes.detach())
+        if not self.ema:
+            loss = loss + self.codebook_weight * mean_square(codes - x.detach())
+        if self.entropy_weight:
+            loss = loss - self.entropy_weight * self._entropy(x, book, valid)
+        return loss
+
+    def _entropy(self, x: Tensor, book: Tensor, valid: Tensor) -> Tensor:
+        def added(rows: Tensor, weights: Tensor, book: Tensor) -> Tensor:
+            score = 2 * rows @ book.transpose(-1, -2)
+            if self.metric == "euclidean":
+                score = score - book.square().sum(-1).unsqueeze(-2)
+            return (torch.softmax(score / self.entropy_temperature, -1) * weights).sum(-2)
+
+        chunk = max(1, CHUNK // (self.codebook_size * self.codebooks))
+        total = x.new_zeros(self.codebooks, self.codebook_size)
+        for rows, weights in zip(x.split(chunk, 1), valid.to(x.dtype).split(chunk, 1), strict=True):
+            total = total + checkpoint(added, rows, weights, book, use_reentrant=False, preserve_rng_state=False)
+        share = total / valid.sum(-2).clamp(min=1)
+        return torch.special.entr(share.clamp(min=1e-20)).sum(-1).mean()
+
+    # ---- the codebook over steps -----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _update(self, x: Tensor, indices: Tensor, counts: Tensor, sums: Tensor) -> None:
+        counts, sums = _all_reduce(counts.float()), _all_reduce(sums.float())
+        self.use_counts += counts.long()
+        if self.ema and bool((counts.sum(-1) > 0).all()):
+            self.sizes.lerp_(counts, 1 - self.decay)
+            self.sums.lerp_(sums, 1 - self.decay)
+            self._follow()
+            if self.threshold_dead > 0:
+                self._revive(x, indices)
+        self.steps += 1
+
+    def _follow(self) -> None:
+        total = self.sizes.sum(-1, keepdim=True)
+        smoothed = (self.sizes + self.epsilon) / (total + self.codebook_size * self.epsilon) * total
+        self.codebook.copy_(self._codes(self.sums / smoothed.unsqueeze(-1)))
+
+    def _revive(self, x: Tensor, indices: Tensor) -> None:
+        dead = self.sizes < self.threshold_dead
+        if not dead.any():
+            return
+        # Slightly more than the round number, or rounding would kill it one miss too early.
+        margin = 1 + min(1e-5, (1 / self.decay - 1) / 2)
+        size = self.threshold_dead / self.decay**SURVIVED_MISSES * margin
+        for book, generator in enumerate(self._generators()):
+            places = dead[book].nonzero().squeeze(-1)
+            drawn = _draw(x[book][indices[book] >= 0].float(), len(places), generator)
+            places = places[: len(drawn)]  # the others wait for a larger batch
+            self.codebook[book, places] = drawn
+            self.sizes[book, places] = size
+            self.sums[book, places] = drawn * size
+
+    @torch.no_grad()
+    def _initialize(self, x: Tensor, mask: Tensor | None) -> None:
+        """k-means on the vectors of all processes, from rows drawn with the shared seed."""
+        usable = x.isfinite().all(-1) if mask is None else x.isfinite().all(-1) & mask
+        for book, generator in enumerate(self._generators()):
+            rows = x[book][usable[book]].float()
+            drawn = _draw(rows, self.codebook_size, generator)
+            if not len(drawn):
+                return  # a batch of padding: the next one gives the codebook
+            means = drawn[torch.arange(self.codebook_size, device=x.device) % len(drawn)].contiguous()
+            counts, sums = torch.ones_like(means[:, 0]), means
+            for _ in range(self.kmeans_iterations):
+                indices, _ = XF.vq_nearest(rows, means, metric=self.metric)
+                counts, sums = map(_all_reduce, XF.vq_statistics(rows, indices, self.codebook_size))
+                mean = self._codes(sums / counts.clamp(min=1).unsqueeze(-1))
+                means = torch.where((counts > 0).unsqueeze(-1), mean, means)
+            self.codebook[book], self.sizes[book] = means, counts
+            self.sums[book] = means * counts.unsqueeze(-1)
+        self.initialized.fill_(True)
+
+    def _generators(self) -> list[torch.Generator]:
+        first = (self.seed * 1_000_003 + int(self.steps)) * self.codebooks
+        return [torch.Generator().manual_seed((first + book) % 2**63) for book in range(self.codebooks)]
+
+    def _seen_codebook(self, x: Tensor, recomputed: bool) -> Tensor:
+        """The codebook of this forward, or of the one that is being recomputed.
+
+        Only forwards that may be recomputed are remembered: those without gradients (the first pass of reentrant
+        checkpointing) and those whose saved tensors go through hooks (the other kind). They are found again by their
+        input; equal inputs, and inputs that a nondeterministic kernel changed, in the reverse of their order.
+        """
+        if recomputed:
+            fingerprint = _fingerprint(x)
+            same = [record for record in self._records if record.shape == x.shape]
+            exact = [record for record in same if torch.equal(record.fingerprint, fingerprint)]
+            unused = [record for record in exact if not record.used] or exact or [r for r in same if not r.used]
+            if not unused:
+                raise RuntimeError(
+                    "VectorQuantizer is recomputed in backward, but does not remember that forward: it keeps "
+                    f"{MOST_RECORDS}"
+                )
+            unused[-1].used = True
+            return unused[-1].codebook
+        self._records = [record for record in self._records if not record.used][-MOST_RECORDS + 1 :]
+        hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        if torch.is_grad_enabled() and not hooked and not self.entropy_weight:
+            return self.codebook
+        book = self.codebook.clone()  # the bonus saves it for backward too, and the update writes in place
+        if hooked or not torch.is_grad_enabled():
+            self._records.append(_Record(x.shape, _fingerprint(x), book))
+        return book
+
+    def _codes(self, codes: Tensor) -> Tensor:
+        return F.normalize(codes, dim=-1) if self.metric == "cosine" else codes
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.reshape(-1, self.codebooks, self.codebook_dim).transpose(0, 1).contiguous()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Moves the averages with the module, but leaves them float32: bfloat16 would lose every small step."""
+        before = {name: self._buffers[name] for name in STATE if name in self._buffers}
+        super()._apply(fn, recurse)
+        for name, kept in before.items():
+            moved = self._buffers[name]
+            if kept is not None and moved is not None and moved.dtype in (torch.bfloat16, torch.float16):
+                self._buffers[name] = kept.to(moved.device)
+        return self
+
+
+def _look_up(book: Tensor, indices: Tensor) -> Tensor:
+    """Rows ``[h, N, D]`` of ``book [h, K, D]``; -1 gives row 0, which is masked later."""
+    codes = book.shape[1]
+    offset = torch.arange(book.shape[0], device=book.device).unsqueeze(-1) * codes
+    return F.embedding(indices.clamp(min=0) + offset, book.flatten(0, 1))
+
+
+def _fingerprint(x: Tensor) -> Tensor:
+    wide = x.detach().double().flatten()
+    return torch.stack([wide.sum(), wide @ torch.arange(1, len(wide) + 1, dtype=wide.dtype, device=x.device).sin()])
+
+
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _all_reduce(tensor: Tensor) -> Tensor:
+    if _processes() > 1:
+        tensor = tensor.contiguous()
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def _draw(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """``count`` different rows of all processes' ``rows [n, D]`` (fewer where there are fewer), the same everywhere.
+
+    Which ones depends on the generator and the joined batch alone. Only drawn rows travel.
+    """
+    sizes = torch.zeros(_processes(), dtype=torch.int64, device=rows.device)
+    rank = dist.get_rank() if len(sizes) > 1 else 0
+    sizes[rank] = len(rows)
+    held = _all_reduce(sizes).tolist()
+    chosen = torch.randperm(sum(held), generator=generator)[:count].to(rows.device) - sum(held[:rank])
+    mine = (chosen >= 0) & (chosen < len(rows))
+    drawn = rows.new_zeros(len(chosen), rows.shape[-1])
+    drawn[mine] = rows[chosen[mine]]
+    return _all_reduce(drawn)
