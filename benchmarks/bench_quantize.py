@@ -224,7 +224,8 @@ def implementation(impl: str, op: str, how: str, levels: int, given: Outputs) ->
         function = bench_suite.compiled(train) if impl == "compile" else train
         return partial(function, make_quantizer(how, *given), choice, given[0])
     api = functional if impl == "native" else reference
-    operator = {"nearest": nearest, "statistics": statistics, "fsq": fsq}[op]
+    operators: dict[str, Callable[..., Outputs]] = {"nearest": nearest, "statistics": statistics, "fsq": fsq}
+    operator = operators[op]
     if impl == "compile":
         operator = bench_suite.compiled(operator)
     constants: tuple[Any, ...] = {"nearest": (how,), "statistics": (levels,), "fsq": (how, levels)}[op]
@@ -237,12 +238,13 @@ def _gemm(x: Tensor, codebook: Tensor) -> Outputs:
 
 def _peer(impl: str, op: str, how: str, levels: int, given: Outputs) -> Call:
     x = given[0]
+    function: Callable[..., Outputs] = peer_fsq_call if op == "fsq" else peer_call
     if op == "fsq":
-        module, function = peer_fsq(how, levels, x), peer_fsq_call
+        module = peer_fsq(how, levels, x)
         ours: Outputs = reference.fsq(x, [levels] * x.shape[-1], bound=how)
     else:
-        module, function = peer_quantizer(how, *given), peer_call
-        indices, _ = reference.vq_nearest(*given, how)
+        module = peer_quantizer(how, *given)
+        indices, _ = reference.vq_nearest(given[0], given[1], how)
         ours = given[1][indices], indices
     module.eval()
     check_peer(op, how, function(module, x), ours, x, given[1] if op != "fsq" else None)

@@ -34,11 +34,17 @@ app = typer.Typer(
 
     xlayer sweep hyper_lm --residual plain,shc,dhc,mhc --seeds 0,1,2 --quick
 
+    xlayer train telepathy --quick
+
+    xlayer sweep telepathy --soft-tokens 4,8,16,32,64,128 --seeds 0,1,2 --quick
+
 **Real data and backbones** are named in the same place:
 
     xlayer train xlrb --preset H9 --dataset glue/rte --backbone roberta-large --set dtype=bfloat16
 
     xlayer train hyper_lm --residual dhc --dataset wikitext/wikitext-2-raw-v1 --backbone small --set dtype=bfloat16
+
+    xlayer train telepathy --dataset glue/sst2 --backbone meta-llama/Llama-3.1-8B,mistralai/Mistral-7B-v0.3
 
 **Many GPUs**: `accelerate launch -m xlayer_systems.cli train xlrb --preset H9 ...`
 
@@ -50,7 +56,8 @@ app.add_typer(pretrain_app, name="pretrain")
 System = Annotated[
     str,
     typer.Argument(
-        help="What to train: xlrb (routing bridges in an encoder), hyper_lm (a hyper-connected language model)."
+        help="What to train: xlrb (routing bridges in an encoder), hyper_lm (a hyper-connected language model), "
+        "telepathy (a frozen language model speaks to another)."
     ),
 ]
 Dataset = Annotated[
@@ -58,17 +65,25 @@ Dataset = Annotated[
     typer.Option(
         help="xlrb: stdlib-topics (default), stdlib-pairs, glue/rte or another hub name, or a local folder. "
         "hyper_lm: stdlib-lm (default), wikitext/wikitext-2-raw-v1 or another hub name, a folder of .txt files, or one "
-        "with a train and a validation file."
+        "with a train and a validation file. telepathy: stdlib-topics (default), passkey, arithmetic, glue/sst2, "
+        "ag_news, trec, banking77, gsm8k, boolq, piqa, commonsense_qa or another classification data set."
     ),
 ]
 Backbone = Annotated[
     str | None,
     typer.Option(
         help="xlrb: small (default, shipped), small-scratch, a Hugging Face name such as roberta-large, or a folder. "
-        "hyper_lm: the size of the model, tiny (default), small, base or large."
+        "hyper_lm: the size of the model, tiny (default), small, base or large. telepathy: SENDER,RECEIVER, two causal "
+        "language models (names or folders); decoder-sender,decoder-receiver by default."
     ),
 ]
 Streams = Annotated[int | None, typer.Option(help="hyper_lm: number of residual streams; the same as expansion_rate.")]
+Bridge = Annotated[
+    str | None, typer.Option(help="telepathy: continuous (default), vq, fsq or dit; in a sweep several, with commas.")
+]
+SoftTokens = Annotated[
+    str | None, typer.Option(help="telepathy: vectors in place of the text, 8 by default; in a sweep several.")
+]
 Quick = Annotated[bool, typer.Option("--quick", help="Settings that train in a minute or two on two CPU cores.")]
 Settings = Annotated[
     list[str] | None,
@@ -86,12 +101,15 @@ def train(
             "--preset",
             "--residual",
             help="xlrb: plain (the backbone alone), H1 to H30, A1 to A20; H9 by default. "
-            "hyper_lm: plain, shc, dhc or mhc; dhc by default.",
+            "hyper_lm: plain, shc, dhc or mhc; dhc by default. "
+            "telepathy: classification (default) or a phase of the report, v1 to v15.",
         ),
     ] = None,
     dataset: Dataset = None,
     backbone: Backbone = None,
     streams: Streams = None,
+    bridge: Bridge = None,
+    soft_tokens: SoftTokens = None,
     seed: Annotated[int, typer.Option(help="Initial parameters, order of the examples, dropout.")] = 0,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training set.")] = None,
     quick: Quick = False,
@@ -110,11 +128,14 @@ def train(
         xlayer train xlrb --preset H9 --run-dir runs/mine --resume    (the same options as before)
 
         xlayer train hyper_lm --residual dhc --streams 2 --quick --set max_steps=400
+
+        xlayer train telepathy --bridge fsq --soft-tokens 16 --dataset passkey --quick
     """
     from xlayer_systems.jobs import format_result, make_spec, train_run
     from xlayer_systems.options import parse_overrides
 
-    overrides = _with_shortcuts(parse_overrides(settings or []), epochs=epochs, expansion_rate=streams)
+    shortcuts = {"epochs": epochs, "expansion_rate": streams, "bridge": bridge, "soft_tokens": soft_tokens}
+    overrides = _with_shortcuts(parse_overrides(settings or []), **shortcuts)
     spec = make_spec(system, preset, dataset=dataset, backbone=backbone, seed=seed, quick=quick, overrides=overrides)
     path = run_dir or Path("runs") / _run_name(system, spec.preset, spec.dataset, seed, quick)
     result = train_run(spec, path, resume)
@@ -132,13 +153,15 @@ def sweep(
             "--presets",
             "--residual",
             help="Separated by commas; each may carry overrides: H9:router_weight=full_softmax:topk=2, "
-            "dhc:expansion_rate=2. By default plain and the system's own default.",
+            "dhc:expansion_rate=2. By default plain, where the system has it, and the system's own default.",
         ),
     ] = None,
     seeds: Annotated[str, typer.Option(help="Separated by commas.")] = "0",
     dataset: Dataset = None,
     backbone: Backbone = None,
     streams: Streams = None,
+    bridge: Bridge = None,
+    soft_tokens: SoftTokens = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training set.")] = None,
     quick: Quick = False,
     out: Annotated[Path | None, typer.Option(help="A new directory; by default runs/sweep-<system>-<dataset>.")] = None,
@@ -159,14 +182,21 @@ def sweep(
         xlayer sweep xlrb --presets H9,H9:router_weight=full_softmax,H9:gate_position=after_norm --seeds 0,1,2,3,4
 
         xlayer sweep hyper_lm --residual plain,shc,dhc,mhc --seeds 0,1,2 --quick
+
+        xlayer sweep telepathy --bridge continuous,vq,fsq,dit --seeds 0,1,2 --quick
+
+        xlayer sweep telepathy --presets classification:bridge=vq,classification:bridge=vq:revive_below=1 --quick
     """
     from xlayer_systems.jobs import make_spec
     from xlayer_systems.options import parse_overrides
     from xlayer_systems.recipes import PLAIN, get_recipe
-    from xlayer_systems.sweep import format_sweep, parse_seeds, parse_variants, run_sweep
+    from xlayer_systems.sweep import cross_variants, format_sweep, parse_seeds, parse_variants, run_sweep
 
     recipe = get_recipe(system)
     common = _with_shortcuts(parse_overrides(settings or []), epochs=epochs, expansion_rate=streams)
+    common = {**recipe.sweep_defaults, **common}
+    default = f"{PLAIN},{recipe.default_preset}" if PLAIN in recipe.presets() else recipe.default_preset
+    variants = cross_variants(parse_variants(presets or default), bridge=bridge, soft_tokens=soft_tokens)
     numbers = parse_seeds(seeds)
     specs = {
         variant.name: [
@@ -181,7 +211,7 @@ def sweep(
             )
             for seed in numbers
         ]
-        for variant in parse_variants(presets or f"{PLAIN},{recipe.default_preset}")
+        for variant in variants
     }
     name = (dataset or recipe.default_dataset).replace("/", "-")
     path = out or Path("runs") / f"sweep-{system}-{name}{'-quick' * quick}"
@@ -253,6 +283,31 @@ def encoder(
         print(f"encoder: {out / 'encoder'}")
 
 
+@pretrain_app.command()
+def decoder(
+    out: Annotated[Path, typer.Argument(help="A new directory: run files, and the decoder itself in its decoder/.")],
+    shape: Annotated[str, typer.Option(help="sender or receiver: they differ in tokenizer and width.")] = "sender",
+    seed: Annotated[int, typer.Option(help="Parameters, order of documents and blocks.")] = 0,
+    resume: Resume = False,
+    settings: Settings = None,
+) -> None:
+    """Pretrain one of the two small decoders on the Python standard library's training files.
+
+    Next-token prediction on source files and docstrings. Nothing is learned from validation files.
+
+    Example:
+
+        xlayer pretrain decoder runs/sender --shape sender
+    """
+    from xlayer_systems.options import parse_overrides
+    from xlayer_systems.pretrain_decoder import pretrain_decoder
+
+    result = pretrain_decoder(out, shape=shape, seed=seed, overrides=parse_overrides(settings or []), resume=resume)
+    if _is_main_process():
+        print(f"validation loss {result['loss']:.3f} nats per token, {result['bits_per_byte']:.3f} bits per byte")
+        print(f"decoder: {out / 'decoder'}")
+
+
 def main() -> None:
     """Entry point: wrong input ends in one line on stderr and exit code 2."""
     # Before torch loads its OpenMP: threads that spin while they wait make a step on a busy machine ten times slower.
@@ -264,7 +319,7 @@ def main() -> None:
         sys.exit(EXIT_USER_ERROR)
 
 
-def _with_shortcuts(overrides: dict[str, str], **shortcuts: int | None) -> dict[str, str]:
+def _with_shortcuts(overrides: dict[str, str], **shortcuts: int | str | None) -> dict[str, str]:
     """Overrides with those that have an option of their own; ``--set`` wins."""
     return {**{key: str(value) for key, value in shortcuts.items() if value is not None}, **overrides}
 

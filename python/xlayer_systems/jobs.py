@@ -116,7 +116,10 @@ def train_run(spec: RunSpec, path: Path, resume: bool = False) -> Record:
     last = trainer.train()
     _save_model(spec, data, trainer, path / "model")
     result = _result(spec, data, last, parameters, time.perf_counter() - started)
+    examine = getattr(spec.recipe.objective, "examine", None)
     if accelerator.is_main_process:
+        if examine is not None:
+            result |= examine(spec, data, accelerator.unwrap_model(trainer.model))
         _write_plots_and_report(spec, data, run, result)
     run.write_json("result.json", result)
     accelerator.wait_for_everyone()

@@ -113,6 +113,32 @@ class LanguageModelOptions(LoopOptions):
     counts: ClassVar[tuple[str, ...]] = (*LoopOptions.counts, "eval_blocks")
 
 
+@dataclasses.dataclass(frozen=True)
+class TelepathyOptions(LoopOptions):
+    """How to train a bridge between two frozen language models. The defaults are the report's for classification.
+
+    Attributes:
+        max_length: tokens of the text that the sender reads.
+        eval_examples: validation examples that evaluations during training use, evenly spaced; None: all.
+        max_new_tokens: longest answer; None takes the longest of training.
+        keep_states: ask the sender once for its states of all texts and keep them in memory, instead of every time.
+        baselines: after training, run every baseline on the same task and measure latencies.
+    """
+
+    epochs: int = 100
+    max_steps: int | None = 2000
+    batch_size: int = 16
+    max_length: int = 256
+    learning_rate: float = 2e-4
+    eval_every: int | None = 500
+    eval_examples: int | None = None
+    max_new_tokens: int | None = None
+    keep_states: bool = False
+    baselines: bool = True
+
+    counts: ClassVar[tuple[str, ...]] = (*LoopOptions.counts, "eval_examples", "max_new_tokens")
+
+
 Settings = TypeVar("Settings")
 
 
@@ -155,6 +181,8 @@ def _parse(key: str, text: str, hint: Any) -> Any:
     if origin in (types.UnionType, typing.Union):
         inner = [argument for argument in typing.get_args(hint) if argument is not type(None)]
         return None if text.lower() == "none" else _parse(key, text, inner[0])
+    if origin is tuple:  # commas separate variants in a sweep
+        return tuple(_parse(key, part, typing.get_args(hint)[0]) for part in text.replace("x", ",").split(","))
     if hint is bool:
         if text.lower() not in ("true", "false"):
             raise UserError(f"{key} is true or false, got {text!r}")

@@ -16,6 +16,7 @@ from xlayer_systems.errors import UserError
 from xlayer_systems.language_modeling import LanguageModeling
 from xlayer_systems.objectives import Objective
 from xlayer_systems.options import LanguageModelOptions, TrainOptions
+from xlayer_systems.telepathy.recipe import TelepathyRecipe
 
 PLAIN = "plain"
 
@@ -28,6 +29,7 @@ class Recipe(Protocol):
     default_dataset: str
     default_backbone: str
     usage_title: str  # of what `plot` draws
+    sweep_defaults: Mapping[str, str]  # overrides that a sweep begins with
 
     def presets(self) -> Sequence[str]:
         """Ids of the presets, `PLAIN` (without what the system adds) among them."""
@@ -68,6 +70,7 @@ class XLRBRecipe:
     default_dataset = "stdlib-topics"
     default_backbone = backbones.SMALL
     usage_title = "gates, messages and routing"
+    sweep_defaults: Mapping[str, str] = {}
 
     def presets(self) -> Sequence[str]:
         from xlayer_systems.xlrb import PRESETS
@@ -147,6 +150,7 @@ class HyperLMRecipe:
     default_dataset = STDLIB
     default_backbone = "tiny"
     usage_title = "gradients and inputs of the layers"
+    sweep_defaults: Mapping[str, str] = {}
 
     def presets(self) -> Sequence[str]:
         from xlayer_systems.hyper_lm import RESIDUALS
@@ -208,7 +212,7 @@ class HyperLMRecipe:
         return bool(history)
 
 
-RECIPES: dict[str, Recipe] = {"xlrb": XLRBRecipe(), "hyper_lm": HyperLMRecipe()}
+RECIPES: dict[str, Recipe] = {"xlrb": XLRBRecipe(), "hyper_lm": HyperLMRecipe(), "telepathy": TelepathyRecipe()}
 
 
 def get_recipe(system: str) -> Recipe:

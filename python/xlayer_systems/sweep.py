@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,21 @@ def parse_variants(text: str) -> list[Variant]:
     if len(set(names)) < len(names):
         raise UserError(f"a preset is named twice in {text!r}")
     return variants
+
+
+def cross_variants(variants: Sequence[Variant], **settings: str | None) -> list[Variant]:
+    """Every variant with every combination of the values of ``settings``, which are separated by commas or None."""
+    for key, text in settings.items():
+        if text is not None:
+            values = [value.strip() for value in text.split(",")]
+            if not all(values) or len(set(values)) < len(values):
+                raise UserError(f"expected different values of {key}, separated by commas, got {text!r}")
+            variants = [
+                Variant(f"{variant.name}:{key}={value}", variant.preset, {**variant.overrides, key: value})
+                for variant in variants
+                for value in values
+            ]
+    return list(variants)
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -1,0 +1,147 @@
+"""Text prompts for the baselines in which a model reads words: 0-shot, few-shot and summaries.
+
+A prompt is cut to fit its context by cutting the texts in it, never the instruction, the labels or ``Answer:``.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from xlayer_systems.data.answers import AnswerExample, AnswerTask
+
+CONTEXT = 384  # tokens of a few-shot prompt
+SHORTEST = 12  # tokens that are left of a text, however many share the context
+OPEN_ANSWER_TOKENS = 16
+EXTRA_TOKENS = 2  # a space that is a token of its own, and the end
+
+
+def encode(tokenizer: Any, text: str, max_length: int | None = None) -> list[int]:
+    """Token ids without special tokens, the first ``max_length`` of them."""
+    cut = {} if max_length is None else {"truncation": True, "max_length": max_length}
+    ids: list[int] = tokenizer(text, add_special_tokens=False, **cut)["input_ids"]
+    return ids
+
+
+def answer_tokens(task: AnswerTask, tokenizer: Any) -> int:
+    """How many new tokens an answer may take."""
+    if task.labels is None:
+        return OPEN_ANSWER_TOKENS
+    return max(len(encode(tokenizer, f" {label}")) for label in task.labels) + EXTRA_TOKENS
+
+
+def few_shots(task: AnswerTask, shots: int, seed: int) -> list[AnswerExample]:
+    """Examples from training, their labels as evenly spread as ``shots`` allows; no text is in validation as well."""
+    draw = random.Random(f"few-shot/{task.name}/{seed}")
+    hidden = {example.text for example in task.validation}
+    pools: dict[str, list[AnswerExample]] = defaultdict(list)
+    for example in task.train:
+        if example.text not in hidden:
+            pools[example.answer if task.labels is not None else ""].append(example)
+    order = sorted(pools)
+    draw.shuffle(order)
+    for label in order:
+        draw.shuffle(pools[label])
+    chosen: list[AnswerExample] = []
+    while len(chosen) < shots and any(pools.values()):
+        chosen += [pools[label].pop() for label in order if pools[label]][: shots - len(chosen)]
+    return chosen
+
+
+def answer_prompts(
+    task: AnswerTask, tokenizer: Any, texts: Sequence[str], shots: Sequence[AnswerExample], max_length: int
+) -> list[list[int]]:
+    """Token ids of BOS, the instruction, the labels, ``shots`` with their answers, and each text up to ``Answer:``.
+
+    Args:
+        max_length: tokens of a text without shots; with shots, all texts share a context of `CONTEXT` tokens evenly.
+    """
+    header = task.instruction + (f"\nOptions: {', '.join(task.labels)}" if task.labels else "") + "\n\n"
+    start = [tokenizer.bos_token_id, *encode(tokenizer, header)]
+    text_mark, answer_mark = encode(tokenizer, "Text: "), encode(tokenizer, "\nAnswer:")
+    answers = [encode(tokenizer, f" {shot.answer}\n\n") for shot in shots]
+    length = max_length
+    if shots:
+        fixed = len(start) + (len(shots) + 1) * (len(text_mark) + len(answer_mark)) + sum(map(len, answers))
+        length = min(max_length, max(SHORTEST, (CONTEXT - fixed) // (len(shots) + 1)))
+
+    def question(text: str) -> list[int]:
+        return [*text_mark, *encode(tokenizer, text, length), *answer_mark]
+
+    for shot, answer in zip(shots, answers, strict=True):
+        start += [*question(shot.text), *answer]
+    return [start + question(text) for text in texts]
+
+
+def summary_prompts(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[int]]:
+    """Token ids of BOS and a request to summarize each text, of which ``max_length`` tokens are kept."""
+    before = [tokenizer.bos_token_id, *encode(tokenizer, "Summarize this text in one sentence.\n\nText: ")]
+    after = encode(tokenizer, "\nSummary:")
+    return [[*before, *encode(tokenizer, text, max_length), *after] for text in texts]
+
+
+@torch.no_grad()
+def rank_labels(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], labels: Sequence[str], batch_size: int
+) -> list[str]:
+    """The label that ``model`` finds likeliest after each prompt, by the mean log-probability of its tokens.
+
+    What a model knows and cannot say: a small one hardly ever answers in the words that it is asked for.
+    """
+    tails = [encode(tokenizer, f" {label}") for label in labels]
+    longest = max(map(len, tails))
+    chosen: list[str] = []
+    count = max(1, batch_size // len(tails))
+    for first in range(0, len(prompts), count):
+        rows = [[*prompt, *tail] for prompt in prompts[first : first + count] for tail in tails]
+        ids, mask = _left_padded(rows, tokenizer.pad_token_id, model.device)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        output = model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=longest + 1
+        )
+        each = output.logits[:, :-1].float().log_softmax(-1)
+        each = each.gather(2, ids[:, -longest:, None]).squeeze(2)  # of the last tokens, the label's at the end
+        means = [row[-len(tails[at % len(tails)]) :].mean() for at, row in enumerate(each)]
+        best = torch.stack(means).reshape(-1, len(tails)).argmax(1)
+        chosen += [labels[index] for index in best.tolist()]
+    return chosen
+
+
+@torch.no_grad()
+def complete(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int
+) -> list[str]:
+    """Greedy continuations of ``prompts``, each up to its first line break; padded on the left, batch by batch."""
+    texts: list[str] = []
+    for first in range(0, len(prompts), batch_size):
+        ids, mask = _left_padded(prompts[first : first + batch_size], tokenizer.pad_token_id, model.device)
+        said = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        decoded = tokenizer.batch_decode(
+            said[:, ids.shape[1] :], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        texts += [text.strip().partition("\n")[0] for text in decoded]
+    return texts
+
+
+def _left_padded(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask ``[B, T]``."""
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), fill, device=device)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, width - len(row) :] = torch.tensor(row, device=device)
+        mask[i, width - len(row) :] = 1
+    return ids, mask
