@@ -165,6 +165,20 @@ def test_compile_in_evaluation() -> None:
         torch.testing.assert_close(a, b)
 
 
+def test_compile_in_training_goes_around_the_update() -> None:
+    torch._dynamo.reset()
+    module = quantizer(threshold_dead=0.9)
+    other = copy.deepcopy(module)
+    compiled = torch.compile(module, backend="aot_eager")
+    for _ in range(3):
+        x = rows(30).requires_grad_()
+        results = [run(x) for run in (compiled, other)]
+        grads = [torch.autograd.grad(out.quantized.sum() + out.loss, x)[0] for out in results]
+        torch.testing.assert_close(*grads)
+        for name, value in other.state_dict().items():
+            torch.testing.assert_close(module.state_dict()[name], value)
+
+
 # ---- the life of a codebook ------------------------------------------------------------------------------------------
 
 

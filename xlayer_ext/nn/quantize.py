@@ -189,7 +189,7 @@ class VectorQuantizer(nn.Module):
 
     def _quantize(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Straight-through codes, indices, loss and perplexity of vectors ``[h, N, D]``."""
-        recomputed = self.training and torch._C._current_graph_task_id() != -1
+        recomputed = self.training and _in_backward()
         if self.training and not recomputed and self.kmeans_init and not self.initialized:
             self._initialize(x.detach(), mask)
         book = self._codes(self._seen_codebook(x, recomputed) if self.training and self.ema else self.codebook)
@@ -239,6 +239,7 @@ class VectorQuantizer(nn.Module):
 
     # ---- the codebook over steps -----------------------------------------------------------------------------------
 
+    @torch.compiler.disable  # what is done depends on the values of the counts
     @torch.no_grad()
     def _update(self, x: Tensor, indices: Tensor, counts: Tensor, sums: Tensor) -> None:
         counts, sums = _all_reduce(counts.float()), _all_reduce(sums.float())
@@ -271,6 +272,7 @@ class VectorQuantizer(nn.Module):
             self.sizes[book, places] = size
             self.sums[book, places] = drawn * size
 
+    @torch.compiler.disable
     @torch.no_grad()
     def _initialize(self, x: Tensor, mask: Tensor | None) -> None:
         """k-means on the vectors of all processes, from rows drawn with the shared seed."""
@@ -295,6 +297,7 @@ class VectorQuantizer(nn.Module):
         first = (self.seed * 1_000_003 + int(self.steps)) * self.codebooks
         return [torch.Generator().manual_seed((first + book) % 2**63) for book in range(self.codebooks)]
 
+    @torch.compiler.disable
     def _seen_codebook(self, x: Tensor, recomputed: bool) -> Tensor:
         """The codebook of this forward, or of the one that is being recomputed.
 
@@ -338,6 +341,12 @@ class VectorQuantizer(nn.Module):
             if kept is not None and moved is not None and moved.dtype in (torch.bfloat16, torch.float16):
                 self._buffers[name] = kept.to(moved.device)
         return self
+
+
+@torch.compiler.disable
+def _in_backward() -> bool:
+    """Whether this is computed again by activation checkpointing."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _look_up(book: Tensor, indices: Tensor) -> Tensor:
