@@ -99,6 +99,7 @@ void commit_copies();
 void wait_copies(int may_stay);
 
 uint32_t to_tf32(float x);
+float reciprocal(float x);
 uint32_t pair_fma_bfloat16(uint32_t a, uint32_t b, uint32_t c);
 uint32_t pair_fma_float16(uint32_t a, uint32_t b, uint32_t c);
 

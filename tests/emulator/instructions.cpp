@@ -310,6 +310,11 @@ uint32_t to_tf32(float x) {
     return (as_bits(x) + 0x1000) & ~uint32_t{0x1fff};
 }
 
+float reciprocal(float x) {
+    const auto flush = [](float number) { return std::fpclassify(number) == FP_SUBNORMAL ? number * 0 : number; };
+    return flush(1 / flush(x));
+}
+
 uint32_t pair_fma_bfloat16(uint32_t a, uint32_t b, uint32_t c) { return pair_fma<__nv_bfloat16>(a, b, c); }
 uint32_t pair_fma_float16(uint32_t a, uint32_t b, uint32_t c) { return pair_fma<__half>(a, b, c); }
 

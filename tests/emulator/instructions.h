@@ -91,6 +91,8 @@ XLAYER_UNCHECKED inline void mma_8x8x4(double& d0, double& d1, double a, double 
 
 inline float at_least_zero(float x) { return x < 0 ? 0 : x; }
 inline double at_least_zero(double x) { return x < 0 ? 0 : x; }
+inline float reciprocal(float x) { return emulator::reciprocal(x); }
+inline double reciprocal(double x) { return 1 / x; }
 inline uint32_t to_tf32(float x) { return emulator::to_tf32(x); }
 
 template <class T>

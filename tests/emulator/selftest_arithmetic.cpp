@@ -112,6 +112,19 @@ void rounding_to_tf32(Random& random) {
     require(std::isinf(float_from(to_tf32(std::numeric_limits<float>::max()))), "the largest float is too large");
 }
 
+void reciprocals(Random& random) {
+    for (int i = 0; i < 200000; ++i) {
+        const float x = float_from(static_cast<uint32_t>(random.bits()));
+        const double expected = 1 / static_cast<double>(x), smallest = std::numeric_limits<float>::min();
+        if (!std::isfinite(x) || std::fabs(x) < smallest || std::fabs(expected) < smallest) continue;
+        require(std::fabs(reciprocal(x) - expected) <= std::ldexp(std::fabs(expected), -23),
+                "reciprocal(" + std::to_string(x) + ")");
+    }
+    require_equal(reciprocal(INFINITY), 0.0f, "of infinity");
+    require_equal(reciprocal(std::ldexp(1.0f, 127)), 0.0f, "what is too small for a normal number");
+    require(std::isinf(reciprocal(0.0f)) && std::isnan(reciprocal(NAN)), "of 0 or NaN");
+}
+
 uint32_t pair_of(uint16_t low, uint16_t high) { return low | uint32_t{high} << 16; }
 
 // An exact value: whole · 2^unit.
@@ -204,6 +217,7 @@ const Registered all[] = {
     {"float to bfloat16, around every middle", narrowing<bfloat16>},
     {"float to float16, around every middle", narrowing<float16>},
     {"float to tf32", rounding_to_tf32},
+    {"reciprocals", reciprocals},
     {"multiply-add of bfloat16 pairs", multiply_add<bfloat16>},
     {"multiply-add of float16 pairs", multiply_add<float16>},
     {"count_ones", counting},
