@@ -93,6 +93,19 @@ def launch_hyper(dtype: torch.dtype, n: int, width: int, norm: int, shared: bool
     torch.ops.xlayer_emulated.hyper_post_pre_backward(out, x, None, *post, *made, *connection)
 
 
+def launch_quantize(dtype: torch.dtype, width: int, tf32: bool) -> None:
+    """The search and the statistics of rows of `width` numbers, finite scalar quantization of `width` or 64."""
+    x, codebook = torch.zeros(1, 2, width, dtype=dtype), torch.zeros(1, 3, width, dtype=dtype)
+    indices, _ = torch.ops.xlayer_emulated.vq_nearest(x, codebook, False, tf32)
+    torch.ops.xlayer_emulated.vq_statistics(x, indices, 3)
+    levels = [3] * min(width, 64)
+    for aligned, offset in itertools.product((True, False), (False, True)):
+        z = torch.zeros(3 * len(levels) + 1, dtype=dtype)[0 if aligned else 1 :][: 3 * len(levels)].view(3, -1)
+        bound = [[column] * len(levels) if offset else [] for column in (0.0, 1.0, 0.0)]
+        codes, _ = torch.ops.xlayer_emulated.fsq(z, levels, *bound, offset)
+        torch.ops.xlayer_emulated.fsq_backward(codes, z, levels, *bound, offset)
+
+
 def launch_every_kernel() -> None:
     """Each also with the most shared memory that it ever asks for."""
     for dtype, n, width in ((torch.float32, 4, 2200), (torch.float32, 8, 2200), (torch.float64, 4, 1000)):
@@ -103,6 +116,8 @@ def launch_every_kernel() -> None:
         for width in (32, 33):  # loaded as vectors, and element by element
             launch_masked_mean(dtype, width)
         tf32 = (False, True) if dtype == torch.float32 else (False,)
+        for rounds, width in itertools.product(tf32, (33, 80)):  # element by element, and rows that just fit
+            launch_quantize(dtype, width, rounds)
         for gelu, rounds, columns in itertools.product((False, True), tf32, (16, 24, 32, 64)):
             # More keys and more hidden units than fit at a time; not both at once, which would take long.
             launch_hdim(dtype, gelu, rounds, 700, columns, 16, 3)
