@@ -26,6 +26,8 @@ HYPER_CONNECTIONS = (  # norm (None: static), form, whether there is a bias
     ("rms", "sinkhorn_columns", False),
     ("rms_all", "sinkhorn_rows", False),
 )
+VQ_SIZES = ((1, 300, 140, 72), (3, 37, 260, 33), (2, 5, 1, 264), (1, 1300, 3, 8))  # books, N, K, D
+FSQ_LEVELS = ((8, 5, 5, 5), (3,) * 64, (300,) * 9, (7, 9))
 MEAN_SIZES = ((3, 37, 65), (1, 5, 1), (2, 1, 264))  # B, S, H
 
 
@@ -126,12 +128,50 @@ def hyper(part: str) -> Callable[[torch.dtype, bool, str], Iterator[str]]:
     return cases
 
 
+def check_finite(name: str, *results: Tensor) -> None:
+    """A look at all that was computed, of operators that have no gradient."""
+    if not all(result.cpu().isfinite().all() for result in results):
+        raise AssertionError(f"{name}: a result is not finite")
+
+
+def vq_nearest(dtype: torch.dtype, masked: bool, device: str) -> Iterator[str]:
+    """ "masked" is whether the metric is the cosine."""
+    for books, n, k, d in VQ_SIZES:
+        name = f"vq_nearest h={books} N={n} K={k} D={d}"
+        x, codebook = (draw(books, rows, d, dtype=dtype, device=device) for rows in (n, k))
+        metric = "cosine" if masked else "euclidean"
+        check_finite(name, *functional.vq_nearest(x, codebook, metric=metric))
+        yield name
+
+
+def vq_statistics(dtype: torch.dtype, masked: bool, device: str) -> Iterator[str]:
+    """ "masked" is whether some rows count nowhere."""
+    for books, n, k, d in VQ_SIZES:
+        name = f"vq_statistics h={books} N={n} K={k} D={d}"
+        x = draw(books, n, d, dtype=dtype, device=device)
+        indices = torch.randint(-1 if masked else 0, k + (1 if masked else 0), (books, n)).to(device)
+        check_finite(name, *functional.vq_statistics(x, indices, k))
+        yield name
+
+
+def fsq(dtype: torch.dtype, masked: bool, device: str) -> Iterator[str]:
+    """ "masked" is whether the bound is the offset one."""
+    for levels in FSQ_LEVELS:
+        name = f"fsq {len(levels)} dimensions"
+        z = draw(517, len(levels), dtype=dtype, device=device).requires_grad_()
+        finish(name, functional.fsq(z, levels, bound="offset" if masked else "tanh")[0], [z])
+        yield name
+
+
 CASES: dict[str, Callable[[torch.dtype, bool, str], Iterator[str]]] = {
+    "fsq": fsq,
     "hdim_attention": hdim_attention,
     "hyper_pre": hyper("hyper_pre"),
     "hyper_post": hyper("hyper_post"),
     "hyper_post_pre": hyper("hyper_post_pre"),
     "masked_mean": masked_mean,
+    "vq_nearest": vq_nearest,
+    "vq_statistics": vq_statistics,
 }
 
 
