@@ -21,19 +21,18 @@ ELEMENTS = [(dtype, False) for dtype in DTYPES] + [(torch.float32, True)]  # and
 
 
 @pytest.fixture(autouse=True)
-def first_order() -> Iterator[None]:
+def loaded() -> Iterator[None]:
+    emulation.library()
     yield
     emulation.set_seed(emulation.SEED)
 
 
 def nearest(x: Tensor, codebook: Tensor, metric: str, tf32: bool = False) -> tuple[Tensor, Tensor]:
-    emulation.library()
     indices, distance = torch.ops.xlayer_emulated.vq_nearest(x, codebook, metric == "cosine", tf32)
     return indices, distance
 
 
 def statistics(x: Tensor, indices: Tensor, codes: int) -> tuple[Tensor, Tensor]:
-    emulation.library()
     counts, sums = torch.ops.xlayer_emulated.vq_statistics(x, indices, codes)
     return counts, sums
 
@@ -92,9 +91,10 @@ def test_the_first_of_equal_codes_wins_in_every_tile_and_split(dtype: torch.dtyp
 def test_one_block_walks_over_many_tiles() -> None:
     """Rows enough that no block of them is split over codes; equal codes lie two tiles apart."""
     generator = fresh_generator()
-    for width in (8, 24):  # one slice and three
-        codebook = draw(generator, 264, 330, width, dtype=torch.float64)
-        codebook[:, 320] = codebook[:, 64] = codebook[:, 5]
+    # One slice, three, and eleven, with which x does not stay in shared memory.
+    for width, codes in ((8, 330), (24, 330), (88, 130)):
+        codebook = draw(generator, 264, codes, width, dtype=torch.float64)
+        codebook[:, codes - 1] = codebook[:, 64] = codebook[:, 5]
         x = codebook[:, 4:6].contiguous()
         indices, distance = nearest(x, codebook, "euclidean")
         assert torch.equal(indices, torch.tensor([4, 5]).expand(264, 2)) and not distance.any()
@@ -102,9 +102,9 @@ def test_one_block_walks_over_many_tiles() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rows_that_stay_in_shared_memory_and_that_do_not(dtype: torch.dtype) -> None:
-    """Widths on both sides of what fits: 256 columns of two bytes, 272 of four."""
+    """Widths on both sides of what fits into the 99 KB that the emulator gives: 128 columns."""
     generator = fresh_generator()
-    for width in (256, 264, 272, 288):
+    for width in (120, 128, 136, 264):
         x, codebook = (draw(generator, 1, rows, width, dtype=dtype) for rows in (5, 140))
         check_nearest(x, codebook, "euclidean", False, nearest(x, codebook, "euclidean"))
 
@@ -249,3 +249,17 @@ def edges(z: Tensor, levels: list[int], columns: list[list[float]], offset: bool
     else:
         place = (count - 1) * (torch.tanh(z) + 1) / 2
     return 0.5 - (place - place.round()).abs()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("offset", [False, True])
+def test_digits_of_saturated_numbers_stay_in_range(offset: bool, dtype: torch.dtype) -> None:
+    """With many levels the offset bound reaches past the last digit."""
+    levels = [4001, 2**20]
+    columns: list[list[float]] = [[], [], []]
+    if offset:
+        columns = [list(column) for column in zip(*reference.quantize.fsq_offsets(levels, "package"), strict=True)]
+    z = torch.tensor([[math.inf, 90.0], [-math.inf, -90.0]], dtype=dtype)
+    codes, indices = torch.ops.xlayer_emulated.fsq(z, levels, *columns, offset)
+    assert indices.tolist() == [4001 * 2**20 - 1, 0]
+    assert codes[1].tolist() == [-1, -1] and (codes[0] > 0.999).all() and (codes <= 1).all()
