@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <atomic>
+#include <cstdint>
 #include <exception>
 #include <initializer_list>
 #include <optional>
@@ -111,6 +112,14 @@ inline Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArray
 
 inline Tensor allocate(const Tensor& like, std::initializer_list<int64_t> shape, const char* name) {
     return allocate(like, shape, like.scalar_type(), name);
+}
+
+// Scratch for one call, aligned.
+inline Tensor new_workspace(const Tensor& like, int64_t bytes, void** aligned) {
+    Tensor buffer = allocate(like, {bytes + 64}, ScalarType::Byte, "workspace");
+    const auto address = reinterpret_cast<uintptr_t>(buffer.mutable_data_ptr());
+    *aligned = reinterpret_cast<void*>((address + 63) / 64 * 64);
+    return buffer;
 }
 
 // The data of a tensor that a kernel reads. The emulator lets it read what the strides reach, and write nothing there.

@@ -135,12 +135,8 @@ class Call {
         return new_tensor({size.outer, size.inner, size.streams, columns}, name);
     }
 
-    // Scratch for one call, aligned.
     Tensor new_workspace(int64_t bytes, void** aligned) const {
-        Tensor buffer = allocate(streams_, {bytes + 64}, ScalarType::Byte, "workspace");
-        const auto address = reinterpret_cast<uintptr_t>(buffer.mutable_data_ptr());
-        *aligned = reinterpret_cast<void*>((address + 63) / 64 * 64);
-        return buffer;
+        return xlayer::new_workspace(streams_, bytes, aligned);
     }
 
     ScalarType dtype() const { return streams_.scalar_type(); }

@@ -20,14 +20,6 @@ VqRows rows_view(const Tensor& rows, const char* name) {
     return {kernel_dtype(rows, name), kernel_input(rows, name), rows.stride(0), rows.stride(1)};
 }
 
-// Scratch for one call, aligned.
-Tensor new_workspace(const Tensor& like, int64_t bytes, void** aligned) {
-    Tensor buffer = allocate(like, {bytes + 64}, ScalarType::Byte, "workspace");
-    const auto address = reinterpret_cast<uintptr_t>(buffer.mutable_data_ptr());
-    *aligned = reinterpret_cast<void*>((address + 63) / 64 * 64);
-    return buffer;
-}
-
 FsqDimensions fsq_dimensions(int64_t width, const std::vector<int64_t>& levels, const std::vector<double>& shift,
                              const std::vector<double>& half, const std::vector<double>& middle, bool offset,
                              bool* digits) {
