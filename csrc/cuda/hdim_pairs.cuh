@@ -18,6 +18,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "arena.cuh"
 #include "fragment.cuh"
 #include "xlayer/hdim.h"
 
@@ -28,9 +29,6 @@ constexpr int kThreads = kWarps * kWarp;
 constexpr int kPairBlocks = 2;              // on a multiprocessor, so that a thread has all registers that it can use
 constexpr int kWeightBlocks = 4;            // Wb, Wc, Wd, Wa
 constexpr size_t kWeightBytes = 48 * 1024;  // of weights in shared memory at a time; more hidden units take more passes
-
-__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-__host__ __device__ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 template <class A>
 __device__ __forceinline__ A infinity() {
@@ -91,19 +89,6 @@ struct Packed {
     A* query_hidden;  // [B][Sq][M]  u
     A* query_bias;    // [B][Sq]
     A* key_bias;      // [B][Sk]
-};
-
-// Cuts one allocation into arrays aligned to 64 bytes; with no memory behind it, only counts.
-struct Arena {
-    char* base;
-    int64_t used = 0;
-
-    template <class V>
-    V* take(int64_t count) {
-        const int64_t at = used;
-        used += round_up(count * static_cast<int64_t>(sizeof(V)), 64);
-        return base == nullptr ? nullptr : reinterpret_cast<V*>(base + at);
-    }
 };
 
 template <class T>

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <initializer_list>
 
+#include "arena.cuh"
 #include "device.cuh"
 #include "xlayer/hyper.h"
 
@@ -20,8 +21,6 @@ __device__ __forceinline__ int streams_of(const HyperSizes& size) {
     return N ? N : static_cast<int>(size.streams);
 }
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 __device__ __forceinline__ int lane_of_warp() { return static_cast<int>(threadIdx.x) % kWarp; }
 
 __host__ __device__ inline bool is_constrained(const HyperConnection& connection) {

@@ -68,6 +68,11 @@ def fingerprint(name: str) -> str:
     folder = _folder(name)
     if name == SMALL_SCRATCH or not folder.is_dir():
         return name
+    return weights_hash(folder)
+
+
+def weights_hash(folder: Path) -> str:
+    """Hash of the weight files of a saved model."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin")):
         digest.update(path.read_bytes())
@@ -79,20 +84,26 @@ def _folder(name: str) -> Path:
 
 
 def _load(loader: Any, name: str) -> Any:
-    from transformers.utils import logging
-
     folder = _folder(name)
     if is_small(name) and not folder.is_dir():
         raise UserError(f"the backbone {name!r} needs {folder}; make it with `xlayer pretrain encoder`")
+    expected = f"{SMALL}, {SMALL_SCRATCH}, a local folder or a model of the Hugging Face hub"
+    return load_quietly(loader, folder, f"backbone {name!r}", expected)
+
+
+def load_quietly(loader: Any, folder: Path, what: str, expected: str) -> Any:
+    """``loader.from_pretrained`` of a folder or, where there is none, of the hub's model of that name; a failure is one
+    line that says ``what`` was asked for and what is ``expected``."""
+    from transformers.utils import logging
+
     logging.disable_progress_bar()
     getLogger("huggingface_hub").setLevel(ERROR)  # the one line below says what went wrong
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # "newly initialized pooler": the classifier drops the pooler
     try:
-        return loader.from_pretrained(str(folder) if folder.is_dir() else name)
+        return loader.from_pretrained(str(folder))
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        expected = f"{SMALL}, {SMALL_SCRATCH}, a local folder or a model of the Hugging Face hub"
-        raise UserError(f"cannot load backbone {name!r}; expected {expected} ({reason})") from error
+        raise UserError(f"cannot load {what}; expected {expected} ({reason})") from error
     finally:
         logging.set_verbosity(verbosity)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
+from xlayer_systems.backbones import load_quietly, weights_hash
 from xlayer_systems.errors import UserError
 
 SENDER = "decoder-sender"
@@ -41,10 +40,7 @@ def fingerprint_decoder(name: str) -> str:
     folder = _folder(name)
     if not folder.is_dir():
         return name
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+    return weights_hash(folder)
 
 
 def _folder(name: str) -> Path:
@@ -52,20 +48,8 @@ def _folder(name: str) -> Path:
 
 
 def _load(loader: Any, name: str) -> Any:
-    from transformers.utils import logging
-
     folder = _folder(name)
     if name in (SENDER, RECEIVER) and not folder.is_dir():
         raise UserError(f"the decoder {name!r} needs {folder}; make it with `xlayer pretrain decoder`")
-    logging.disable_progress_bar()
-    getLogger("huggingface_hub").setLevel(ERROR)  # the one line below says what went wrong
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        return loader.from_pretrained(str(folder) if folder.is_dir() else name)
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        expected = f"{SENDER}, {RECEIVER}, a local folder or a causal language model of the Hugging Face hub"
-        raise UserError(f"cannot load decoder {name!r}; expected {expected} ({reason})") from error
-    finally:
-        logging.set_verbosity(verbosity)
+    expected = f"{SENDER}, {RECEIVER}, a local folder or a causal language model of the Hugging Face hub"
+    return load_quietly(loader, folder, f"decoder {name!r}", expected)

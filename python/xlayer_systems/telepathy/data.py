@@ -13,7 +13,7 @@ from torch import Tensor
 
 from xlayer_systems.data.answers import AnswerExample, AnswerTask
 from xlayer_systems.data.blocks import IGNORED
-from xlayer_systems.telepathy.evaluation import ENTITY
+from xlayer_systems.telepathy.evaluation import count_entities
 
 BUCKETS = 1 << 14
 STATES_BATCH = 64
@@ -108,7 +108,7 @@ class TelepathyData:
             example = self.task.validation[number]
             said = self.said(text)
             right = self.task.is_correct(said, example.answer)
-            found, there = entity_transfer(text, example.text)
+            found, there = count_entities(text, example.text)
             row[:5] = torch.tensor([right, self.task.parse(said) is None, loss, found, there])
             if self.task.labels is not None:
                 label = self.task.labels.index(example.answer)
@@ -175,12 +175,6 @@ def _with_states(
             example = examples[index]
             found[index] = dataclasses.replace(example, states=row[: len(example.input_ids)].clone())
     return [found[index] for index in range(len(examples))]
-
-
-def entity_transfer(generated: str, text: str) -> tuple[int, int]:
-    """How many of a text's numbers and capitalised words the generated text has, and how many there are."""
-    wanted = set(ENTITY.findall(text))
-    return len(wanted & set(ENTITY.findall(generated))), len(wanted)
 
 
 def _padded(rows: Sequence[list[int]], fill: int) -> Tensor:

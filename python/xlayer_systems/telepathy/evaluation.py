@@ -48,8 +48,14 @@ def entity_transfer(generated: Sequence[str], examples: Sequence[AnswerExample])
     Every text counts a number or word once; the share is over all texts together, 0 where they have none.
     """
     found = total = 0
-    for text, example in zip(generated, examples, strict=True):
-        entities = set(ENTITY.findall(example.text))
-        found += len(entities & set(ENTITY.findall(text)))
-        total += len(entities)
+    for said, example in zip(generated, examples, strict=True):
+        repeated, there = count_entities(said, example.text)
+        found += repeated
+        total += there
     return found / total if total else 0.0
+
+
+def count_entities(generated: str, text: str) -> tuple[int, int]:
+    """How many of a text's numbers and capitalized words the generated text has, and how many there are."""
+    wanted = set(ENTITY.findall(text))
+    return len(wanted & set(ENTITY.findall(generated))), len(wanted)
