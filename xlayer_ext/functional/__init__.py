@@ -1,5 +1,6 @@
 """The operators as functions: documented, checked, differentiable, and the same under compile, export and autocast."""
 
+from xlayer_ext.functional.aggregate import depth_attention, depth_gru, ema_scan
 from xlayer_ext.functional.hdim import bilinear_attention, cosine_attention, hdim_attention, value_fusion
 from xlayer_ext.functional.hyper import Connection, hyper_post, hyper_post_pre, hyper_pre
 from xlayer_ext.functional.losses import (
@@ -28,6 +29,9 @@ __all__ = [
     "bilinear_attention",
     "cosine_anchor_loss",
     "cosine_attention",
+    "depth_attention",
+    "depth_gru",
+    "ema_scan",
     "first_k_weights",
     "fsq",
     "fsq_codes_to_indices",

@@ -1,5 +1,6 @@
 """Every operator as plain PyTorch: slow, memory-hungry, and what the kernels are tested against."""
 
+from xlayer_ext.reference.aggregate import depth_attention, depth_gru, ema_scan
 from xlayer_ext.reference.hdim import bilinear_attention, cosine_attention, hdim_attention, value_fusion
 from xlayer_ext.reference.hyper import hyper_coefficients, hyper_post, hyper_post_pre, hyper_pre, manifold
 from xlayer_ext.reference.quantize import (
@@ -14,6 +15,9 @@ from xlayer_ext.reference.routing import masked_mean
 __all__ = [
     "bilinear_attention",
     "cosine_attention",
+    "depth_attention",
+    "depth_gru",
+    "ema_scan",
     "fsq",
     "fsq_codes_to_indices",
     "fsq_indices_to_codes",

@@ -1,0 +1,134 @@
+// The contract of the aggregation kernels: a state that is carried across the layers of a model, token by token.
+// Implemented by csrc/cpu/aggregate_*.cpp and csrc/cuda/aggregate_*.cu, called by csrc/torch/aggregate*.cpp.
+#pragma once
+
+#include "xlayer/types.h"
+
+namespace xlayer {
+
+// Taps [layers, tokens, width]: unit stride along the width, the other strides in elements.
+struct LayerRows {
+    const void* data;
+    int64_t layer_stride, token_stride;
+};
+
+// S_l = (1 − σ(a_l))·S_{l−1} + σ(a_l)·n_l, where n_l is x_l or its LayerNorm over the width, (x − mean)·rstd·weight +
+// bias with the biased variance. Arithmetic and the carried state in float32, in float64 for float64.
+struct EmaScan {
+    DType dtype;  // of x, initial and states, and of their gradients
+    int64_t layers, tokens, width;
+    LayerRows x;
+    const void* gate_logits;  // [layers], float32; float64 for float64, as are norm_weight and norm_bias
+    const void* initial;      // null: zeros; else contiguous [tokens, width]
+    bool normalize;
+    const void* norm_weight;  // null unless `normalize`; contiguous [width]
+    const void* norm_bias;    // null: zeros; contiguous [width]
+    double eps;
+    bool last_only;
+    ThreadPool pool;
+};
+
+struct EmaScanForward {
+    EmaScan scan;
+    void* states;     // contiguous [layers, tokens, width], or [tokens, width] where last_only
+    void* workspace;  // ema_scan_forward_workspace() bytes, aligned to 64
+};
+
+// From grad = ∂L/∂states to the gradients of everything that was given; reads x once and keeps nothing else.
+struct EmaScanBackward {
+    EmaScan scan;
+    LayerRows grad;          // [layers, tokens, width]; where last_only [tokens, width] with layer_stride 0
+    void* grad_x;            // contiguous [layers, tokens, width]
+    void* grad_gate_logits;  // [layers], the accumulation type, as are the norm's
+    void* grad_initial;      // null where `initial` is
+    void* grad_norm_weight;  // null where `norm_weight` is
+    void* grad_norm_bias;    // null where `norm_bias` is
+    void* workspace;         // ema_scan_backward_workspace() bytes, aligned to 64
+};
+
+// The gated recurrent unit over depth, gates in the order of torch.nn.GRUCell, from h_{−1} = initial:
+//   r = σ(W_ir x_l + b_ir + W_hr h + b_hr), z = σ(W_iz x_l + b_iz + W_hz h + b_hz)
+//   m = W_hn h + b_hn, n = tanh(W_in x_l + b_in + r·m), h_l = (1 − z)·n + z·h, where h = h_{l−1}
+struct DepthGru {
+    DType dtype;                           // of all tensors
+    int64_t layers, tokens, input, width;  // x is [layers, tokens, input]
+    LayerRows x;
+    const void* weight_ih;  // contiguous [3·width, input]
+    const void* weight_hh;  // contiguous [3·width, width]
+    const void* initial;    // null: zeros; else contiguous [tokens, width]
+    ThreadPool pool;
+};
+
+struct DepthGruForward {
+    DepthGru gru;
+    const void* bias_ih;  // contiguous [3·width]
+    const void* bias_hh;
+    void* states;     // contiguous [layers, tokens, width]
+    void* gates;      // null, or contiguous [layers, tokens, 4, width]: r, z, n, m
+    void* workspace;  // depth_gru_forward_workspace() bytes, aligned to 64
+};
+
+struct DepthGruBackward {
+    DepthGru gru;
+    LayerRows grad;      // ∂L/∂states
+    const void* states;  // as the forward wrote them
+    const void* gates;
+    void* grad_x;          // contiguous [layers, tokens, input]
+    void* grad_weight_ih;  // as the weights
+    void* grad_weight_hh;
+    void* grad_bias_ih;  // contiguous [3·width]
+    void* grad_bias_hh;
+    void* grad_initial;  // null where `initial` is
+    void* workspace;     // depth_gru_backward_workspace() bytes, aligned to 64
+};
+
+// A state that attends, layer by layer, to the last `memory` taps, with q = W_q S_{l−1} cut into heads:
+//   S_l = S_{l−1} + W_o a_l,  a_l = Σ_j softmax_j(scale · q·k_j) v_j over max(0, l − memory + 1) ≤ j ≤ l, in every head
+struct DepthAttention {
+    DType dtype;                                       // of all tensors
+    int64_t layers, tokens, width, heads, head_width;  // keys and values are [layers, tokens, heads·head_width]
+    int64_t memory;                                    // at least 1
+    double scale;
+    LayerRows keys, values;
+    const void* weight_query;  // contiguous [heads·head_width, width]
+    const void* weight_out;    // contiguous [width, heads·head_width]
+    const void* initial;       // null: zeros; else contiguous [tokens, width]
+    ThreadPool pool;
+};
+
+struct DepthAttentionForward {
+    DepthAttention attention;
+    void* states;     // contiguous [layers, tokens, width]
+    void* attended;   // null, or contiguous [layers, tokens, heads·head_width]: a
+    void* workspace;  // depth_attention_forward_workspace() bytes, aligned to 64
+};
+
+struct DepthAttentionBackward {
+    DepthAttention attention;
+    LayerRows grad;  // ∂L/∂states
+    const void* states;
+    const void* attended;
+    void* grad_keys;  // contiguous [layers, tokens, heads·head_width]
+    void* grad_values;
+    void* grad_weight_query;
+    void* grad_weight_out;
+    void* grad_initial;  // null where `initial` is
+    void* workspace;     // depth_attention_backward_workspace() bytes, aligned to 64
+};
+
+namespace cpu {
+int64_t ema_scan_forward_workspace(const EmaScanForward& args);
+void ema_scan_forward(const EmaScanForward& args);
+int64_t ema_scan_backward_workspace(const EmaScanBackward& args);
+void ema_scan_backward(const EmaScanBackward& args);
+int64_t depth_gru_forward_workspace(const DepthGruForward& args);
+void depth_gru_forward(const DepthGruForward& args);
+int64_t depth_gru_backward_workspace(const DepthGruBackward& args);
+void depth_gru_backward(const DepthGruBackward& args);
+int64_t depth_attention_forward_workspace(const DepthAttentionForward& args);
+void depth_attention_forward(const DepthAttentionForward& args);
+int64_t depth_attention_backward_workspace(const DepthAttentionBackward& args);
+void depth_attention_backward(const DepthAttentionBackward& args);
+}  // namespace cpu
+
+}  // namespace xlayer

@@ -1,0 +1,159 @@
+// xlayer::ema_scan, depth_gru and depth_attention: schemas, and the CPU's checks and allocation. Shapes and formulas:
+// xlayer/aggregate.h.
+#include "xlayer/aggregate.h"
+
+#include "aggregate_arguments.h"
+
+namespace xlayer {
+namespace {
+
+#ifndef XLAYER_EMULATED
+// Runs a kernel of the CPU in scratch of the size that it asks for.
+template <class Args>
+void run_cpu(const Tensor& like, Args& args, int64_t (*workspace_size)(const Args&), void (*kernel)(const Args&)) {
+    const Tensor workspace = new_workspace(like, workspace_size(args), &args.workspace);
+    kernel(args);
+}
+
+Tensor ema_scan(const Tensor& x, const Tensor& gate_logits, const Optional& initial, const Optional& norm_weight,
+                const Optional& norm_bias, double eps, bool last_only) {
+    EmaArguments given(x, gate_logits, initial, norm_weight, norm_bias, eps, last_only);
+    EmaScanForward args{};
+    args.scan = given.scan;
+    args.scan.pool = torch_pool();
+    Tensor states = given.new_states("states");
+    args.states = states.mutable_data_ptr();
+    if (states.numel() > 0) run_cpu(x, args, cpu::ema_scan_forward_workspace, cpu::ema_scan_forward);
+    return states;
+}
+
+Five ema_scan_backward(const Tensor& grad, const Tensor& x, const Tensor& gate_logits, const Optional& initial,
+                       const Optional& norm_weight, const Optional& norm_bias, double eps, bool last_only) {
+    EmaArguments given(x, gate_logits, initial, norm_weight, norm_bias, eps, last_only);
+    EmaScanBackward args{};
+    args.scan = given.scan;
+    args.scan.pool = torch_pool();
+    const Tensor grads = given.checked_grad(grad);
+    args.grad = given.grad_rows(grads);
+    Five out = given.new_grads();
+    args.grad_x = std::get<0>(out).mutable_data_ptr();
+    args.grad_gate_logits = std::get<1>(out).mutable_data_ptr();
+    args.grad_initial = initial ? std::get<2>(out).mutable_data_ptr() : nullptr;
+    args.grad_norm_weight = norm_weight ? std::get<3>(out).mutable_data_ptr() : nullptr;
+    args.grad_norm_bias = norm_bias ? std::get<4>(out).mutable_data_ptr() : nullptr;
+    run_cpu(x, args, cpu::ema_scan_backward_workspace, cpu::ema_scan_backward);
+    return out;
+}
+
+Two depth_gru(const Tensor& x, const Tensor& weight_ih, const Tensor& weight_hh, const Tensor& bias_ih,
+              const Tensor& bias_hh, const Optional& initial, bool keep) {
+    GruArguments given(x, weight_ih, weight_hh, initial);
+    DepthGruForward args{};
+    args.gru = given.gru;
+    args.gru.pool = torch_pool();
+    const Tensor input_bias = given.checked_bias(bias_ih, "bias_ih"),
+                 state_bias = given.checked_bias(bias_hh, "bias_hh");
+    args.bias_ih = kernel_input(input_bias, "bias_ih"), args.bias_hh = kernel_input(state_bias, "bias_hh");
+    Two out = given.new_states(keep);
+    args.states = std::get<0>(out).mutable_data_ptr();
+    args.gates = keep ? std::get<1>(out).mutable_data_ptr() : nullptr;
+    if (std::get<0>(out).numel() > 0) run_cpu(x, args, cpu::depth_gru_forward_workspace, cpu::depth_gru_forward);
+    return out;
+}
+
+Six depth_gru_backward(const Tensor& grad, const Tensor& states, const Tensor& gates, const Tensor& x,
+                       const Tensor& weight_ih, const Tensor& weight_hh, const Optional& initial) {
+    GruArguments given(x, weight_ih, weight_hh, initial);
+    DepthGruBackward args{};
+    args.gru = given.gru;
+    args.gru.pool = torch_pool();
+    const Tensor grads = given.checked_grad(grad);
+    args.grad = layer_rows(grads, "grad");
+    const Tensor kept_states = given.checked_states(states), kept_gates = given.checked_gates(gates);
+    args.states = kernel_input(kept_states, "states"), args.gates = kernel_input(kept_gates, "gates");
+    Six out = given.new_grads();
+    args.grad_x = std::get<0>(out).mutable_data_ptr();
+    args.grad_weight_ih = std::get<1>(out).mutable_data_ptr();
+    args.grad_weight_hh = std::get<2>(out).mutable_data_ptr();
+    args.grad_bias_ih = std::get<3>(out).mutable_data_ptr();
+    args.grad_bias_hh = std::get<4>(out).mutable_data_ptr();
+    args.grad_initial = initial ? std::get<5>(out).mutable_data_ptr() : nullptr;
+    run_cpu(x, args, cpu::depth_gru_backward_workspace, cpu::depth_gru_backward);
+    return out;
+}
+
+Two depth_attention(const Tensor& keys, const Tensor& values, const Tensor& weight_query, const Tensor& weight_out,
+                    const Optional& initial, int64_t heads, int64_t memory, double scale, bool keep) {
+    AttentionArguments given(keys, values, weight_query, weight_out, initial, heads, memory, scale);
+    DepthAttentionForward args{};
+    args.attention = given.attention;
+    args.attention.pool = torch_pool();
+    Two out = given.new_states(keep);
+    args.states = std::get<0>(out).mutable_data_ptr();
+    args.attended = keep ? std::get<1>(out).mutable_data_ptr() : nullptr;
+    if (std::get<0>(out).numel() > 0) {
+        run_cpu(keys, args, cpu::depth_attention_forward_workspace, cpu::depth_attention_forward);
+    }
+    return out;
+}
+
+Five depth_attention_backward(const Tensor& grad, const Tensor& states, const Tensor& attended, const Tensor& keys,
+                              const Tensor& values, const Tensor& weight_query, const Tensor& weight_out,
+                              const Optional& initial, int64_t heads, int64_t memory, double scale) {
+    AttentionArguments given(keys, values, weight_query, weight_out, initial, heads, memory, scale);
+    DepthAttentionBackward args{};
+    args.attention = given.attention;
+    args.attention.pool = torch_pool();
+    const Tensor grads = given.checked_grad(grad);
+    args.grad = layer_rows(grads, "grad");
+    const Tensor kept_states = given.checked_states(states), kept_attended = given.checked_attended(attended);
+    args.states = kernel_input(kept_states, "states"), args.attended = kernel_input(kept_attended, "attended");
+    Five out = given.new_grads();
+    args.grad_keys = std::get<0>(out).mutable_data_ptr();
+    args.grad_values = std::get<1>(out).mutable_data_ptr();
+    args.grad_weight_query = std::get<2>(out).mutable_data_ptr();
+    args.grad_weight_out = std::get<3>(out).mutable_data_ptr();
+    args.grad_initial = initial ? std::get<4>(out).mutable_data_ptr() : nullptr;
+    run_cpu(keys, args, cpu::depth_attention_backward_workspace, cpu::depth_attention_backward);
+    return out;
+}
+#endif
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(XLAYER_OPS, m) {
+    m.def(
+        "ema_scan(Tensor x, Tensor gate_logits, Tensor? initial, Tensor? norm_weight, Tensor? norm_bias, float eps, "
+        "bool last_only) -> Tensor");
+    m.def(
+        "ema_scan_backward(Tensor grad, Tensor x, Tensor gate_logits, Tensor? initial, Tensor? norm_weight, "
+        "Tensor? norm_bias, float eps, bool last_only) -> (Tensor x, Tensor gate_logits, Tensor initial, "
+        "Tensor norm_weight, Tensor norm_bias)");
+    m.def(
+        "depth_gru(Tensor x, Tensor weight_ih, Tensor weight_hh, Tensor bias_ih, Tensor bias_hh, Tensor? initial, "
+        "bool keep) -> (Tensor states, Tensor gates)");
+    m.def(
+        "depth_gru_backward(Tensor grad, Tensor states, Tensor gates, Tensor x, Tensor weight_ih, Tensor weight_hh, "
+        "Tensor? initial) -> (Tensor x, Tensor weight_ih, Tensor weight_hh, Tensor bias_ih, Tensor bias_hh, "
+        "Tensor initial)");
+    m.def(
+        "depth_attention(Tensor keys, Tensor values, Tensor weight_query, Tensor weight_out, Tensor? initial, "
+        "SymInt heads, SymInt memory, float scale, bool keep) -> (Tensor states, Tensor attended)");
+    m.def(
+        "depth_attention_backward(Tensor grad, Tensor states, Tensor attended, Tensor keys, Tensor values, "
+        "Tensor weight_query, Tensor weight_out, Tensor? initial, SymInt heads, SymInt memory, float scale) -> "
+        "(Tensor keys, Tensor values, Tensor weight_query, Tensor weight_out, Tensor initial)");
+}
+
+#ifndef XLAYER_EMULATED
+STABLE_TORCH_LIBRARY_IMPL(XLAYER_OPS, CPU, m) {
+    m.impl("ema_scan", TORCH_BOX(&ema_scan));
+    m.impl("ema_scan_backward", TORCH_BOX(&ema_scan_backward));
+    m.impl("depth_gru", TORCH_BOX(&depth_gru));
+    m.impl("depth_gru_backward", TORCH_BOX(&depth_gru_backward));
+    m.impl("depth_attention", TORCH_BOX(&depth_attention));
+    m.impl("depth_attention_backward", TORCH_BOX(&depth_attention_backward));
+}
+#endif
+
+}  // namespace xlayer

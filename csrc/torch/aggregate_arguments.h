@@ -1,0 +1,253 @@
+// Arguments of the aggregation operators: checked, described in the terms of the contract, outputs allocated. What the
+// CPU's and the GPU's operators share.
+#pragma once
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "common.h"
+#include "xlayer/aggregate.h"
+
+namespace xlayer {
+
+using Optional = std::optional<Tensor>;
+using Two = std::tuple<Tensor, Tensor>;
+using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+inline LayerRows layer_rows(const Tensor& tensor, const char* name) {
+    return {kernel_input(tensor, name), tensor.stride(0), tensor.stride(1)};
+}
+
+// A gradient with the shape of what was given; empty where nothing was.
+inline Tensor new_grad(const Tensor& like, const Optional& given, const char* name) {
+    if (!given) return allocate(like, {0}, like.scalar_type(), name);
+    std::vector<int64_t> shape(given->dim());
+    for (int64_t d = 0; d < given->dim(); ++d) shape[d] = given->size(d);
+    return allocate(like, shape, given->scalar_type(), name);
+}
+
+inline Tensor checked_like(const Tensor& tensor, const char* name, const Tensor& first, const char* first_name,
+                           std::initializer_list<int64_t> shape) {
+    check_shape(tensor, name, shape);
+    check_dtype(tensor, name, first.scalar_type());
+    check_same_device(tensor, name, first, first_name);
+    return tensor;
+}
+
+// The arguments of ema_scan and of its backward. Holds the copies that `scan` points into.
+class EmaArguments {
+  public:
+    EmaScan scan{};
+
+    EmaArguments(const Tensor& x, const Tensor& gate_logits, const Optional& initial, const Optional& norm_weight,
+                 const Optional& norm_bias, double eps, bool last_only)
+        : given_x_(x),
+          given_gates_(gate_logits),
+          given_initial_(initial),
+          given_weight_(norm_weight),
+          given_bias_(norm_bias) {
+        check_shape(x, "x", {-1, -1, -1});
+        scan.dtype = kernel_dtype(x, "x");
+        scan.layers = x.size(0), scan.tokens = x.size(1), scan.width = x.size(2);
+        scan.normalize = norm_weight.has_value();
+        scan.eps = eps, scan.last_only = last_only;
+        STD_TORCH_CHECK(scan.normalize || !norm_bias, "norm_bias needs norm_weight");
+        x_ = unit_stride_last(x);
+        scan.x = layer_rows(x_, "x");
+        scan.gate_logits = wide_vector(gate_logits, "gate_logits", scan.layers, &gates_);
+        if (initial) {
+            start_ = torch::stable::contiguous(checked_like(*initial, "initial", x, "x", {scan.tokens, scan.width}));
+            scan.initial = kernel_input(*start_, "initial");
+        }
+        if (norm_weight) scan.norm_weight = wide_vector(*norm_weight, "norm_weight", scan.width, &weight_);
+        if (norm_bias) scan.norm_bias = wide_vector(*norm_bias, "norm_bias", scan.width, &bias_);
+    }
+
+    Tensor new_states(const char* name) const {
+        if (scan.last_only) return allocate(given_x_, {scan.tokens, scan.width}, name);
+        return allocate(given_x_, {scan.layers, scan.tokens, scan.width}, name);
+    }
+
+    Tensor checked_grad(const Tensor& grad) const {
+        if (scan.last_only) {
+            checked_like(grad, "grad", given_x_, "x", {scan.tokens, scan.width});
+        } else {
+            checked_like(grad, "grad", given_x_, "x", {scan.layers, scan.tokens, scan.width});
+        }
+        return unit_stride_last(grad);
+    }
+    LayerRows grad_rows(const Tensor& grad) const {
+        if (!scan.last_only) return layer_rows(grad, "grad");
+        return {kernel_input(grad, "grad"), 0, grad.stride(0)};
+    }
+
+    // Of x, gate_logits, initial, norm_weight and norm_bias.
+    Five new_grads() const {
+        return {new_grad(given_x_, given_x_, "grad_x"), new_grad(given_x_, given_gates_, "grad_gate_logits"),
+                new_grad(given_x_, given_initial_, "grad_initial"),
+                new_grad(given_x_, given_weight_, "grad_norm_weight"),
+                new_grad(given_x_, given_bias_, "grad_norm_bias")};
+    }
+
+  private:
+    const void* wide_vector(const Tensor& vector, const char* name, int64_t size, Optional* kept) {
+        check_shape(vector, name, {size});
+        check_dtype(vector, name, scan.dtype == DType::float64 ? ScalarType::Double : ScalarType::Float);
+        check_same_device(vector, name, given_x_, "x");
+        *kept = torch::stable::contiguous(vector);
+        return kernel_input(**kept, name);
+    }
+
+    const Tensor given_x_, given_gates_;
+    const Optional given_initial_, given_weight_, given_bias_;
+    Tensor x_;
+    Optional gates_, start_, weight_, bias_;
+};
+
+// The arguments that depth_gru and its backward share.
+class GruArguments {
+  public:
+    DepthGru gru{};
+
+    GruArguments(const Tensor& x, const Tensor& weight_ih, const Tensor& weight_hh, const Optional& initial)
+        : given_x_(x), given_initial_(initial) {
+        check_shape(x, "x", {-1, -1, -1});
+        gru.dtype = kernel_dtype(x, "x");
+        gru.layers = x.size(0), gru.tokens = x.size(1), gru.input = x.size(2);
+        STD_TORCH_CHECK(weight_hh.dim() == 2, "weight_hh must have shape [3·d, d], got ", shape_string(weight_hh));
+        gru.width = weight_hh.size(1);
+        weight_hh_ =
+            torch::stable::contiguous(checked_like(weight_hh, "weight_hh", x, "x", {3 * gru.width, gru.width}));
+        weight_ih_ =
+            torch::stable::contiguous(checked_like(weight_ih, "weight_ih", x, "x", {3 * gru.width, gru.input}));
+        gru.weight_ih = kernel_input(weight_ih_, "weight_ih"), gru.weight_hh = kernel_input(weight_hh_, "weight_hh");
+        if (initial) {
+            start_ = torch::stable::contiguous(checked_like(*initial, "initial", x, "x", {gru.tokens, gru.width}));
+            gru.initial = kernel_input(*start_, "initial");
+        }
+        x_ = unit_stride_last(x);
+        gru.x = layer_rows(x_, "x");
+    }
+
+    Tensor checked_bias(const Tensor& bias, const char* name) const {
+        return torch::stable::contiguous(checked_like(bias, name, given_x_, "x", {3 * gru.width}));
+    }
+    Tensor checked_grad(const Tensor& grad) const {
+        return unit_stride_last(checked_like(grad, "grad", given_x_, "x", {gru.layers, gru.tokens, gru.width}));
+    }
+    Tensor checked_states(const Tensor& states) const {
+        return torch::stable::contiguous(
+            checked_like(states, "states", given_x_, "x", {gru.layers, gru.tokens, gru.width}));
+    }
+    Tensor checked_gates(const Tensor& gates) const {
+        return torch::stable::contiguous(
+            checked_like(gates, "gates", given_x_, "x", {gru.layers, gru.tokens, 4, gru.width}));
+    }
+
+    // States, and the gates where they are kept.
+    Two new_states(bool keep) const {
+        Tensor states = allocate(given_x_, {gru.layers, gru.tokens, gru.width}, "states");
+        if (!keep) return {states, allocate(given_x_, {0}, "gates")};
+        return {states, allocate(given_x_, {gru.layers, gru.tokens, 4, gru.width}, "gates")};
+    }
+
+    // Of x, weight_ih, weight_hh, bias_ih, bias_hh and initial.
+    Six new_grads() const {
+        return {new_grad(given_x_, given_x_, "grad_x"),
+                new_grad(given_x_, weight_ih_, "grad_weight_ih"),
+                new_grad(given_x_, weight_hh_, "grad_weight_hh"),
+                allocate(given_x_, {3 * gru.width}, "grad_bias_ih"),
+                allocate(given_x_, {3 * gru.width}, "grad_bias_hh"),
+                new_grad(given_x_, given_initial_, "grad_initial")};
+    }
+
+    const Tensor& x() const { return x_; }
+    const Tensor& weight_ih() const { return weight_ih_; }
+    const Tensor& weight_hh() const { return weight_hh_; }
+    const Optional& initial() const { return start_; }
+
+  private:
+    const Tensor given_x_;
+    const Optional given_initial_;
+    Tensor x_, weight_ih_, weight_hh_;
+    Optional start_;
+};
+
+// The arguments that depth_attention and its backward share.
+class AttentionArguments {
+  public:
+    DepthAttention attention{};
+
+    AttentionArguments(const Tensor& keys, const Tensor& values, const Tensor& weight_query, const Tensor& weight_out,
+                       const Optional& initial, int64_t heads, int64_t memory, double scale)
+        : given_keys_(keys), given_values_(values), given_initial_(initial) {
+        check_shape(keys, "keys", {-1, -1, -1});
+        attention.dtype = kernel_dtype(keys, "keys");
+        attention.layers = keys.size(0), attention.tokens = keys.size(1);
+        const int64_t inner = keys.size(2);
+        STD_TORCH_CHECK(heads >= 1 && inner % heads == 0, "heads must divide the width of the keys, ", inner, ", got ",
+                        heads);
+        STD_TORCH_CHECK(memory >= 1, "memory must be at least 1, got ", memory);
+        attention.heads = heads, attention.head_width = inner / heads;
+        attention.memory = memory, attention.scale = scale;
+        STD_TORCH_CHECK(weight_out.dim() == 2, "weight_out must have shape [d, e], got ", shape_string(weight_out));
+        attention.width = weight_out.size(0);
+        checked_like(values, "values", keys, "keys", {attention.layers, attention.tokens, inner});
+        weight_query_ = torch::stable::contiguous(
+            checked_like(weight_query, "weight_query", keys, "keys", {inner, attention.width}));
+        weight_out_ =
+            torch::stable::contiguous(checked_like(weight_out, "weight_out", keys, "keys", {attention.width, inner}));
+        attention.weight_query = kernel_input(weight_query_, "weight_query");
+        attention.weight_out = kernel_input(weight_out_, "weight_out");
+        if (initial) {
+            start_ = torch::stable::contiguous(
+                checked_like(*initial, "initial", keys, "keys", {attention.tokens, attention.width}));
+            attention.initial = kernel_input(*start_, "initial");
+        }
+        keys_ = unit_stride_last(keys), values_ = unit_stride_last(values);
+        attention.keys = layer_rows(keys_, "keys"), attention.values = layer_rows(values_, "values");
+    }
+
+    Tensor checked_grad(const Tensor& grad) const {
+        return unit_stride_last(
+            checked_like(grad, "grad", given_keys_, "keys", {attention.layers, attention.tokens, attention.width}));
+    }
+    Tensor checked_states(const Tensor& states) const {
+        return torch::stable::contiguous(
+            checked_like(states, "states", given_keys_, "keys", {attention.layers, attention.tokens, attention.width}));
+    }
+    Tensor checked_attended(const Tensor& attended) const {
+        return torch::stable::contiguous(
+            checked_like(attended, "attended", given_keys_, "keys", {attention.layers, attention.tokens, inner()}));
+    }
+
+    // States, and what they attended to where that is kept.
+    Two new_states(bool keep) const {
+        Tensor states = allocate(given_keys_, {attention.layers, attention.tokens, attention.width}, "states");
+        if (!keep) return {states, allocate(given_keys_, {0}, "attended")};
+        return {states, allocate(given_keys_, {attention.layers, attention.tokens, inner()}, "attended")};
+    }
+
+    // Of keys, values, weight_query, weight_out and initial.
+    Five new_grads() const {
+        return {new_grad(given_keys_, given_keys_, "grad_keys"), new_grad(given_keys_, given_values_, "grad_values"),
+                new_grad(given_keys_, weight_query_, "grad_weight_query"),
+                new_grad(given_keys_, weight_out_, "grad_weight_out"),
+                new_grad(given_keys_, given_initial_, "grad_initial")};
+    }
+
+    int64_t inner() const { return attention.heads * attention.head_width; }
+    const Tensor& weight_query() const { return weight_query_; }
+    const Tensor& weight_out() const { return weight_out_; }
+    const Optional& initial() const { return start_; }
+
+  private:
+    const Tensor given_keys_, given_values_;
+    const Optional given_initial_;
+    Tensor keys_, values_, weight_query_, weight_out_;
+    Optional start_;
+};
+
+}  // namespace xlayer

@@ -1,0 +1,390 @@
+r"""A state that every token carries across the layers of a model, fed by what it taps of each layer.
+
+:func:`ema_scan` is a gated average with LayerNorm of the taps fused in: one pass over memory. :func:`depth_gru` is a
+gated recurrent unit that treats depth as time. :func:`depth_attention` lets the state attend to its last few taps. All
+take taps stacked along the first dimension, ``[L, ..., d]``, and treat every token alone, so that they neither look
+ahead nor need a cache over time.
+
+Papers: Yu et al., Deep Layer Aggregation, CVPR 2018, arXiv 1707.06484; Cho et al., Learning Phrase Representations
+using RNN Encoder-Decoder, 2014, arXiv 1406.1078 (the unit); Vaswani et al., Attention Is All You Need, 2017,
+arXiv 1706.03762.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from xlayer_ext import reference
+from xlayer_ext._backend import native_available, use_native
+from xlayer_ext.functional._checks import (
+    autocast,
+    check_common,
+    check_floating,
+    check_one_device,
+    check_shapes,
+    forbid_second_derivative,
+)
+
+Function = Callable[..., Any]
+
+__all__ = ["depth_attention", "depth_gru", "ema_scan"]
+
+
+def ema_scan(
+    x: Tensor,
+    gate_logits: Tensor,
+    initial: Tensor | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    last_only: bool = False,
+) -> Tensor:
+    r"""A gated average over depth: :math:`S_l = (1 - \sigma(a_l))\, S_{l-1} + \sigma(a_l)\, x_l`.
+
+    With ``norm_weight`` the taps are normalized on the way, :math:`x_l` above being their LayerNorm over d. In units of
+    d per token the least traffic is 2L for all states, L + 1 for the last, and in the backward 3L and 2L; nothing but
+    the arguments is kept for it. Arithmetic and the carried state are float32 (float64 for float64), also under
+    autocast.
+
+    Args:
+        x: taps, ``[L, ..., d]``, float64, float32, bfloat16 or float16. Unit stride along d spares a copy; layers and
+            tokens may lie anyhow, ``[N, L, d]`` transposed needs none.
+        gate_logits: a, ``[L]``, any floating point dtype.
+        initial: :math:`S_{-1}`, ``[..., d]`` in the dtype of x; zeros by default.
+        norm_weight: ``[d]``: normalizes the taps.
+        norm_bias: ``[d]``, with ``norm_weight`` only.
+        eps: of the LayerNorm, added to the variance.
+        last_only: return only the last state.
+
+    Returns:
+        States ``[L, ..., d]``, or ``[..., d]`` with ``last_only``, in the dtype of x.
+
+    Raises:
+        TypeError: a tensor is not floating point, or ``initial`` has another dtype than x.
+        ValueError: shapes or devices disagree, or a norm_bias without norm_weight.
+
+    Example::
+
+        >>> taps = torch.tensor([[[1.0, 3.0]], [[2.0, 4.0]]])  # two layers, one token
+        >>> ema_scan(taps, torch.zeros(2))
+        tensor([[[0.5000, 1.5000]],
+                [[1.2500, 2.7500]]])
+    """
+    given = {"initial": initial, "norm_weight": norm_weight, "norm_bias": norm_bias}
+    check_floating(x=x, gate_logits=gate_logits, **{name: t for name, t in given.items() if t is not None})
+    if _autocasts(x) and x.dtype != torch.float64:
+        x = x.float()
+        initial = None if initial is None else initial.float()
+    if x.dim() < 2:
+        raise ValueError(f"x must have shape [L, ..., d], got {list(x.shape)}")
+    if norm_bias is not None and norm_weight is None:
+        raise ValueError("norm_bias needs norm_weight")
+    layouts = {"gate_logits": "L", "norm_weight": "d", "norm_bias": "d"}
+    sizes = {"L": x.shape[0], "d": x.shape[-1]}
+    for name, tensor in {"gate_logits": gate_logits, "norm_weight": norm_weight, "norm_bias": norm_bias}.items():
+        if tensor is not None and list(tensor.shape) != [sizes[layouts[name]]]:
+            raise ValueError(f"{name} must have shape [{sizes[layouts[name]]}], as x {list(x.shape)} has it; got "
+                             f"{list(tensor.shape)}")  # fmt: skip
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} must be on the device of x, {x.device}; got {tensor.device}")
+    _check_initial(initial, x, x.shape[1:])
+    wide = torch.promote_types(x.dtype, torch.float32)
+    gate_logits = gate_logits.to(wide)
+    norm_weight = None if norm_weight is None else norm_weight.to(wide)
+    norm_bias = None if norm_bias is None else norm_bias.to(wide)
+    if not use_native("ema_scan", x):
+        return reference.ema_scan(x, gate_logits, initial, norm_weight, norm_bias, eps, last_only)
+    taps, start = _flat(x, initial)
+    states = torch.ops.xlayer.ema_scan(taps, gate_logits, start, norm_weight, norm_bias, eps, last_only)
+    return states.reshape(x.shape[1:] if last_only else x.shape)
+
+
+def depth_gru(
+    x: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+    initial: Tensor | None = None,
+) -> Tensor:
+    r"""A gated recurrent unit over depth, with the parameters of :class:`torch.nn.GRUCell` and its results:
+
+    .. math::
+        r &= \sigma(W_{ir} x_l + b_{ir} + W_{hr} h_{l-1} + b_{hr}) \\
+        z &= \sigma(W_{iz} x_l + b_{iz} + W_{hz} h_{l-1} + b_{hz}) \\
+        n &= \tanh(W_{in} x_l + b_{in} + r (W_{hn} h_{l-1} + b_{hn})) \\
+        h_l &= (1 - z)\, n + z\, h_{l-1}
+
+    Where a gradient is needed, r, z, n and :math:`W_{hn} h + b_{hn}` are kept beside the states, 4·d numbers per token
+    and layer; else nothing is. Autocast casts all arguments, as for a linear layer.
+
+    Args:
+        x: taps, ``[L, ..., i]``, float64, float32, bfloat16 or float16.
+        weight_ih: ``[3·d, i]``, gates in the order r, z, n.
+        weight_hh: ``[3·d, d]``.
+        bias_ih, bias_hh: ``[3·d]``; zeros by default.
+        initial: ``[..., d]``; zeros by default.
+
+    Returns:
+        States h, ``[L, ..., d]``.
+
+    Raises:
+        TypeError: a tensor is not floating point, or dtypes differ.
+        ValueError: shapes or devices disagree.
+
+    Example::
+
+        >>> cell = torch.nn.GRUCell(8, 16)
+        >>> states = depth_gru(torch.randn(12, 4, 8), cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)
+        >>> states.shape
+        torch.Size([12, 4, 16])
+    """
+    named = {"x": x, "weight_ih": weight_ih, "weight_hh": weight_hh}
+    optional = {"bias_ih": bias_ih, "bias_hh": bias_hh, "initial": initial}
+    named = _cast_together({**named, **{name: t for name, t in optional.items() if t is not None}})
+    x, weight_ih, weight_hh = named["x"], named["weight_ih"], named["weight_hh"]
+    if x.dim() < 2:
+        raise ValueError(f"x must have shape [L, ..., i], got {list(x.shape)}")
+    layouts = {"weight_hh": "3d d", "weight_ih": "3d i", "x": "i", "bias_ih": "3d", "bias_hh": "3d"}
+    biases = {name: named.get(name) for name in ("bias_ih", "bias_hh")}
+    check_shapes(layouts, weight_hh=weight_hh, weight_ih=weight_ih, **biases)
+    if weight_ih.shape[1] != x.shape[-1]:
+        raise ValueError(f"weight_ih must have shape [3d, {x.shape[-1]}] for this x, got {list(weight_ih.shape)}")
+    shape = (*x.shape[1:-1], weight_hh.shape[1])
+    initial = named.get("initial")
+    _check_initial(initial, x, torch.Size(shape))
+    taps, start = _flat(x, initial)
+    bias_ih, bias_hh = (x.new_zeros(len(weight_ih)) if bias is None else bias for bias in biases.values())
+    if use_native("depth_gru", x):
+        keep = _needs_grad(taps, weight_ih, weight_hh, bias_ih, bias_hh, start)
+        states, _ = torch.ops.xlayer.depth_gru(taps, weight_ih, weight_hh, bias_ih, bias_hh, start, keep)
+    else:
+        states = reference.depth_gru(taps, weight_ih, weight_hh, bias_ih, bias_hh, start)
+    return states.reshape(x.shape[0], *shape)
+
+
+def depth_attention(
+    x: Tensor,
+    weight_query: Tensor,
+    weight_key: Tensor,
+    weight_value: Tensor,
+    weight_out: Tensor,
+    initial: Tensor | None = None,
+    *,
+    heads: int = 1,
+    memory: int = 4,
+) -> Tensor:
+    r"""A state that attends, layer by layer, to its last ``memory`` taps, the present one included:
+
+    .. math::
+        S_l = S_{l-1} + W_o\, \mathrm{Attention}(W_q S_{l-1};\ W_k x_j,\ W_v x_j,\ l - \mathrm{memory} < j \le l)
+
+    with the usual scaled dot products, cut into heads. Keys and values of all layers are one product each. Where a
+    gradient is needed, what the state attended to is kept beside the states; probabilities are computed again.
+    Autocast casts all arguments, as for a linear layer.
+
+    Args:
+        x: taps, ``[L, ..., i]``, float64, float32, bfloat16 or float16.
+        weight_query: ``[e, d]``; e is a multiple of ``heads``.
+        weight_key, weight_value: ``[e, i]``.
+        weight_out: ``[d, e]``.
+        initial: :math:`S_{-1}`, ``[..., d]``; zeros by default, which attend to all taps alike.
+        heads: number of heads.
+        memory: number of taps to attend to, at least 1.
+
+    Returns:
+        States S, ``[L, ..., d]``.
+
+    Raises:
+        TypeError: a tensor is not floating point, or dtypes differ.
+        ValueError: shapes or devices disagree, ``heads`` does not divide e, or ``memory`` is below 1.
+    """
+    named = {"x": x, "weight_query": weight_query, "weight_key": weight_key, "weight_value": weight_value}
+    named |= {"weight_out": weight_out, **({} if initial is None else {"initial": initial})}
+    named = _cast_together(named)
+    x, initial = named.pop("x"), named.pop("initial", None)
+    if x.dim() < 2:
+        raise ValueError(f"x must have shape [L, ..., i], got {list(x.shape)}")
+    check_shapes({"weight_query": "e d", "weight_key": "e i", "weight_value": "e i", "weight_out": "d e"}, **named)
+    weight_query, weight_key, weight_value, weight_out = named.values()
+    if weight_key.shape[1] != x.shape[-1]:
+        raise ValueError(f"weight_key must have shape [e, {x.shape[-1]}] for this x, got {list(weight_key.shape)}")
+    if heads < 1 or weight_query.shape[0] % heads:
+        raise ValueError(f"heads must divide e = {weight_query.shape[0]}, got {heads}")
+    if memory < 1:
+        raise ValueError(f"memory must be at least 1, got {memory}")
+    shape = (*x.shape[1:-1], weight_out.shape[0])
+    _check_initial(initial, x, torch.Size(shape))
+    taps, start = _flat(x, initial)
+    keys, values = linear(taps, weight_key), linear(taps, weight_value)
+    head_width = weight_query.shape[0] // heads
+    scale = head_width**-0.5 if head_width else 1.0
+    if use_native("depth_attention", x):
+        keep = _needs_grad(keys, values, weight_query, weight_out, start)
+        states, _ = torch.ops.xlayer.depth_attention(
+            keys, values, weight_query, weight_out, start, heads, memory, scale, keep
+        )
+    else:
+        options = {"heads": heads, "memory": memory, "scale": scale}
+        states = reference.depth_attention(keys, values, weight_query, weight_out, start, **options)
+    return states.reshape(x.shape[0], *shape)
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------------
+
+
+def _autocasts(tensor: Tensor) -> bool:
+    device = tensor.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def _cast_together(named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Checked, and in one dtype on one device."""
+    check_floating(**named)
+    named = dict(zip(named, autocast(*named.values()), strict=True))
+    check_common(**named)
+    return named
+
+
+def _check_initial(initial: Tensor | None, x: Tensor, shape: torch.Size) -> None:
+    if initial is None:
+        return
+    check_common(x=x, initial=initial)
+    if initial.shape != shape:
+        raise ValueError(f"initial must have shape {list(shape)}, a state per token; got {list(initial.shape)}")
+
+
+def _flat(x: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The taps as ``[L, N, d]``, the initial state as ``[N, d]``."""
+    tokens = x.shape[1:-1].numel()
+    start = None if initial is None else initial.reshape(tokens, initial.shape[-1])
+    return x.reshape(x.shape[0], tokens, x.shape[-1]), start
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+# ---- fake tensors and autograd ---------------------------------------------------------------------------------------
+
+
+def _like(given: Tensor | None, like: Tensor) -> Tensor:
+    """A gradient's shape; nothing where nothing was given."""
+    return like.new_empty(0) if given is None else like.new_empty(given.shape, dtype=given.dtype)
+
+
+def _fake_ema_scan(x: Tensor, gate_logits: Tensor, initial: Any, weight: Any, bias: Any, eps: float, last: bool) -> Any:
+    check_one_device(x, gate_logits, initial, weight, bias)
+    return x.new_empty(x.shape[1:] if last else x.shape)
+
+
+def _fake_ema_scan_backward(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    check_one_device(grad, x, *rest)
+    gate_logits, initial, weight, bias = rest[:4]
+    return x.new_empty(x.shape), *(_like(given, x) for given in (gate_logits, initial, weight, bias))
+
+
+def _setup_ema_scan(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.eps, ctx.last_only = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward_ema_scan(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors
+    grads = torch.ops.xlayer.ema_scan_backward(grad, *tensors, ctx.eps, ctx.last_only)
+    return *_of_given(tensors, grads), None, None
+
+
+def _fake_depth_gru(
+    x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor, bias_hh: Tensor, initial: Any, keep: bool
+) -> tuple[Tensor, Tensor]:
+    check_one_device(x, weight_ih, weight_hh, bias_ih, bias_hh, initial)
+    layers, tokens, width = x.shape[0], x.shape[1], weight_hh.shape[1]
+    gates = x.new_empty((layers, tokens, 4, width) if keep else 0)
+    return x.new_empty(layers, tokens, width), gates
+
+
+def _fake_depth_gru_backward(
+    grad: Tensor, states: Tensor, gates: Tensor, x: Tensor, weight_ih: Tensor, weight_hh: Tensor, initial: Any
+) -> tuple[Tensor, ...]:
+    check_one_device(grad, states, gates, x, weight_ih, weight_hh, initial)
+    biases = (x.new_empty(weight_ih.shape[0]) for _ in range(2))
+    return x.new_empty(x.shape), _like(weight_ih, x), _like(weight_hh, x), *biases, _like(initial, x)
+
+
+def _setup_depth_gru(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight_ih, weight_hh, _, _, initial, ctx.keep = inputs
+    ctx.save_for_backward(*output, x, weight_ih, weight_hh, initial)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward_depth_gru(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    _check_kept(ctx.keep, "depth_gru")
+    grads = torch.ops.xlayer.depth_gru_backward(grad, *ctx.saved_tensors)
+    return *grads[:5], _of_given(ctx.saved_tensors[-1:], grads[5:])[0], None
+
+
+def _fake_depth_attention(
+    keys: Tensor, values: Tensor, query: Tensor, out: Tensor, initial: Any, heads: int, memory: int, scale: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    check_one_device(keys, values, query, out, initial)
+    states = keys.new_empty(keys.shape[0], keys.shape[1], out.shape[0])
+    return states, keys.new_empty(keys.shape if keep else 0)
+
+
+def _fake_depth_attention_backward(
+    grad: Tensor, states: Tensor, attended: Tensor, keys: Tensor, values: Tensor, query: Tensor, out: Tensor,
+    initial: Any, *rest: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    check_one_device(grad, states, attended, keys, values, query, out, initial)
+    return tuple(_like(given, keys) for given in (keys, values, query, out, initial))
+
+
+def _setup_depth_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, heads, memory, scale, ctx.keep = inputs
+    ctx.options = heads, memory, scale
+    ctx.save_for_backward(*output, *tensors)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward_depth_attention(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    _check_kept(ctx.keep, "depth_attention")
+    grads = torch.ops.xlayer.depth_attention_backward(grad, *ctx.saved_tensors, *ctx.options)
+    return *_of_given(ctx.saved_tensors[2:], grads), None, None, None, None
+
+
+def _of_given(given: Any, grads: Any) -> tuple[Tensor | None, ...]:
+    return tuple(None if tensor is None else grad for tensor, grad in zip(given, grads, strict=True))
+
+
+def _check_kept(keep: bool, op: str) -> None:
+    if not keep:
+        raise RuntimeError(f"xlayer::{op} was called with keep=False: nothing was kept for its gradient")
+
+
+if native_available("ema_scan"):
+    torch.library.register_fake("xlayer::ema_scan", _fake_ema_scan)
+    torch.library.register_fake("xlayer::ema_scan_backward", _fake_ema_scan_backward)
+    torch.library.register_autograd(
+        "xlayer::ema_scan", cast(Function, _backward_ema_scan), setup_context=_setup_ema_scan
+    )
+    torch.library.register_fake("xlayer::depth_gru", _fake_depth_gru)
+    torch.library.register_fake("xlayer::depth_gru_backward", _fake_depth_gru_backward)
+    torch.library.register_autograd(
+        "xlayer::depth_gru", cast(Function, _backward_depth_gru), setup_context=_setup_depth_gru
+    )
+    torch.library.register_fake("xlayer::depth_attention", _fake_depth_attention)
+    torch.library.register_fake("xlayer::depth_attention_backward", _fake_depth_attention_backward)
+    torch.library.register_autograd(
+        "xlayer::depth_attention", cast(Function, _backward_depth_attention), setup_context=_setup_depth_attention
+    )
+    forbid_second_derivative("ema_scan_backward")
+    forbid_second_derivative("depth_gru_backward")
+    forbid_second_derivative("depth_attention_backward")
