@@ -1,5 +1,6 @@
 """Modules built from the functional API."""
 
+from xlayer_ext.nn.aggregate import DepthAttentionAggregator, EMAAggregator, GRUAggregator, TapProjector
 from xlayer_ext.nn.bridge import PerceiverResampler, RMSScale, StatisticalNormalizer, TanhScale
 from xlayer_ext.nn.diffusion import DiffusionBridge
 from xlayer_ext.nn.fsq import FSQ, FSQOutput
@@ -16,8 +17,11 @@ from xlayer_ext.nn.routing import LayerRouter
 
 __all__ = [
     "FSQ",
+    "DepthAttentionAggregator",
     "DiffusionBridge",
+    "EMAAggregator",
     "FSQOutput",
+    "GRUAggregator",
     "HDIMMessage",
     "HyperConnection",
     "LayerRouter",
@@ -27,6 +31,7 @@ __all__ = [
     "RMSScale",
     "StatisticalNormalizer",
     "TanhScale",
+    "TapProjector",
     "VQOutput",
     "VectorQuantizer",
     "expand_streams",

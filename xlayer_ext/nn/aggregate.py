@@ -1,0 +1,345 @@
+"""A state that is carried across the layers of a model: taps of the layers, and three ways to aggregate them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xlayer_ext import functional as XF
+from xlayer_ext.functional._checks import check_choice
+
+POOLINGS = ("mean", "first", "last", "attention")
+START_LOGIT = -2.0  # of every gate: σ(−2) = 0.119
+
+
+class TapProjector(nn.Module):
+    r"""What a side path reads of every layer's output h:
+
+    .. math:: z^l = \mathrm{Dropout}(W^l\, \mathrm{pool}(\mathrm{LayerNorm}(h^l)) + b^l)
+
+    The LayerNorm has no affine part, which W and b would only repeat. The projections of all layers are one batched
+    matrix product; pooling comes before it, because it is linear in the tokens.
+
+    Args:
+        layers: L, the number of tapped layers.
+        d_model: their width.
+        d_side: width of the side path.
+        pooling: one vector per sequence: ``"mean"`` of its tokens, the ``"first"`` or ``"last"`` of them, or
+            ``"attention"``, whose learned query per layer starts as the mean. None: one vector per token. BERT's first
+            token has seen the sequence; in a decoder the last one has, and the first sees nothing but itself.
+        dropout: of the projections.
+        eps: of the LayerNorm.
+
+    Shape:
+        - taps: L tensors ``[B, S, d_model]``, or one ``[L, B, S, d_model]``
+        - mask: bool ``[B, S]``, True where a token counts; the others may hold NaN. A sequence without a token that
+          counts gives b.
+        - the result is ``[L, B, d_side]``, or ``[L, B, S, d_side]`` without a pooling
+
+    Raises:
+        ValueError: sizes, shapes or options that do not fit.
+
+    Example::
+
+        >>> taps = [torch.randn(2, 7, 32) for _ in range(4)]
+        >>> TapProjector(4, 32, 16)(taps).shape, TapProjector(4, 32, 16, pooling="last")(taps).shape
+        (torch.Size([4, 2, 7, 16]), torch.Size([4, 2, 16]))
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        d_model: int,
+        d_side: int,
+        *,
+        pooling: str | None = None,
+        dropout: float = 0.0,
+        eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        _check_sizes(layers=layers, d_model=d_model, d_side=d_side)
+        if pooling is not None:
+            check_choice("pooling", pooling, POOLINGS)
+        self.layers, self.d_model, self.d_side, self.pooling, self.eps = layers, d_model, d_side, pooling, eps
+        self.weight = nn.Parameter(torch.empty(layers, d_side, d_model))
+        self.bias = nn.Parameter(torch.empty(layers, d_side))
+        if pooling == "attention":
+            self.query = nn.Parameter(torch.empty(layers, d_model))
+        self.dropout = nn.Dropout(dropout)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Every layer's projection as a fresh ``nn.Linear``."""
+        bound = 1 / math.sqrt(self.d_model)
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
+        if self.pooling == "attention":
+            nn.init.zeros_(self.query)
+
+    def forward(self, taps: Tensor | Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
+        x = taps if isinstance(taps, Tensor) else torch.stack(list(taps))
+        if x.dim() != 4 or x.shape[0] != self.layers or x.shape[3] != self.d_model:
+            raise ValueError(f"taps must have shape [{self.layers}, B, S, {self.d_model}], got {list(x.shape)}")
+        if mask is not None:
+            if mask.dtype != torch.bool or mask.shape != x.shape[1:3]:
+                raise ValueError(f"mask must be bool {list(x.shape[1:3])}, got {mask.dtype} {list(mask.shape)}")
+            x = x.masked_fill(~mask[..., None], 0)
+        rows = self._pool(x, mask).flatten(1, -2)
+        z = torch.baddbmm(self.bias.unsqueeze(1), rows, self.weight.transpose(1, 2))
+        pooled = x.shape[1:3] if self.pooling is None else x.shape[1:2]
+        return self.dropout(z.reshape(self.layers, *pooled, self.d_side))
+
+    def _pool(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Normalized taps ``[L, B, d_model]``, or ``[L, B, S, d_model]`` without a pooling."""
+        if self.pooling in ("first", "last"):
+            x = self._edge(x, mask)
+        x = F.layer_norm(x, (self.d_model,), eps=self.eps)
+        if self.pooling == "mean":
+            every = None if mask is None else mask.repeat(self.layers, 1)
+            return XF.masked_mean(x.flatten(0, 1), every).unflatten(0, (self.layers, -1))
+        if self.pooling == "attention":
+            score = torch.einsum("lbsd,ld->lbs", x, self.query.to(x.dtype)) / math.sqrt(self.d_model)
+            if mask is not None:
+                # A row without a token that counts attends to all of its zeros: no NaN on the way back.
+                score = score.masked_fill(~(mask | ~mask.any(1, keepdim=True)), float("-inf"))
+            return (score.softmax(-1).unsqueeze(-1).to(x.dtype) * x).sum(2)
+        return x
+
+    def _edge(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """The first or the last token that counts, of every layer and sequence."""
+        if mask is None:
+            return x[:, :, 0 if self.pooling == "first" else -1]
+        counts = mask.int() if self.pooling == "first" else mask.int().flip(1)
+        position = counts.argmax(1)
+        if self.pooling == "last":
+            position = mask.shape[1] - 1 - position
+        return x[:, torch.arange(len(mask), device=mask.device), position]
+
+    def extra_repr(self) -> str:
+        return f"{self.layers}, d_model={self.d_model}, d_side={self.d_side}, pooling={self.pooling!r}"
+
+
+class _Aggregator(nn.Module):
+    """What the kinds share: taps ``[L, ..., d]`` to states ``[L, ..., d]``, or to the last one."""
+
+    layers: int
+    d_side: int
+
+    @property
+    def gates(self) -> Tensor | None:
+        """How much of every layer's tap enters the state, ``[L]`` in (0, 1); None where every token has its own."""
+        return None
+
+    def gate_penalty(self, l1: float = 0.0, l2: float = 0.0) -> Tensor:
+        r"""Sparsity of the gates: :math:`l_1 \sum_l \alpha^l + l_2 \sum_l (\alpha^l)^2`.
+
+        Raises:
+            ValueError: this kind has no gates of its own to be penalized.
+        """
+        gates = self._all_gates()
+        if gates is None:
+            raise ValueError(f"{type(self).__name__} has no gates per layer: l1 and l2 are for EMAAggregator")
+        return l1 * gates.sum() + l2 * gates.square().sum()
+
+    def forward(self, taps: Tensor, last_only: bool = False) -> Tensor:
+        if taps.dim() < 2 or taps.shape[0] != self.layers or taps.shape[-1] != self.d_side:
+            raise ValueError(f"taps must have shape [{self.layers}, ..., {self.d_side}], got {list(taps.shape)}")
+        return self._aggregate(taps, last_only)
+
+    def extra_repr(self) -> str:
+        return f"{self.layers}, d_side={self.d_side}"
+
+    def _aggregate(self, taps: Tensor, last_only: bool) -> Tensor:
+        raise NotImplementedError
+
+    def _all_gates(self) -> Tensor | None:
+        return None
+
+
+class EMAAggregator(_Aggregator):
+    r"""A gated average over depth of what an MLP φ, one for all layers, makes of the taps.
+
+    .. math::
+        S^l = (1 - \alpha^l)\, S^{l-1} + \alpha^l\, \phi(z^l), \qquad \alpha^l = \sigma(a^l), \qquad S^0 = 0
+
+    φ is Linear(d, 4d), GELU, LayerNorm, Linear(4d, d), LayerNorm. It runs on the taps of all layers at once; its last
+    LayerNorm is computed inside the scan. The gates start at σ(−2) = 0.119.
+
+    With ``tree_checkpoint`` k the state after every k-th layer is kept, and a second average of the same kind runs over
+    the kept states: :math:`T^m = (1-\beta^m)\, T^{m-1} + \beta^m\, S^{mk}`. Layer l's state is then
+    :math:`S^l + T^{\lfloor l/k \rfloor}`: what is recent, and what was kept.
+
+    Args:
+        layers: L.
+        d_side: d.
+        expansion: of φ.
+        tree_checkpoint: k, 0 for none.
+        eps: of the LayerNorms.
+
+    Shape:
+        - taps: ``[L, ..., d]``, as :class:`TapProjector` gives them
+        - the result is ``[L, ..., d]``, or ``[..., d]`` with ``last_only``
+
+    Paper: Yu et al., Deep Layer Aggregation, CVPR 2018, arXiv 1707.06484.
+
+    Example::
+
+        >>> aggregator = EMAAggregator(4, 16)
+        >>> aggregator(torch.randn(4, 2, 16)).shape, aggregator.gates
+        (torch.Size([4, 2, 16]), tensor([0.1192, 0.1192, 0.1192, 0.1192]))
+    """
+
+    def __init__(
+        self, layers: int, d_side: int, *, expansion: int = 4, tree_checkpoint: int = 0, eps: float = 1e-5
+    ) -> None:
+        super().__init__()
+        _check_sizes(layers=layers, d_side=d_side, expansion=expansion)
+        if not 0 <= tree_checkpoint <= layers:
+            raise ValueError(f"tree_checkpoint must be between 0 and layers = {layers}, got {tree_checkpoint}")
+        self.layers, self.d_side, self.tree_checkpoint, self.eps = layers, d_side, tree_checkpoint, eps
+        inner = expansion * d_side
+        self.phi = nn.Sequential(
+            nn.Linear(d_side, inner), nn.GELU(), nn.LayerNorm(inner, eps), nn.Linear(inner, d_side)
+        )
+        self.norm_weight, self.norm_bias = nn.Parameter(torch.ones(d_side)), nn.Parameter(torch.zeros(d_side))
+        self.gate_logits = nn.Parameter(torch.full((layers,), START_LOGIT))
+        if tree_checkpoint:
+            self.tree_gate_logits = nn.Parameter(torch.full((layers // tree_checkpoint,), START_LOGIT))
+
+    @property
+    def gates(self) -> Tensor:
+        return self.gate_logits.detach().sigmoid()
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, tree_checkpoint={self.tree_checkpoint}"
+
+    def _aggregate(self, taps: Tensor, last_only: bool) -> Tensor:
+        k = self.tree_checkpoint
+        states = XF.ema_scan(
+            self.phi(taps), self.gate_logits, norm_weight=self.norm_weight, norm_bias=self.norm_bias, eps=self.eps,
+            last_only=last_only and not k,
+        )  # fmt: skip
+        if not k:
+            return states
+        kept = XF.ema_scan(states[k - 1 :: k], self.tree_gate_logits, last_only=last_only)
+        if last_only:
+            return states[-1] + kept
+        kept = torch.cat([torch.zeros_like(kept[:1]), kept])
+        layer = torch.arange(1, self.layers + 1, device=states.device)
+        return states + kept[layer // k]
+
+    def _all_gates(self) -> Tensor:
+        if not self.tree_checkpoint:
+            return self.gate_logits.sigmoid()
+        return torch.cat([self.gate_logits, self.tree_gate_logits]).sigmoid()
+
+
+class GRUAggregator(_Aggregator):
+    r"""A gated recurrent unit that treats depth as time: :math:`S^l = \mathrm{GRU}(z^l, S^{l-1})`, :math:`S^0 = 0`.
+
+    Parameters have the names, shapes and start of :class:`torch.nn.GRUCell`'s; the input's products of all layers are
+    one matrix product. Its gates depend on the token, so ``gates`` is None.
+
+    Args:
+        layers: L.
+        d_side: d, of taps and states.
+
+    Shape:
+        as in :class:`EMAAggregator`
+
+    Paper: Cho et al., Learning Phrase Representations using RNN Encoder-Decoder, 2014, arXiv 1406.1078.
+
+    Example::
+
+        >>> GRUAggregator(4, 16)(torch.randn(4, 2, 16), last_only=True).shape
+        torch.Size([2, 16])
+    """
+
+    def __init__(self, layers: int, d_side: int) -> None:
+        super().__init__()
+        _check_sizes(layers=layers, d_side=d_side)
+        self.layers, self.d_side = layers, d_side
+        self.weight_ih = nn.Parameter(torch.empty(3 * d_side, d_side))
+        self.weight_hh = nn.Parameter(torch.empty(3 * d_side, d_side))
+        self.bias_ih, self.bias_hh = nn.Parameter(torch.empty(3 * d_side)), nn.Parameter(torch.empty(3 * d_side))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As a fresh ``nn.GRUCell``."""
+        bound = 1 / math.sqrt(self.d_side)
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+
+    @classmethod
+    def from_cell(cls, cell: nn.GRUCell, layers: int) -> GRUAggregator:
+        """The same unit, with a copy of the cell's parameters.
+
+        Raises:
+            ValueError: the cell has no biases, or reads another width than that of its state.
+        """
+        if not cell.bias or cell.input_size != cell.hidden_size:
+            got = f"GRUCell({cell.input_size}, {cell.hidden_size}, bias={cell.bias})"
+            raise ValueError(f"cell must have biases and read the width of its state, got {got}")
+        made = cls(layers, cell.hidden_size).to(cell.weight_ih)
+        made.load_state_dict(cell.state_dict())
+        return made
+
+    def _aggregate(self, taps: Tensor, last_only: bool) -> Tensor:
+        states = XF.depth_gru(taps, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        return states[-1] if last_only else states
+
+
+class DepthAttentionAggregator(_Aggregator):
+    r"""A state that attends, layer by layer, to its last taps:
+    :math:`S^l = S^{l-1} + W_o\,\mathrm{Attention}(W_q S^{l-1};\ z^{l-m+1} \dots z^l)`, :math:`S^0 = 0`.
+
+    Args:
+        layers: L.
+        d_side: d, of taps and states; a multiple of ``heads``.
+        heads: attention heads.
+        memory: m, the number of taps that a layer's state attends to, its own included.
+
+    Shape:
+        as in :class:`EMAAggregator`
+
+    Paper: Vaswani et al., Attention Is All You Need, 2017, arXiv 1706.03762.
+
+    Example::
+
+        >>> DepthAttentionAggregator(4, 16, heads=2, memory=3)(torch.randn(4, 2, 16)).shape
+        torch.Size([4, 2, 16])
+    """
+
+    def __init__(self, layers: int, d_side: int, *, heads: int = 4, memory: int = 4) -> None:
+        super().__init__()
+        _check_sizes(layers=layers, d_side=d_side, heads=heads, memory=memory)
+        if d_side % heads:
+            raise ValueError(f"d_side must be a multiple of heads = {heads}, got {d_side}")
+        self.layers, self.d_side, self.heads, self.memory = layers, d_side, heads, memory
+        self.weight_query, self.weight_key, self.weight_value, self.weight_out = (
+            nn.Parameter(torch.empty(d_side, d_side)) for _ in range(4)
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier's uniform start."""
+        for parameter in self.parameters():
+            nn.init.xavier_uniform_(parameter)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, heads={self.heads}, memory={self.memory}"
+
+    def _aggregate(self, taps: Tensor, last_only: bool) -> Tensor:
+        weights = (self.weight_query, self.weight_key, self.weight_value, self.weight_out)
+        states = XF.depth_attention(taps, *weights, heads=self.heads, memory=self.memory)
+        return states[-1] if last_only else states
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
