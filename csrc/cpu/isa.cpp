@@ -4,6 +4,7 @@
 #include <cstring>
 #include <initializer_list>
 
+#include "xlayer/aggregate.h"
 #include "xlayer/hdim.h"
 #include "xlayer/hyper.h"
 #include "xlayer/quantize.h"
@@ -57,6 +58,10 @@ Isa isa() {
 }
 
 // One line per kernel entry point.
+XLAYER_DISPATCH(void, ema_scan_forward, EmaScanForward)
+XLAYER_DISPATCH(int64_t, ema_scan_forward_workspace, EmaScanForward)
+XLAYER_DISPATCH(void, ema_scan_backward, EmaScanBackward)
+XLAYER_DISPATCH(int64_t, ema_scan_backward_workspace, EmaScanBackward)
 XLAYER_DISPATCH(void, masked_mean_forward, MaskedMeanForward)
 XLAYER_DISPATCH(void, masked_mean_backward, MaskedMeanBackward)
 XLAYER_DISPATCH(void, hdim_forward, HdimForward)

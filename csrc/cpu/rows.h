@@ -49,6 +49,7 @@ template <class T>
 struct Whole {
     XLAYER_INLINE Vec<T> load(const T* from) const { return cpu::XLAYER_ISA::load(from); }
     XLAYER_INLINE void store(T* to, Vec<T> value) const { cpu::XLAYER_ISA::store(to, value); }
+    XLAYER_INLINE Vec<T> keep(Vec<T> value) const { return value; }
 };
 template <class T>
 struct Part {
@@ -62,6 +63,11 @@ struct Part {
         T lane[lanes<T>];
         cpu::XLAYER_ISA::store(lane, value);
         for (int64_t l = 0; l < count; ++l) to[l] = lane[l];
+    }
+    // Zero beyond the row's end.
+    XLAYER_INLINE Vec<T> keep(Vec<T> value) const {
+        for (int64_t l = count; l < lanes<T>; ++l) value[l] = 0;
+        return value;
     }
 };
 

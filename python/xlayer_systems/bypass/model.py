@@ -1,0 +1,333 @@
+"""A bypass: the hidden states of all layers, compressed to one latent per token, come back as a bias for every layer.
+
+With the hidden states ``h_l`` (outputs of the L layers, standardized by statistics of the layer), encoder ``W_l``
+``[d, r]`` and projectors ``P_l`` ``[r, d]``::
+
+    z_t = Σ_l h_{l,t} W_l                      latent of token t, [r]
+    h_{l-1,t} ← h_{l-1,t} + z_{t-1} P_l        before layer l; nothing at the first token
+
+so encoder and projectors have L·d·r parameters each. Both are one GEMM over all layers.
+
+**Which hidden states.** Biases change hidden states. Were the latent of token t−1 taken from those that biases had
+changed, it would depend on the latent of t−2 and so on: an exact recurrence over tokens, which training could only run
+token by token. Here latents are taken from the *unmodified* model, which knows no biases: it runs first, all tokens at
+once and without gradients (it is frozen), and the modified model runs second. Step by step both run on the new token,
+each with its own keys and values (`xlayer_systems.bypass.caches`). Training and generation thus compute the same
+function, and token t sees latents of tokens before t only. The price is a second forward pass: twice the work of
+inference, about a third more in training, where backward passes go through the modified model alone.
+
+**Encoders** (BERT and its kind) see all tokens anyway; there token t gets the bias of its own latent.
+
+The variant ``offset`` has a latent per layer, and the bias of layer l comes from that of layer l + k alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from xlayer_systems.bypass.caches import Companion
+from xlayer_systems.bypass.config import BypassConfig
+from xlayer_systems.bypass.layers import describe, is_causal, layers_of, stack_of
+from xlayer_systems.errors import UserError
+
+CONFIG_FILE = "bypass.json"
+WEIGHTS_FILE = "bypass.safetensors"
+_ENCODER = ("encoder", "mean", "scale")
+
+
+class Bypass(nn.Module):
+    """Encoder and projectors on a frozen model (made by `attach`): its parameters are the new ones, and those alone.
+
+    Attributes:
+        config: what was asked for.
+        encoder: ``[L, d, r]``, frozen in the stage ``task``.
+        projectors: ``[L, r, d]`` in the stage ``reconstruct``; in the stage ``task`` one per layer with a bias, and 0
+            at the start, so that the model begins with the logits that it had.
+        mean, scale: ``[L, d]`` and ``[L]``, the statistics of the hidden states.
+        is_causal: whether a token gets the latent of the token before, not its own.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, model: Any, config: BypassConfig) -> None:
+        super().__init__()
+        stack = stack_of(model)
+        layers = layers_of(stack)
+        if any(isinstance(getattr(h, "__self__", None), Bypass) for h in stack._forward_pre_hooks.values()):
+            raise UserError("this model has a bypass already; call its remove() first")
+        depth, width, rank = len(layers), int(stack.config.hidden_size), config.latent
+        self.config, self.is_causal = config, is_causal(stack)
+        self.injects = config.stage != "reconstruct"
+        self.targets = config.injected(depth) if self.injects else tuple(range(depth))
+        if config.variant == "full" or not self.injects:
+            self.sources = tuple(range(depth))
+        else:
+            self.sources = tuple(layer + config.offset for layer in self.targets)
+        device = next(stack.parameters()).device
+        inputs = depth * width if config.variant == "full" else width
+        self.encoder = nn.Parameter(torch.randn(depth, width, rank, device=device) * inputs**-0.5)
+        self.projectors = nn.Parameter(torch.zeros(len(self.targets), rank, width, device=device))
+        if self.injects:
+            self.encoder.requires_grad_(False)
+        else:
+            nn.init.normal_(self.projectors, std=rank**-0.5)
+        self.register_buffer("mean", torch.zeros(depth, width, device=device))
+        self.register_buffer("scale", torch.ones(depth, device=device))
+        self._stack = (stack,)  # in a tuple, so that it does not become a submodule
+        self._biases: Tensor | None = None  # of the forward pass that runs now
+        self._states: list[Tensor] | None = None  # of the unmodified pass that runs now
+        self._cache: Any = None
+        self._signature = inspect.signature(stack.forward)
+        stack.requires_grad_(False)
+        self._hooks: list[Any] = self._register(stack, layers)
+        if config.encoder is not None:
+            self.load_encoder(Path(config.encoder))
+
+    def _register(self, stack: Any, layers: Sequence[nn.Module]) -> list[Any]:
+        hooks = [
+            stack.register_forward_pre_hook(self._before_model, with_kwargs=True),
+            stack.register_forward_hook(self._after_model, always_call=True),
+        ]
+        hooks += [layer.register_forward_hook(self._after_layer) for layer in layers]
+        for row, layer in enumerate(self.targets if self.injects else ()):
+            # As a default argument: every hook keeps its own row.
+            def add(_: nn.Module, args: Any, kwargs: Any, row: int = row) -> Any:
+                return self._add_bias(row, args, kwargs)
+
+            hooks.append(layers[layer].register_forward_pre_hook(add, with_kwargs=True))
+        return hooks
+
+    # ---- what it computes --------------------------------------------------------------------------------------------
+
+    def forward(
+        self, states: Tensor, mask: Tensor | None = None, before: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Latents of tokens, and what they are projected to.
+
+        Args:
+            states: hidden states of the unmodified model ``[B, T, L, d]``.
+            mask: ``[B, T]``, the tokens that are text; the latents of others are 0.
+            before: the latent ``[B, …]`` of the token before the first; None: there is none.
+
+        Returns:
+            ``[targets, B, T, d]``: in the stage ``task`` the biases of the layers, in the stage ``reconstruct`` the
+            standardized hidden states that each token's own latent says; and the latents ``[B, T, …]``.
+        """
+        latents = self.encode(states)
+        if mask is not None:
+            latents = latents * mask[..., None].to(latents.dtype)
+        if not (self.injects and self.is_causal):
+            return self.project(latents), latents
+        first = torch.zeros_like(latents[:, 0]) if before is None else before.to(latents)
+        return self.project(torch.cat([first[:, None], latents[:, :-1]], dim=1)), latents
+
+    def standardize(self, states: Tensor) -> Tensor:
+        """Hidden states ``[..., L, d]`` less their mean, by the scale of their layer."""
+        return (states.to(self.mean.dtype) - self.mean) / self.scale[:, None]
+
+    def encode(self, states: Tensor) -> Tensor:
+        """From hidden states ``[..., L, d]`` to latents: ``[..., r]``, in the variant ``offset`` ``[..., sources·r]``."""
+        standardized = self.standardize(states)
+        if self.config.variant == "full":
+            return standardized.flatten(-2) @ self.encoder.flatten(0, 1)
+        sources = list(self.sources)
+        return torch.einsum("btld,ldr->btlr", standardized[:, :, sources], self.encoder[sources]).flatten(-2)
+
+    def project(self, latents: Tensor) -> Tensor:
+        """From latents ``[B, T, …]`` to ``[targets, B, T, d]``."""
+        if self.config.variant == "full":
+            return torch.einsum("btr,lrd->lbtd", latents, self.projectors)
+        latents = latents.unflatten(-1, (len(self.sources), self.config.latent))
+        return torch.einsum("btlr,lrd->lbtd", latents, self.projectors)
+
+    @torch.no_grad()
+    def collect(self, **inputs: Any) -> Tensor:
+        """Hidden states ``[B, T, L, d]`` of the unmodified model, given its keyword arguments."""
+        dropped = ("output_hidden_states", "output_attentions")
+        kept = {name: value for name, value in inputs.items() if name not in dropped}
+        self._states, biases, self._biases = [], self._biases, None
+        try:
+            self._stack[0].forward(**kept, use_cache=kept.get("past_key_values") is not None)
+            return torch.stack(self._states, dim=2)
+        finally:
+            self._states, self._biases = None, biases
+
+    @torch.no_grad()
+    def calibrate(self, states: Iterable[Tensor]) -> None:
+        """Measure mean and scale on hidden states, each ``[N, L, d]``."""
+        count, sums = 0, torch.zeros_like(self.mean, dtype=torch.float64)
+        squares = torch.zeros_like(sums)
+        for part in states:
+            count += len(part)
+            sums += part.sum(0, dtype=torch.float64)
+            squares += part.double().square().sum(0)
+        mean = sums / count
+        self.mean.copy_(mean)
+        self.scale.copy_((squares / count - mean.square()).mean(-1).clamp(min=1e-12).sqrt())
+
+    # ---- inside the model --------------------------------------------------------------------------------------------
+
+    def _before_model(self, stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the unmodified model, and keep the biases that its latents give for the pass that comes now."""
+        if not self.injects:
+            return None
+        inputs = self._by_name(args, kwargs)
+        if stack.training and any(getattr(m, "gradient_checkpointing", False) for m in stack.modules()):
+            raise UserError("a bypass cannot train through gradient checkpointing; disable it")
+        settings = stack.config
+        wants_cache = inputs.get("use_cache")
+        wants_cache = getattr(settings, "use_cache", False) if wants_cache is None else wants_cache
+        cache, companion = inputs.get("past_key_values"), None
+        if self.is_causal and wants_cache and cache is None:
+            from transformers.cache_utils import DynamicCache
+
+            cache = inputs["past_key_values"] = DynamicCache(config=settings)
+        if cache is not None:
+            companion = Companion.of(cache)
+        states = self.collect(**{**inputs, "past_key_values": companion and companion.unmodified})
+        mask = inputs.get("attention_mask")
+        mask = mask[:, -states.shape[1] :] if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        self._biases, latents = self(states, mask, companion and companion.last)
+        if companion is not None:
+            companion.add(latents.detach())
+        self._cache = cache
+        return (), inputs
+
+    def _after_model(self, stack: Any, args: Any, output: Any) -> None:
+        if self._cache is not None:
+            Companion.of(self._cache).join(self._cache)
+        self._biases = self._cache = None
+
+    def _after_layer(self, layer: nn.Module, args: Any, output: Any) -> None:
+        if self._states is not None:
+            self._states.append(output[0] if isinstance(output, tuple) else output)
+
+    def _add_bias(self, row: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._biases is None:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = hidden + self._biases[row].to(hidden)
+        return ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})
+
+    def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        given = self._signature.bind(*args, **kwargs).arguments
+        spread = [p.name for p in self._signature.parameters.values() if p.kind is p.VAR_KEYWORD]
+        rest = {key: value for name in spread for key, value in given.pop(name, {}).items()}
+        return {**given, **rest}
+
+    # ---- files -------------------------------------------------------------------------------------------------------
+
+    def remove(self) -> None:
+        """Take the hooks off: the model is then what it was (and still frozen)."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the bypass (safetensors), its config and which model it is for (JSON) into ``folder``."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / WEIGHTS_FILE)
+        config = dataclasses.replace(self.config, encoder=None)  # it is among the weights
+        settings = {"config": config.to_dict(), "model": describe(self._stack[0])}
+        (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, model: Any, folder: str | Path) -> Bypass:
+        """Attach what `save_pretrained` wrote to ``model``, the one that it was made for.
+
+        Raises:
+            UserError: files are missing or do not fit, or ``model`` is another one; it is then as it was.
+        """
+        config, state = _read(Path(folder), stack_of(model))
+        made = cls(model, config)
+        try:
+            made.load_state_dict(state)
+        except RuntimeError as error:
+            made.remove()
+            raise UserError(f"the weights in {folder} do not fit their config") from error
+        return made
+
+    def load_encoder(self, folder: Path) -> None:
+        """Take encoder and statistics of the bypass saved in ``folder``, made for the same model.
+
+        Raises:
+            UserError: as `from_pretrained`, or its encoder has another shape.
+        """
+        try:
+            config, state = _read(folder, self._stack[0])
+            for name in ("variant", "latent"):
+                found, wanted = getattr(config, name), getattr(self.config, name)
+                if found != wanted:
+                    raise UserError(f"{folder} was made with {name} {found!r}, this bypass has {wanted!r}")
+        except UserError:
+            self.remove()
+            raise
+        with torch.no_grad():
+            for name in _ENCODER:
+                getattr(self, name).copy_(state[name])
+
+
+def attach(model: Any, config: BypassConfig | None = None, **settings: Any) -> Bypass:
+    """Give a Hugging Face model a bypass, in place, by hooks; the model is frozen.
+
+    In the stage ``task`` (and ``both``, the default) every forward pass of the model runs with biases, ``generate`` with
+    any dynamic cache, beam search and padding included. In the stage ``reconstruct`` the model computes what it did,
+    and the bypass gives back hidden states: ``bypass(bypass.collect(input_ids=ids))``.
+
+    Args:
+        model: an encoder or decoder with one list of layers, with or without a head. Attach before DDP, FSDP2 or
+            ``torch.compile``. Dropout in a model in training mode makes the two passes differ: keep it in ``eval()``.
+        config: of the bypass.
+        settings: fields of `BypassConfig` that differ from ``config``.
+
+    Returns:
+        The bypass, in float32 on the model's device; ``remove()`` takes it off again.
+
+    Raises:
+        UserError: the model is of another kind or has a bypass already; an option is wrong.
+
+    Example::
+
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes)).eval()
+        >>> tokens = torch.arange(12).view(2, 6)
+        >>> before = model(tokens).logits
+        >>> bypass = attach(model, latent=8)
+        >>> torch.equal(model(tokens).logits, before)
+        True
+        >>> sum(p.numel() for p in bypass.parameters() if p.requires_grad)
+        512
+    """
+    unknown = set(settings) - {field.name for field in dataclasses.fields(BypassConfig)}
+    if unknown:
+        raise UserError(f"a bypass has no setting {', '.join(sorted(unknown))}")
+    return Bypass(model, dataclasses.replace(config or BypassConfig(), **settings))
+
+
+def _read(folder: Path, stack: Any) -> tuple[BypassConfig, dict[str, Tensor]]:
+    """Config and weights of the bypass in ``folder``, if it was made for this model."""
+    missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
+    if missing:
+        raise UserError(f"no bypass in {folder}: {', '.join(missing)} missing")
+    settings = json.loads((folder / CONFIG_FILE).read_text())
+    for name, found in describe(stack).items():
+        made_for = settings["model"].get(name)
+        if made_for != found:
+            raise UserError(f"the bypass in {folder} was made for a model with {name} {made_for!r}, got {found!r}")
+    unknown = set(settings["config"]) - {field.name for field in dataclasses.fields(BypassConfig)}
+    if unknown:
+        raise UserError(f"{folder} has options that this version does not know: {', '.join(sorted(unknown))}")
+    return BypassConfig(**settings["config"]), load_file(folder / WEIGHTS_FILE)
