@@ -153,11 +153,13 @@ class Bypass(nn.Module):
     @torch.no_grad()
     def collect(self, **inputs: Any) -> Tensor:
         """Hidden states ``[B, T, L, d]`` of the unmodified model, given its keyword arguments."""
-        dropped = ("output_hidden_states", "output_attentions")
+        dropped = ("output_hidden_states", "output_attentions", "use_cache")
         kept = {name: value for name, value in inputs.items() if name not in dropped}
+        if self.is_causal:
+            kept["use_cache"] = kept.get("past_key_values") is not None
         self._states, biases, self._biases = [], self._biases, None
         try:
-            self._stack[0].forward(**kept, use_cache=kept.get("past_key_values") is not None)
+            self._stack[0].forward(**kept)
             return torch.stack(self._states, dim=2)
         finally:
             self._states, self._biases = None, biases
