@@ -55,7 +55,7 @@ class Backward {
             (g == 2 ? grad_h_ : grad_i_)[g].give_bias(args_.grad_bias_hh, g * d);
         }
         for (int64_t t = 0; args_.grad_initial != nullptr && t < gru_.tokens; ++t)
-            gather_row(gru_.dtype, carry_ + t * padded_, 1, d, args_.grad_initial, t * d);
+            put_row(gru_.dtype, carry_ + t * padded_, d, args_.grad_initial, t * d);
     }
 
   private:
@@ -97,8 +97,8 @@ class Backward {
                                    padded_, true);
         }
         for (int64_t t = 0; t < count; ++t)
-            gather_row(gru_.dtype, grad_x + t * grad_row, 1, gru_.input, args_.grad_x,
-                       (layer * gru_.tokens + first + t) * gru_.input);
+            put_row(gru_.dtype, grad_x + t * grad_row, gru_.input, args_.grad_x,
+                    (layer * gru_.tokens + first + t) * gru_.input);
     }
 
     // One token: `inner`, and in `carry` what reaches the state before past the gates.

@@ -8,7 +8,12 @@
 
 namespace xlayer::cpu::XLAYER_ISA {
 
-constexpr int64_t kProductSlice = 256;  // terms summed in one chain: a sum of short sums rounds less than one long sum
+// Terms summed in one chain: a sum of short sums rounds less than one long sum. Where products are rounded too, shorter.
+#if defined(__FMA__)
+constexpr int64_t kProductSlice = 256;
+#else
+constexpr int64_t kProductSlice = 16;
+#endif
 
 // Cuts the caller's scratch memory into aligned pieces; from null it tells their size.
 class Scratch {
@@ -53,7 +58,7 @@ inline void spread_row(DType dtype, const void* from, int64_t offset, int64_t co
     }
 }
 
-// The reverse: `count` elements at `offset` from from[k·stride], narrowed.
+// `count` elements at `offset` from from[k·stride], narrowed.
 template <class T>
 inline void gather_row(DType dtype, const T* from, int64_t stride, int64_t count, void* to, int64_t offset) {
     constexpr int64_t kChunk = 64;
@@ -66,17 +71,23 @@ inline void gather_row(DType dtype, const T* from, int64_t stride, int64_t count
     }
 }
 
+// `count` elements at `offset` from a row of T, narrowed.
+template <class T>
+inline void put_row(DType dtype, const T* from, int64_t count, void* to, int64_t offset) {
+    if (dtype == own_dtype<T>) {
+        std::memcpy(static_cast<T*>(to) + offset, from, count * sizeof(T));
+    } else {
+        narrow_elements(dtype, from, to, offset, count);
+    }
+}
+
 // The first `count` lanes of a vector, narrowed, to the elements at `offset`.
 template <class T>
 XLAYER_INLINE void write_vector(DType dtype, Vec<T> value, void* data, int64_t offset, int64_t count) {
     if (dtype == own_dtype<T> && count == lanes<T>) return store(static_cast<T*>(data) + offset, value);
     T lane[lanes<T>];
     store(lane, value);
-    if (dtype == own_dtype<T>) {
-        Part<T>{count}.store(static_cast<T*>(data) + offset, value);
-    } else {
-        narrow_elements(dtype, lane, data, offset, count);
-    }
+    put_row(dtype, lane, count, data, offset);
 }
 
 // B of products C[rows × columns] (+)= A[rows × depth]·B, cut into panels of columns that lie one after another.
