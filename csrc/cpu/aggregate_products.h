@@ -9,7 +9,7 @@
 namespace xlayer::cpu::XLAYER_ISA {
 
 // Terms summed in one chain: a sum of short sums rounds less than one long sum. Where products are rounded too, shorter.
-#if defined(__FMA__)
+#if defined(__FMA__) || defined(__FP_FAST_FMAF)
 constexpr int64_t kProductSlice = 256;
 #else
 constexpr int64_t kProductSlice = 16;
