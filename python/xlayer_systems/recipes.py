@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from xlayer_systems import backbones
+from xlayer_systems.bypass.recipe import BypassRecipe
 from xlayer_systems.classification import Classification
 from xlayer_systems.data.text import STDLIB
 from xlayer_systems.errors import UserError
@@ -212,7 +213,12 @@ class HyperLMRecipe:
         return bool(history)
 
 
-RECIPES: dict[str, Recipe] = {"xlrb": XLRBRecipe(), "hyper_lm": HyperLMRecipe(), "telepathy": TelepathyRecipe()}
+RECIPES: dict[str, Recipe] = {
+    "xlrb": XLRBRecipe(),
+    "hyper_lm": HyperLMRecipe(),
+    "telepathy": TelepathyRecipe(),
+    "bypass": BypassRecipe(),
+}
 
 
 def get_recipe(system: str) -> Recipe:

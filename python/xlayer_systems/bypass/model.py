@@ -136,7 +136,7 @@ class Bypass(nn.Module):
         return (states.to(self.mean.dtype) - self.mean) / self.scale[:, None]
 
     def encode(self, states: Tensor) -> Tensor:
-        """From hidden states ``[..., L, d]`` to latents: ``[..., r]``, in the variant ``offset`` ``[..., sources·r]``."""
+        """From hidden states ``[B, T, L, d]`` to latents ``[B, T, r]``; ``offset``: ``[B, T, sources·r]``."""
         standardized = self.standardize(states)
         if self.config.variant == "full":
             return standardized.flatten(-2) @ self.encoder.flatten(0, 1)
@@ -283,9 +283,9 @@ class Bypass(nn.Module):
 def attach(model: Any, config: BypassConfig | None = None, **settings: Any) -> Bypass:
     """Give a Hugging Face model a bypass, in place, by hooks; the model is frozen.
 
-    In the stage ``task`` (and ``both``, the default) every forward pass of the model runs with biases, ``generate`` with
-    any dynamic cache, beam search and padding included. In the stage ``reconstruct`` the model computes what it did,
-    and the bypass gives back hidden states: ``bypass(bypass.collect(input_ids=ids))``.
+    In the stage ``task`` (and ``both``, the default) every forward pass of the model runs with biases, and so does
+    ``generate``, beam search and padding included. In the stage ``reconstruct`` the model computes what it did, and the
+    bypass gives back hidden states: ``bypass(bypass.collect(input_ids=ids))``.
 
     Args:
         model: an encoder or decoder with one list of layers, with or without a head. Attach before DDP, FSDP2 or

@@ -38,7 +38,7 @@ class FrozenModel(nn.Module):
 
 
 class ReconstructionOutput(NamedTuple):
-    """``loss``, and for scores per example: squared errors and squares ``[B, L]``, sums ``[B, L·d]``, tokens ``[B]``."""
+    """``loss``; per example squared errors and squares ``[B, L]``, sums ``[B, L·d]`` and tokens ``[B]``."""
 
     loss: Tensor
     errors: Tensor
@@ -130,7 +130,7 @@ def principal_r2(bypass: Bypass, data: LanguageModelingData, tokens: int) -> lis
     Components of all layers' standardized states together in the variant ``full``, layer by layer in ``offset``; in
     float64, from about so many training tokens.
     """
-    parts = (spread(data.train, tokens), data.validation)
+    parts = (spread(list(data.train), tokens), list(data.validation))
     train, held_out = (torch.cat([bypass.standardize(s) for s in states_of(bypass, data, p)]).double() for p in parts)
     mean = train.mean(0)
     said = torch.empty_like(held_out)
