@@ -49,6 +49,7 @@ class LoopOptions:
     checkpoint_every: int = 200
     tensorboard: bool = True
 
+    unused_parameters: ClassVar[bool] = False  # whether steps may leave parameters without a gradient; DDP must know
     counts: ClassVar[tuple[str, ...]] = (
         "max_steps", "batch_size", "accumulate", "max_length", "eval_batch_size", "eval_every", "log_every",
         "checkpoint_every",
@@ -176,6 +177,41 @@ class BypassOptions(LoopOptions):
     counts: ClassVar[tuple[str, ...]] = (
         *LoopOptions.counts, "reconstruct_steps", "calibration_tokens", "pca_tokens", "eval_blocks", "compare_blocks",
     )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class LFormerOptions(LoopOptions):
+    """How to train a side path over a language model, first alone and then with the model's last layers.
+
+    Attributes:
+        max_steps: of both phases together.
+        max_length: tokens of a request.
+        phase_a_steps: steps with the base frozen; the others are phase B.
+        learning_rate: of side path and heads.
+        base_lr: of the base's layers in phase B.
+        lm_dataset: the text of the language-modelling loss.
+        lm_length: tokens of a block of it.
+        baseline: after training, train heads on the last hidden state with as many parameters.
+    """
+
+    epochs: int = 100
+    max_steps: int | None = 3000
+    batch_size: int = 32
+    phase_a_steps: int = 2000
+    learning_rate: float = 1e-3
+    base_lr: float = 2e-5
+    lm_dataset: str = "stdlib-lm"
+    lm_length: int = 256
+    eval_every: int | None = 250
+    baseline: bool = True
+
+    unused_parameters: ClassVar[bool] = True
+    counts: ClassVar[tuple[str, ...]] = (*LoopOptions.counts, "lm_length")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.phase_a_steps < 0:
+            raise UserError(f"phase_a_steps must not be negative, got {self.phase_a_steps}")
 
 
 Settings = TypeVar("Settings")

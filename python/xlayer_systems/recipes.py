@@ -15,6 +15,7 @@ from xlayer_systems.classification import Classification
 from xlayer_systems.data.text import STDLIB
 from xlayer_systems.errors import UserError
 from xlayer_systems.language_modeling import LanguageModeling
+from xlayer_systems.lformer.recipe import LFormerRecipe
 from xlayer_systems.objectives import Objective
 from xlayer_systems.options import LanguageModelOptions, TrainOptions
 from xlayer_systems.telepathy.recipe import TelepathyRecipe
@@ -218,6 +219,7 @@ RECIPES: dict[str, Recipe] = {
     "hyper_lm": HyperLMRecipe(),
     "telepathy": TelepathyRecipe(),
     "bypass": BypassRecipe(),
+    "lformer": LFormerRecipe(),
 }
 
 
