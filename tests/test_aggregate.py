@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aggregate_tools import OPERATORS, aggregate_case, draw_of, evaluate
-from oracle import DTYPES, assert_near, assert_same_bits, check_oracle_rule, draw, fresh_generator, need_native
+from oracle import DTYPES, Results, assert_near, assert_same_bits, check_oracle_rule, draw, fresh_generator, need_native
 from xlayer_ext import backend
 from xlayer_ext import functional as XF
 from xlayer_ext.bench import relative_error
@@ -297,7 +297,18 @@ def test_same_bits_every_time(
 ) -> None:
     size = (3, 40, 24) if kernels == "emulated" else (3, 500, 40)
     case = aggregate_case(fresh_generator(), op, size, device=native).to(dtype)
-    expected = evaluate(case)
+
+    def results() -> Results:
+        if op != "depth_attention":
+            return evaluate(case)
+        # Keys and values are torch's own products, which add up in another order for other numbers of threads.
+        t, x = case.tensors, case.tensors["x"][..., :10].contiguous()
+        taps = (x, x, t["weight_query"], t["weight_out"], t["initial"])
+        states, attended = torch.ops.xlayer.depth_attention(*taps, 2, 3, 0.5, True)
+        grads = torch.ops.xlayer.depth_attention_backward(case.grad, states, attended, *taps, 2, 3, 0.5)
+        return {"states": states} | {f"grad_{index}": grad for index, grad in enumerate(grads)}
+
+    expected = results()
     for order in (1, 2, 3):
         schedule(order)
-        assert_same_bits(evaluate(case), expected)
+        assert_same_bits(results(), expected)
