@@ -78,7 +78,7 @@ class BypassRecipe:
     def build(self, backbone: Any, config: Any, data: Any, options: BypassOptions) -> nn.Module:
         from xlayer_systems.bypass.config import AdapterConfig
         from xlayer_systems.bypass.model import attach
-        from xlayer_systems.bypass.reconstruction import Reconstruction, spread, states_of
+        from xlayer_systems.bypass.reconstruction import Reconstruction, inputs_of, spread
         from xlayer_systems.bypass.task import BypassLanguageModel, build_adapter
         from xlayer_systems.pretrain_decoder import DecoderModel
 
@@ -87,7 +87,7 @@ class BypassRecipe:
         bypass = attach(backbone, config)
         text = getattr(data, "text", data)
         if config.encoder is None:
-            bypass.calibrate(states_of(bypass, text, spread(list(text.train), options.calibration_tokens)))
+            bypass.calibrate(inputs_of(text, spread(list(text.train), options.calibration_tokens), bypass.mean.device))
         return Reconstruction(backbone, bypass) if not bypass.injects else BypassLanguageModel(backbone, bypass)
 
     def parameter_groups(self, model: Any, options: BypassOptions) -> list[dict[str, Any]]:
