@@ -40,7 +40,7 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "{b} taken from {a}", "the number {b} below {a}", "what is left of {a} without {b}",
             "how much more {a} is than {b}", "{a} without {b}", "what is missing from {b} to {a}",
         ),
-        ("the difference when {b} is taken from {a}", "how far {b} is below {a}", "what is left without {b} of {a}"),
+        ("the difference when {b} is taken from {a}", "how much {b} is below {a}", "what is left without {b} of {a}"),
     ),
     "multiply": (
         (
@@ -60,7 +60,7 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
         (
             "the quotient when {a} is divided by {b}", "how many times {b} goes into {a}",
-            "the size of each group when {a} is shared among {b}",
+            "the size of each part when {a} is shared among {b}",
         ),
     ),
     "remainder": (
