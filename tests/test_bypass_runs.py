@@ -191,14 +191,17 @@ def test_a_sweep_against_the_model_alone(
 def test_wrong_input_ends_in_one_line(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    settings = arguments(folder)
+    capsys.readouterr()
     for options, message in (
         (("--preset", "half"), "unknown preset 'half'; expected one of plain, lora, full, offset"),
         (("--set", "latent=0"), "latent must be at least 1, got 0"),
         (("--set", "layers=9"), "layers must be different numbers from 0 to 2, got [9]"),
         (("--set", "encoder=nowhere"), "no bypass in nowhere"),
         (("--set", "stage=third"), "unknown stage 'third'"),
+        (("--set", "model=other"), "the model is named by --backbone"),
     ):
-        command = ("train", "bypass", *arguments(folder), *options, "--run-dir", tmp_path / options[1][:9])
+        command = ("train", "bypass", *settings, *options, "--run-dir", tmp_path / options[1][:9])
         assert run_xlayer(monkeypatch, *command) == 2
         error = capsys.readouterr().err
         assert message in error and error.strip().count("\n") == 0

@@ -215,7 +215,7 @@ class Bypass(nn.Module):
             cache = inputs["past_key_values"] = DynamicCache(config=settings)
         if cache is not None:
             companion = Companion.of(cache)
-        states = self.collect(**{**inputs, "past_key_values": companion and companion.unmodified})
+        states = self.collect(**(inputs | {"past_key_values": companion.unmodified} if companion else inputs))
         mask = inputs.get("attention_mask")
         mask = mask[:, -states.shape[1] :] if isinstance(mask, Tensor) and mask.ndim == 2 else None
         self._biases, latents = self(states, mask, companion and companion.last)

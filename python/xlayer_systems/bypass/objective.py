@@ -13,6 +13,7 @@ from xlayer_systems.bypass.reconstruction import ReconstructionData, principal_r
 from xlayer_systems.data.blocks import LanguageModelingData
 from xlayer_systems.data.text import load_text
 from xlayer_systems.decoders import load_decoder
+from xlayer_systems.errors import UserError
 from xlayer_systems.objectives import Records, table
 from xlayer_systems.plots import plot_losses
 from xlayer_systems.pretrain_decoder import DecoderData
@@ -32,6 +33,8 @@ class BypassObjective:
 
     def prepare(self, spec: RunSpec, whole: bool = False) -> Any:
         options = spec.options
+        if spec.config is not None and spec.config.model != spec.backbone:
+            raise UserError(f"the model is named by --backbone, got {spec.backbone!r} there and {spec.config.model!r}")
         text, layers = _prepare(spec.dataset, spec.backbone, options.max_length, None if whole else options.eval_blocks)
         return ReconstructionData(text, layers) if _stage(spec) == "reconstruct" else text
 

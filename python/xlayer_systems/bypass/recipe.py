@@ -59,7 +59,7 @@ class BypassRecipe:
             options = dataclasses.replace(options, reconstruct_rate=1e-2, lora_rate=3e-3, max_length=128)
         if quick:
             options = dataclasses.replace(
-                options, max_steps=250, reconstruct_steps=250, eval_every=50, compare_blocks=256
+                options, max_steps=200, reconstruct_steps=250, eval_every=50, eval_blocks=64, compare_blocks=256
             )
         return options
 
