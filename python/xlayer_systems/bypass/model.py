@@ -238,8 +238,10 @@ class Bypass(nn.Module):
             self._states.append(output[0] if isinstance(output, tuple) else output)
 
     def _add_bias(self, row: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._biases is None:
+        if self._states is not None:
             return None
+        if self._biases is None:
+            raise UserError(f"the layers ran without the forward pass of {type(self._stack[0]).__name__} around them")
         hidden = args[0] if args else kwargs["hidden_states"]
         hidden = hidden + self._biases[row].to(hidden)
         return ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})
