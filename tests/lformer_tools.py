@@ -25,19 +25,22 @@ STEPS = ("start", *WORDS, "end")
 OPTIONS: dict[str, Any] = {"d_side": 8, "heads": 2, "memory": 2, "dropout": 0.0}
 
 
-def make_base(kind: str = "llama", seed: int = 0, vocabulary: int = VOCABULARY) -> Any:
-    """A random causal language model of four layers in evaluation mode, without dropout."""
+def make_base(kind: str = "llama", seed: int = 0, vocabulary: int = VOCABULARY, spread: float = 0.3) -> Any:
+    """A random causal language model of four layers in evaluation mode, without dropout.
+
+    With little ``spread`` of its weights the words stay apart, with more every token matters to those behind it.
+    """
     torch.manual_seed(seed)
     if kind == "gpt2":
         rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
         config = GPT2Config(
-            vocab_size=vocabulary, n_embd=WIDTH, n_layer=LAYERS, n_head=2, n_positions=128, initializer_range=0.3,
+            vocab_size=vocabulary, n_embd=WIDTH, n_layer=LAYERS, n_head=2, n_positions=128, initializer_range=spread,
             bos_token_id=0, eos_token_id=1, **rates,
         )  # fmt: skip
         return GPT2LMHeadModel(config).eval()
     llama = LlamaConfig(
         vocab_size=vocabulary, hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=LAYERS,
-        num_attention_heads=2, max_position_embeddings=128, initializer_range=0.3, bos_token_id=0, eos_token_id=1,
+        num_attention_heads=2, max_position_embeddings=128, initializer_range=spread, bos_token_id=0, eos_token_id=1,
         pad_token_id=1,
     )  # fmt: skip
     return LlamaForCausalLM(llama).eval()
@@ -99,10 +102,15 @@ def make_trainee(data: ToolData, phase_a_steps: int = 1, **options: Any) -> Trai
     return Trainee(model, phase_a_steps)
 
 
+def toy_base(seed: int = 0) -> Any:
+    """A Llama that can learn the toy task."""
+    return make_base(seed=seed, vocabulary=len(toy_tokenizer()), spread=0.05)
+
+
 @functools.lru_cache
 def save_base(folder: Path) -> str:
-    """The Llama and its tokenizer as ``save_pretrained`` writes them."""
-    make_base(vocabulary=len(toy_tokenizer())).save_pretrained(folder)
+    """`toy_base` and its tokenizer as ``save_pretrained`` writes them."""
+    toy_base().save_pretrained(folder)
     toy_tokenizer().save_pretrained(folder)
     return str(folder)
 
