@@ -28,6 +28,7 @@ import dataclasses
 import inspect
 import json
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,15 +102,11 @@ class Bypass(nn.Module):
         hooks = [
             stack.register_forward_pre_hook(self._before_model, with_kwargs=True),
             stack.register_forward_hook(self._after_model, always_call=True),
+            layers[0].register_forward_pre_hook(self._before_first_layer, with_kwargs=True),
+            *(layer.register_forward_hook(self._after_layer) for layer in layers),
         ]
-        hooks.append(layers[0].register_forward_pre_hook(self._before_first_layer, with_kwargs=True))
-        hooks += [layer.register_forward_hook(self._after_layer) for layer in layers]
         for row, layer in enumerate(self.targets if self.injects else ()):
-            # As a default argument: every hook keeps its own row.
-            def add(_: nn.Module, args: Any, kwargs: Any, row: int = row) -> Any:
-                return self._add_bias(row, args, kwargs)
-
-            hooks.append(layers[layer].register_forward_pre_hook(add, with_kwargs=True))
+            hooks.append(layers[layer].register_forward_pre_hook(partial(self._add_bias, row), with_kwargs=True))
         return hooks
 
     # ---- what it computes --------------------------------------------------------------------------------------------
@@ -237,7 +234,7 @@ class Bypass(nn.Module):
         if self._states is not None:
             self._states.append(output[0] if isinstance(output, tuple) else output)
 
-    def _add_bias(self, row: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _add_bias(self, row: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._states is not None:
             return None
         if self._biases is None:

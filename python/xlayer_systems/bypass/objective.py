@@ -52,7 +52,10 @@ class BypassObjective:
         name = f"{result['dataset']}: {result['system']} {result['preset']}"
         lines = [f"{name} on {result['validation_tokens']:,} validation tokens"]
         if RECONSTRUCTION in result:
-            lines += format_reconstruction(result[RECONSTRUCTION])
+            stage, base = result[RECONSTRUCTION], result["compared"]["base_parameters"]
+            lines += format_reconstruction(stage)
+            share = f"{100 * stage['parameters'] / base:.2f} % of the model's {base:,}"
+            lines.append(f"  encoder and projectors: {stage['parameters']:,} trained parameters, {share}")
         if "r2" in result:
             return "\n".join(lines + format_reconstruction(result))
         if "compared" in result:
