@@ -11,6 +11,7 @@ import pytest
 
 from xlayer_systems.data.tools import (
     AFTERWARDS,
+    CHANGES,
     FRAMES,
     HELD_OUT_NUMBERS,
     ORDERED,
@@ -43,7 +44,7 @@ def test_splits_have_no_request_in_common_and_no_number(task) -> None:
 
 
 def test_wordings_frames_and_verbs_are_held_out() -> None:
-    for train, validation in (FRAMES, VERBS, *WORDINGS.values(), *(pair[:2] for pair in AFTERWARDS.values())):
+    for train, validation in (FRAMES, VERBS, *WORDINGS.values(), *AFTERWARDS.values()):
         assert train and validation and not set(train) & set(validation)
     wordings = [wording for pair in WORDINGS.values() for part in pair for wording in part]
     assert len(set(wordings)) == len(wordings) >= 6 * 13
@@ -79,7 +80,7 @@ def test_values_and_plans_follow_from_the_text(task) -> None:
             tool = task.tools[example.tool]
             steps = [STEPS[step] for step in example.plan]
             assert steps[0] == "read" and steps[-1] == "answer" and tool in steps
-            change = AFTERWARDS[steps[-2]][2] if steps[-2] in AFTERWARDS else float
+            change = CHANGES[steps[-2]] if steps[-2] in AFTERWARDS else float
             assert (steps[-2] in AFTERWARDS) == any(
                 then in example.text for pair in AFTERWARDS.values() for then in pair[split]
             )
