@@ -35,6 +35,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
 
 from xlayer_systems.bypass.caches import Companion
 from xlayer_systems.bypass.config import BypassConfig
@@ -199,27 +200,27 @@ class Bypass(nn.Module):
         """Run the unmodified model, and keep the biases that its latents give for the pass that comes now."""
         if not self.injects:
             return None
-        inputs = self._by_name(args, kwargs)
         if stack.training and any(getattr(m, "gradient_checkpointing", False) for m in stack.modules()):
             raise UserError("a bypass cannot train through gradient checkpointing; disable it")
-        settings = stack.config
-        wants_cache = inputs.get("use_cache")
-        wants_cache = getattr(settings, "use_cache", False) if wants_cache is None else wants_cache
-        cache, companion = inputs.get("past_key_values"), None
-        if self.is_causal and wants_cache and cache is None:
-            from transformers.cache_utils import DynamicCache
-
-            cache = inputs["past_key_values"] = DynamicCache(config=settings)
-        if cache is not None:
-            companion = Companion.of(cache)
+        inputs = self._by_name(args, kwargs)
+        companion = self._companion(inputs)
         states = self.collect(**(inputs | {"past_key_values": companion.unmodified} if companion else inputs))
         mask = inputs.get("attention_mask")
         mask = mask[:, -states.shape[1] :] if isinstance(mask, Tensor) and mask.ndim == 2 else None
         self._biases, latents = self(states, mask, companion and companion.last)
         if companion is not None:
             companion.add(latents.detach())
-        self._cache = cache
         return (), inputs
+
+    def _companion(self, inputs: dict[str, Any]) -> Companion | None:
+        """What belongs to the cache among the inputs; where the model would make one, it is made here."""
+        settings, wanted = self._stack[0].config, inputs.get("use_cache")
+        if wanted is None:
+            wanted = getattr(settings, "use_cache", False)
+        if self.is_causal and wanted and inputs.get("past_key_values") is None:
+            inputs["past_key_values"] = DynamicCache(config=settings)
+        self._cache = inputs.get("past_key_values")
+        return None if self._cache is None else Companion.of(self._cache)
 
     def _after_model(self, stack: Any, args: Any, output: Any) -> None:
         if self._cache is not None:
