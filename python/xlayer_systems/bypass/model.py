@@ -219,8 +219,10 @@ class Bypass(nn.Module):
             wanted = getattr(settings, "use_cache", False)
         if self.is_causal and wanted and inputs.get("past_key_values") is None:
             inputs["past_key_values"] = DynamicCache(config=settings)
-        self._cache = inputs.get("past_key_values")
-        return None if self._cache is None else Companion.of(self._cache)
+        cache = inputs.get("past_key_values")
+        companion = None if cache is None else Companion.of(cache)
+        self._cache = cache
+        return companion
 
     def _after_model(self, stack: Any, args: Any, output: Any) -> None:
         if self._cache is not None:
