@@ -143,6 +143,9 @@ def test_it_learns_tool_value_and_plan_beside_a_baseline(
     assert evaluations(tmp_path / "run")[0]["lm_loss"] == pytest.approx(result["base_lm_loss"], rel=1e-6)
     text = format_result(result)
     assert "head only" in text and "LM loss of the base before training" in text
+    assert baseline["phase_a"]["accuracy"]["total"] == 60
+    assert baseline["phase_a"]["lm_loss"] == pytest.approx(result["base_lm_loss"], rel=1e-6)
+    assert "Tools at the end of phase A: ema " in (tmp_path / "run" / "report.md").read_text()
 
 
 def test_the_baseline_is_trained_as_a_run_of_head_only_is(base: str, tmp_path: Path) -> None:
