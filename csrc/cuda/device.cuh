@@ -13,11 +13,8 @@
 #include <string>
 #include <type_traits>
 
+#include "xlayer/profiler.h"
 #include "xlayer/types.h"
-
-#ifdef XLAYER_NVTX
-#include <nvtx3/nvToolsExt.h>
-#endif
 
 namespace xlayer::cuda {
 
@@ -286,15 +283,7 @@ __device__ __forceinline__ uint32_t pair_fma(uint32_t a, uint32_t b, uint32_t c)
 }
 
 // Names the launch to profilers for as long as it lives; to the emulator, in its messages.
-class LaunchName {
-  public:
-#ifdef XLAYER_NVTX
-    explicit LaunchName(const char* name) { nvtxRangePushA(name); }
-    ~LaunchName() { nvtxRangePop(); }
-#else
-    explicit LaunchName(const char*) {}
-#endif
-};
+using LaunchName = ProfilerRange;
 
 }  // namespace xlayer::cuda
 

@@ -15,6 +15,7 @@
 #include <optional>
 #include <string>
 
+#include "xlayer/profiler.h"
 #include "xlayer/types.h"
 
 // Where operators are registered. The emulator (tests/emulator) runs the CUDA kernels on tensors of the CPU, in a
@@ -175,10 +176,12 @@ class CudaScope {
     void* stream() const { return nullptr; }
 };
 #else
-// For the length of a CUDA operator: makes the tensor's device current and holds torch's current stream there.
+// For the length of a CUDA operator: makes the tensor's device current and holds torch's current stream there. `name`,
+// the function that it stands in, is what profilers show around the operator's launches.
 class CudaScope {
   public:
-    explicit CudaScope(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+    explicit CudaScope(const Tensor& tensor, const char* name = __builtin_FUNCTION())
+        : range_(name), guard_(tensor.get_device_index()) {
         STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
                         "this PyTorch has no CUDA streams: it is a CPU build");
         STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream_) == AOTI_TORCH_SUCCESS,
@@ -187,6 +190,7 @@ class CudaScope {
     void* stream() const { return stream_; }
 
   private:
+    ProfilerRange range_;
     torch::stable::accelerator::DeviceGuard guard_;
     void* stream_ = nullptr;
 };
