@@ -92,7 +92,7 @@ def train_run(spec: RunSpec, path: Path, resume: bool = False) -> Record:
     started = time.perf_counter()
     if path.exists() and not resume:
         raise UserError(f"run directory {path} exists; choose another --run-dir, or continue it with --resume")
-    stages = getattr(spec.recipe, "stages", None)
+    stages = getattr(spec.recipe, "stages", None)  # of systems whose runs have parts, each a run of its own
     if stages is not None and getattr(spec.config, "stage", "both") == "both":
         return stages(spec, path, resume)
     accelerator = make_accelerator(spec.options)

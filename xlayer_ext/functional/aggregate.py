@@ -234,8 +234,9 @@ def depth_attention(
             keys, values, weight_query, weight_out, start, heads, memory, scale, keep
         )
     else:
-        options = {"heads": heads, "memory": memory, "scale": scale}
-        states = reference.depth_attention(keys, values, weight_query, weight_out, start, **options)
+        states = reference.depth_attention(
+            keys, values, weight_query, weight_out, start, heads=heads, memory=memory, scale=scale
+        )
     return states.reshape(x.shape[0], *shape)
 
 

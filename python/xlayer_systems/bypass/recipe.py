@@ -56,10 +56,10 @@ class BypassRecipe:
         options = BypassOptions()
         if backbone == SENDER or quick:
             # It is a tenth as wide as the models that the other rates are for.
-            options = dataclasses.replace(options, reconstruct_rate=1e-2, lora_rate=3e-3, max_length=128)
+            options = dataclasses.replace(options, reconstruct_rate=1e-2, lora_rate=5e-3, max_length=128)
         if quick:
             options = dataclasses.replace(
-                options, max_steps=250, reconstruct_steps=250, eval_every=50, compare_blocks=256
+                options, max_steps=200, reconstruct_steps=250, eval_every=50, eval_blocks=64, compare_blocks=256
             )
         return options
 
@@ -78,7 +78,7 @@ class BypassRecipe:
     def build(self, backbone: Any, config: Any, data: Any, options: BypassOptions) -> nn.Module:
         from xlayer_systems.bypass.config import AdapterConfig
         from xlayer_systems.bypass.model import attach
-        from xlayer_systems.bypass.reconstruction import Reconstruction, spread, states_of
+        from xlayer_systems.bypass.reconstruction import Reconstruction, inputs_of, spread
         from xlayer_systems.bypass.task import BypassLanguageModel, build_adapter
         from xlayer_systems.pretrain_decoder import DecoderModel
 
@@ -87,7 +87,7 @@ class BypassRecipe:
         bypass = attach(backbone, config)
         text = getattr(data, "text", data)
         if config.encoder is None:
-            bypass.calibrate(states_of(bypass, text, spread(list(text.train), options.calibration_tokens)))
+            bypass.calibrate(inputs_of(text, spread(list(text.train), options.calibration_tokens), bypass.mean.device))
         return Reconstruction(backbone, bypass) if not bypass.injects else BypassLanguageModel(backbone, bypass)
 
     def parameter_groups(self, model: Any, options: BypassOptions) -> list[dict[str, Any]]:
