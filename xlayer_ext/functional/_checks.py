@@ -113,9 +113,9 @@ def check_kept(keep: bool, op: str) -> None:
         raise RuntimeError(f"xlayer::{op} was called with keep=False: nothing was kept for its gradient")
 
 
-def no_second_derivative(op: str) -> RuntimeError:
+def no_second_derivative(op: str, how: str = "") -> RuntimeError:
     return RuntimeError(
-        f"xlayer::{op} cannot be differentiated: second derivatives need xlayer_ext.backend('reference')"
+        f"xlayer::{op} cannot be differentiated{how}: second derivatives need xlayer_ext.backend('reference')"
     )
 
 

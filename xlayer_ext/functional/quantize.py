@@ -269,8 +269,8 @@ def _setup_fsq(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, 
 
 def _backward_fsq(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     check_kept(ctx.keep, "fsq")
-    if torch.is_grad_enabled():  # to be differentiated again, and the slope's own derivative would be missing
-        raise no_second_derivative("fsq")
+    if torch.is_grad_enabled():  # the result may be differentiated again, without the slope's own derivative
+        raise no_second_derivative("fsq", " with create_graph=True")
     (slope,) = ctx.saved_tensors
     return grad * slope, None, None, None, None, None, None
 
