@@ -11,8 +11,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lformer_tools import WORDS, make_trainee, save_base, toy_base, toy_data, toy_examples, toy_tokenizer, use_toy_task
-from training_tools import contents, read_metrics, run_xlayer
+from lformer_tools import (
+    WORDS,
+    make_trainee,
+    save_base,
+    toy_base,
+    toy_corpus,
+    toy_data,
+    toy_examples,
+    toy_tokenizer,
+    use_toy_task,
+)
+from training_tools import contents, finish, read_metrics, run_xlayer, start_xlayer
 from xlayer_systems.errors import UserError
 from xlayer_systems.jobs import evaluate_run, format_result, make_spec, train_run
 from xlayer_systems.lformer import AGGREGATORS, LFormer
@@ -38,6 +48,15 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def toy_spec(base: str, preset: str = "ema", **overrides: str) -> Any:
     return make_spec("lformer", preset, dataset="toy", backbone=base, overrides=FAST | overrides)
+
+
+def save_rows(folder: Path) -> str:
+    """The toy task as files, without values and plans."""
+    names = tuple(WORDS)
+    for name, count, seed in (("train", 64, 0), ("validation", 9, 7)):
+        rows = [{"text": e.text, "tool": names[e.tool]} for e in toy_examples(count, seed)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
 
 
 def evaluations(run: Path) -> list[dict[str, Any]]:
@@ -124,6 +143,9 @@ def test_it_learns_tool_value_and_plan_beside_a_baseline(
     assert evaluations(tmp_path / "run")[0]["lm_loss"] == pytest.approx(result["base_lm_loss"], rel=1e-6)
     text = format_result(result)
     assert "head only" in text and "LM loss of the base before training" in text
+    assert baseline["phase_a"]["accuracy"]["total"] == 60
+    assert baseline["phase_a"]["lm_loss"] == pytest.approx(result["base_lm_loss"], rel=1e-6)
+    assert "Tools at the end of phase A: ema " in (tmp_path / "run" / "report.md").read_text()
 
 
 def test_the_baseline_is_trained_as_a_run_of_head_only_is(base: str, tmp_path: Path) -> None:
@@ -197,11 +219,7 @@ def test_requests_from_a_folder_without_values_and_plans(
     from xlayer_systems.lformer import objective
 
     monkeypatch.setattr(objective, "load_tool_task", load_tool_task)
-    names = tuple(WORDS)
-    for name, count, seed in (("train", 48, 0), ("validation", 9, 7)):
-        rows = [{"text": e.text, "tool": names[e.tool]} for e in toy_examples(count, seed)]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    spec = make_spec("lformer", dataset=str(tmp_path), backbone=base, overrides=FAST | {"max_steps": "3"})
+    spec = make_spec("lformer", dataset=save_rows(tmp_path), backbone=base, overrides=FAST | {"max_steps": "3"})
     result = train_run(spec, tmp_path / "run")
     assert result["accuracy"]["total"] == 9 and "plan" not in result and "value_error" not in result
     assert "lformer ema" in format_result(result)
@@ -230,3 +248,26 @@ def test_another_base_is_refused_at_loading(base: str, tmp_path: Path) -> None:
     train_run(toy_spec(base, max_steps="1"), tmp_path / "run")
     with pytest.raises(UserError, match="was made for a base with weights"):
         get_recipe("lformer").load(tmp_path / "run" / "model", toy_base(seed=5))
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_steps_of_one(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "text").mkdir()
+    corpus = toy_corpus()
+    for name, texts in (("train", corpus.train), ("validation", corpus.validation)):
+        (tmp_path / "text" / f"{name}.txt").write_text("\n".join(texts))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    settings = FAST | {"dropout": "0", "lm_dataset": str(tmp_path / "text"), "baseline": "true"}
+    arguments = ["train", "lformer", "--dataset", save_rows(tmp_path), "--backbone", base]
+    arguments += [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    finish(start_xlayer(*arguments, "--run-dir", tmp_path / "two", launcher=launcher))
+    finish(start_xlayer(*arguments, "--run-dir", tmp_path / "one"))
+    one, two = (read_metrics(tmp_path / name) for name in ("one", "two"))
+    assert one != two  # to the last bit: there were two
+    for key in ("loss", "lm_loss", "train_loss"):
+        values = [[record[key] for record in records if key in record] for records in (one, two)]
+        assert values[0] and values[0] == pytest.approx(values[1], rel=1e-4)
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two")]
+    assert results[0]["accuracy"] == results[1]["accuracy"]
+    assert results[0]["baseline"]["loss"] == pytest.approx(results[1]["baseline"]["loss"], rel=1e-4)

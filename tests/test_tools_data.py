@@ -141,3 +141,5 @@ def test_data_that_cannot_be_used_are_told_in_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="cannot load data set"):
         load_tool_task("no-such-requests")
+    with pytest.raises(UserError, match="there is no such folder"):
+        load_tool_task(str(tmp_path / "c"))

@@ -32,7 +32,7 @@ def plot_reconstruction(
     steps.set(xlabel="step", ylabel="R² on validation, mean over layers")
     for axis in (layers, steps):
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=120)
 
 
