@@ -99,11 +99,10 @@ def launch_quantize(dtype: torch.dtype, width: int, tf32: bool) -> None:
     indices, _ = torch.ops.xlayer_emulated.vq_nearest(x, codebook, False, tf32)
     torch.ops.xlayer_emulated.vq_statistics(x, indices, 3)
     levels = [3] * min(width, 64)
-    for aligned, offset in itertools.product((True, False), (False, True)):
+    for aligned, offset, keep in itertools.product((True, False), repeat=3):
         z = torch.zeros(3 * len(levels) + 1, dtype=dtype)[0 if aligned else 1 :][: 3 * len(levels)].view(3, -1)
         bound = [[column] * len(levels) if offset else [] for column in (0.0, 1.0, 0.0)]
-        codes, _ = torch.ops.xlayer_emulated.fsq(z, levels, *bound, offset)
-        torch.ops.xlayer_emulated.fsq_backward(codes, z, levels, *bound, offset)
+        torch.ops.xlayer_emulated.fsq(z, levels, *bound, offset, keep)
 
 
 def launch_every_kernel() -> None:

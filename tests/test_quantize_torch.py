@@ -35,17 +35,16 @@ def choice(request: pytest.FixtureRequest, device: str) -> str:
 
 
 def operator_calls(device: str, dtype: torch.dtype, bound: str = "offset") -> dict[str, tuple[Any, ...]]:
-    """Good arguments for each of the four operators."""
+    """Good arguments for each of the three operators."""
     generator = fresh_generator()
     x, codebook = (draw(generator, 2, rows, 12, dtype=dtype).to(device) for rows in (9, 7))
-    z, grad = (draw(generator, 4, 6, len(LEVELS), dtype=dtype).to(device) for _ in range(2))
+    z = draw(generator, 4, 6, len(LEVELS), dtype=dtype).to(device)
     levels = _operator_levels(LEVELS, bound, "package")
     indices = torch.randint(-1, 7, (2, 9), generator=generator).to(device)
     return {
         "vq_nearest": (x, codebook, False, False),
         "vq_statistics": (x, indices, 7),
-        "fsq": (z, *levels),
-        "fsq_backward": (grad, z, *levels),
+        "fsq": (z, *levels, True),
     }
 
 
@@ -155,10 +154,43 @@ def test_checkpointing_changes_no_bit(native: str, reentrant: bool) -> None:
 
 def test_second_derivative_raises_one_clear_line(native: str) -> None:
     z = torch.randn(4, 3, device=native, requires_grad=True)
-    (grad,) = torch.autograd.grad(XF.fsq(z, LEVELS)[0].square().sum(), z, create_graph=True)
+    loss = XF.fsq(z, LEVELS)[0].square().sum()
     with pytest.raises(RuntimeError, match="second derivative") as raised:
-        grad.sum().backward()
+        torch.autograd.grad(loss, z, create_graph=True)
     assert "\n" not in str(raised.value)
+
+
+def test_gradient_of_what_kept_nothing_raises_one_clear_line(native: str) -> None:
+    z, levels = torch.randn(4, 3, device=native, requires_grad=True), _operator_levels(LEVELS, "tanh", "package")
+    codes, _, slope = OPS.fsq(z, *levels, False)
+    assert slope.shape == (0,)
+    with pytest.raises(RuntimeError, match="keep=False") as raised:
+        codes.sum().backward()
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bound", BOUNDS)
+@pytest.mark.parametrize("width", [3, 8])
+def test_keeping_the_slope_changes_no_code(native: str, width: int, bound: str, dtype: torch.dtype) -> None:
+    z = draw(fresh_generator(), 700, width, dtype=dtype).to(native)
+    levels = _operator_levels([7] * width, bound, "package")
+    (*kept, slope), (*plain, _) = (OPS.fsq(z, *levels, keep) for keep in (True, False))
+    assert all(torch.equal(a, b) for a, b in zip(kept, plain, strict=True))
+    assert slope.shape == z.shape and slope.dtype == dtype and (slope >= 0).all()
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_slope_of_extremes(choice: str, device: str, dtype: torch.dtype, bound: str) -> None:
+    """Of saturated numbers 0, not inf·0; of a NaN, NaN."""
+    infinity = float("inf")
+    z = torch.tensor([[float("nan"), infinity], [-infinity, 1e30], [-1e30, -100.0], [100.0, 0.0]], dtype=dtype)
+    z = z.to(device).requires_grad_()
+    with backend(choice):
+        (grad,) = torch.autograd.grad(XF.fsq(z, [5, 5], bound=bound)[0].sum(), z)
+    assert grad[0, 0].isnan() and grad[3, 1] > 0.9
+    assert grad.flatten()[1:-1].abs().amax() < 1e-30
 
 
 def test_meta_tensors_have_the_right_shape() -> None:
@@ -171,8 +203,14 @@ def test_what_is_kept_for_the_backward_of_fsq(native: str) -> None:
     kept: list[Tensor] = []
     z = torch.randn(10, 3, device=native, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t), backend("native"):
-        XF.fsq(z, LEVELS)
-    assert [t.data_ptr() for t in kept] == [z.data_ptr()]
+        codes, _ = XF.fsq(z, LEVELS)
+        assert [t.shape for t in kept] == [z.shape]
+        codes.sum().backward()
+        assert torch.equal(kept[0], z.grad)  # the slope alone, not z
+        with torch.no_grad():
+            XF.fsq(z, LEVELS)
+        XF.fsq(z.detach(), LEVELS)
+    assert len(kept) == 1
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
@@ -253,10 +291,9 @@ def test_operators_called_with_nonsense_raise(native: str) -> None:
 )
 def test_levels_out_of_range_raise(native: str, levels: tuple[Any, ...], told: str) -> None:
     z = torch.ones(2, 3, device=native)
-    with pytest.raises(RuntimeError, match=told):
-        OPS.fsq(z, *levels)
-    with pytest.raises(RuntimeError, match=told):
-        OPS.fsq_backward(z, z, *levels)
+    for keep in (False, True):
+        with pytest.raises(RuntimeError, match=told):
+            OPS.fsq(z, *levels, keep)
 
 
 def test_codes_below_one_are_refused_by_the_operators(native: str) -> None:

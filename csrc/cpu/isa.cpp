@@ -85,6 +85,5 @@ XLAYER_DISPATCH(int64_t, vq_nearest_workspace, VqNearest)
 XLAYER_DISPATCH(void, vq_statistics, VqStatistics)
 XLAYER_DISPATCH(int64_t, vq_statistics_workspace, VqStatistics)
 XLAYER_DISPATCH(void, fsq_forward, FsqForward)
-XLAYER_DISPATCH(void, fsq_backward, FsqBackward)
 
 }  // namespace xlayer::cpu

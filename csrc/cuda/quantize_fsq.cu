@@ -1,11 +1,11 @@
-// CUDA kernels of fsq (xlayer/quantize.h): one pass each way.
+// CUDA kernel of fsq (xlayer/quantize.h): one pass, in which the exponential of the bound gives its slope too.
 //
 // A block takes rows of 2048 numbers at a time, as one line, whose dimensions repeat; the digits meet in shared memory,
 // where a thread to a row adds up the index. With σ(y) = 1/(1 + e^−y) the bound is tanh y = 2σ(2y) − 1, as exact as
 // digits need: an exponential and a reciprocal, where tanh takes twenty instructions.
-// Bytes per number: forward 2·sizeof(T) + 8/width, backward 3·sizeof(T). Other operations: forward some 30, backward
-// some 20 instructions, no tensor flops. On an H200 (4.8 TB/s, 29 trillion instructions of a lane a second) float32 is
-// bound by memory; bfloat16 with rows of 8, 5 bytes a number, is at the edge, 0.96 trillion numbers a second allow 30.
+// Bytes per number: 2·sizeof(T) + 8/width, with the slope 3·sizeof(T) + 8/width. Other operations: some 30
+// instructions, no tensor flops. On an H200 (4.8 TB/s, 29 trillion instructions of a lane a second) float32 is bound by
+// memory; bfloat16 with rows of 8, 5 bytes a number, is at the edge, 0.96 trillion numbers a second allow 30.
 #include "quantize.cuh"
 
 namespace xlayer::cuda {
@@ -18,7 +18,8 @@ constexpr int64_t kTileNumbers = 2048;
 template <class A>
 struct alignas(16) Dimension {
     A factor, offset, shift, most;
-    A center, divisor, inverse, slope;
+    A center, divisor, inverse;
+    A gain;  // four times the slope of the code per slope of tanh
 };
 
 template <class A>
@@ -28,8 +29,8 @@ struct Fsq {
     int tile_rows;  // a multiple of 8, so that tiles begin at vectors
     bool digits;    // are what `indices` takes
     const void* z;
-    const void* grad;
-    void* out;  // codes, or grad_z
+    void* codes;
+    void* slope;
     int64_t* indices;
     FsqDimensions dimensions;
 };
@@ -49,18 +50,23 @@ __device__ __forceinline__ void make_dimensions(const FsqDimensions& from, Dimen
                  symmetric ? most / 2 : center,
                  symmetric ? most / 2 : center,
                  1 / divisor,
-                 symmetric ? A(1) : half / center};
-        if (basis != nullptr) basis[i] = from.basis[i];
+                 symmetric ? A(4) : 4 * half / center};
+        basis[i] = from.basis[i];
     }
     sync_block();
 }
 
-// σ(2y)
-__device__ __forceinline__ float logistic(float y) {
-    constexpr float kMinusTwoOverLn2 = -2.8853900817779268f;
-    return reciprocal(1 + exp2(kMinusTwoOverLn2 * y));
+// σ(2y) and 1 − σ(2y), which as a difference would cancel.
+template <class A>
+struct Logistic {
+    A value, rest;
+};
+template <class A>
+__device__ __forceinline__ Logistic<A> logistic(A y) {
+    constexpr A kMinusTwoOverLn2 = A(-2.88539008177792681472), kMost = 115;  // 2^115 and its inverse are normal numbers
+    const A exponent = kMinusTwoOverLn2 * y, q = exp2(exponent > kMost ? kMost : exponent), value = reciprocal(1 + q);
+    return {value, q * value};
 }
-__device__ __forceinline__ double logistic(double y) { return reciprocal(1 + exp(-2 * y)); }
 
 // n/d with the bits of the division: the remainder of n·(1/d) is exact.
 template <class A>
@@ -69,15 +75,28 @@ __device__ __forceinline__ A divide(A n, A d, A inverse) {
     return fma(fma(-quotient, d, n), inverse, quotient);
 }
 
-// Calls f(first number, its dimension, vector's length) for this thread's vectors of `count` numbers.
-template <int N, class F>
-__device__ __forceinline__ void for_my_vectors(int count, int width, const F& f) {
-    for (int at = static_cast<int>(threadIdx.x) * N; at < count; at += kThreads * N) f(at, at % width);
+// What is left of a line behind `first` may be less than a vector.
+template <class T, int N>
+__device__ __forceinline__ Vector<T, N> load_part(const T* line, int first, int count) {
+    if (first + N <= count) return load<N>(line + first);
+    Vector<T, N> out{};
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+        if (first + n < count) out.at[n] = line[first + n];
+    return out;
+}
+template <class T, int N>
+__device__ __forceinline__ void store_part(T* line, int first, int count, const Vector<T, N>& values) {
+    if (first + N <= count) return store_global(line + first, values);
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+        if (first + n < count) line[first + n] = values.at[n];
 }
 
+// resources: fsq_kernel<*, false, true> threads 256, registers 48, shared 12928, occupancy 0.625
 // resources: fsq_kernel threads 256, registers 40, shared 12928, occupancy 0.75
-// sass: fsq_kernel<*, [!1], *> LDG.128, STG.128
-template <class T, int N, bool kSymmetric>
+// sass: fsq_kernel<*, [!1], *, *> LDG.128, STG.128
+template <class T, int N, bool kSymmetric, bool kKeep>
 __global__ void __launch_bounds__(kThreads) fsq_kernel(Fsq<Accumulator<T>> args) {
     using A = Accumulator<T>;
     Dimension<A>* const dimensions = shared_memory<Dimension<A>>();
@@ -91,43 +110,30 @@ __global__ void __launch_bounds__(kThreads) fsq_kernel(Fsq<Accumulator<T>> args)
         const int rows = static_cast<int>(args.rows - row < args.tile_rows ? args.rows - row : args.tile_rows);
         const int count = rows * width;
         const T* const z = static_cast<const T*>(args.z) + row * width;
-        T* const codes = static_cast<T*>(args.out) + row * width;
-        for_my_vectors<N>(count, width, [&](int first, int column) {
-            // The last vector may reach past the last row.
-            const bool whole = first + N <= count;
-            Vector<T, N> in{};
-            if (whole) {
-                in = load<N>(z + first);
-            } else {
-#pragma unroll
-                for (int n = 0; n < N; ++n)
-                    if (first + n < count) in.at[n] = z[first + n];
-            }
-            int place = first / width * pitch + column;
-            Vector<T, N> out;
+        for (int first = static_cast<int>(threadIdx.x) * N; first < count; first += kThreads * N) {
+            const Vector<T, N> in = load_part<T, N>(z, first, count);
+            int column = first % width, place = first / width * pitch + column;
+            Vector<T, N> codes, slopes;
 #pragma unroll
             for (int n = 0; n < N; ++n) {
                 const Dimension<A>& d = dimensions[column];
                 const A number = widen(in.at[n]);
-                A digit = fma(d.factor, logistic(kSymmetric ? number : number + d.shift), -d.offset);
+                const Logistic<A> sigma = logistic<A>(kSymmetric ? number : number + d.shift);
+                A digit = fma(d.factor, sigma.value, -d.offset);
                 digit = kSymmetric ? floor(digit) : rint(digit) + d.center;
                 digit = digit > 0 ? digit : A(0);  // of NaN too
                 digit = digit < d.most ? digit : d.most;
                 const A code = kSymmetric ? divide(2 * digit - d.most, d.most, d.inverse)
                                           : divide(digit - d.center, d.center, d.inverse);
-                out.at[n] = narrow<T>(number == number ? code : number);
+                codes.at[n] = narrow<T>(number == number ? code : number);
+                slopes.at[n] = narrow<T>(d.gain * sigma.value * sigma.rest);
                 if (first + n < count) digits[place] = static_cast<int>(digit);
                 ++place;
                 if (++column == width) column = 0, place += pitch - width;
             }
-            if (whole) {
-                store_global(codes + first, out);
-            } else {
-#pragma unroll
-                for (int n = 0; n < N; ++n)
-                    if (first + n < count) codes[first + n] = out.at[n];
-            }
-        });
+            store_part<T, N>(static_cast<T*>(args.codes) + row * width, first, count, codes);
+            if constexpr (kKeep) store_part<T, N>(static_cast<T*>(args.slope) + row * width, first, count, slopes);
+        }
         sync_block();
         if (args.digits) {
             for (int at = static_cast<int>(threadIdx.x); at < count; at += kThreads)
@@ -143,68 +149,16 @@ __global__ void __launch_bounds__(kThreads) fsq_kernel(Fsq<Accumulator<T>> args)
     }
 }
 
-// resources: fsq_backward_kernel threads 256, registers 40, shared 4096, occupancy 0.75
-// sass: fsq_backward_kernel<*, [!1]> LDG.128, STG.128
-template <class T, int N>
-__global__ void __launch_bounds__(kThreads) fsq_backward_kernel(Fsq<Accumulator<T>> args) {
-    using A = Accumulator<T>;
-    Dimension<A>* const dimensions = shared_memory<Dimension<A>>();
-    const int width = args.width;
-    make_dimensions<A>(args.dimensions, dimensions, nullptr);
-
-    for (int64_t row = static_cast<int64_t>(blockIdx.x) * args.tile_rows; row < args.rows;
-         row += static_cast<int64_t>(gridDim.x) * args.tile_rows) {
-        const int64_t rows = args.rows - row < args.tile_rows ? args.rows - row : args.tile_rows;
-        const int count = static_cast<int>(rows) * width;
-        const T* const z = static_cast<const T*>(args.z) + row * width;
-        const T* const grad = static_cast<const T*>(args.grad) + row * width;
-        T* const grad_z = static_cast<T*>(args.out) + row * width;
-        const auto one = [&](T number, T incoming, int column) {
-            // sech²y = 4q/(1 + q)² with q = e^−2|y|
-            const A y = widen(number) + dimensions[column].shift, q = exp(-2 * fabs(y)), part = reciprocal(1 + q);
-            return narrow<T>(widen(incoming) * dimensions[column].slope * (4 * q * part * part));
-        };
-        for_my_vectors<N>(count, width, [&](int first, int column) {
-            if (first + N > count) {  // reaches past the last row
-                for (int at = first; at < count; ++at) {
-                    grad_z[at] = one(z[at], grad[at], column);
-                    if (++column == width) column = 0;
-                }
-                return;
-            }
-            const Vector<T, N> in = load<N>(z + first), incoming = load<N>(grad + first);
-            Vector<T, N> out;
-#pragma unroll
-            for (int n = 0; n < N; ++n) {
-                out.at[n] = one(in.at[n], incoming.at[n], column);
-                if (++column == width) column = 0;
-            }
-            store_global(grad_z + first, out);
-        });
-    }
-}
-
 // Rows of a tile: some 2048 numbers' worth, and of all vectors' lengths a multiple.
 int tile_rows(int64_t width) {
     const int64_t rows = kTileNumbers / width / 8 * 8;
     return static_cast<int>(rows > 8 ? rows : 8);
 }
 
-template <class A, class Args>
-Fsq<A> describe(const Args& args) {
-    Fsq<A> fsq{};
-    fsq.rows = args.rows;
-    fsq.width = static_cast<int>(args.dimensions.width);
-    fsq.tile_rows = tile_rows(fsq.width);
-    fsq.z = args.z;
-    fsq.dimensions = args.dimensions;
-    return fsq;
-}
-
-Launch launch_of(int64_t rows, int64_t width, int64_t dimension_bytes, int64_t digit_bytes, void* stream) {
-    const int64_t blocks = ceil_div(rows, tile_rows(width));
-    const int64_t bytes = width * dimension_bytes + tile_rows(width) * (width | 1) * digit_bytes;
-    return {blocks < kMostBlocks ? blocks : kMostBlocks, kThreads, stream, static_cast<size_t>(bytes)};
+template <class T, int N>
+auto choose(bool symmetric, bool keep) {
+    if (symmetric) return keep ? fsq_kernel<T, N, true, true> : fsq_kernel<T, N, true, false>;
+    return keep ? fsq_kernel<T, N, false, true> : fsq_kernel<T, N, false, false>;
 }
 
 }  // namespace
@@ -213,29 +167,17 @@ void fsq_forward(const FsqForward& args, void* stream) {
     with_element(args.dtype, [&](auto element) {
         using T = decltype(element);
         using A = Accumulator<T>;
-        constexpr int full = 16 / sizeof(T);
-        Fsq<A> fsq = describe<A>(args);
-        fsq.out = args.codes, fsq.indices = args.indices, fsq.digits = args.digits;
-        const bool vectors = vector_length<T>(args.z) > 1 && vector_length<T>(args.codes) > 1;
-        const Launch how = launch_of(args.rows, fsq.width, sizeof(Dimension<A>) + sizeof(int64_t), sizeof(int), stream);
-        const bool symmetric = args.dimensions.bound == FsqBound::symmetric;
-        const auto kernel = symmetric ? (vectors ? fsq_kernel<T, full, true> : fsq_kernel<T, 1, true>)
-                                      : (vectors ? fsq_kernel<T, full, false> : fsq_kernel<T, 1, false>);
-        launch("fsq", kernel, how, fsq);
-    });
-}
-
-void fsq_backward(const FsqBackward& args, void* stream) {
-    with_element(args.dtype, [&](auto element) {
-        using T = decltype(element);
-        using A = Accumulator<T>;
-        constexpr int full = 16 / sizeof(T);
-        Fsq<A> fsq = describe<A>(args);
-        fsq.out = args.grad_z, fsq.grad = args.grad;
-        const bool vectors =
-            vector_length<T>(args.z) > 1 && vector_length<T>(args.grad) > 1 && vector_length<T>(args.grad_z) > 1;
-        launch("fsq_backward", vectors ? fsq_backward_kernel<T, full> : fsq_backward_kernel<T, 1>,
-               launch_of(args.rows, fsq.width, sizeof(Dimension<A>), 0, stream), fsq);
+        const int64_t width = args.dimensions.width, rows = tile_rows(width), blocks = ceil_div(args.rows, rows);
+        const Fsq<A> fsq{
+            args.rows,    static_cast<int>(width), static_cast<int>(rows), args.digits, args.z, args.codes, args.slope,
+            args.indices, args.dimensions};
+        const int64_t bytes = width * static_cast<int64_t>(sizeof(Dimension<A>) + sizeof(int64_t)) +
+                              rows * (width | 1) * static_cast<int64_t>(sizeof(int));
+        const bool vectors = vector_length<T>(args.z) > 1 && vector_length<T>(args.codes) > 1 &&
+                             (args.slope == nullptr || vector_length<T>(args.slope) > 1);
+        const bool symmetric = args.dimensions.bound == FsqBound::symmetric, keep = args.slope != nullptr;
+        launch("fsq", vectors ? choose<T, 16 / sizeof(T)>(symmetric, keep) : choose<T, 1>(symmetric, keep),
+               Launch{blocks < kMostBlocks ? blocks : kMostBlocks, kThreads, stream, static_cast<size_t>(bytes)}, fsq);
     });
 }
 

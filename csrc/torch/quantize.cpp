@@ -11,6 +11,7 @@ namespace xlayer {
 namespace {
 
 using Two = std::tuple<Tensor, Tensor>;
+using Three = std::tuple<Tensor, Tensor, Tensor>;
 
 ScalarType accumulation(const Tensor& tensor) {
     return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -96,8 +97,8 @@ struct Operators {
         return {counts, sums};
     }
 
-    static Two fsq(const Tensor& z, const std::vector<int64_t>& levels, const std::vector<double>& shift,
-                   const std::vector<double>& half, const std::vector<double>& middle, bool offset) {
+    static Three fsq(const Tensor& z, const std::vector<int64_t>& levels, const std::vector<double>& shift,
+                     const std::vector<double>& half, const std::vector<double>& middle, bool offset, bool keep) {
         const typename Kernels::Scope scope(z);
         STD_TORCH_CHECK(z.dim() >= 1, "z must have at least one dimension");
         FsqForward args{};
@@ -106,44 +107,18 @@ struct Operators {
         args.dtype = kernel_dtype(z, "z");
         args.rows = z.numel() / width;
         const Tensor input = torch::stable::contiguous(z);
-        std::vector<int64_t> shape(z.dim() - (args.digits ? 0 : 1));
-        for (size_t d = 0; d < shape.size(); ++d) shape[d] = z.size(static_cast<int64_t>(d));
-        std::vector<int64_t> code_shape(z.dim());
-        for (int64_t d = 0; d < z.dim(); ++d) code_shape[d] = z.size(d);
-        Tensor codes = allocate(z, code_shape, z.scalar_type(), "codes");
+        std::vector<int64_t> shape(z.dim());
+        for (int64_t d = 0; d < z.dim(); ++d) shape[d] = z.size(d);
+        Tensor codes = allocate(z, shape, z.scalar_type(), "codes");
+        Tensor slope = allocate(z, keep ? shape : std::vector<int64_t>{0}, z.scalar_type(), "slope");
+        if (!args.digits) shape.pop_back();
         Tensor indices = allocate(z, shape, ScalarType::Long, "indices");
         args.z = kernel_input(input, "z");
         args.codes = codes.mutable_data_ptr();
+        args.slope = keep ? slope.mutable_data_ptr() : nullptr;
         args.indices = static_cast<int64_t*>(indices.mutable_data_ptr());
         if (args.rows > 0) scope.run(z, args);
-        return {codes, indices};
-    }
-
-    static Tensor fsq_backward(const Tensor& grad, const Tensor& z, const std::vector<int64_t>& levels,
-                               const std::vector<double>& shift, const std::vector<double>& half,
-                               const std::vector<double>& middle, bool offset) {
-        const typename Kernels::Scope scope(z);
-        STD_TORCH_CHECK(z.dim() >= 1, "z must have at least one dimension");
-        FsqBackward args{};
-        bool digits;
-        args.dimensions = fsq_dimensions(z.size(z.dim() - 1), levels, shift, half, middle, offset, &digits);
-        args.dtype = kernel_dtype(z, "z");
-        check_dtype(grad, "grad", z.scalar_type());
-        check_same_device(grad, "grad", z, "z");
-        std::vector<int64_t> shape(z.dim());
-        bool fits = grad.dim() == z.dim();
-        for (int64_t d = 0; d < z.dim(); ++d) {
-            shape[d] = z.size(d);
-            fits = fits && grad.size(d) == z.size(d);
-        }
-        STD_TORCH_CHECK(fits, "grad must have the shape of z, ", shape_string(z), "; got ", shape_string(grad));
-        args.rows = z.numel() / args.dimensions.width;
-        const Tensor input = torch::stable::contiguous(z), grads = torch::stable::contiguous(grad);
-        Tensor grad_z = allocate(z, shape, z.scalar_type(), "grad_z");
-        args.grad = kernel_input(grads, "grad"), args.z = kernel_input(input, "z");
-        args.grad_z = grad_z.mutable_data_ptr();
-        if (args.rows > 0) scope.run(z, args);
-        return grad_z;
+        return {codes, indices, slope};
     }
 };
 
@@ -165,10 +140,6 @@ struct CpuKernels {
             args.pool = torch_pool();
             cpu::fsq_forward(args);
         }
-        void run(const Tensor&, FsqBackward& args) const {
-            args.pool = torch_pool();
-            cpu::fsq_backward(args);
-        }
     };
 };
 #endif
@@ -186,7 +157,6 @@ struct CudaKernels {
             cuda::vq_statistics(args, stream());
         }
         void run(const Tensor&, const FsqForward& args) const { cuda::fsq_forward(args, stream()); }
-        void run(const Tensor&, const FsqBackward& args) const { cuda::fsq_backward(args, stream()); }
     };
 };
 #endif
@@ -197,7 +167,6 @@ void register_kernels(Library& m) {
     m.impl("vq_nearest", TORCH_BOX(&Ops::nearest));
     m.impl("vq_statistics", TORCH_BOX(&Ops::statistics));
     m.impl("fsq", TORCH_BOX(&Ops::fsq));
-    m.impl("fsq_backward", TORCH_BOX(&Ops::fsq_backward));
 }
 
 }  // namespace
@@ -206,11 +175,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(XLAYER_OPS, m) {
     m.def("vq_nearest(Tensor x, Tensor codebook, bool cosine, bool tf32) -> (Tensor indices, Tensor distance)");
     m.def("vq_statistics(Tensor x, Tensor indices, SymInt codes) -> (Tensor counts, Tensor sums)");
     m.def(
-        "fsq(Tensor z, int[] levels, float[] shift, float[] half, float[] middle, bool offset) "
-        "-> (Tensor codes, Tensor indices)");
-    m.def(
-        "fsq_backward(Tensor grad, Tensor z, int[] levels, float[] shift, float[] half, float[] middle, bool offset) "
-        "-> Tensor");
+        "fsq(Tensor z, int[] levels, float[] shift, float[] half, float[] middle, bool offset, bool keep) "
+        "-> (Tensor codes, Tensor indices, Tensor slope)");
 }
 
 #ifndef XLAYER_EMULATED

@@ -103,12 +103,26 @@ def check_one_device(*arguments: object) -> None:
         raise ValueError(f"all tensors must be on one device, got {', '.join(sorted(map(str, devices)))}")
 
 
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether a forward must keep what its backward reads."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def check_kept(keep: bool, op: str) -> None:
+    if not keep:
+        raise RuntimeError(f"xlayer::{op} was called with keep=False: nothing was kept for its gradient")
+
+
+def no_second_derivative(op: str, how: str = "") -> RuntimeError:
+    return RuntimeError(
+        f"xlayer::{op} cannot be differentiated{how}: second derivatives need xlayer_ext.backend('reference')"
+    )
+
+
 def forbid_second_derivative(op: str) -> None:
     """Makes differentiating ``xlayer::<op>``, itself a derivative, raise one clear line."""
 
     def backward(ctx: object, *grads: Tensor) -> None:
-        raise RuntimeError(
-            f"xlayer::{op} cannot be differentiated: second derivatives need xlayer_ext.backend('reference')"
-        )
+        raise no_second_derivative(op)
 
     torch.library.register_autograd(f"xlayer::{op}", backward)

@@ -26,9 +26,11 @@ from xlayer_ext.functional._checks import (
     autocast,
     check_common,
     check_floating,
+    check_kept,
     check_one_device,
     check_shapes,
     forbid_second_derivative,
+    needs_grad,
 )
 
 Function = Callable[..., Any]
@@ -163,7 +165,7 @@ def depth_gru(
     taps, start = _flat(x, initial)
     bias_ih, bias_hh = (x.new_zeros(len(weight_ih)) if bias is None else bias for bias in biases.values())
     if use_native("depth_gru", x):
-        keep = _needs_grad(taps, weight_ih, weight_hh, bias_ih, bias_hh, start)
+        keep = needs_grad(taps, weight_ih, weight_hh, bias_ih, bias_hh, start)
         states, _ = torch.ops.xlayer.depth_gru(taps, weight_ih, weight_hh, bias_ih, bias_hh, start, keep)
     else:
         states = reference.depth_gru(taps, weight_ih, weight_hh, bias_ih, bias_hh, start)
@@ -227,7 +229,7 @@ def depth_attention(
     head_width = weight_query.shape[0] // heads
     scale = head_width**-0.5 if head_width else 1.0
     if use_native("depth_attention", x):
-        keep = _needs_grad(keys, values, weight_query, weight_out, start)
+        keep = needs_grad(keys, values, weight_query, weight_out, start)
         states, _ = torch.ops.xlayer.depth_attention(
             keys, values, weight_query, weight_out, start, heads, memory, scale, keep
         )
@@ -267,10 +269,6 @@ def _flat(x: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor | None]:
     tokens = math.prod(x.shape[1:-1])
     start = None if initial is None else initial.reshape(tokens, initial.shape[-1])
     return x.reshape(x.shape[0], tokens, x.shape[-1]), start
-
-
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 # ---- fake tensors and autograd ---------------------------------------------------------------------------------------
@@ -327,7 +325,7 @@ def _setup_depth_gru(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
 
 
 def _backward_depth_gru(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    _check_kept(ctx.keep, "depth_gru")
+    check_kept(ctx.keep, "depth_gru")
     tensors = ctx.saved_tensors
     grads = torch.ops.xlayer.depth_gru_backward(grad, *tensors)
     return *grads[:5], *_of_given(tensors[-1:], grads[5:]), None
@@ -358,7 +356,7 @@ def _setup_depth_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tens
 
 
 def _backward_depth_attention(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    _check_kept(ctx.keep, "depth_attention")
+    check_kept(ctx.keep, "depth_attention")
     tensors = ctx.saved_tensors
     grads = torch.ops.xlayer.depth_attention_backward(grad, *tensors, *ctx.options)
     return *_of_given(tensors[2:], grads), None, None, None, None
@@ -366,11 +364,6 @@ def _backward_depth_attention(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor |
 
 def _of_given(given: Any, grads: Any) -> tuple[Tensor | None, ...]:
     return tuple(None if tensor is None else grad for tensor, grad in zip(given, grads, strict=True))
-
-
-def _check_kept(keep: bool, op: str) -> None:
-    if not keep:
-        raise RuntimeError(f"xlayer::{op} was called with keep=False: nothing was kept for its gradient")
 
 
 if native_available("ema_scan"):

@@ -23,8 +23,10 @@ from xlayer_ext.functional._checks import (
     check_choice,
     check_common,
     check_floating,
+    check_kept,
     check_one_device,
-    forbid_second_derivative,
+    needs_grad,
+    no_second_derivative,
     tf32_allowed,
 )
 from xlayer_ext.reference.quantize import fsq_basis, fsq_offsets
@@ -141,8 +143,9 @@ def fsq(z: Tensor, levels: Sequence[int], *, bound: str = "tanh", variant: str =
     \rfloor) / \lfloor L/2 \rfloor`. ``variant="paper"`` takes :math:`h = (L-1)(1-\epsilon)/2` and :math:`s =
     \tan(o/h)`, as the paper's listing does.
 
-    The gradient goes straight through the rounding, and so is that of the bounded z in units of the code. Arithmetic is
-    float32 (float64 for float64), also under autocast.
+    The gradient goes straight through the rounding, and so is that of the bounded z in units of the code. Where one is
+    needed, its slope is kept, in the size and dtype of z; else nothing is. Arithmetic is float32 (float64 for float64),
+    also under autocast.
 
     Args:
         z: ``[..., c]``, float64, float32, bfloat16 or float16.
@@ -172,7 +175,7 @@ def fsq(z: Tensor, levels: Sequence[int], *, bound: str = "tanh", variant: str =
         z = z.float()
     if not use_native("fsq", z, beyond=_beyond(levels)):
         return reference.fsq(z, levels, bound=bound, variant=variant)
-    codes, indices = torch.ops.xlayer.fsq(z, *_operator_levels(levels, bound, variant))
+    codes, indices, _ = torch.ops.xlayer.fsq(z, *_operator_levels(levels, bound, variant), needs_grad(z))
     return codes, indices
 
 
@@ -252,31 +255,28 @@ def _fake_statistics(x: Tensor, indices: Tensor, codes: int) -> tuple[Tensor, Te
     return x.new_empty((books, codes), dtype=wide), x.new_empty((books, codes, width), dtype=wide)
 
 
-def _fake_fsq(z: Tensor, levels: list[int], *rest: Any) -> tuple[Tensor, Tensor]:
+def _fake_fsq(z: Tensor, levels: list[int], *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, keep = rest
     shape = z.shape if fsq_basis(levels) is None else z.shape[:-1]
-    return z.new_empty(z.shape), z.new_empty(shape, dtype=torch.int64)
+    return z.new_empty(z.shape), z.new_empty(shape, dtype=torch.int64), z.new_empty(z.shape if keep else 0)
 
 
-def _fake_fsq_backward(grad: Tensor, z: Tensor, *rest: Any) -> Tensor:
-    check_one_device(grad, z)
-    return z.new_empty(z.shape)
+def _setup_fsq(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.keep, (_, indices, slope) = inputs[-1], output
+    ctx.save_for_backward(slope)
+    ctx.mark_non_differentiable(indices, slope)
 
 
-def _setup_fsq(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    z, *ctx.levels = inputs
-    ctx.save_for_backward(z)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _backward_fsq(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    (z,) = ctx.saved_tensors
-    return torch.ops.xlayer.fsq_backward(grad, z, *ctx.levels), *(None for _ in ctx.levels)
+def _backward_fsq(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    check_kept(ctx.keep, "fsq")
+    if torch.is_grad_enabled():  # the result may be differentiated again, without the slope's own derivative
+        raise no_second_derivative("fsq", " with create_graph=True")
+    (slope,) = ctx.saved_tensors
+    return grad * slope, None, None, None, None, None, None
 
 
 if native_available("fsq"):
     torch.library.register_fake("xlayer::vq_nearest", _fake_nearest)
     torch.library.register_fake("xlayer::vq_statistics", _fake_statistics)
     torch.library.register_fake("xlayer::fsq", _fake_fsq)
-    torch.library.register_fake("xlayer::fsq_backward", _fake_fsq_backward)
     torch.library.register_autograd("xlayer::fsq", cast(Function, _backward_fsq), setup_context=_setup_fsq)
-    forbid_second_derivative("fsq_backward")

@@ -61,26 +61,17 @@ struct FsqDimensions {
     int64_t basis[kFsqMostDimensions];  // of the index: Σ digit_i · basis_i
 };
 
+// The gradient goes straight through the rounding: slope = d bound/dz in units of the code, symmetric sech²(z), offset
+// sech²(z + shift)·half/⌊L/2⌋; NaN of a NaN.
 struct FsqForward {
-    DType dtype;  // of z and codes
+    DType dtype;  // of z, codes and slope
     FsqDimensions dimensions;
     int64_t rows;
     const void* z;     // contiguous [rows, width]
     void* codes;       // contiguous [rows, width]
     int64_t* indices;  // contiguous [rows], or [rows, width] with the digits where `digits`
+    void* slope;       // contiguous [rows, width]; null: not wanted
     bool digits;
-    ThreadPool pool;
-};
-
-// Straight through the rounding: grad_z = grad · d bound/dz, in units of the code: symmetric sech²(z), offset
-// sech²(z + shift)·half/⌊L/2⌋.
-struct FsqBackward {
-    DType dtype;  // of grad, z and grad_z
-    FsqDimensions dimensions;
-    int64_t rows;
-    const void* grad;  // contiguous [rows, width], as are z and grad_z
-    const void* z;
-    void* grad_z;
     ThreadPool pool;
 };
 
@@ -90,7 +81,6 @@ void vq_nearest(const VqNearest& args);
 int64_t vq_statistics_workspace(const VqStatistics& args);
 void vq_statistics(const VqStatistics& args);
 void fsq_forward(const FsqForward& args);
-void fsq_backward(const FsqBackward& args);
 }  // namespace cpu
 
 namespace cuda {
@@ -100,7 +90,6 @@ void vq_nearest(const VqNearest& args, void* stream);
 int64_t vq_statistics_workspace(const VqStatistics& args);
 void vq_statistics(const VqStatistics& args, void* stream);
 void fsq_forward(const FsqForward& args, void* stream);
-void fsq_backward(const FsqBackward& args, void* stream);
 }  // namespace cuda
 
 }  // namespace xlayer
