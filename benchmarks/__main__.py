@@ -1,24 +1,37 @@
-"""`python -m benchmarks FAMILY [options]`: runs one family's benchmark; without a family, names them.
+"""`python -m benchmarks`: every family, its plots and a report; `python -m benchmarks FAMILY [options]`: one script.
 
-Here `--device emulated` is known as well.
+One family alone is run by its own script, which prints a table and knows more options (`hdim --help`), unless
+`--suite quick` or `toy`, or a folder as `--out`, asks for a report. Here `--device emulated` is known as well.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import sys
-from pathlib import Path
 
-from benchmarks import emulator
+from benchmarks import emulator, suite
 
 
 def main(arguments: list[str]) -> int:
-    families = sorted(path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py"))
-    if not arguments or arguments[0] not in families:
-        print(f"usage: python -m benchmarks {{{','.join(families)}}} [options]", file=sys.stderr)
-        return 2
-    family = importlib.import_module(f"benchmarks.bench_{arguments[0]}")
-    return int(family.main(emulator.take_over(arguments[1:])))
+    arguments = emulator.take_over(arguments)
+    if wants_script(arguments):
+        script = importlib.import_module(f"benchmarks.bench_{arguments[0]}")
+        return int(script.main(arguments[1:]))
+    return suite.main(arguments)
+
+
+def wants_script(arguments: list[str]) -> bool:
+    """Whether one family is named, and nothing that only the suite does."""
+    names = [argument for argument in arguments[:2] if argument in suite.FAMILIES]
+    if not arguments or len(names) != 1 or arguments[0] != names[0]:
+        return False
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--suite")
+    parser.add_argument("--out", default="rows.jsonl")
+    parser.add_argument("--minutes")
+    known, _ = parser.parse_known_args(arguments)
+    return known.suite in (None, "main", "full") and known.out.endswith(".jsonl") and known.minutes is None
 
 
 if __name__ == "__main__":

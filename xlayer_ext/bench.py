@@ -90,6 +90,8 @@ class LimitProbe:
         size = buffer_bytes or (1 << 30 if cuda else min(max(2 * cache_bytes(device), 1 << 28), 1 << 30))
         source = torch.ones(size // 4, device=device)
         sizes = (4096, 8192) if cuda else (1024, 2048)
+        if dtype == torch.float16 and not cuda:
+            sizes = (256, 512)  # most processors do these products one number at a time
         shapes = [(n, n, n) for n in sizes] + [(4 * sizes[0], sizes[0], sizes[0] // 2)]
         gemms: dict[float, tuple[Work, int]] = {}
         for m, n, k in shapes:

@@ -263,8 +263,8 @@ def main(
     keep_freed_memory()
     chosen = _chosen(parser, options, make_cases(options))
     if options.no_compile:
-        chosen = [replace(case, peers=_not_compiled(case.peers)) for case in chosen]
-        impls = _not_compiled(impls)
+        chosen = [without_compile(case) for case in chosen]
+        impls = not_compiled(impls)
     if options.impl:
         known = list(dict.fromkeys([*impls, *(peer for case in chosen for peer in case.peers)]))
         if unknown := set(options.impl) - set(known):
@@ -298,8 +298,13 @@ def _chosen(parser: argparse.ArgumentParser, options: argparse.Namespace, cases:
     ]
 
 
-def _not_compiled(impls: Sequence[str]) -> tuple[str, ...]:
+def not_compiled(impls: Sequence[str]) -> tuple[str, ...]:
+    """Those of `impls` that `torch.compile` has no part in."""
     return tuple(impl for impl in impls if not impl.endswith("compile"))
+
+
+def without_compile(case: Case) -> Case:
+    return replace(case, peers=not_compiled(case.peers))
 
 
 def format_table(rows: Sequence[Row]) -> str:

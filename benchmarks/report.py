@@ -1,0 +1,148 @@
+"""The report of a run, one HTML file: `python -m benchmarks.report DIR` makes it anew from rows.jsonl and found.json.
+
+Pictures are part of the file, and nothing is loaded from anywhere, so it can be sent and opened as it is.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2  # torch needs it, so it is there
+
+from benchmarks import plots
+from xlayer_ext import bench
+
+TEMPLATE = Path(__file__).with_name("report.html.jinja")
+
+
+class Table(NamedTuple):
+    title: str
+    about: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def write(folder: Path) -> Path:
+    """Draws the plots and writes `report.html` into the folder of a run; returns its path."""
+    rows = bench.read_rows(folder / "rows.jsonl") if (folder / "rows.jsonl").exists() else []
+    found = json.loads((folder / "found.json").read_text())
+    pictures = plots.draw(folder, rows, found)
+    images = {shows: _inlined(folder / name) for name, shows in pictures.items()}
+    path = folder / "report.html"
+    path.write_text(html(rows, found, images))
+    return path
+
+
+def _inlined(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def html(rows: Sequence[bench.Row], found: Mapping[str, Any], images: Mapping[str, str]) -> str:
+    """The page; `images` are data URLs by what they show."""
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    template = environment.from_string(TEMPLATE.read_text())
+    tables = [table for table in _tables(rows, found) if table.rows]
+    page = {"facts": facts(rows, found), "images": images, "tables": tables}
+    return template.render(failures=found["failures"], notes=found["notes"], **page) + "\n"
+
+
+def facts(rows: Sequence[bench.Row], found: Mapping[str, Any]) -> dict[str, str]:
+    """Where, when and with what."""
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    when = f"{found['date']}, {found['minutes']:.1f} minutes" if "minutes" in found else found["date"]
+    spreads = sorted(row.extra["spread"] for row in rows if "spread" in row.extra)
+    quiet = f"{spreads[len(spreads) // 2]:.2f} (above 0.1 the machine was busy with something else)" if spreads else "-"
+    machine = {"machine": f"{found['device']}, {found['threads']} threads", "versions": versions}
+    run = {"commit": found["commit"], "when": when, "command": found["command"], "suite": found["suite"]}
+    return machine | run | {"rows": str(len(rows)), "median spread of a row": quiet}
+
+
+# ---- tables --------------------------------------------------------------------------------------------------------
+
+
+def _tables(rows: Sequence[bench.Row], found: Mapping[str, Any]) -> Iterable[Table]:
+    yield limits(found.get("limits"))
+    for family in dict.fromkeys(row.family for row in rows):
+        yield times([row for row in rows if row.family == family], family)
+    yield exponents(found["curves"])
+    yield errors(found["numerics"])
+    states = [[peer["package"], peer["what"], peer["state"]] for peer in found["peers"]]
+    yield Table("Other packages", "What is timed against, and what is not.", ("package", "does", "here"), states)
+
+
+def limits(found: Mapping[str, Any] | None) -> Table:
+    if found is None:
+        return Table("Limits", "", (), ())
+    lines = [["copy, read + written", f"{found['copy_rate'] / 1e9:.1f} GB/s"]]
+    lines += [[f"GEMM, {dtype}", f"{rate / 1e9:.0f} GFLOP/s"] for dtype, rate in found["gemm_rates"].items()]
+    lines += [[f"one call of {name} on 8 numbers", f"{1e6 * time:.1f} µs"] for name, time in found["launches"].items()]
+    return Table("Limits of the machine", "Measured before all else.", ("what", "rate"), lines)
+
+
+TIMES = (
+    "operator",
+    "case",
+    "pass",
+    "dtype",
+    "impl",
+    "ms",
+    "least ms",
+    "spread",
+    "× eager",
+    "of limit",
+    "bound",
+    "MB peak",
+)
+
+
+def times(rows: Sequence[bench.Row], family: str) -> Table:
+    about = "Medians of calls taken in turns. × eager: how many times faster than plain PyTorch."
+    return Table(f"Times: {family}", about, TIMES, [_time(row) for row in rows])
+
+
+def _time(row: bench.Row) -> list[str]:
+    speed, peak = row.extra.get("speedup_over_eager"), row.peak_bytes
+    what = [row.op, row.case, row.pass_, row.dtype, row.impl, f"{row.ms_median:.4g}", f"{row.ms_min:.4g}"]
+    spread = f"{row.extra['spread']:.2f}" if "spread" in row.extra else "-"
+    what += [spread, "-" if speed is None else f"{speed:.2f}", f"{row.fraction_of_limit:.3f}"]
+    return [*what, row.extra.get("bound", "-"), "-" if peak is None else f"{peak / 1e6:.1f}"]
+
+
+def exponents(curves: Sequence[Mapping[str, Any]]) -> Table:
+    lines = []
+    for curve in curves:
+        scale, unit = (1e6, "MB") if curve["unit"] == "bytes" else (1, "ms")
+        for impl, values in curve["values"].items():
+            points = zip(curve["points"], values, strict=True)
+            said = ", ".join(f"{point}: {value / scale:.3g}" for point, value in points)
+            slope = curve["exponents"].get(impl)
+            fit = "-" if slope is None else f"{slope:.2f}"
+            lines.append([curve["family"], curve["what"], curve["variable"], impl, fit, unit, said])
+    about = "The slope of the straight line through the points with both axes logarithmic."
+    head = ("family", "operator", "over", "impl", "exponent", "unit", "points")
+    return Table("How cost and memory grow", about, head, lines)
+
+
+def errors(found: Sequence[Mapping[str, Any]]) -> Table:
+    lines = []
+    for one in found:
+        values = [f"{one[key]:.1e}" for key in ("native", "eager", "bound")]
+        holds = "yes" if one["holds"] else f"NO {one['said']}".strip()
+        lines.append([one["op"], one["dtype"], one["result"], *values, str(one["comparisons"]), holds])
+    about = (
+        "Relative error against float64, of all results and gradients the one that is nearest to its bound: "
+        "1.1 × the error of plain PyTorch + 2·eps; 1e-12 in float64."
+    )
+    head = ("operator", "dtype", "result", "native", "eager", "bound", "compared", "holds")
+    return Table("Errors", about, head, lines)
+
+
+if __name__ == "__main__":
+    print(write(Path(sys.argv[1])))

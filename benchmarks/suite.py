@@ -1,0 +1,335 @@
+"""Every benchmark in one run: `python -m benchmarks [FAMILY…] --suite quick|full|toy --out DIR`.
+
+The machine's limits come first, then the cases of all families, the curves and the errors. DIR gets `rows.jsonl`, all
+else that was found as `found.json`, plots, and `report.html`, which holds everything in one file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import json
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from benchmarks import numerics, peers, report, scaling
+from xlayer_ext import bench, bench_suite, functional
+from xlayer_ext._backend import use_native
+
+FAMILIES = ("hdim", "routing", "hyper", "quantize", "aggregate", "hyper_model")
+FULL_ONLY = ("hyper_model",)  # whole training steps
+ABOUT = {
+    "quick": "one case of every operator and pass, and one against each package; two curves",
+    "full": "every case, with torch.compile and peak memory; all curves, and hyper_model",
+    "toy": "tiny cases in an instant, whose times say nothing: shows that all runs",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a suite spends: seconds for a case and a curve, sizes of the memory curve, bytes of a copy buffer."""
+
+    seconds: float
+    limit_seconds: float
+    memory_points: tuple[int, ...]
+    buffer_bytes: int = 0
+    minutes: float | None = None  # none: until all is done
+    everything: bool = False
+
+
+PLANS = {
+    "quick": Plan(0.7, 0.3, (64, 128, 256), minutes=5.0),
+    "full": Plan(3.0, 1.0, (128, 256, 512, 1024), everything=True),
+    "toy": Plan(0.02, 0.02, (16, 32), buffer_bytes=8 << 20),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    suites = "; ".join(f"{name}: {about}" for name, about in ABOUT.items())
+    made = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    made.add_argument("family", nargs="*", metavar="FAMILY", help=f"{', '.join(FAMILIES)} (default: all)")
+    made.add_argument("--suite", choices=PLANS, default="quick", help=f"{suites} (default: quick)")
+    made.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, … (default: cpu)")
+    made.add_argument("--dtype", nargs="+", default=["float32"], choices=bench_suite.DTYPES, help="(default: float32)")
+    made.add_argument("--out", metavar="DIR", help="folder of the results (default: runs/benchmarks-DATE-TIME)")
+    made.add_argument("--minutes", type=float, help="leave cases out that would begin later (default of quick: 5)")
+    made.add_argument("--seconds", type=float, help="time for one case, shared by its implementations")
+    made.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: what torch takes)")
+    made.add_argument("--label", metavar="NAME", help="the device's name in the rows")
+    made.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which quick does anyway")
+    made.add_argument("--no-memory", action="store_true", help="leave peak memory out")
+    return made
+
+
+# ---- the run -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """The options, and what has been found so far."""
+
+    options: argparse.Namespace
+    plan: Plan
+    out: Path
+    found: dict[str, Any] = field(default_factory=dict)
+    rows: list[bench.Row] = field(default_factory=list)
+    start: float = field(default_factory=time.monotonic)
+
+    def note(self, text: str) -> None:
+        print(f"  note: {text}", file=sys.stderr)
+        self.found["notes"].append(text)
+
+    def fail(self, text: str) -> None:
+        print(f"  WRONG: {text}", file=sys.stderr)
+        self.found["failures"].append(text)
+
+    def say(self, text: str) -> None:
+        print(f"[{time.monotonic() - self.start:4.0f} s] {text}", file=sys.stderr, flush=True)
+
+    def late(self) -> bool:
+        """Whether three quarters of the time are over: the rest is for curves, errors and the report."""
+        minutes = self.plan.minutes if self.options.minutes is None else self.options.minutes
+        return minutes is not None and time.monotonic() - self.start > 45 * minutes
+
+    def save(self) -> None:
+        (self.out / "found.json").write_text(json.dumps(self.found, indent=1) + "\n")
+
+
+def main(argv: Sequence[str]) -> int:
+    made = parser()
+    options = made.parse_args(argv)
+    if unknown := set(options.family) - set(FAMILIES):
+        made.error(f"unknown family {', '.join(sorted(unknown))}; there are {', '.join(FAMILIES)}")
+    out = Path(options.out or time.strftime("runs/benchmarks-%Y%m%d-%H%M%S"))
+    if (out / "rows.jsonl").exists():
+        made.error(f"--out {out} holds results already")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if torch.device(options.device).type == "cuda":
+        torch.cuda.set_device(options.device)
+    out.mkdir(parents=True, exist_ok=True)
+    bench.keep_freed_memory()
+    run = Run(options, PLANS[options.suite], out)
+    try:
+        measure(run, argv)
+    except KeyboardInterrupt:
+        run.note("stopped by hand")
+    run.found["minutes"] = (time.monotonic() - run.start) / 60
+    run.save()
+    print(bench_suite.format_table(run.rows))
+    run.say(f"report: {report.write(out)}")
+    return 1 if run.found["failures"] else 0
+
+
+def measure(run: Run, argv: Sequence[str]) -> None:
+    options = run.options
+    modules = load(options.family, run.plan)
+    run.found |= {"command": shlex.join(["python", "-m", "benchmarks", *argv]), "suite": options.suite}
+    run.found |= {"device": options.label or bench.device_name(options.device), **bench.provenance()}
+    run.found |= {"notes": [], "failures": [], "peers": peers.states(options.device), "curves": [], "numerics": []}
+    cases = [(module, case) for module in modules for case in chosen(module, options, run.plan)]
+    run.say(f"{options.suite}: {len(cases)} cases of {', '.join(_name(module) for module in modules)}")
+    for peer in run.found["peers"]:
+        if peer["state"].startswith("missing"):
+            run.note(f"{peer['package']} {peer['state']}")
+    if not run.plan.everything:
+        run.note(f"the suite {options.suite} leaves torch.compile out")
+    run.say("limits of the machine")
+    probes = measure_limits(run)
+    measure_cases(run, by_turns(cases), probes)
+    del probes  # their buffers would be in the way of the memory curve
+    measure_curves(run, {_name(module) for module in modules})
+    measure_numerics(run, modules)
+
+
+def load(families: Sequence[str], plan: Plan) -> list[ModuleType]:
+    wanted = families or [name for name in FAMILIES if plan.everything or name not in FULL_ONLY]
+    return [importlib.import_module(f"benchmarks.bench_{name}") for name in wanted]
+
+
+def _name(module: ModuleType) -> str:
+    return module.__name__.rpartition("bench_")[2]
+
+
+# ---- limits --------------------------------------------------------------------------------------------------------
+
+
+def measure_limits(run: Run) -> dict[str, bench.LimitProbe]:
+    """Copy bandwidth, GEMM rates and the latency of a launch; returns the probes of the dtypes asked for."""
+    device, plan = run.options.device, run.plan
+    probes, copies, gemms = {}, [], {}
+    for dtype in bench_suite.DTYPES:
+        element = getattr(torch, dtype)
+        if dtype not in run.options.dtype:
+            gemms[dtype] = gemm_rate(device, element)
+            continue
+        probe = bench.LimitProbe(device, element, seconds=plan.limit_seconds, buffer_bytes=plan.buffer_bytes)
+        limits = probe.limits(bench.compare(probe.works, device=device, seconds=plan.limit_seconds, min_rounds=3))
+        probes[dtype], gemms[dtype] = probe, limits.gemm_rate
+        copies.append(limits.copy_rate)
+    run.found["limits"] = {"copy_rate": statistics.median(copies), "gemm_rates": gemms, "launches": launches(device)}
+    run.say(f"copy {run.found['limits']['copy_rate'] / 1e9:.1f} GB/s; " + _rates(gemms))
+    run.save()
+    return probes
+
+
+def gemm_rate(device: str, dtype: torch.dtype) -> float:
+    """flop/s of the best square product; the next size is left out where it would take seconds."""
+    largest = 8192 if torch.device(device).type == "cuda" else 2048
+    n, best, seconds = 256, 0.0, 0.0
+    while n <= largest and seconds < 0.02:
+        factors = [torch.randn(n, n, device=device).to(dtype) for _ in range(2)]
+        work = functools.partial(torch.mm, *factors)
+        times = bench.compare({"gemm": work}, device=device, seconds=0, turn_seconds=0, cold=False)
+        seconds = times["gemm"].median
+        best, n = max(best, 2 * n**3 / seconds), 2 * n
+    return best
+
+
+def _rates(gemms: dict[str, float]) -> str:
+    return "GEMM " + ", ".join(f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in gemms.items())
+
+
+def launches(device: str, calls: int = 200) -> dict[str, float]:
+    """Seconds for a call on next to nothing, by what is called: what any call costs before it does its work."""
+    x, mask = torch.ones(1, 1, 8, device=device), torch.ones(1, 1, dtype=torch.bool, device=device)
+    works: dict[str, Callable[[], object]] = {"torch.neg": lambda: torch.neg(x)}
+    if use_native("masked_mean", x):
+        works["functional.masked_mean"] = lambda: functional.masked_mean(x, mask)
+    return {name: min(_seconds_per_call(work, device, calls) for _ in range(5)) for name, work in works.items()}
+
+
+@torch.no_grad()
+def _seconds_per_call(work: Callable[[], object], device: str, calls: int) -> float:
+    work()
+    start = time.perf_counter()
+    for _ in range(calls):
+        work()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / calls
+
+
+# ---- cases ---------------------------------------------------------------------------------------------------------
+
+Cases = list[tuple[ModuleType, bench_suite.Case]]
+
+
+def chosen(module: ModuleType, options: argparse.Namespace, plan: Plan) -> list[bench_suite.Case]:
+    """The suite's cases. Quick takes of each operator, pass and dtype the first one, and the first with each peer."""
+    cases: list[bench_suite.Case] = module.make_cases(options)
+    if options.suite == "toy":
+        return [case for case in cases if case.suite == "toy"]
+    if plan.everything:
+        return [case for case in cases if case.suite in ("main", "full")]
+    seen: set[tuple[str, ...]] = set()
+    picked = []
+    for case in cases:
+        facts = {(case.op, case.pass_, case.dtype, impl) for impl in ("", *bench_suite.not_compiled(case.peers))}
+        if case.suite == "main" and not facts <= seen:
+            seen |= facts
+            picked.append(case)
+    return picked
+
+
+def by_turns(cases: Cases) -> Cases:
+    """The families' cases in turns, so that a run that ends early has some of each."""
+    queues: dict[str, Cases] = {}
+    for module, case in cases:
+        queues.setdefault(_name(module), []).append((module, case))
+    ranked = [(at / len(queue), entry) for queue in queues.values() for at, entry in enumerate(queue)]
+    return [entry for _, entry in sorted(ranked, key=lambda pair: pair[0])]
+
+
+def measure_cases(run: Run, cases: Cases, probes: dict[str, bench.LimitProbe]) -> None:
+    options, left_out = run.options, []
+    compiled = run.plan.everything and not options.no_compile
+    for at, (module, case) in enumerate(cases, 1):
+        name = f"{_name(module)} {case.op} {case.name} {case.pass_} {case.dtype}"
+        if run.late():
+            left_out.append(name)
+            continue
+        rows = measure_case(run, module, case, probes[case.dtype], compiled)
+        bench.write_rows(run.out / "rows.jsonl", rows)
+        run.rows += rows
+        run.say(f"{at}/{len(cases)} {name}: {_brief(rows)}")
+    if left_out:
+        run.note(f"{len(left_out)} cases left out, as the time was up: {', '.join(left_out)}")
+
+
+def measure_case(
+    run: Run, module: ModuleType, case: bench_suite.Case, probe: bench.LimitProbe, compiled: bool
+) -> list[bench.Row]:
+    """The rows of one case; none where the kernel is wrong, which goes into the report."""
+    options = run.options
+    impls: Sequence[str] = () if _name(module) in FULL_ONLY else bench_suite.IMPLS
+    if not compiled:
+        case, impls = bench_suite.without_compile(case), bench_suite.not_compiled(impls)
+    try:
+        return bench_suite.measure(
+            case,
+            impls,
+            probe,
+            device=options.device,
+            seconds=options.seconds or run.plan.seconds,
+            memory=run.plan.everything and not options.no_memory,
+            check=getattr(module, "check", None),
+            label=options.label,
+            note=run.note,
+        )
+    except AssertionError as wrong:
+        run.fail(f"{case.op} {case.name} {case.pass_} {case.dtype}: {wrong}")
+        return []
+
+
+def _brief(rows: Sequence[bench.Row]) -> str:
+    native = next((row for row in rows if row.impl == "native"), None)
+    parts = [f"{row.impl} {row.ms_median:.3g} ms" for row in rows]
+    if native is not None:
+        parts.append(f"{native.fraction_of_limit:.2f} of the limit")
+    return ", ".join(parts) or "nothing runs"
+
+
+# ---- curves and errors ---------------------------------------------------------------------------------------------
+
+
+def measure_curves(run: Run, families: set[str]) -> None:
+    device, dtype = run.options.device, run.options.dtype[0]
+    cpu = torch.device(device).type == "cpu"
+    found: list[scaling.Measured] = []
+
+    def add(measured: scaling.Measured) -> None:
+        if measured.values:
+            found.append(measured)
+            slopes = ", ".join(f"{impl} {slope:.2f}" for impl, slope in measured.exponents.items())
+            run.say(f"{measured.what} over {measured.variable}, {measured.unit}: exponent {slopes}")
+
+    for curve in scaling.curves(cuda=not cpu):
+        if curve.family in families and (run.plan.everything or curve.quick):
+            add(scaling.measure(curve, dtype, device, run.plan.seconds, run.note))
+    if "hdim" in families and cpu and run.plan.everything:
+        add(scaling.over_threads(dtype, run.plan.seconds, run.note))
+    if "hdim" in families and not run.options.no_memory:
+        add(scaling.memory(run.plan.memory_points, dtype, device, run.note))
+    run.found["curves"] = [asdict(measured) for measured in found]
+    run.save()
+
+
+def measure_numerics(run: Run, modules: Sequence[ModuleType]) -> None:
+    run.say("errors against float64")
+    for found in numerics.measure(modules, run.options.device, bench_suite.DTYPES, run.note):
+        run.found["numerics"].append(found.to_dict())
+        if not found.holds:
+            said = found.said or f"{found.result}: error {found.native:.2e} exceeds {found.bound:.2e}"
+            run.fail(f"{found.op} {found.dtype}: {said}")
+    run.save()

@@ -1,0 +1,282 @@
+"""One run of all benchmarks: its choice of cases, its curves, its errors, and the report that it leaves."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import __main__ as command
+from benchmarks import bench_hyper, bench_quantize, numerics, peers, plots, report, scaling, screenshot, suite
+from xlayer_ext import bench, bench_oracle, bench_suite
+
+
+def make_row(**changes: Any) -> bench.Row:
+    values = {"family": "hdim", "op": "hdim_attention", "case": "S128", "pass_": "fwd", "dtype": "float32"}
+    values |= {"device": "cpu", "impl": "native", "ms_median": 2.0, "ms_min": 1.5, "bytes": 4_000_000}
+    values |= {"flops": 80_000_000, "peak_bytes": None, "fraction_of_limit": 0.5, "extra": {"spread": 0.02}}
+    return bench.Row(**(values | changes))
+
+
+ROWS = [
+    make_row(),
+    make_row(impl="eager", ms_median=8.0, peak_bytes=7_000_000, extra={"speedup_over_eager": 1.0, "spread": 0.3}),
+    make_row(family="quantize", op="fsq", case="<toy>", flops=0),
+    make_row(family="quantize", op="fsq", case="<toy>", flops=0, impl="peer & co", ms_median=3.0),
+]
+LIMITS = {"copy_rate": 1e10, "gemm_rates": {"float32": 1e11}, "launches": {"torch.neg": 2e-6}}
+
+
+def make_found(**changes: Any) -> dict[str, Any]:
+    curve = scaling.Measured("hdim", "messaging", "S", "ms", [1, 2, 4])
+    curve.add("native", [1.0, 4.0, 16.0])
+    peak = scaling.Measured("hdim", "messaging", "S", "bytes", [1, 2])
+    peak.add("native", [0, 5])
+    error = numerics.Exactness("hdim", "hdim_attention", "float32", "context", 1e-7, 2e-7, 4e-7, 3, True)
+    return {
+        **{"command": "python -m benchmarks", "suite": "toy", "device": "a CPU", "threads": 2, "commit": "abc"},
+        **{"date": "2026-01-02T03:04:05Z", "versions": {"torch": "2.13"}, "limits": LIMITS, "failures": []},
+        "notes": ["a note with <angles>"],
+        "peers": [{"package": "tile-kernels", "what": "mHC", "state": "missing: GPUs alone"}],
+        "curves": [json.loads(json.dumps(vars(one))) for one in (curve, peak)],
+        "numerics": [error.to_dict()],
+        **changes,
+    }
+
+
+class Page(HTMLParser):
+    """Cells, addresses and the tags that are open."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.rows: list[list[str]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.addresses += [value or "" for name, value in attributes if name in ("src", "href")]
+        if tag not in ("meta", "link", "img"):
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag == "td":
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "td":
+            self.rows[-1][-1] += data
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("report")
+    bench.write_rows(path / "rows.jsonl", ROWS)
+    (path / "found.json").write_text(json.dumps(make_found()))
+    report.write(path)
+    return path
+
+
+# ---- the report ------------------------------------------------------------------------------------------------------
+
+
+def test_report_is_one_file_that_holds_every_row(folder: Path) -> None:
+    text = (folder / "report.html").read_text()
+    page = Page(text)
+    assert page.open == []
+    shown = {tuple(cells[:6]) for cells in page.rows}
+    for row in ROWS:
+        assert (row.op, row.case, row.pass_, row.dtype, row.impl, f"{row.ms_median:.4g}") in shown
+    assert all(address.startswith("data:") for address in page.addresses)
+    assert not re.search(r"https?://|@import|<script", text)
+    assert 'name="viewport"' in text and "a note with &lt;angles&gt;" in text
+
+
+def test_report_shows_every_picture(folder: Path) -> None:
+    files = {path.name for path in folder.glob("*.png")}
+    assert files == {"roofline.png", "speedup-hdim.png", "speedup-quantize.png", "time.png", "memory.png"}
+    assert all((folder / name).read_bytes()[:4] == b"\x89PNG" for name in files)
+    pictures = [address for address in Page((folder / "report.html").read_text()).addresses if "png" in address]
+    assert len(pictures) == len(files)
+
+
+def test_report_names_what_is_wrong() -> None:
+    assert "Wrong" not in report.html(ROWS, make_found(), {})
+    text = report.html([], make_found(failures=["fsq: 3 > 2"]), {})
+    assert "Wrong" in text and "fsq: 3 &gt; 2" in text
+
+
+def test_a_run_that_was_stopped_early_has_a_report(tmp_path: Path) -> None:
+    found = make_found(curves=[], numerics=[])
+    del found["limits"]
+    (tmp_path / "found.json").write_text(json.dumps(found))
+    assert "a CPU" in report.write(tmp_path).read_text()
+    assert not list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(screenshot.browser() is None, reason="needs Chromium")
+def test_a_browser_shows_the_report(folder: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "phone.png"
+    screenshot.take(folder / "report.html", picture)
+    assert picture.stat().st_size > 20_000
+
+
+# ---- plots -----------------------------------------------------------------------------------------------------------
+
+
+def test_roofline_by_hand() -> None:
+    row = ROWS[0]  # 4 MB and 80 Mflop in 2 ms
+    assert plots.intensity(row) == 20
+    assert plots.achieved(row) == (2e9, 4e10)
+    assert plots.roof(20, 1e10, 1e11) == 1e11  # beyond the ridge at 10 flop per byte
+    assert plots.roof(2, 1e10, 1e11) == 2e10
+
+
+def test_speedups_are_ratios_to_the_native_kernel() -> None:
+    bars = plots.speedups(ROWS)
+    assert bars == {
+        "hdim_attention S128 fwd float32": {"eager": 4.0},
+        "fsq <toy> fwd float32": {"peer & co": 1.5},
+    }
+    assert plots.speedups([ROWS[1]]) == {}  # nothing to compare with
+
+
+def test_fitted_line_goes_through_points_of_a_power_law() -> None:
+    assert plots.fitted([1, 2, 4], [3, 12, 48], 2.0) == pytest.approx([3, 12, 48])
+
+
+# ---- curves ----------------------------------------------------------------------------------------------------------
+
+
+def test_exponent_of_a_power_law() -> None:
+    sizes = [3, 10, 40, 200]
+    assert scaling.exponent(sizes, [7 * size**1.5 for size in sizes]) == pytest.approx(1.5)
+    assert scaling.exponent(sizes, [5 / size for size in sizes]) == pytest.approx(-1)
+    assert "native" not in make_found()["curves"][1]["exponents"]  # a peak of nothing has no logarithm
+
+
+def test_a_curve_is_measured_at_its_points() -> None:
+    curve = next(curve for curve in scaling.curves(cuda=False) if curve.variable == "K")
+    short = scaling.Curve(curve.family, curve.what, "K", (16, 64), curve.build, curve.arguments)
+    notes: list[str] = []
+    measured = scaling.measure(short, "float32", "cpu", 0.01, notes.append)
+    assert measured.points == [16, 64] and all(len(values) == 2 for values in measured.values.values())
+    assert "eager" in measured.values and len(measured.values) + len(notes) == 2
+
+
+def test_two_curves_are_quick() -> None:
+    assert [curve.variable for curve in scaling.curves(cuda=False) if curve.quick] == ["S", "K"]
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+
+def test_recorded_errors_are_not_raised() -> None:
+    import torch
+
+    exact = torch.linspace(1, 2, 100, dtype=torch.float64)
+    rounded = exact.float()
+    with bench_oracle.recording() as found:
+        bench.check_oracle("good", rounded, exact, rounded)
+        bench.check_oracle("bad", 1.1 * rounded, exact, rounded)
+    assert [(one.name, one.holds, one.dtype) for one in found] == [("good", True, "float32"), ("bad", False, "float32")]
+    with pytest.raises(AssertionError):
+        bench.check_oracle("bad", 1.1 * rounded, exact, rounded)
+    case = bench_suite.Case("f", "op", "toy", "fwd", "float32", 1, 1, scaling.exponent, {})
+    worst = numerics.summary(case, found)
+    assert worst is not None and (worst.result, worst.holds, worst.comparisons) == ("bad", False, 2)
+    said = numerics.summary(case, [], "other codes")
+    assert said is not None and not said.holds
+    assert numerics.summary(case, []) is None
+
+
+def test_every_operator_has_a_small_case_of_its_own_size() -> None:
+    for module in suite.load([], suite.PLANS["quick"]):
+        for case in numerics.small_cases(module, "cpu", "float16"):
+            assert case.arguments["size"] == numerics.SIZES[case.op] and case.dtype == "float16"
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------------
+
+
+def test_one_family_is_its_script_and_more_are_a_suite() -> None:
+    for line in ("hdim", "hyper --case dhc --pass fwd", "hdim --suite full --out a/b.jsonl", "routing --json --quick"):
+        assert command.wants_script(line.split()), line
+    for line in (
+        "",
+        "--suite full",
+        "hdim hyper",
+        "hdim --suite quick",
+        "hdim --out folder",
+        "hdim --minutes 3",
+        "nothing",
+    ):
+        assert not command.wants_script(line.split()), line
+
+
+@pytest.mark.parametrize(("line", "says"), [("nothing", "unknown family nothing"), ("--out here", "holds results")])
+def test_mistakes_are_one_line(line: str, says: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    bench.write_rows(tmp_path / "here" / "rows.jsonl", ROWS)
+    with pytest.raises(SystemExit):
+        suite.main(line.split())
+    assert says in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_quick_has_every_operator_pass_and_package() -> None:
+    options = suite.parser().parse_args([])
+    for module in (bench_hyper, bench_quantize):
+        everything = [case for case in module.make_cases(options) if case.suite == "main"]
+        quick = suite.chosen(module, options, suite.PLANS["quick"])
+        assert len(quick) < len(everything)
+        for facts in (lambda case: {(case.op, case.pass_)}, lambda case: set(case.peers)):
+            assert set().union(*map(facts, quick)) == set().union(*map(facts, everything))
+
+
+def test_families_take_turns() -> None:
+    modules = suite.load(["hdim", "routing"], suite.PLANS["quick"])
+    cases: suite.Cases = [(module, name) for module in modules for name in "abcd"]  # type: ignore[misc]
+    assert [name for _, name in suite.by_turns(cases)] == list("aabbccdd")
+
+
+def test_what_is_late_or_wrong_is_said(tmp_path: Path, monkeypatch) -> None:
+    options = suite.parser().parse_args(["--minutes", "0"])
+    run = suite.Run(options, suite.PLANS["toy"], tmp_path, {"notes": [], "failures": []})
+    case = bench_quantize.make_cases(argparse.Namespace(device="cpu", dtype=["float32"]))[0]
+    suite.measure_cases(run, [(bench_quantize, case)], {"float32": None})  # type: ignore[dict-item]
+    assert run.rows == [] and "1 cases left out" in run.found["notes"][0]
+
+    def wrong(*arguments: Any, **options: Any) -> list[bench.Row]:
+        raise AssertionError("error 3 exceeds 2")
+
+    monkeypatch.setattr(bench_suite, "measure", wrong)
+    assert suite.measure_case(run, bench_quantize, case, None, False) == []  # type: ignore[arg-type]
+    assert "error 3 exceeds 2" in run.found["failures"][0]
+
+
+def test_packages_for_gpus_are_missing_on_a_cpu_with_a_reason() -> None:
+    states = {peer["package"]: peer["state"] for peer in peers.states("cpu")}
+    assert states["tile-kernels"] == states["liger-kernel"] == "missing: its kernels run on GPUs alone"
+    absent = peers.Peer("no-such-package", "no_such_package", "nothing")
+    assert "No module named 'no_such_package'" in peers.state(absent, "cpu")
+
+
+@pytest.mark.slow
+def test_a_whole_run(tmp_path: Path, capsys) -> None:
+    assert suite.main(["routing", "--suite", "toy", "--no-memory", "--out", str(tmp_path / "run")]) == 0
+    rows = bench.read_rows(tmp_path / "run" / "rows.jsonl")
+    assert {row.op for row in rows} == {"masked_mean"} and {row.pass_ for row in rows} == {"fwd", "fwd+bwd"}
+    found = json.loads((tmp_path / "run" / "found.json").read_text())
+    assert found["limits"]["copy_rate"] > 1e8 and set(found["limits"]["gemm_rates"]) == set(bench_suite.DTYPES)
+    assert found["failures"] == [] and "torch.neg" in found["limits"]["launches"]
+    assert "masked_mean" in (tmp_path / "run" / "report.html").read_text()
+    assert "toy" in capsys.readouterr().out
