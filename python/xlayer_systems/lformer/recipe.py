@@ -43,7 +43,7 @@ class LFormerRecipe:
         if backbone == SENDER:
             options = dataclasses.replace(options, learning_rate=3e-3, base_lr=1e-3, max_length=64, lm_length=128)
         if quick:
-            options = dataclasses.replace(options, max_steps=900, phase_a_steps=500, eval_every=100, eval_batch_size=80)
+            options = dataclasses.replace(options, max_steps=900, phase_a_steps=500, eval_every=125, eval_batch_size=80)
         return options
 
     def fingerprint(self, backbone: str) -> str:
