@@ -55,8 +55,8 @@ def nvtx_region(name: str) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def module_regions(model: nn.Module) -> Iterator[None]:
-    """Every call of a named module of ``model`` is a region ``module/<name>`` until its end."""
+def module_regions(model: nn.Module, prefix: str = "") -> Iterator[None]:
+    """Every call of a named module of ``model`` is a region ``module/<prefix><name>`` until its end."""
     opened: list[AbstractContextManager[Any]] = []  # calls nest, so the one that ends is the last one opened
 
     def enter(name: str) -> Callable[..., None]:
@@ -72,7 +72,7 @@ def module_regions(model: nn.Module) -> Iterator[None]:
     handles = []
     for name, module in model.named_modules():
         if name:
-            handles.append(module.register_forward_pre_hook(enter(name), prepend=True))
+            handles.append(module.register_forward_pre_hook(enter(prefix + name), prepend=True))
             # Also after an exception: recomputation for activation checkpoints ends a forward pass with one.
             handles.append(module.register_forward_hook(leave, always_call=True))
     try:

@@ -119,12 +119,17 @@ class ProfiledTrainer(Trainer):
 
     def _open_window(self) -> None:
         model = self.accelerator.unwrap_model(self.model)
-        contexts: list[AbstractContextManager[Any]] = [listening(self.capture.open), module_regions(model)]
-        for context in contexts:
-            self._window.enter_context(context)
+        self._window.enter_context(listening(self.capture.open))
+        self._window.enter_context(module_regions(model))
+        for index, frozen in enumerate(getattr(model, "frozen", ())):  # held by the model, but no submodules of it
+            self._window.enter_context(module_regions(frozen, f"frozen.{index}."))
         self._window.enter_context(region(WINDOW))
         if torch.cuda.is_available():
             self._window.callback(torch.cuda.synchronize)  # what was queued in the window belongs to it
+
+    def _evaluate(self) -> None:
+        if self.progress.step == self.total_steps:  # not at the end of every epoch, which may be a few steps
+            super()._evaluate()
 
     def _save_checkpoint(self) -> None:
         return
