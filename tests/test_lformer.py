@@ -337,7 +337,9 @@ def test_what_a_side_path_cannot_be_attached_to() -> None:
         attach(base, d_sied=5)
     with pytest.raises(ValueError, match="give a config or options, got both: d_side"):
         attach(base, ModelConfig(), d_side=5)
-    attach(base, **OPTIONS).remove()
+    base.train().lm_head.requires_grad_(False)
+    attach(base, **OPTIONS).eval().remove()
+    assert base.training and [n for n, p in base.named_parameters() if not p.requires_grad] == ["lm_head.weight"]
     attach(base, **OPTIONS)
     with pytest.raises(ValueError, match="has a side path already"):
         attach(base, **OPTIONS)
@@ -362,7 +364,7 @@ def test_own_parameters_are_saved_and_another_base_is_refused(base: str, tmp_pat
     before = other(ids).logits
     with pytest.raises(ValueError, match="was made for a base with weights"):
         LFormer.from_pretrained(tmp_path, other)
-    assert torch.equal(other(ids).logits, before)
+    assert torch.equal(other(ids).logits, before) and all(p.requires_grad for p in other.parameters())
     with pytest.raises(ValueError, match=r"was made for a base with (model_type|vocab_size)"):
         LFormer.from_pretrained(tmp_path, make_base("gpt2" if base == "llama" else "llama", vocabulary=70))
     with pytest.raises(ValueError, match="needs the base that it was attached to"):

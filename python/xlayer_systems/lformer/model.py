@@ -89,6 +89,7 @@ class LFormer(nn.Module):
         for module in self.children():
             if module is not self.base:
                 module.to(device=self.base.device, dtype=self.base.dtype)
+        self._was = [parameter.requires_grad for parameter in self.base.parameters()], self.base.training
         self._seen: _Seen | None = None
         self._reading = self._asked = False
         self._hooks = [
@@ -172,13 +173,15 @@ class LFormer(nn.Module):
         return self.base.generate(*args, **kwargs)
 
     def remove(self) -> Any:
-        """Takes the side path off and returns the base."""
+        """Takes the side path off and returns the base, as trainable as it was."""
         for hook in self._hooks:
             hook.remove()
         decoder = _parts(self.base)[0]
         if hasattr(decoder, _MARK):
             delattr(decoder, _MARK)
-        return self.base
+        for parameter, requires_grad in zip(self.base.parameters(), self._was[0], strict=True):
+            parameter.requires_grad_(requires_grad)
+        return self.base.train(self._was[1])
 
     save_pretrained = save_pretrained
     from_pretrained = classmethod(load_pretrained)
