@@ -14,7 +14,8 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from bypass_tools import LAYERS, make_ids, make_model, save_decoder
-from training_tools import contents, read_metrics, run_xlayer
+from processes import join_processes
+from training_tools import contents, finish, read_metrics, run_xlayer, start_xlayer
 from xlayer_systems.bypass import BypassConfig, attach
 from xlayer_systems.bypass.reconstruction import Reconstruction
 from xlayer_systems.bypass.stages import parts_of
@@ -233,7 +234,7 @@ def worker(rank: int, folder: str) -> None:
     from torch.distributed.fsdp import fully_shard
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    join_processes(rank, folder)
     found = {}
     for wrapper, stage, variant in CASES:
         model = trainee(stage, variant)
@@ -262,6 +263,22 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
             torch.testing.assert_close(
                 gradients[name], grad, rtol=1e-5, atol=1e-10, msg=lambda m, c=(wrapper, stage, variant): f"{c}: {m}"
             )
+
+
+@pytest.mark.slow
+def test_the_command_on_two_processes_takes_the_same_steps(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    options = ("train", "bypass", *arguments(folder, max_steps="4", reconstruct_steps="4"))
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    finish(start_xlayer(*options, "--run-dir", tmp_path / "two", launcher=launcher))
+    finish(start_xlayer(*options, "--run-dir", tmp_path / "one"))
+    two, one = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("two", "one"))
+    assert two["reconstruction"]["r2"] == pytest.approx(one["reconstruction"]["r2"], abs=1e-4)
+    for name, row in one["compared"]["rows"].items():
+        assert two["compared"]["rows"][name]["loss"]["mean"] == pytest.approx(row["loss"]["mean"], abs=1e-4)
 
 
 def test_padded_tokens_do_not_count_in_reconstruction() -> None:
