@@ -292,7 +292,7 @@ def profile(
 
         xlayer profile hyper_lm --residual dhc --backbone small --set dtype=bfloat16 --tool nsys
     """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # else torch's profiler says when it starts and stops
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler says when it starts and stops
     from xlayer_systems.jobs import make_spec
     from xlayer_systems.options import parse_overrides
     from xlayer_systems.profiling.command import profile_run

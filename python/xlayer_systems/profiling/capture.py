@@ -122,7 +122,7 @@ class ProfiledTrainer(Trainer):
         self._window.enter_context(listening(self.capture.open))
         self._window.enter_context(module_regions(model))
         for index, frozen in enumerate(getattr(model, "frozen", ())):  # held by the model, but no submodules of it
-            self._window.enter_context(module_regions(frozen, f"frozen.{index}."))
+            self._window.enter_context(module_regions(frozen, f"frozen{index}."))
         self._window.enter_context(region(WINDOW))
         if torch.cuda.is_available():
             self._window.callback(torch.cuda.synchronize)  # what was queued in the window belongs to it

@@ -103,7 +103,8 @@ def _report(spec: RunSpec, summary: Summary, lines: list[str], commands: list[li
             "moved from below; of views it says nothing."
         ]
     if commands:
-        report += ["", "Made by", "", "```", *map(shlex.join, commands), "```"]
+        report += ["", "Made by", "", "```", *map(shlex.join, commands), "```", ""]
+        report += ["Built with XLAYER_NVTX=1, the package's own operators and launches are NVTX ranges too."]
     else:
         report += ["", "`trace.json` opens in https://ui.perfetto.dev or chrome://tracing."]
     return report
