@@ -38,7 +38,7 @@ class Setting(NamedTuple):
 
 def settings(cuda: bool) -> dict[str, list[Setting]]:
     tokens = 32768 if cuda else 4096
-    return {
+    return {"L12-d128": [Setting("quick", op, (12, tokens // 4, 128)) for op in KERNELS]} | {
         f"L24-d{width}": [
             Setting("main", "ema", (24, tokens, width)),
             Setting("full", "ema-last", (24, tokens, width)),

@@ -13,7 +13,7 @@ from xlayer_ext.bench import Row
 
 Pair = tuple[float, float]
 MARKERS = {"fwd": "o", "bwd": "s", "fwd+bwd": "D"}
-DOTS = 120  # per inch
+DOTS, WIDTH = 160, 7.0  # dots per inch, inches: letters that a phone's screen still shows
 
 
 def intensity(row: Row) -> float:
@@ -54,20 +54,20 @@ def draw(folder: Path, rows: Sequence[Row], found: Mapping[str, Any]) -> dict[st
         shows = (
             "Every native kernel under the two roofs of this machine; without matrix products the memory alone bounds"
         )
-        add("roofline.png", shows, partial(roofline, native=native, limits=found["limits"]), (11, 5.2))
+        add("roofline.png", shows, partial(roofline, native=native, limits=found["limits"]), (WIDTH, 4.2))
     for family in dict.fromkeys(row.family for row in rows):
         bars = speedups([row for row in rows if row.family == family])
         if bars:
             shows = f"{family}: how many times the native kernel is faster"
-            add(f"speedup-{family}.png", shows, partial(bar_chart, bars=bars), (11, bars_height(bars)))
+            add(f"speedup-{family}.png", shows, partial(bar_chart, bars=bars), (WIDTH, bars_height(bars)))
     curves = [curve for curve in found.get("curves", []) if curve["values"]]
     for name, unit, shows in (
         ("time.png", "ms", "Time over size, with the exponent of the line that fits"),
         ("memory.png", "bytes", "Peak memory over the length of the sentences"),
     ):
         if chosen := [curve for curve in curves if curve["unit"] == unit]:
-            height = 3.8 * ((len(chosen) + 2) // 3)
-            add(name, shows, partial(curve_chart, curves=chosen), (11, height))
+            height = 3.2 * ((len(chosen) + 1) // 2)
+            add(name, shows, partial(curve_chart, curves=chosen), (WIDTH, height))
     return pictures
 
 
@@ -87,7 +87,8 @@ def save(path: Path, plot: Callable[[Any], None], size: Pair) -> None:
 def roofline(figure: Any, native: Mapping[str, Sequence[Row]], limits: Mapping[str, Any]) -> None:
     bandwidth, roofs = figure.subplots(1, 2, width_ratios=(1, 2))
     dtypes = {row.dtype for rows in native.values() for row in rows}
-    at = np.geomspace(0.1, 3000)
+    intensities = [intensity(row) for rows in native.values() for row in rows if row.flops] or [1.0]
+    at = np.geomspace(min(intensities) / 2, max(intensities) * 2)
     for line, dtype in zip(("-", "--", ":", "-."), sorted(dtypes), strict=False):
         rates = (limits["copy_rate"], limits["gemm_rates"][dtype])
         roofs.plot(at, [roof(x, *rates) / 1e9 for x in at], color="black", linestyle=line, label=f"limit, {dtype}")
@@ -136,6 +137,8 @@ def bars_height(bars: Bars) -> float:
 
 
 def bar_chart(figure: Any, bars: Bars) -> None:
+    from matplotlib.ticker import LogLocator
+
     axis = figure.subplots()
     impls = list(dict.fromkeys(impl for others in bars.values() for impl in others))
     at, ticks, named = 0.0, [], set[str]()
@@ -152,7 +155,10 @@ def bar_chart(figure: Any, bars: Bars) -> None:
     axis.set(xscale="log", xlabel="time ÷ that of the native kernel")
     axis.set_yticks(ticks, list(bars), fontsize=7)
     axis.set_ylim(at - 0.5, -1.5)
-    axis.margins(x=0.08)
+    axis.margins(x=0.1)
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.minorticks_off()
     _finish(axis)
 
 
@@ -163,7 +169,7 @@ _POINTS = {"textcoords": "offset points"}
 
 
 def curve_chart(figure: Any, curves: Sequence[Mapping[str, Any]]) -> None:
-    axes = figure.subplots((len(curves) + 2) // 3, min(3, len(curves)), squeeze=False).flatten()
+    axes = figure.subplots((len(curves) + 1) // 2, min(2, len(curves)), squeeze=False).flatten()
     for axis, curve in zip(axes, curves, strict=False):
         scale, unit = (1e6, "MB") if curve["unit"] == "bytes" else (1, "ms")
         for index, (impl, values) in enumerate(curve["values"].items()):

@@ -15,7 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,20 +37,22 @@ ABOUT = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What a suite spends: seconds for a case and a curve, sizes of the memory curve, bytes of a copy buffer."""
+    """What a suite spends: seconds for a case and a curve, sizes of the memory curve, of copies and of GEMMs."""
 
     seconds: float
     limit_seconds: float
     memory_points: tuple[int, ...]
     buffer_bytes: int = 0
+    gemm_sizes: tuple[int, int] | None = None  # of CPUs
+    shrink: int = 1  # points of curves are so many times smaller
     minutes: float | None = None  # none: until all is done
     everything: bool = False
 
 
 PLANS = {
-    "quick": Plan(0.7, 0.3, (64, 128, 256), minutes=5.0),
+    "quick": Plan(0.7, 0.3, (64, 128, 256), gemm_sizes=(512, 1024), minutes=5.0),
     "full": Plan(3.0, 1.0, (128, 256, 512, 1024), everything=True),
-    "toy": Plan(0.02, 0.02, (16, 32), buffer_bytes=8 << 20),
+    "toy": Plan(0.02, 0.02, (16, 32), buffer_bytes=8 << 20, gemm_sizes=(128, 256), shrink=8),
 }
 
 
@@ -173,7 +175,9 @@ def measure_limits(run: Run) -> dict[str, bench.LimitProbe]:
         if dtype not in run.options.dtype:
             gemms[dtype] = gemm_rate(device, element)
             continue
-        probe = bench.LimitProbe(device, element, seconds=plan.limit_seconds, buffer_bytes=plan.buffer_bytes)
+        sizes = plan.gemm_sizes if torch.device(device).type == "cpu" else None
+        amount: dict[str, Any] = {"seconds": plan.limit_seconds, "buffer_bytes": plan.buffer_bytes}
+        probe = bench.LimitProbe(device, element, gemm_sizes=sizes, **amount)
         limits = probe.limits(bench.compare(probe.works, device=device, seconds=plan.limit_seconds, min_rounds=3))
         probes[dtype], gemms[dtype] = probe, limits.gemm_rate
         copies.append(limits.copy_rate)
@@ -226,28 +230,32 @@ Cases = list[tuple[ModuleType, bench_suite.Case]]
 
 
 def chosen(module: ModuleType, options: argparse.Namespace, plan: Plan) -> list[bench_suite.Case]:
-    """The suite's cases. Quick takes of each operator, pass and dtype the first one, and the first with each peer."""
+    """The suite's cases. Quick takes of each operator, pass and dtype the first one, and the first with each peer, of
+    cases made for it (`suite="quick"`) where an operator has them."""
     cases: list[bench_suite.Case] = module.make_cases(options)
     if options.suite == "toy":
         return [case for case in cases if case.suite == "toy"]
     if plan.everything:
         return [case for case in cases if case.suite in ("main", "full")]
+    smaller = {case.op for case in cases if case.suite == "quick"}
     seen: set[tuple[str, ...]] = set()
     picked = []
     for case in cases:
         facts = {(case.op, case.pass_, case.dtype, impl) for impl in ("", *bench_suite.not_compiled(case.peers))}
-        if case.suite == "main" and not facts <= seen:
+        if case.suite == ("quick" if case.op in smaller else "main") and not facts <= seen:
             seen |= facts
             picked.append(case)
     return picked
 
 
 def by_turns(cases: Cases) -> Cases:
-    """The families' cases in turns, so that a run that ends early has some of each."""
-    queues: dict[str, Cases] = {}
+    """The operators' cases in turns, so that a run that ends early has some of each."""
+    turns: dict[tuple[str, str], int] = {}
+    ranked = []
     for module, case in cases:
-        queues.setdefault(_name(module), []).append((module, case))
-    ranked = [(at / len(queue), entry) for queue in queues.values() for at, entry in enumerate(queue)]
+        operator = (_name(module), case.op)
+        turns[operator] = turns.get(operator, 0) + 1
+        ranked.append((turns[operator], (module, case)))
     return [entry for _, entry in sorted(ranked, key=lambda pair: pair[0])]
 
 
@@ -316,7 +324,8 @@ def measure_curves(run: Run, families: set[str]) -> None:
 
     for curve in scaling.curves(cuda=not cpu):
         if curve.family in families and (run.plan.everything or curve.quick):
-            add(scaling.measure(curve, dtype, device, run.plan.seconds, run.note))
+            points = tuple(max(2, point // run.plan.shrink) for point in curve.points)
+            add(scaling.measure(replace(curve, points=points), dtype, device, run.plan.seconds, run.note))
     if "hdim" in families and cpu and run.plan.everything:
         add(scaling.over_threads(dtype, run.plan.seconds, run.note))
     if "hdim" in families and not run.options.no_memory:

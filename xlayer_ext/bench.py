@@ -83,13 +83,22 @@ class LimitProbe:
         seconds: spent here on finding the fastest GEMM shape; which one that is differs between machines and dtypes.
         buffer_bytes: size of each copy buffer; the default is twice the largest cache, in 256 MiB … 1 GiB, and 1 GiB on
             CUDA, where a smaller copy does not reach the memory's full rate.
+        gemm_sizes: two edges of the matrices that are tried; small ones save time, and may miss the best rate.
     """
 
-    def __init__(self, device: str, dtype: torch.dtype, *, seconds: float = 0.5, buffer_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        device: str,
+        dtype: torch.dtype,
+        *,
+        seconds: float = 0.5,
+        buffer_bytes: int = 0,
+        gemm_sizes: tuple[int, int] | None = None,
+    ) -> None:
         cuda = torch.device(device).type == "cuda"
         size = buffer_bytes or (1 << 30 if cuda else min(max(2 * cache_bytes(device), 1 << 28), 1 << 30))
         source = torch.ones(size // 4, device=device)
-        sizes = (4096, 8192) if cuda else (1024, 2048)
+        sizes = gemm_sizes or ((4096, 8192) if cuda else (1024, 2048))
         if dtype == torch.float16 and not cuda:
             sizes = (256, 512)  # most processors do these products one number at a time
         shapes = [(n, n, n) for n in sizes] + [(4 * sizes[0], sizes[0], sizes[0] // 2)]
