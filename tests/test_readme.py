@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from benchmarks import readme
+from benchmarks import readme, readme_kernels, readme_tables
 from xlayer_ext import bench
 
 
@@ -41,17 +41,17 @@ def test_check_says_when_the_readme_is_stale(tmp_path, monkeypatch, capsys) -> N
 
 
 def test_times_and_tables() -> None:
-    assert [readme.milliseconds(value) for value in (0.234, 12.61, 123.4, 2712.0)] == [
+    assert [readme_tables.milliseconds(value) for value in (0.234, 12.61, 123.4, 2712.0)] == [
         "0.23 ms",
         "12.6 ms",
         "123 ms",
         "2.71 s",
     ]
-    assert readme.table(" | a", [["x", ""], ["", "y"]]) == "| | a |\n|---|---|\n| x | |\n| | y |\n"
+    assert readme_tables.table(" | a", [["x", ""], ["", "y"]]) == "| | a |\n|---|---|\n| x | |\n| | y |\n"
 
 
 def test_of_equal_rows_the_last_counts(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    monkeypatch.setattr(readme_tables, "RESULTS", tmp_path)
     row = {"family": "f", "op": "o", "case": "c", "pass": "fwd", "dtype": "float32", "device": "d", "impl": "native"}
     numbers = {"bytes": 1, "flops": 1, "peak_bytes": 2_000_000, "fraction_of_limit": 0.5}
     rows = [
@@ -59,7 +59,7 @@ def test_of_equal_rows_the_last_counts(tmp_path, monkeypatch) -> None:
         for impl, t in (("native", 9.0), ("eager", 8.0), ("native", 2.0), ("eager", 6.0))
     ]
     bench.write_rows(tmp_path / "d.jsonl", rows)
-    found = readme.Rows("d")
+    found = readme_kernels.Rows("d")
     key = ("o", "c", "fwd")
     assert (found.time(*key, "native"), found.ratio(*key, "eager"), found.time(*key, "gone")) == ("2.0 ms", "3.0", "")
     assert (found.fraction(*key, "native"), found.memory(*key, "native")) == ("0.50", "2.0 MB")

@@ -1,0 +1,151 @@
+"""The README's tables of kernels, from the committed rows."""
+
+from __future__ import annotations
+
+from benchmarks import readme_tables as tables
+from benchmarks.readme_tables import block, milliseconds, table
+from xlayer_ext import bench
+
+EPYC, XEON = "epyc-avx512-2core", "xeon-avx512-2core"
+PACKAGES = {"hyper": "hyper-connections", "quantize": "vector-quantize-pytorch"}
+
+
+class Rows:
+    """The rows of one device; of rows that tell of the same thing the last one counts."""
+
+    def __init__(self, device: str) -> None:
+        self.all = bench.read_rows(tables.RESULTS / f"{device}.jsonl")
+        self._last = {(r.op, r.case, r.pass_, r.dtype, r.impl): r for r in self.all}
+
+    def get(self, op: str, case: str, pass_: str, impl: str, dtype: str = "float32") -> bench.Row | None:
+        return self._last.get((op, case, pass_, dtype, impl))
+
+    def time(self, *key: str) -> str:
+        row = self.get(*key)
+        return "" if row is None else milliseconds(row.ms_median)
+
+    def ratio(self, op: str, case: str, pass_: str, impl: str, digits: int = 1) -> str:
+        """How many times the native kernel is faster."""
+        row, native = self.get(op, case, pass_, impl), self.get(op, case, pass_, "native")
+        return "" if row is None or native is None else f"{row.ms_median / native.ms_median:.{digits}f}"
+
+    def fraction(self, *key: str) -> str:
+        row = self.get(*key)
+        return "" if row is None else f"{row.fraction_of_limit:.2f}"
+
+    def memory(self, *key: str) -> str:
+        row = self.get(*key)
+        return "" if row is None or row.peak_bytes is None else megabytes(row.peak_bytes)
+
+    def runs(self, op: str, case: str) -> list[dict[str, float]]:
+        """Times by implementation, run after run: a run ends where an implementation comes again."""
+        found: list[dict[str, float]] = [{}]
+        for row in self.all:
+            if (row.op, row.case) == (op, case):
+                if row.impl in found[-1]:
+                    found.append({})
+                found[-1][row.impl] = row.ms_median
+        return found
+
+
+def megabytes(size: int) -> str:
+    return f"{size / 1e6:.0f} MB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+@block
+def hdim() -> str:
+    rows = Rows(XEON)
+    lines = []
+    for case, shape in (("S128", "8 × 128"), ("S512", "2 × 512"), ("S1024", "1 × 1024")):
+        for pass_ in ("fwd", "fwd+bwd"):
+            key = ("hdim_attention", case, pass_)
+            times = [rows.time(*key, impl) for impl in ("native", "eager", "compile")]
+            ratios = [rows.ratio(*key, impl) for impl in ("eager", "compile")]
+            memory = [rows.memory(*key, impl) for impl in ("native", "eager")]
+            lines.append([f"{shape}, {pass_}", *times, *ratios, rows.fraction(*key, "native"), *memory])
+    head = (
+        "B × S, pass | native | eager | `torch.compile` | ÷ eager | ÷ compile | of the limit | memory: native | eager"
+    )
+    return table(head, lines)
+
+
+@block
+def hyper_boundary() -> str:
+    rows = Rows(EPYC)
+    lines = []
+    for op, name in (("pre+post", "pre and post"), ("boundary", "boundary")):
+        for case in ("shc", "dhc"):
+            for pass_ in bench.PASSES:
+                key = (op, case, pass_)
+                times = [rows.time(*key, impl) for impl in ("native", "native separate", "eager")]
+                measured = [*times, rows.ratio(*key, "eager"), rows.fraction(*key, "native")]
+                lines.append([f"{case.upper()}, {name}", pass_, *measured])
+    return table(" | pass | native | as two calls | eager | ÷ eager | of the limit", lines)
+
+
+@block
+def hyper_package() -> str:
+    rows, package = Rows(EPYC), PACKAGES["hyper"]
+    impls = ("native", "eager", "compile", package, f"{package} compile")
+    lines = []
+    for pass_ in ("fwd", "fwd+bwd"):
+        key = ("pre+post", "dhc-rms", pass_)
+        ratios = [rows.ratio(*key, impl) for impl in impls[3:]]
+        lines.append([pass_, *(rows.time(*key, impl) for impl in impls), *ratios])
+    return table("pass | native | eager | `torch.compile` | package | package compiled | ÷ package | ÷ compiled", lines)
+
+
+@block
+def hyper_model() -> str:
+    runs = Rows(EPYC).runs("training step", "L12-d768")
+    lines = []
+    for kind in ("shc", "dhc", "mhc"):
+        times = [run for run in runs if f"{kind} native" in run][-1]
+        shares = [times.get(f"{kind} {impl}") for impl in ("native", "reference", "compile")]
+        lines.append([f"{kind.upper()}", *("" if t is None else f"{t / times['plain']:.3f}" for t in shares)])
+    plain = next(run for run in reversed(runs) if "plain compile" in run)
+    lines.append(["plain residuals", "", "1", f"{plain['plain compile'] / plain['plain']:.3f}"])
+    return table(" | native | plain PyTorch | `torch.compile`", lines).replace("MHC", "mHC")
+
+
+@block
+def quantize() -> str:
+    rows, package = Rows(EPYC), PACKAGES["quantize"]
+    named = (
+        ("nearest code, euclidean", "nearest", "K4096-D256", "fwd"),
+        ("nearest code, cosine", "nearest", "K4096-D256-cos", "fwd"),
+        ("N = 8192, K = 1024, D = 64", "nearest", "K1024-D64", "fwd"),
+        ("training step of the module", "train", "train", "fwd"),
+        ("the same, cosine", "train", "train-cos", "fwd"),
+        ("sums per code, N = 8192, K = 1024", "statistics", "sums", "fwd"),
+        *((f"FSQ, symmetric, {pass_}", "fsq", "fsq-8", pass_) for pass_ in bench.PASSES),
+        *((f"FSQ, offset, {pass_}", "fsq", "fsq-8-offset", pass_) for pass_ in bench.PASSES),
+    )
+    lines = []
+    for name, op, case, pass_ in named:
+        key = (op, case, pass_)
+        times = [rows.time(*key, impl) for impl in ("native", "eager", "compile", "gemm", package)]
+        lines.append([name, *times, rows.ratio(*key, package), rows.fraction(*key, "native")])
+    large = ("nearest", "K65536-D64", "fwd", "native")
+    return (
+        table(" | native | eager | `torch.compile` | GEMM alone | package | ÷ package | of the limit", lines)
+        + f"\nN = K = 65,536, D = 64, where the scores alone would take 16 GiB: {rows.time(*large)}, "
+        f"{rows.fraction(*large)} of the measured GEMM\nrate, with {rows.memory(*large)} beyond inputs and outputs.\n"
+    )
+
+
+@block
+def aggregate() -> str:
+    rows = Rows(EPYC)
+    lines = []
+    for op, name in (("ema", "EMA scan"), ("ema-last", "EMA, last state"), ("gru", "GRU"), ("attention", "attention")):
+        for case in ("L24-d128", "L24-d512"):
+            for pass_ in ("fwd", "bwd"):
+                key = (op, case, pass_)
+                if rows.get(*key, "native") is None:
+                    continue
+                times = [rows.time(*key, impl) for impl in ("native", "eager", "compile", "cell", "gemm")]
+                ratios = [rows.ratio(*key, impl) for impl in ("eager", "compile", "cell")]
+                lines.append([f"{name}, d = {case[5:]}", pass_, *times, *ratios, rows.fraction(*key, "native")])
+    head = " | pass | native | eager | `torch.compile` | `nn.GRUCell` | products alone"
+    return table(head + " | ÷ eager | ÷ compile | ÷ cell | of the limit", lines)

@@ -1,0 +1,43 @@
+"""What the generated parts of the README are made of: their registry, numbers in words, tables in Markdown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+BLOCKS: dict[str, Callable[[], str]] = {}
+
+
+def block(function: Callable[[], str]) -> Callable[[], str]:
+    """Registers a function as the text of the generated part of its name."""
+    BLOCKS[function.__name__] = function
+    return function
+
+
+def milliseconds(value: float) -> str:
+    if value >= 1000:
+        return f"{value / 1000:.3g} s"
+    return f"{value:.0f} ms" if value >= 100 else f"{value:.1f} ms" if value >= 1 else f"{value:.2f} ms"
+
+
+def study(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return found
+
+
+def table(head: str, rows: Iterable[Sequence[str]]) -> str:
+    """Markdown; ``head`` is the first line without its outer bars."""
+    lines = [f"| {head} |", "|---" * (head.count("|") + 1) + "|"]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join(lines).replace("|  |", "| |").replace("|  |", "| |") + "\n"
+
+
+def percent(value: float, digits: int = 1) -> str:
+    return f"{100 * value:.{digits}f} %"
+
+
+def interval(found: dict[str, Any], digits: int = 1) -> str:
+    return f"{100 * found['low']:.{digits}f} – {100 * found['high']:.{digits}f} %"
