@@ -100,7 +100,7 @@ inline int team_lanes(int64_t width, int64_t numbers, int most) {
     return lanes;
 }
 // Numbers in shared memory that the sums of a block take.
-constexpr int team_numbers(int threads) { return 2 * threads / kWarp * kTeamCounts; }
+__host__ __device__ constexpr int team_numbers(int threads) { return 2 * threads / kWarp * kTeamCounts; }
 
 template <class A>
 class Team {
@@ -157,19 +157,20 @@ struct ColumnSums {
 };
 void finish_columns(const ColumnSums& args, void* stream);
 
-// --- Parts of ema_scan's backward -------------------------------------------------------------------------------------
+// --- Parts of ema_scan's backward
+// -------------------------------------------------------------------------------------
 
 // The arguments in the sizes that a kernel sees, and its arrays in the workspace.
 struct EmaBackward {
     EmaScanBackward args;
-    int64_t blocks;        // of which each has a partial sum of the gates' gradients
-    int64_t runs;          // of tokens, of which each has partial sums of the norm's gradients; 1 without norm
+    int64_t blocks;  // of which each has a partial sum of the gates' gradients
+    int64_t runs;    // of tokens, of which each has partial sums of the norm's gradients; 1 without norm
     int64_t run_tokens;
-    void* gate_partials;   // [blocks, layers]
-    void* norm_partials;   // [runs, 2, width]: weight, bias
-    void* statistics;      // [layers, tokens, 2]: mean and 1/deviation
-    void* row_means;       // [layers, tokens, 2]: of w·∂L/∂n and of the same times the normalized row
-    void* adjoints;        // null: in shared memory; else ∂L/∂S, [blocks, layers, numbers of a block]
+    void* gate_partials;  // [blocks, layers]
+    void* norm_partials;  // [runs, 2, width]: weight, bias
+    void* statistics;     // [layers, tokens, 2]: mean and 1/deviation
+    void* row_means;      // [layers, tokens, 2]: of w·∂L/∂n and of the same times the normalized row
+    void* adjoints;       // null: in shared memory; else ∂L/∂S, [blocks, layers, numbers of a block]
     size_t shared_bytes;
     bool whole_rows;  // aggregate_ema_norm_backward.cu has them
     int lanes;        // of a row there

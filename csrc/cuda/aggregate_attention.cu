@@ -1,13 +1,13 @@
 // CUDA kernels of depth_attention (xlayer/aggregate.h): a layer's softmax over earlier taps, between the products of
-// matrices; and the gradients of keys and values, of all layers at once. Bound by memory, with e = heads·head_width and m
-// taps to attend to, in elements per token and layer: forward e + 2m·e read, e written; backward 2e + 2m·e read, e
-// written, and 2m·heads numbers; keys' and values' gradients 2e read from memory (m times, the caches have the rest), 2e
-// written. The products take 4d·e operations forward: at d = e = 512 and m = 4 in bfloat16 an H200 needs 1.1 ns for them
-// and 2.1 ns for 10e elements a token.
+// matrices; and the gradients of keys and values, of all layers at once. Bound by memory, with e = heads·head_width and
+// m taps to attend to, in elements per token and layer: forward e + 2m·e read, e written; backward 2e + 2m·e read, e
+// written, and 2m·heads numbers; keys' and values' gradients 2e read from memory (m times, the caches have the rest),
+// 2e written. The products take 4d·e operations forward: at d = e = 512 and m = 4 in bfloat16 an H200 needs 1.1 ns for
+// them and 2.1 ns for 10e elements a token.
 //
-// A team of lanes, at most a warp, has a head of a token. The weights meet in shared memory. Gradients of keys and values
-// are sums over the layers that attended to them, made from the saved weights after the last layer was walked down to:
-// so each is written once, and rounded once.
+// A team of lanes, at most a warp, has a head of a token. The weights meet in shared memory. Gradients of keys and
+// values are sums over the layers that attended to them, made from the saved weights after the last layer was walked
+// down to: so each is written once, and rounded once.
 #include "aggregate.cuh"
 
 namespace xlayer::cuda {
@@ -112,10 +112,10 @@ class HeadThread {
     }
 };
 
-// resources: attention_step_kernel threads 256, registers 64, shared 32768, occupancy 0.5
+// resources: attention_step_kernel threads 256, registers 80, shared 32768, occupancy 0.375
 // sass: attention_step_kernel<*, [!1]> LDG.128, only STG.128
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads, 4) attention_step_kernel(Call call) {
+__global__ void __launch_bounds__(kThreads, 3) attention_step_kernel(Call call) {
     using A = Accumulator<T>;
     const AttentionStep& s = call.with.step;
     HeadThread<T, V> head(s, call.lanes);
@@ -133,10 +133,11 @@ __global__ void __launch_bounds__(kThreads, 4) attention_step_kernel(Call call) 
     });
 }
 
-// resources: attention_step_backward_kernel threads 256, registers 64, shared 32768, occupancy 0.5
+// resources: attention_step_backward_kernel<double, *> threads 256, registers 128, shared 32768, occupancy 0.25
+// resources: attention_step_backward_kernel threads 256, registers 80, shared 32768, occupancy 0.375
 // sass: attention_step_backward_kernel<*, [!1]> LDG.128, STG
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads, 4) attention_step_backward_kernel(Call call) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3) attention_step_backward_kernel(Call call) {
     using A = Accumulator<T>;
     const AttentionStepBackward& with = call.with;
     const AttentionStep& s = with.step;
@@ -177,7 +178,8 @@ template <class T, int V>
 __global__ void __launch_bounds__(kThreads, 4) attention_gradients_kernel(AttentionGradients args) {
     using A = Accumulator<T>;
     const AttentionStep& s = args.step;
-    const int64_t width = s.heads * s.head_width, vectors = width / V, step = static_cast<int64_t>(gridDim.x) * kThreads;
+    const int64_t width = s.heads * s.head_width, vectors = width / V,
+                  step = static_cast<int64_t>(gridDim.x) * kThreads;
     const int64_t rows = s.layers * s.tokens;
     for (int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; at < rows * vectors; at += step) {
         const int64_t row = at / vectors, e = at % vectors * V, layer = row / s.tokens;

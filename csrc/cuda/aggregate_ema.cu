@@ -1,10 +1,10 @@
-// CUDA kernels of ema_scan (xlayer/aggregate.h), forward. Bound by memory: in units of d elements per token, L read and L
-// written, or 1 where the last state alone is wanted; some 10 instructions an element and layer. At L = 24, d = 512 in
-// bfloat16 a token is 48 KiB, 10 ns on an H200 (4.8 TB/s) and 15 ns on an H100 (3.35 TB/s).
+// CUDA kernels of ema_scan (xlayer/aggregate.h), forward. Bound by memory: in units of d elements per token, L read and
+// L written, or 1 where the last state alone is wanted; some 10 instructions an element and layer. At L = 24, d = 512
+// in bfloat16 a token is 48 KiB, 10 ns on an H200 (4.8 TB/s) and 15 ns on an H100 (3.35 TB/s).
 //
 // Without norm every vector of a row goes its own way. With it a row's threads are a team: its state stays in their
-// registers, and the next tap is on its way while they normalize this one. Rows of more than kMostTeamWidth numbers take
-// the second path, of two kernels, which reads x twice: the rows' statistics, then every vector alone.
+// registers, and the next tap is on its way while they normalize this one. Rows of more than kMostTeamWidth numbers
+// take the second path, of two kernels, which reads x twice: the rows' statistics, then every vector alone.
 #include "aggregate.cuh"
 
 namespace xlayer::cuda {
@@ -23,10 +23,11 @@ struct Forward {
     int lanes;               // of a team
 };
 
+// resources: ema_scan_kernel<*, true> threads 256, registers 128, shared 0, occupancy 0.25
 // resources: ema_scan_kernel threads 256, registers 64, shared 0, occupancy 0.5
 // sass: ema_scan_kernel<*, [!1], *> LDG.128, only STG.128
 template <class T, int V, bool kNorm>
-__global__ void __launch_bounds__(kThreads, 4) ema_scan_kernel(Forward call) {
+__global__ void __launch_bounds__(kThreads, kNorm ? 2 : 4) ema_scan_kernel(Forward call) {
     using A = Accumulator<T>;
     const EmaScan& s = call.args.scan;
     const int64_t vectors = s.width / V, step = static_cast<int64_t>(gridDim.x) * kThreads;
@@ -88,29 +89,29 @@ class NormThread {
         const int64_t teams = kThreads / team_.lanes;
         for (int64_t first = blockIdx.x * teams; first < s_.tokens; first += gridDim.x * teams) {
             token_ = first + team_.index;
+            end_ = token_ < s_.tokens ? static_cast<int>(s_.width) : 0;
             scan();
         }
     }
 
   private:
-    __device__ __forceinline__ int64_t column(int k) const { return (k * team_.lanes + team_.lane) * int64_t{V}; }
-    __device__ __forceinline__ bool inside(int k) const { return token_ < s_.tokens && column(k) < s_.width; }
+    __device__ __forceinline__ int column(int k) const { return (k * team_.lanes + team_.lane) * V; }
+    __device__ __forceinline__ bool inside(int k) const { return column(k) < end_; }
 
     __device__ __forceinline__ void fetch(int64_t layer, Vector<T, V> (&taps)[K]) const {
-        const T* const x =
-            static_cast<const T*>(s_.x.data) + layer * s_.x.layer_stride + token_ * s_.x.token_stride;
+        const T* const x = static_cast<const T*>(s_.x.data) + layer * s_.x.layer_stride + token_ * s_.x.token_stride;
 #pragma unroll
         for (int k = 0; k < K; ++k)
-            if (inside(k) && layer < s_.layers) taps[k] = load<V>(x + column(k));
+            if (inside(k) && layer < s_.layers) taps[k] = load<V>(x + column(k));  // else it stays as it is
     }
 
-    // The row less its mean, 0 outside of it; returns 1/deviation.
-    __device__ __forceinline__ A center(const Vector<T, V> (&taps)[K], A (&row)[K][V]) {
+    // Takes the mean off the row, which is 0 outside; returns 1/deviation.
+    __device__ __forceinline__ A center(A (&row)[K][V]) {
         A sum[1] = {};
 #pragma unroll
         for (int k = 0; k < K; ++k) {
 #pragma unroll
-            for (int v = 0; v < V; ++v) sum[0] += row[k][v] = inside(k) ? widen(taps[k].at[v]) : A(0);
+            for (int v = 0; v < V; ++v) sum[0] += row[k][v];
         }
         team_.add(sum);
         const A count = static_cast<A>(s_.width), mean = sum[0] / count;
@@ -137,12 +138,11 @@ class NormThread {
         Vector<T, V> next[K] = {};
         fetch(0, next);
         for (int64_t layer = 0; layer < s_.layers; ++layer) {
-            Vector<T, V> taps[K];
-#pragma unroll
-            for (int k = 0; k < K; ++k) taps[k] = next[k];
-            fetch(layer + 1, next);
             A row[K][V];
-            const A inverse = center(taps, row);
+#pragma unroll
+            for (int k = 0; k < K; ++k) widen_all<T, V>(next[k], row[k]);
+            fetch(layer + 1, next);
+            const A inverse = center(row);
             const Gate<A> gate = gate_of<A>(s_.gate_logits, layer);
 #pragma unroll
             for (int k = 0; k < K; ++k) {
@@ -152,8 +152,7 @@ class NormThread {
                 load_staged<V>(bias_, s_.width, column(k), bias);
 #pragma unroll
                 for (int v = 0; v < V; ++v)
-                    state[k][v] =
-                        fma(gate.keep, state[k][v], gate.take * fma(row[k][v] * inverse, weight[v], bias[v]));
+                    state[k][v] = fma(gate.keep, state[k][v], gate.take * fma(row[k][v] * inverse, weight[v], bias[v]));
             }
             if (!s_.last_only) write(layer, state);
         }
@@ -172,16 +171,18 @@ class NormThread {
     A *const weight_, *const bias_;
     Team<A> team_;
     int64_t token_ = 0;
+    int end_ = 0;  // of the row; 0 where there is no token
 };
 
-template <class T>
-constexpr int kNormBlocks = sizeof(T) == 8 ? 1 : 2;
+template <class T, int V>
+constexpr int kNormBlocks = sizeof(T) == 8 || V == 1 ? 1 : 2;  // on a multiprocessor
 
+// resources: ema_scan_norm_kernel<*float*, 1> threads 256, registers 255, shared 33024, occupancy 0.125
 // resources: ema_scan_norm_kernel<double, *> threads 256, registers 255, shared 66048, occupancy 0.125
 // resources: ema_scan_norm_kernel threads 256, registers 128, shared 33024, occupancy 0.25
 // sass: ema_scan_norm_kernel<*, [!1]> LDG.128, only STG.128
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads, kNormBlocks<T>) ema_scan_norm_kernel(Forward call) {
+__global__ void __launch_bounds__(kThreads, (kNormBlocks<T, V>)) ema_scan_norm_kernel(Forward call) {
     NormThread<T, V>(call, shared_memory<Accumulator<T>>()).run();
 }
 

@@ -1,7 +1,8 @@
 // CUDA kernels of ema_scan (xlayer/aggregate.h), backward. With A_l = ∂L/∂S_l, all of its ways to L,
 //   A_l = grad_l + (1 − σ(a_{l+1}))·A_{l+1},  ∂L/∂n_l = σ(a_l)·A_l,  ∂L/∂a_l = σ'(a_l)·Σ ⟨A_l, n_l − S_{l−1}⟩,
-// where n_l is the tap or its norm. A walk down the layers reads grad and keeps A; a walk up reads x, has S in registers
-// and writes grad_x: 3L·d elements a token, or 2L·d from the last state alone, each touched once, as the forward's.
+// where n_l is the tap or its norm. A walk down the layers reads grad and keeps A; a walk up reads x, has S in
+// registers and writes grad_x: 3L·d elements a token, or 2L·d from the last state alone, each touched once, as the
+// forward's.
 //
 // A stays in shared memory: L·sizeof(A) bytes a number, so at L = 24 a multiprocessor with 227 KB has 2400 numbers at
 // work, 4 layers ahead in flight, 19 KB in bfloat16 where 25 KB hide all of an H200's latency: about 0.75 of its limit.
@@ -18,7 +19,7 @@ using namespace aggregate;
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kAhead = 4;  // layers whose rows are on their way together
+constexpr int kAhead = 4;                // layers whose rows are on their way together
 constexpr int64_t kEnoughBlocks = 1056;  // of all launches, so that sums fall the same way on every device
 
 // One thread's vector, over one token (without norm) or a run of them.
@@ -30,13 +31,15 @@ class VectorThread {
     __device__ __forceinline__ VectorThread(const EmaBackward& with, A* shared)
         : with_(with), s_(with.args.scan), gate_sums_(shared + threadIdx.x / kWarp * s_.layers) {
         for (int64_t i = threadIdx.x; i < kWarps * s_.layers; i += kThreads) shared[i] = 0;
-        A* const kept = with.adjoints == nullptr ? shared + round_up(kWarps * s_.layers, 16)
-                                                 : static_cast<A*>(with.adjoints) + blockIdx.x * s_.layers * kThreads * V;
+        A* const kept = with.adjoints == nullptr
+                            ? shared + round_up(kWarps * s_.layers, 16)
+                            : static_cast<A*>(with.adjoints) + blockIdx.x * s_.layers * kThreads * V;
         adjoints_ = kept + static_cast<int>(threadIdx.x) * kPiece<A, V>;
         sync_block();
     }
 
-    // All of the block's: item by item, which are 128 vectors of the tokens, or 128 vectors of a row and a run of tokens.
+    // All of the block's: item by item, which are 128 vectors of the tokens, or 128 vectors of a row and a run of
+    // tokens.
     __device__ __forceinline__ void run() {
         const int64_t vectors = s_.width / V, tiles = ceil_div(kNorm ? vectors : s_.tokens * vectors, kThreads);
         for (int64_t item = blockIdx.x; item < tiles * with_.runs; item += gridDim.x) {
@@ -184,7 +187,7 @@ __device__ __forceinline__ void write_gates(const EmaBackward& with, const A* su
 }
 
 // resources: ema_scan_backward_kernel threads 128, registers 128, shared 101376, occupancy 0.0625
-// sass: ema_scan_backward_kernel<*, [!1], *> LDG.128, only STG.128
+// sass: ema_scan_backward_kernel<*, [!1], *> LDG.128, STG.128
 template <class T, int V, bool kNorm>
 __global__ void __launch_bounds__(kThreads, 4) ema_scan_backward_kernel(EmaBackward with) {
     using A = Accumulator<T>;

@@ -1,9 +1,9 @@
-// ema_scan's backward where x is normalized and the rows of a token fit: the walks of aggregate_ema_backward.cu, taken by
-// a team of threads per token. A row's A stays in shared memory, 32 bytes of float32 a thread and layer (8 KB a block),
-// so L = 24 leaves an H100 or H200 one block, 8 warps, to a multiprocessor. Bytes as without norm, 3L·d. A layer takes
-// three sums over the team one after another, some 800 cycles, in which two blocks read and write 16 KB: 4.8 TB/s over
-// all multiprocessors with two blocks each, 2.4 TB/s with one. Predicted, of the limit: 0.75 and more up to L = 13; at
-// L = 24 0.8 on an H100, 0.6 on an H200.
+// ema_scan's backward where x is normalized and the rows of a token fit: the walks of aggregate_ema_backward.cu, taken
+// by a team of threads per token. A row's A stays in shared memory, 32 bytes of float32 a thread and layer (8 KB a
+// block), so L = 24 leaves an H100 or H200 one block, 8 warps, to a multiprocessor. Bytes as without norm, 3L·d. A
+// layer takes three sums over the team one after another, some 800 cycles, in which two blocks read and write 16
+// KB: 4.8 TB/s over all multiprocessors with two blocks each, 2.4 TB/s with one. Predicted, of the limit: 0.75 and more
+// up to L = 13; at L = 24 0.8 on an H100, 0.6 on an H200.
 #include "aggregate.cuh"
 
 namespace xlayer::cuda {
@@ -13,10 +13,10 @@ using namespace aggregate;
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kElements = 8;  // of a row in a thread
-constexpr int64_t kMostBlocks = 528;  // so that the partial sums of the norm's gradients stay few
+constexpr int kElements = 8;          // of a row in a thread
+constexpr int64_t kRunsAtMost = 528;  // so that the partial sums of the norm's gradients stay few
 template <class T>
-constexpr int kAhead = sizeof(T) == 8 ? 2 : 4;  // layers whose rows are on their way together
+constexpr int kAhead = sizeof(T) == 2 ? 4 : 2;  // layers whose rows are on their way together
 
 template <class T, int V>
 class RowThread {
@@ -46,6 +46,7 @@ class RowThread {
         const int64_t teams = kThreads / team_.lanes;
         for (int64_t first = blockIdx.x * teams; first < s_.tokens; first += gridDim.x * teams) {
             token_ = first + team_.index;
+            end_ = token_ < s_.tokens ? static_cast<int>(s_.width) : 0;
             walk_down();
             walk_up();
         }
@@ -54,8 +55,8 @@ class RowThread {
     }
 
   private:
-    __device__ __forceinline__ int64_t column(int k) const { return (k * team_.lanes + team_.lane) * int64_t{V}; }
-    __device__ __forceinline__ bool inside(int k) const { return token_ < s_.tokens && column(k) < s_.width; }
+    __device__ __forceinline__ int column(int k) const { return (k * team_.lanes + team_.lane) * V; }
+    __device__ __forceinline__ bool inside(int k) const { return column(k) < end_; }
     __device__ __forceinline__ A* kept(int64_t layer, int k) const {
         return adjoints_ + (layer * K + k) * (kThreads * V) + static_cast<int>(threadIdx.x) * kPiece<A, V>;
     }
@@ -221,7 +222,7 @@ class RowThread {
                 if (column(k) >= s_.width) continue;
 #pragma unroll
                 for (int v = 0; v < V; ++v) {
-                    const int64_t e = column(k) + v;
+                    const int e = column(k) + v;
                     weight_[e] = (turn > 0 ? weight_[e] : A(0)) + weight_sum_[k][v];
                     bias_[e] = (turn > 0 ? bias_[e] : A(0)) + bias_sum_[k][v];
                 }
@@ -237,14 +238,19 @@ class RowThread {
     Team<A> team_;
     A *const gate_sums_, *const adjoints_;
     int64_t token_ = 0;
+    int end_ = 0;  // of the row; 0 where there is no token
     A weight_sum_[K][V] = {}, bias_sum_[K][V] = {};
 };
 
+template <class T, int V>
+constexpr int kBlocks = sizeof(T) == 8 || V == 1 ? 1 : 2;  // on a multiprocessor
+
+// resources: ema_scan_norm_backward_kernel<*, 1> threads 256, registers 255, shared 101376, occupancy 0.125
 // resources: ema_scan_norm_backward_kernel<double, *> threads 256, registers 255, shared 101376, occupancy 0.125
 // resources: ema_scan_norm_backward_kernel threads 256, registers 128, shared 101376, occupancy 0.125
-// sass: ema_scan_norm_backward_kernel<*, [!1]> LDG.128, only STG.128
+// sass: ema_scan_norm_backward_kernel<*, [!1]> LDG.128, STG.128
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2) ema_scan_norm_backward_kernel(EmaBackward with) {
+__global__ void __launch_bounds__(kThreads, (kBlocks<T, V>)) ema_scan_norm_backward_kernel(EmaBackward with) {
     RowThread<T, V>(with, shared_memory<Accumulator<T>>()).run();
 }
 
@@ -254,12 +260,12 @@ bool aggregate::ema_norm_backward_fits(EmaBackward* with) {
     const EmaScan& s = with->args.scan;
     if (s.width > kElements * kThreads) return false;
     const int64_t bytes = s.dtype == DType::float64 ? 8 : 4;
-    const int64_t numbers = round_up(2 * s.width + team_numbers(kThreads) + kWarps * s.layers, 16) +
-                            s.layers * kElements * kThreads;
+    const int64_t numbers =
+        round_up(2 * s.width + team_numbers(kThreads) + kWarps * s.layers, 16) + s.layers * kElements * kThreads;
     if (numbers * bytes > most_shared("ema_scan_norm_backward")) return false;
     with->shared_bytes = static_cast<size_t>(numbers * bytes);
     with->lanes = team_lanes(s.width, kElements, kThreads);
-    with->blocks = with->runs = at_most(ceil_div(s.tokens, kThreads / with->lanes), kMostBlocks);
+    with->blocks = with->runs = at_most(ceil_div(s.tokens, kThreads / with->lanes), kRunsAtMost);
     return true;
 }
 

@@ -24,8 +24,8 @@ __global__ void __launch_bounds__(kThreads, 4) ema_statistics_kernel(Statistics 
     const EmaScan& s = args.scan;
     Team<A> team(kThreads, shared_memory<A>());
     for (int64_t row = blockIdx.x; row < s.layers * s.tokens; row += gridDim.x) {
-        const T* const x = static_cast<const T*>(s.x.data) + row / s.tokens * s.x.layer_stride +
-                           row % s.tokens * s.x.token_stride;
+        const T* const x =
+            static_cast<const T*>(s.x.data) + row / s.tokens * s.x.layer_stride + row % s.tokens * s.x.token_stride;
         const auto sum_of = [&](auto f) {
             A sum[1] = {};
 #pragma unroll 2
@@ -126,10 +126,10 @@ void aggregate::ema_row_means(const EmaBackward& with, void* stream) {
         const bool vectors = vector_length<T>(x.data, x.layer_stride, x.token_stride, s.width) > 1 &&
                              vector_length<T>(grad.data, grad.layer_stride, grad.token_stride) > 1 &&
                              vector_length<A>(s.norm_weight) > 1;
-        launch("ema_row_means", vectors ? ema_row_means_kernel<T, 16 / sizeof(T)> : ema_row_means_kernel<T, 1>,
-               {at_most(s.tokens, kMostBlocks), kThreads, stream,
-                static_cast<size_t>(s.layers) * kWarps * 2 * sizeof(A)},
-               with);
+        launch(
+            "ema_row_means", vectors ? ema_row_means_kernel<T, 16 / sizeof(T)> : ema_row_means_kernel<T, 1>,
+            {at_most(s.tokens, kMostBlocks), kThreads, stream, static_cast<size_t>(s.layers) * kWarps * 2 * sizeof(A)},
+            with);
     });
 }
 

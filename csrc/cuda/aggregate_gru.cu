@@ -1,7 +1,7 @@
-// CUDA kernels of depth_gru (xlayer/aggregate.h): a layer's gates, between the products of matrices. Bound by memory, in
-// elements per token and layer: forward 3d + 3d + d read, d and, where they are kept, 4d written; backward d + 2d + 4d + d
-// read, 4d + d written. The products take 6d(i + d) operations a token and layer, so at d = 512 in bfloat16 an H200
-// needs 3 ns for them and 2.6 ns for 12d elements; layer by layer, a step of 8192 tokens is 25 and 21 µs.
+// CUDA kernels of depth_gru (xlayer/aggregate.h): a layer's gates, between the products of matrices. Bound by memory,
+// in elements per token and layer: forward 3d + 3d + d read, d and, where they are kept, 4d written; backward d + 2d +
+// 4d + d read, 4d + d written. The products take 6d(i + d) operations a token and layer, so at d = 512 in bfloat16 an
+// H200 needs 3 ns for them and 2.6 ns for 12d elements; layer by layer, a step of 8192 tokens is 25 and 21 µs.
 #include "aggregate.cuh"
 
 namespace xlayer::cuda {
@@ -11,11 +11,10 @@ using namespace aggregate;
 
 constexpr int kThreads = 256;
 
-// resources: gru_step_kernel<double, *> threads 256, registers 128, shared 0, occupancy 0.25
-// resources: gru_step_kernel threads 256, registers 80, shared 0, occupancy 0.375
+// resources: gru_step_kernel threads 256, registers 128, shared 0, occupancy 0.25
 // sass: gru_step_kernel<*, [!1]> LDG.128, only STG.128
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3) gru_step_kernel(GruStep args) {
+__global__ void __launch_bounds__(kThreads, 2) gru_step_kernel(GruStep args) {
     using A = Accumulator<T>;
     const int64_t d = args.width, vectors = d / V, step = static_cast<int64_t>(gridDim.x) * kThreads;
     for (int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; at < args.tokens * vectors;
@@ -55,11 +54,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3) gru_step_ker
     }
 }
 
-// resources: gru_step_backward_kernel<double, *> threads 256, registers 128, shared 0, occupancy 0.25
-// resources: gru_step_backward_kernel threads 256, registers 80, shared 0, occupancy 0.375
+// resources: gru_step_backward_kernel threads 256, registers 64, shared 0, occupancy 0.5
 // sass: gru_step_backward_kernel<*, [!1]> LDG.128, only STG.128
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3) gru_step_backward_kernel(GruStepBackward args) {
+__global__ void __launch_bounds__(kThreads, 4) gru_step_backward_kernel(GruStepBackward args) {
     using A = Accumulator<T>;
     const int64_t d = args.width, vectors = d / V, step = static_cast<int64_t>(gridDim.x) * kThreads;
     for (int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; at < args.tokens * vectors;

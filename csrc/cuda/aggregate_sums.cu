@@ -105,10 +105,10 @@ int64_t run_of(int64_t rows, int64_t columns) {
 void aggregate::finish_columns(const ColumnSums& args, void* stream) {
     with_element(args.dtype, [&](auto element) {
         using T = decltype(element);
-        launch("aggregate_finish", aggregate_finish_kernel<T>,
-               {at_most(ceil_div(args.columns, kWarp), kMostBlocks), kThreads, stream,
-                kThreads * sizeof(Accumulator<T>)},
-               args);
+        launch(
+            "aggregate_finish", aggregate_finish_kernel<T>,
+            {at_most(ceil_div(args.columns, kWarp), kMostBlocks), kThreads, stream, kThreads * sizeof(Accumulator<T>)},
+            args);
     });
 }
 

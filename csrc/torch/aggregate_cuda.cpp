@@ -1,6 +1,6 @@
 // xlayer::ema_scan, depth_gru and depth_attention on CUDA. ema_scan is kernels alone. Of the others the products of
-// matrices are torch's own, and follow its settings (tf32 where the user allowed it): those of all layers together where
-// no state stands in the way, else layer by layer with a kernel between them.
+// matrices are torch's own, and follow its settings (tf32 where the user allowed it): those of all layers together
+// where no state stands in the way, else layer by layer with a kernel between them.
 #include <array>
 
 #include "aggregate_arguments.h"
@@ -10,7 +10,6 @@
 namespace xlayer {
 namespace {
 
-using torch::stable::narrow;
 using torch::stable::select;
 using torch::stable::transpose;
 using torch::stable::view;
@@ -25,15 +24,18 @@ void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
     to<Tensor>(stack[0]);  // the result's handle is ours to release
 }
 
+// torch::stable::narrow() takes no constant and no temporary.
+Tensor part_of(Tensor tensor, int64_t dim, int64_t start, int64_t length) {
+    return torch::stable::narrow(tensor, dim, start, length);
+}
+
 Tensor turned(const Tensor& matrix) { return transpose(matrix, 0, 1); }
 
 // The rows of layers [first, last) of a tensor [layers·tokens, …].
 Tensor layers_of(const Tensor& rows, int64_t tokens, int64_t first, int64_t last) {
-    return narrow(rows, 0, first * tokens, (last - first) * tokens);
+    return part_of(rows, 0, first * tokens, (last - first) * tokens);
 }
-Tensor layer_of(const Tensor& rows, int64_t tokens, int64_t layer) {
-    return layers_of(rows, tokens, layer, layer + 1);
-}
+Tensor layer_of(const Tensor& rows, int64_t tokens, int64_t layer) { return layers_of(rows, tokens, layer, layer + 1); }
 
 // The state before `layer`; none before the first if it starts from zeros.
 Optional state_before(const Tensor& states, const Optional& initial, int64_t layer) {
@@ -58,8 +60,7 @@ void state_weight_gradient(const Tensor& grads, const Tensor& states, const Opti
                            void* stream) {
     const int64_t layers = states.size(0), tokens = states.size(1), width = states.size(2);
     const Tensor rows = view(states, {layers * tokens, width});
-    if (layers > 1)
-        multiply(turned(layers_of(grads, tokens, 1, layers)), layers_of(rows, tokens, 0, layers - 1), out);
+    if (layers > 1) multiply(turned(layers_of(grads, tokens, 1, layers)), layers_of(rows, tokens, 0, layers - 1), out);
     if (!initial) {
         if (layers == 1) zero_all({out});
         return;
@@ -128,7 +129,7 @@ Two depth_gru_cuda(const Tensor& x, const Tensor& weight_ih, const Tensor& weigh
     const int64_t L = given.gru.layers, N = given.gru.tokens, d = given.gru.width;
 
     const Tensor from_input =
-        keep ? narrow(view(gates, {L * N, 4 * d}), 1, 0, 3 * d) : allocate(x, {L * N, 3 * d}, "W_i x");
+        keep ? part_of(view(gates, {L * N, 4 * d}), 1, 0, 3 * d) : allocate(x, {L * N, 3 * d}, "W_i x");
     multiply(view(torch::stable::contiguous(given.x()), {L * N, given.gru.input}), turned(given.weight_ih()),
              from_input);
     const Tensor from_state = allocate(x, {N, 3 * d}, "W_h h");
@@ -168,7 +169,7 @@ Six depth_gru_backward_cuda(const Tensor& grad, const Tensor& states_, const Ten
 
     const Tensor inside = allocate(x, {L * N, 4 * d}, "inside the gates");
     const Tensor direct = allocate(x, {N, d}, "direct"), product = allocate(x, {N, d}, "product");
-    const Tensor through_state = narrow(inside, 1, d, 3 * d);
+    const Tensor through_state = part_of(inside, 1, d, 3 * d);
     cuda::GruStepBackward step{};
     step.dtype = given.gru.dtype, step.tokens = N, step.width = d;
     step.grad_stride = grads.stride(1);
@@ -185,19 +186,19 @@ Six depth_gru_backward_cuda(const Tensor& grad, const Tensor& states_, const Ten
     if (initial) add(direct, product, std::nullopt, grad_initial, scope.stream());
 
     Tensor turned_weight = allocate(x, {3 * d, i}, "W_i");
-    Tensor of_n = narrow(turned_weight, 0, 0, d), of_rest = narrow(turned_weight, 0, d, 2 * d);
-    torch::stable::copy_(of_n, narrow(given.weight_ih(), 0, 2 * d, d));
-    torch::stable::copy_(of_rest, narrow(given.weight_ih(), 0, 0, 2 * d));
+    Tensor of_n = part_of(turned_weight, 0, 0, d), of_rest = part_of(turned_weight, 0, d, 2 * d);
+    torch::stable::copy_(of_n, part_of(given.weight_ih(), 0, 2 * d, d));
+    torch::stable::copy_(of_rest, part_of(given.weight_ih(), 0, 0, 2 * d));
     const Tensor rows = view(torch::stable::contiguous(given.x()), {L * N, i});
-    multiply(narrow(inside, 1, 0, 3 * d), turned_weight, view(grad_x, {L * N, i}));
-    multiply(turned(narrow(inside, 1, 0, d)), rows, narrow(grad_ih, 0, 2 * d, d));
-    multiply(turned(narrow(inside, 1, d, 2 * d)), rows, narrow(grad_ih, 0, 0, 2 * d));
+    multiply(part_of(inside, 1, 0, 3 * d), turned_weight, view(grad_x, {L * N, i}));
+    multiply(turned(part_of(inside, 1, 0, d)), rows, part_of(grad_ih, 0, 2 * d, d));
+    multiply(turned(part_of(inside, 1, d, 2 * d)), rows, part_of(grad_ih, 0, 0, 2 * d));
     state_weight_gradient(through_state, states, given.initial(), grad_hh, scope.stream());
 
     cuda::SumColumns sums{given.gru.dtype, inside.const_data_ptr(), L * N, 4 * d, {}, nullptr};
     sums.parts[0] = {d, 3 * d, grad_bias_hh.mutable_data_ptr()};
     sums.parts[1] = {d, 2 * d, grad_bias_ih.mutable_data_ptr()};
-    sums.parts[2] = {0, d, narrow(grad_bias_ih, 0, 2 * d, d).mutable_data_ptr()};
+    sums.parts[2] = {0, d, part_of(grad_bias_ih, 0, 2 * d, d).mutable_data_ptr()};
     const Tensor workspace = new_workspace(x, cuda::sum_columns_workspace(sums), &sums.workspace);
     cuda::sum_columns(sums, scope.stream());
     return out;
@@ -243,8 +244,8 @@ Two depth_attention_cuda(const Tensor& keys, const Tensor& values, const Tensor&
     return out;
 }
 
-// Beside the outputs: ∂L/∂S with all of its ways, [L, N, d]; queries, their gradients and those of what was attended to,
-// 3·[L, N, e]; weights and their logits' gradients, 2·[L, N, heads, memory] in float32; and [N, d].
+// Beside the outputs: ∂L/∂S with all of its ways, [L, N, d]; queries, their gradients and those of what was attended
+// to, 3·[L, N, e]; weights and their logits' gradients, 2·[L, N, heads, memory] in float32; and [N, d].
 Five depth_attention_backward_cuda(const Tensor& grad, const Tensor& states_, const Tensor& attended_,
                                    const Tensor& keys, const Tensor& values, const Tensor& weight_query,
                                    const Tensor& weight_out, const Optional& initial, int64_t heads, int64_t memory,
@@ -275,7 +276,7 @@ Five depth_attention_backward_cuda(const Tensor& grad, const Tensor& states_, co
     backward.weights = weights.mutable_data_ptr(), backward.grad_logits = grad_logits.mutable_data_ptr();
 
     const Tensor by_query = turned(given.weight_query());
-    if (L > 1) multiply(narrow(view(states, {L * N, d}), 0, 0, (L - 1) * N), by_query, layers_of(query, N, 1, L));
+    if (L > 1) multiply(part_of(view(states, {L * N, d}), 0, 0, (L - 1) * N), by_query, layers_of(query, N, 1, L));
     if (initial) {
         multiply(*given.initial(), by_query, layer_of(query, N, 0));
     } else {
@@ -295,10 +296,10 @@ Five depth_attention_backward_cuda(const Tensor& grad, const Tensor& states_, co
     }
     if (initial) add(layer_of(grad_states, N, 0), product, std::nullopt, grad_initial, scope.stream());
 
-    cuda::attention_gradients({step, query.const_data_ptr(), grad_attended.const_data_ptr(), weights.const_data_ptr(),
-                               grad_logits.const_data_ptr(), grad_keys.mutable_data_ptr(),
-                               grad_values.mutable_data_ptr()},
-                              scope.stream());
+    cuda::attention_gradients(
+        {step, query.const_data_ptr(), grad_attended.const_data_ptr(), weights.const_data_ptr(),
+         grad_logits.const_data_ptr(), grad_keys.mutable_data_ptr(), grad_values.mutable_data_ptr()},
+        scope.stream());
     state_weight_gradient(grad_query, states, given.initial(), grad_query_weight, scope.stream());
     multiply(turned(grad_states), view(attended, {L * N, e}), grad_out_weight);
     return out;

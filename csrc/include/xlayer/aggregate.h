@@ -162,9 +162,10 @@ struct GruStepBackward {
     int64_t tokens, width;
     const void* grad;  // [tokens, width], grad_stride elements from row to row
     int64_t grad_stride;
-    void* direct;         // contiguous [tokens, width]: in z·∂L/∂h_{l+1}, out z·∂L/∂h_l
-    const void* product;  // contiguous [tokens, width]: what comes back through W_h; null, in the last layer: both are 0
-    const void* gates;    // contiguous [tokens, 4, width]: r, z, n, m
+    void* direct;  // contiguous [tokens, width]: in z·∂L/∂h_{l+1}, out z·∂L/∂h_l
+    const void*
+        product;        // contiguous [tokens, width]: what comes back through W_h; null, in the last layer: both are 0
+    const void* gates;  // contiguous [tokens, 4, width]: r, z, n, m
     const void* previous;
     void* inside;  // contiguous [tokens, 4, width]: of n's sum, of r's, of z's, of m
 };
