@@ -3,33 +3,59 @@
 // backward walks up, leaving what it needs of every layer in scratch that stays in L2, and down again. Tokens do not
 // depend on each other; sums over them are made per chunk and then in the order of chunks, and chunks follow from
 // sizes.
+#include <type_traits>
+
 #include "rows.h"
 #include "xlayer/aggregate.h"
 
 namespace xlayer::cpu::XLAYER_ISA {
 namespace {
 
-constexpr int64_t kTileBytes = 4096;  // of the rows of one layer: runs that the prefetchers can follow
+constexpr int64_t kTileBytes = 8192;  // of the rows of one layer: runs that the prefetchers can follow
 constexpr int64_t kMostChunks = 64;
 
-// Mean and 1/√(variance + eps) of a row.
-template <class T>
-struct Moments {
-    T mean, scale;
-};
+// Tokens whose rows are worked on at once: their sums do not wait for each other, and the norm's vectors are loaded
+// once for all.
+constexpr int kGroup = kVectorBytes == 64 ? 4 : 2;
 
-template <class T>
-XLAYER_INLINE Moments<T> moments(const T* row, int64_t width, double eps) {
-    Vec<T> sum[4] = {}, square[4] = {};
-    int64_t turn = 0;
-    for_vectors<T>(0, width, [&](int64_t e, auto io) XLAYER_FLATTEN { sum[turn++ % 4] += io.load(row + e); });
-    const T mean = sum_lanes<T>((sum[0] + sum[1]) + (sum[2] + sum[3])) / static_cast<T>(width);
-    for_vectors<T>(0, width, [&](int64_t e, auto io) XLAYER_FLATTEN {
-        const Vec<T> centered = io.keep(io.load(row + e) - mean);
-        square[turn++ % 4] += centered * centered;
+// Calls f(std::integral_constant<int, tokens>{}, first) for groups of tokens below `count`.
+template <class F>
+XLAYER_INLINE void for_groups(int64_t count, const F& f) {
+    int64_t t = 0;
+    for (; t + kGroup <= count; t += kGroup) f(std::integral_constant<int, kGroup>{}, t);
+    for (; t + 2 <= count; t += 2) f(std::integral_constant<int, 2>{}, t);
+    for (; t < count; ++t) f(std::integral_constant<int, 1>{}, t);
+}
+
+// out[g] = Σ f(g, e, io) over a row, for every token g of a group.
+template <class T, int Group, class F>
+XLAYER_INLINE void sum_rows_of(int64_t width, T* out, const F& f) {
+    Vec<T> sum[Group][2] = {};
+    int64_t e = 0;
+    for (; e + 2 * lanes<T> <= width; e += 2 * lanes<T>) {
+        XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
+            sum[g][0] += f(g, e, Whole<T>{});
+            sum[g][1] += f(g, e + lanes<T>, Whole<T>{});
+        }
+    }
+    for_vectors<T>(e, width, [&](int64_t at, auto io) XLAYER_FLATTEN {
+        XLAYER_UNROLL for (int g = 0; g < Group; ++g) sum[g][0] += f(g, at, io);
     });
-    const T variance = sum_lanes<T>((square[0] + square[1]) + (square[2] + square[3])) / static_cast<T>(width);
-    return {mean, 1 / std::sqrt(variance + static_cast<T>(eps))};
+    XLAYER_UNROLL for (int g = 0; g < Group; ++g) out[g] = sum_lanes<T>(sum[g][0] + sum[g][1]);
+}
+
+// Mean and 1/√(variance + eps) of the rows of a group.
+template <class T, int Group>
+XLAYER_INLINE void moments(const T* const* x, int64_t width, double eps, T* mean, T* scale) {
+    sum_rows_of<T, Group>(width, mean, [&](int g, int64_t e, auto io) XLAYER_FLATTEN { return io.load(x[g] + e); });
+    XLAYER_UNROLL for (int g = 0; g < Group; ++g) mean[g] /= static_cast<T>(width);
+    sum_rows_of<T, Group>(width, scale, [&](int g, int64_t e, auto io) XLAYER_FLATTEN {
+        const Vec<T> centered = io.keep(io.load(x[g] + e) - mean[g]);
+        return centered * centered;
+    });
+    XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
+        scale[g] = 1 / std::sqrt(scale[g] / static_cast<T>(width) + static_cast<T>(eps));
+    }
 }
 
 // What forward and backward share: how tokens are cut, gates, and where rows lie.
@@ -64,24 +90,28 @@ class Scan {
         if (from != to) read_row(from, 1, args.width, to);
     }
 
-    // f(value, io, e) for every vector of a tap's row, normalized where that is asked for.
-    template <class F>
-    XLAYER_INLINE void each_value(const T* x, const F& f) const {
+    // f(g, value, x̂, e, io) for every vector of the rows of a group of taps, normalized where that is asked for.
+    template <int Group, class F>
+    XLAYER_INLINE void each_value(const T* const* x, T* scale, const F& f) const {
         if (!args.normalize) {
             for_vectors<T>(0, args.width, [&](int64_t e, auto io) XLAYER_FLATTEN {
-                const Vec<T> value = io.load(x + e);
-                f(value, value, io, e);
+                XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
+                    const Vec<T> value = io.load(x[g] + e);
+                    f(g, value, value, e, io);
+                }
             });
             return;
         }
-        const Moments<T> of = moments(x, args.width, args.eps);
+        T mean[Group];
+        moments<T, Group>(x, args.width, args.eps, mean, scale);
         const T* weight = static_cast<const T*>(args.norm_weight);
         const T* bias = static_cast<const T*>(args.norm_bias);
         for_vectors<T>(0, args.width, [&](int64_t e, auto io) XLAYER_FLATTEN {
-            const Vec<T> normal = (io.load(x + e) - of.mean) * of.scale;
-            Vec<T> value = normal * io.load(weight + e);
-            if (bias != nullptr) value += io.load(bias + e);
-            f(value, normal, io, e);
+            const Vec<T> slope = io.load(weight + e), offset = bias == nullptr ? Vec<T>{} : io.load(bias + e);
+            XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
+                const Vec<T> unit = io.keep((io.load(x[g] + e) - mean[g]) * scale[g]);
+                f(g, unit * slope + offset, unit, e, io);
+            }
         });
     }
 
@@ -94,7 +124,9 @@ class Forward {
   public:
     explicit Forward(const EmaScanForward& args) : args_(args), scan_(args.scan) {}
 
-    int64_t worker_size() const { return round_up((scan_.tile + 2) * scan_.row * static_cast<int64_t>(sizeof(T)), 64); }
+    int64_t worker_size() const {
+        return round_up((scan_.tile + 2 * kGroup) * scan_.row * static_cast<int64_t>(sizeof(T)), 64);
+    }
 
     void run() const {
         const EmaScan& scan = args_.scan;
@@ -108,19 +140,11 @@ class Forward {
   private:
     void walk(char* memory, int64_t first, int64_t count) const {
         const EmaScan& scan = args_.scan;
-        T *in = scan_.state(memory, scan_.tile), *out = in + scan_.row;
         for (int64_t t = 0; t < count; ++t) scan_.start(first + t, scan_.state(memory, t));
         for (int64_t l = 0; l < scan.layers; ++l) {
             const T gate = scan_.gate(l);
-            for (int64_t t = 0; t < count; ++t) {
-                T* state = scan_.state(memory, t);
-                const int64_t offset = (l * scan.tokens + first + t) * scan.width;
-                T* to = scan.last_only ? state : write_target<T>(scan.dtype, args_.states, offset, out);
-                const T* x = scan_.tap(l, first + t, in);
-                const T* next = scan_.ahead(scan.x, l + 1, first + t, x);
-                step(x, next, gate, state, to);
-                if (!scan.last_only) narrow_elements(scan.dtype, to, args_.states, offset, scan.width);
-            }
+            for_groups(count, [&](auto group, int64_t t)
+                                  XLAYER_FLATTEN { step<decltype(group)::value>(memory, l, first, t, gate); });
         }
         if (!scan.last_only) return;
         for (int64_t t = 0; t < count; ++t) {
@@ -133,14 +157,38 @@ class Forward {
         }
     }
 
-    XLAYER_INLINE void step(const T* x, const T* next, T gate, T* state, T* to) const {
+    // One layer of a group of tokens.
+    template <int Group>
+    XLAYER_INLINE void step(char* memory, int64_t layer, int64_t first, int64_t t, T gate) const {
+        const EmaScan& scan = args_.scan;
         const T decay = 1 - gate;
-        scan_.each_value(x, [&](Vec<T> value, Vec<T>, auto io, int64_t e) XLAYER_FLATTEN {
-            prefetch(next + e);
-            const Vec<T> now = decay * load(state + e) + gate * value;
-            store(state + e, now);
-            if (to != state) io.store(to + e, now);
-        });
+        const bool more = !scan.last_only && scan.dtype == own_dtype<T> && layer + 1 < scan.layers;
+        T* scratch = scan_.state(memory, scan_.tile);
+        const T *x[Group], *next[Group], *next_to[Group];
+        T *state[Group], *to[Group], unused[Group];
+        int64_t offset[Group];
+        XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
+            const int64_t token = first + t + g;
+            state[g] = scan_.state(memory, t + g);
+            offset[g] = (layer * scan.tokens + token) * scan.width;
+            x[g] = scan_.tap(layer, token, scratch + 2 * g * scan_.row);
+            next[g] = scan_.ahead(scan.x, layer + 1, token, x[g]);
+            T* out = scratch + (2 * g + 1) * scan_.row;
+            to[g] = scan.last_only ? state[g] : write_target<T>(scan.dtype, args_.states, offset[g], out);
+            next_to[g] = more ? to[g] + scan.tokens * scan.width : state[g];
+        }
+        scan_.template each_value<Group>(x, unused,
+                                         [&](int g, Vec<T> value, Vec<T>, int64_t e, auto io) XLAYER_FLATTEN {
+                                             prefetch(next[g] + e);
+                                             prefetch_to_write(next_to[g] + e);
+                                             const Vec<T> now = decay * load(state[g] + e) + gate * value;
+                                             store(state[g] + e, now);
+                                             if (to[g] != state[g]) io.store(to[g] + e, now);
+                                         });
+        if (scan.last_only) return;
+        XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
+            narrow_elements(scan.dtype, to[g], args_.states, offset[g], scan.width);
+        }
     }
 
     const EmaScanForward& args_;
@@ -178,16 +226,17 @@ class Backward {
   private:
     int64_t rows_of_layers() const { return args_.scan.layers * scan_.tile; }
     int64_t worker_size() const {
-        const int64_t rows = 2 * rows_of_layers() + 2 * scan_.tile + 3;
+        const int64_t rows = 2 * rows_of_layers() + 2 * scan_.tile + 2 * kGroup;
         return round_up((rows * scan_.row + rows_of_layers()) * static_cast<int64_t>(sizeof(T)), 64);
     }
     int64_t partial_size() const {
         return round_up(args_.scan.layers * 8, 64) + round_up(2 * scan_.row * static_cast<int64_t>(sizeof(T)), 64);
     }
 
-    // Scratch of a worker: rows of a tile, for each layer x̂ and n − S_{l−1}; 1/deviation; S and ∂L/∂S.
+    // Scratch of a worker: rows of a tile, x̂ and n − S_{l−1} of each layer, S and ∂L/∂S; rows to widen and to narrow
+    // in; the norm's 1/deviation.
     struct Worker {
-        T *normal, *change, *state, *grad, *in, *from, *out, *scale;
+        T *normal, *change, *state, *grad, *rows, *scale;
 
         Worker(const Backward& of, char* memory) {
             const int64_t row = of.scan_.row, tile = of.scan_.tile, layers = of.rows_of_layers();
@@ -195,10 +244,8 @@ class Backward {
             change = normal + layers * row;
             state = change + layers * row;
             grad = state + tile * row;
-            in = grad + tile * row;
-            from = in + row;
-            out = from + row;
-            scale = out + row;
+            rows = grad + tile * row;
+            scale = rows + 2 * kGroup * row;
         }
     };
 
@@ -217,46 +264,31 @@ class Backward {
     };
 
     void up(const Worker& with, int64_t first, int64_t count) const {
-        const EmaScan& scan = args_.scan;
         for (int64_t t = 0; t < count; ++t) scan_.start(first + t, with.state + t * scan_.row);
-        for (int64_t l = 0; l < scan.layers; ++l) {
+        for (int64_t l = 0; l < args_.scan.layers; ++l) {
             const T gate = scan_.gate(l);
-            for (int64_t t = 0; t < count; ++t) {
-                const int64_t at = l * scan_.tile + t;
-                const T* x = scan_.tap(l, first + t, with.in);
-                const T* next = scan_.ahead(scan.x, l + 1, first + t, x);
-                T *state = with.state + t * scan_.row, *change = with.change + at * scan_.row;
-                if (scan.normalize) {
-                    up_normalized(with, x, next, gate, state, at);
-                    continue;
-                }
-                for_vectors<T>(0, scan.width, [&](int64_t e, auto io) XLAYER_FLATTEN {
-                    prefetch(next + e);
-                    const Vec<T> before = load(state + e), difference = io.load(x + e) - before;
-                    store(change + e, difference);
-                    store(state + e, before + gate * difference);
-                });
-            }
+            for_groups(count, [&](auto group, int64_t t)
+                                  XLAYER_FLATTEN { up_group<decltype(group)::value>(with, l, first, t, gate); });
         }
     }
 
-    XLAYER_INLINE void up_normalized(const Worker& with, const T* x, const T* next, T gate, T* state,
-                                     int64_t at) const {
-        const EmaScan& scan = args_.scan;
-        T *normal = with.normal + at * scan_.row, *change = with.change + at * scan_.row;
-        const Moments<T> of = moments(x, scan.width, scan.eps);
-        with.scale[at] = of.scale;
-        const T *weight = static_cast<const T*>(scan.norm_weight), *bias = static_cast<const T*>(scan.norm_bias);
-        for_vectors<T>(0, scan.width, [&](int64_t e, auto io) XLAYER_FLATTEN {
-            prefetch(next + e);
-            const Vec<T> unit = io.keep((io.load(x + e) - of.mean) * of.scale);
-            Vec<T> value = unit * io.load(weight + e);
-            if (bias != nullptr) value += io.load(bias + e);
-            const Vec<T> before = load(state + e), difference = value - before;
-            store(normal + e, unit);
-            store(change + e, difference);
-            store(state + e, before + gate * difference);
-        });
+    template <int Group>
+    XLAYER_INLINE void up_group(const Worker& with, int64_t layer, int64_t first, int64_t t, T gate) const {
+        const int64_t at = layer * scan_.tile + t, row = scan_.row;
+        const T *x[Group], *next[Group];
+        XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
+            x[g] = scan_.tap(layer, first + t + g, with.rows + g * row);
+            next[g] = scan_.ahead(args_.scan.x, layer + 1, first + t + g, x[g]);
+        }
+        T *normal = with.normal + at * row, *change = with.change + at * row, *state = with.state + t * row;
+        scan_.template each_value<Group>(
+            x, with.scale + at, [&](int g, Vec<T> value, Vec<T> unit, int64_t e, auto) XLAYER_FLATTEN {
+                prefetch(next[g] + e);
+                const Vec<T> before = load(state + g * row + e), difference = value - before;
+                if (args_.scan.normalize) store(normal + g * row + e, unit);
+                store(change + g * row + e, difference);
+                store(state + g * row + e, before + gate * difference);
+            });
     }
 
     void down(const Worker& with, const Partial& sums, int64_t first, int64_t count) const {
@@ -264,74 +296,103 @@ class Backward {
         for (int64_t t = 0; t < count; ++t) {
             T* grad = with.grad + t * scan_.row;
             for (int64_t e = 0; e < scan_.row; ++e) grad[e] = 0;
-            if (scan.last_only) add_grad(with, grad, 0, first + t, grad);
+            if (!scan.last_only) continue;
+            const T* given = scan_.read(args_.grad, 0, first + t, with.rows);
+            for (int64_t e = 0; e < scan.width; ++e) grad[e] = given[e];
         }
         for (int64_t l = scan.layers - 1; l >= 0; --l) {
             const T gate = scan_.gate(l);
-            for (int64_t t = 0; t < count; ++t) {
-                const int64_t at = l * scan_.tile + t, offset = (l * scan.tokens + first + t) * scan.width;
-                T *grad = with.grad + t * scan_.row, *change = with.change + at * scan_.row;
-                if (!scan.last_only) {
-                    add_grad(with, grad, l, first + t, scan_.ahead(args_.grad, l - 1, first + t, grad));
-                }
-                T* to = write_target<T>(scan.dtype, args_.grad_x, offset, with.out);
-                if (scan.normalize) {
-                    sums.gate[l] += down_normalized(with, sums, gate, grad, at, to);
-                } else {
-                    Vec<T> product = {};
-                    for_vectors<T>(0, scan.width, [&](int64_t e, auto io) XLAYER_FLATTEN {
-                        const Vec<T> now = load(grad + e);
-                        product += io.keep(now * load(change + e));
-                        io.store(to + e, gate * now);
-                        store(grad + e, now * (1 - gate));
-                    });
-                    sums.gate[l] += sum_lanes<T>(product);
-                }
-                narrow_elements(scan.dtype, to, args_.grad_x, offset, scan.width);
-            }
+            for_groups(count, [&](auto group, int64_t t) XLAYER_FLATTEN {
+                down_group<decltype(group)::value>(with, sums, l, first, t, gate);
+            });
         }
         if (args_.grad_initial == nullptr) return;
         for (int64_t t = 0; t < count; ++t) {
             const int64_t offset = (first + t) * scan.width;
             const T* grad = with.grad + t * scan_.row;
-            T* to = write_target<T>(scan.dtype, args_.grad_initial, offset, with.out);
+            T* to = write_target<T>(scan.dtype, args_.grad_initial, offset, with.rows);
             for (int64_t e = 0; e < scan.width; ++e) to[e] = grad[e];
             narrow_elements(scan.dtype, to, args_.grad_initial, offset, scan.width);
         }
     }
 
-    XLAYER_INLINE void add_grad(const Worker& with, T* grad, int64_t layer, int64_t token, const T* next) const {
-        const T* given = scan_.read(args_.grad, layer, token, with.from);
-        for_vectors<T>(0, args_.scan.width, [&](int64_t e, auto io) XLAYER_FLATTEN {
-            prefetch(next + e);
-            store(grad + e, load(grad + e) + io.load(given + e));
-        });
-    }
-
-    // Through S_l and the LayerNorm of one token to ∂L/∂x_l; returns Σ G·(n − S_{l−1}).
-    XLAYER_INLINE T down_normalized(const Worker& with, const Partial& sums, T gate, T* grad, int64_t at, T* to) const {
+    // Through S_l and the LayerNorm of a group of tokens to ∂L/∂x_l.
+    template <int Group>
+    XLAYER_INLINE void down_group(const Worker& with, const Partial& sums, int64_t layer, int64_t first, int64_t t,
+                                  T gate) const {
         const EmaScan& scan = args_.scan;
-        const T *normal = with.normal + at * scan_.row, *change = with.change + at * scan_.row;
-        const T* weight = static_cast<const T*>(scan.norm_weight);
-        Vec<T> product = {}, sum = {}, along = {};
-        for_vectors<T>(0, scan.width, [&](int64_t e, auto io) XLAYER_FLATTEN {
-            const Vec<T> now = io.keep(load(grad + e)), unit = load(normal + e);
-            const Vec<T> mine = gate * now, scaled = mine * io.load(weight + e);
-            product += io.keep(now * load(change + e));
-            sum += scaled;
-            along += scaled * unit;
-            store(sums.weight + e, load(sums.weight + e) + mine * unit);
-            store(sums.bias + e, load(sums.bias + e) + mine);
-        });
-        const T mean = sum_lanes<T>(sum) / static_cast<T>(scan.width);
-        const T slope = sum_lanes<T>(along) / static_cast<T>(scan.width), scale = with.scale[at];
-        for_vectors<T>(0, scan.width, [&](int64_t e, auto io) XLAYER_FLATTEN {
-            const Vec<T> now = load(grad + e);
-            const Vec<T> scaled = gate * now * io.load(weight + e);
-            io.store(to + e, scale * (scaled - mean - slope * load(normal + e)));
-            store(grad + e, now * (1 - gate));
-        });
-        return sum_lanes<T>(product);
+        const int64_t at = layer * scan_.tile + t, row = scan_.row;
+        const bool own = scan.dtype == own_dtype<T>;
+        T* grad = with.grad + t * row;
+        const T *given[Group], *next[Group], *next_to[Group];
+        T* to[Group];
+        int64_t offset[Group];
+        XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
+            const int64_t token = first + t + g;
+            offset[g] = (layer * scan.tokens + token) * scan.width;
+            given[g] = next[g] = grad + g * row;
+            if (!scan.last_only) {
+                given[g] = scan_.read(args_.grad, layer, token, with.rows + 2 * g * row);
+                next[g] = scan_.ahead(args_.grad, layer - 1, token, given[g]);
+            }
+            to[g] = write_target<T>(scan.dtype, args_.grad_x, offset[g], with.rows + (2 * g + 1) * row);
+            next_to[g] = own && layer > 0 ? to[g] - scan.tokens * scan.width : grad;
+        }
+        const bool add = !scan.last_only;
+        auto arrived = [&](int g, int64_t e, auto io) XLAYER_FLATTEN {
+            prefetch(next[g] + e);
+            prefetch_to_write(next_to[g] + e);
+            const Vec<T> now = load(grad + g * row + e);
+            return io.keep(add ? now + io.load(given[g] + e) : now);
+        };
+        const T* change = with.change + at * row;
+        if (!scan.normalize) {
+            Vec<T> product[Group] = {};
+            for_vectors<T>(0, scan.width, [&](int64_t e, auto io) XLAYER_FLATTEN {
+                XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
+                    const Vec<T> now = arrived(g, e, io);
+                    product[g] += io.keep(now * load(change + g * row + e));
+                    io.store(to[g] + e, gate * now);
+                    store(grad + g * row + e, now * (1 - gate));
+                }
+            });
+            XLAYER_UNROLL for (int g = 0; g < Group; ++g) sums.gate[layer] += sum_lanes<T>(product[g]);
+        } else {
+            const T *normal = with.normal + at * row, *weight = static_cast<const T*>(scan.norm_weight);
+            Vec<T> product[Group] = {}, sum[Group] = {}, along[Group] = {};
+            for_vectors<T>(0, scan.width, [&](int64_t e, auto io) XLAYER_FLATTEN {
+                const Vec<T> slope = gate * io.load(weight + e);
+                Vec<T> of_weight = {}, of_bias = {};
+                XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
+                    const Vec<T> now = arrived(g, e, io), unit = load(normal + g * row + e), scaled = now * slope;
+                    store(grad + g * row + e, now);
+                    product[g] += io.keep(now * load(change + g * row + e));
+                    sum[g] += scaled;
+                    along[g] += scaled * unit;
+                    of_weight += now * unit;
+                    of_bias += now;
+                }
+                store(sums.weight + e, load(sums.weight + e) + gate * of_weight);
+                store(sums.bias + e, load(sums.bias + e) + gate * of_bias);
+            });
+            T mean[Group], tilt[Group];
+            XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
+                sums.gate[layer] += sum_lanes<T>(product[g]);
+                mean[g] = sum_lanes<T>(sum[g]) / static_cast<T>(scan.width);
+                tilt[g] = sum_lanes<T>(along[g]) / static_cast<T>(scan.width);
+            }
+            for_vectors<T>(0, scan.width, [&](int64_t e, auto io) XLAYER_FLATTEN {
+                const Vec<T> slope = gate * io.load(weight + e);
+                XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
+                    const Vec<T> now = load(grad + g * row + e), unit = load(normal + g * row + e);
+                    io.store(to[g] + e, with.scale[at + g] * (now * slope - mean[g] - tilt[g] * unit));
+                    store(grad + g * row + e, now * (1 - gate));
+                }
+            });
+        }
+        XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
+            narrow_elements(scan.dtype, to[g], args_.grad_x, offset[g], scan.width);
+        }
     }
 
     // Chunks added in order.

@@ -35,8 +35,12 @@ template <class T>
 class Forward {
   public:
     explicit Forward(const DepthGruForward& args)
-        : args_(args), gru_(args.gru), panels_(ceil_div(gru_.width, lanes<T>)), padded_(panels_ * lanes<T>),
-          tiles_(gru_.tokens, most_tile(), gru_.pool.threads), scratch_(args.workspace) {
+        : args_(args),
+          gru_(args.gru),
+          panels_(ceil_div(gru_.width, lanes<T>)),
+          padded_(panels_ * lanes<T>),
+          tiles_(gru_.tokens, most_tile(), gru_.pool.threads),
+          scratch_(args.workspace) {
         weights_ = scratch_.template take<T>(panels_ * panel_size());
         biases_ = scratch_.template take<T>(panels_ * kBiases * lanes<T>);
         workers_ = scratch_.template take<T>(gru_.pool.threads * worker_size());
@@ -142,8 +146,8 @@ class Forward {
             over_h[r][2] = load(bias + 3 * lanes<T>);
         }
         add_product<T, Rows>(gru_.input, step.x + row * step.x_row, step.x_row, weights, over_x);
-        add_product<T, Rows>(gru_.width, step.state + row * padded_, padded_,
-                             weights + gru_.input * kGates * lanes<T>, over_h);
+        add_product<T, Rows>(gru_.width, step.state + row * padded_, padded_, weights + gru_.input * kGates * lanes<T>,
+                             over_h);
         const int64_t column = panel * lanes<T>, count = lesser<int64_t>(lanes<T>, gru_.width - column);
         for (int r = 0; r < Rows; ++r) {
             const Vec<T> reset = sigmoid(over_x[r][0] + over_h[r][0]), update = sigmoid(over_x[r][1] + over_h[r][1]);

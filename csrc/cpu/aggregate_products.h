@@ -8,22 +8,28 @@
 
 namespace xlayer::cpu::XLAYER_ISA {
 
-constexpr int64_t kProductSlice = 256;  // terms summed in one chain: a sum of short sums rounds less than one long sum
+// Terms summed in one chain: a sum of short sums rounds less than one long sum. Where products are rounded too, shorter.
+#if defined(__FMA__) || defined(__FP_FAST_FMAF)
+constexpr int64_t kProductSlice = 256;
+#else
+constexpr int64_t kProductSlice = 16;
+#endif
 
 // Cuts the caller's scratch memory into aligned pieces; from null it tells their size.
 class Scratch {
   public:
-    explicit Scratch(void* memory) : begin_(static_cast<char*>(memory)), next_(begin_) {}
+    explicit Scratch(void* memory) : memory_(static_cast<char*>(memory)) {}
     template <class T>
     T* take(int64_t count) {
-        char* piece = next_;
-        next_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+        char* piece = memory_ == nullptr ? nullptr : memory_ + bytes_;
+        bytes_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
         return reinterpret_cast<T*>(piece);
     }
-    int64_t bytes() const { return next_ - begin_; }
+    int64_t bytes() const { return bytes_; }
 
   private:
-    char *begin_, *next_;
+    char* memory_;
+    int64_t bytes_ = 0;
 };
 
 // Tokens cut into tiles of nearly equal size, a multiple of kUnit but for the last, as many as suit the threads. No
@@ -52,17 +58,180 @@ inline void spread_row(DType dtype, const void* from, int64_t offset, int64_t co
     }
 }
 
+// `count` elements at `offset` from from[k·stride], narrowed.
+template <class T>
+inline void gather_row(DType dtype, const T* from, int64_t stride, int64_t count, void* to, int64_t offset) {
+    constexpr int64_t kChunk = 64;
+    T chunk[kChunk];
+    for (int64_t first = 0; first < count; first += kChunk) {
+        const int64_t length = lesser(kChunk, count - first);
+        T* row = write_target(dtype, to, offset + first, chunk);
+        for (int64_t k = 0; k < length; ++k) row[k] = from[(first + k) * stride];
+        narrow_elements(dtype, row, to, offset + first, length);
+    }
+}
+
+// `count` elements at `offset` from a row of T, narrowed.
+template <class T>
+inline void put_row(DType dtype, const T* from, int64_t count, void* to, int64_t offset) {
+    if (dtype == own_dtype<T>) {
+        std::memcpy(static_cast<T*>(to) + offset, from, count * sizeof(T));
+    } else {
+        narrow_elements(dtype, from, to, offset, count);
+    }
+}
+
 // The first `count` lanes of a vector, narrowed, to the elements at `offset`.
 template <class T>
 XLAYER_INLINE void write_vector(DType dtype, Vec<T> value, void* data, int64_t offset, int64_t count) {
     if (dtype == own_dtype<T> && count == lanes<T>) return store(static_cast<T*>(data) + offset, value);
     T lane[lanes<T>];
     store(lane, value);
-    if (dtype == own_dtype<T>) {
-        Part<T>{count}.store(static_cast<T*>(data) + offset, value);
-    } else {
-        narrow_elements(dtype, lane, data, offset, count);
-    }
+    put_row(dtype, lane, count, data, offset);
 }
+
+// B of products C[rows × columns] (+)= A[rows × depth]·B, cut into panels of columns that lie one after another.
+template <class T>
+class PackedWeight {
+  public:
+    PackedWeight(int64_t depth, int64_t columns, Scratch& scratch)
+        : depth_(depth),
+          columns_(columns),
+          panels_(ceil_div(columns, lanes<T>)),
+          data_(scratch.template take<T>(depth * padded())) {}
+
+    int64_t padded() const { return panels_.vectors * lanes<T>; }  // columns of C
+
+    // B(k, c) = from[k·depth_stride + c·column_stride], one of them 1.
+    void pack(const ThreadPool& pool, DType dtype, const void* from, int64_t depth_stride,
+              int64_t column_stride) const {
+        parallel_for_each(pool, panels_.count, [&](int64_t panel) {
+            const int64_t begin = panels_.begin(panel) * lanes<T>, width = panels_.width(panel) * lanes<T>;
+            const int64_t count = lesser(width, columns_ - begin);
+            T* to = data_ + begin * depth_;
+            std::memset(to, 0, depth_ * width * sizeof(T));
+            if (column_stride == 1) {
+                for (int64_t k = 0; k < depth_; ++k)
+                    spread_row(dtype, from, k * depth_stride + begin, count, to + k * width, 1);
+            } else {
+                for (int64_t c = 0; c < count; ++c)
+                    spread_row(dtype, from, (begin + c) * column_stride, depth_, to + c, width);
+            }
+        });
+    }
+
+    // With rows [first, first + depth) of B.
+    __attribute__((noinline)) void multiply(int64_t rows, int64_t first, int64_t depth, const T* a, int64_t a_row, T* c,
+                                            int64_t c_row, bool accumulate) const {
+        for (int64_t panel = 0; panel < panels_.count; ++panel) {
+            const int64_t begin = panels_.begin(panel) * lanes<T>, width = panels_.width(panel) * lanes<T>;
+            const T* b = data_ + begin * depth_ + first * width;
+            for (int64_t k = 0; k < greater<int64_t>(1, depth); k += kProductSlice) {
+                gemm(rows, width, lesser(kProductSlice, depth - k), a + k, a_row, 1, b + k * width, width, c + begin,
+                     c_row, accumulate || k > 0);
+            }
+        }
+    }
+
+  private:
+    int64_t depth_, columns_;
+    Panels panels_;
+    T* data_;
+};
+
+// The gradient of weights [columns, depth] of y = x·Wᵀ: Σ over layers and tokens of ∂L/∂y_c · x_k. Tokens are summed in
+// slices, a layer's slices in order, the layers in order. Tasks are cut by columns, so each sum is made by one thread.
+template <class T>
+class WeightGradient {
+  public:
+    static constexpr int64_t kTokens = 128;  // of a slice
+    static constexpr int64_t kGroup = 3;     // panels of a task, which meet a slice of x together
+
+    WeightGradient(DType dtype, int64_t tokens, int64_t depth, int64_t columns, Scratch& scratch)
+        : dtype_(dtype),
+          tokens_(tokens),
+          depth_(depth),
+          columns_(columns),
+          panels_(ceil_div(columns, lanes<T>)),
+          total_(scratch.template take<T>(depth * padded())),
+          bias_(scratch.template take<double>(padded())) {}
+
+    int64_t tasks() const { return ceil_div(panels_.count, kGroup); }
+    // What a worker needs: sums, slices of ∂L/∂y and, for dtypes other than T, of x.
+    static int64_t scratch_size(DType dtype, int64_t depth) {
+        const int64_t columns = kGroup * kPanelColumns<T>, x = dtype == own_dtype<T> ? 0 : kTokens * depth;
+        return round_up(columns * (depth + kTokens) + x, lanes<T>);
+    }
+    void clear() const {
+        std::memset(total_, 0, depth_ * padded() * sizeof(T));
+        std::memset(bias_, 0, padded() * sizeof(double));
+    }
+
+    // Adds one layer. grad: ∂L/∂y, rows of whole vectors; x at `offset` of `data`.
+    void add(int64_t task, const T* grad, int64_t grad_row, const void* data, int64_t offset, int64_t x_row,
+             T* scratch) const {
+        const int64_t first = task * kGroup, last = lesser(first + kGroup, panels_.count);
+        const int64_t begin = panels_.begin(first) * lanes<T>;
+        T *sums = scratch, *packed = sums + kGroup * kPanelColumns<T> * depth_;
+        T* wide = packed + kGroup * kPanelColumns<T> * kTokens;
+        for (int64_t token = 0; token < tokens_; token += kTokens) {
+            const int64_t count = lesser(kTokens, tokens_ - token);
+            const T* x = nullptr;
+            int64_t stride = x_row;
+            if (dtype_ == own_dtype<T>) {
+                x = static_cast<const T*>(data) + offset + token * x_row;
+            } else {
+                x = wide, stride = depth_;
+                for (int64_t t = 0; t < count; ++t)
+                    read_elements(dtype_, data, offset + (token + t) * x_row, depth_, wide + t * depth_);
+            }
+            for (int64_t panel = first; panel < last; ++panel) {
+                const int64_t at = panels_.begin(panel) * lanes<T>, width = panels_.width(panel) * lanes<T>;
+                pack(grad + token * grad_row + at, grad_row, count, width, packed, bias_ + at);
+                T* to = sums + (at - begin) * depth_;
+                gemm(depth_, width, count, x, 1, stride, packed, width, to, width, token > 0);
+            }
+        }
+        for (int64_t panel = first; tokens_ > 0 && panel < last; ++panel) {
+            const int64_t at = panels_.begin(panel) * lanes<T>, width = panels_.width(panel) * lanes<T>;
+            const T* from = sums + (at - begin) * depth_;
+            for (int64_t k = 0; k < depth_; ++k)
+                for (int64_t c = 0; c < width; ++c) total_[k * padded() + at + c] += from[k * width + c];
+        }
+    }
+
+    // Row c of the gradient, and element c of the bias's.
+    void give(int64_t c, void* to, int64_t offset) const {
+        gather_row(dtype_, total_ + c, padded(), depth_, to, offset);
+    }
+    void give_bias(void* to, int64_t offset) const {
+        for (int64_t c = 0; c < columns_; ++c) {
+            const T value = static_cast<T>(bias_[c]);
+            gather_row(dtype_, &value, 1, 1, to, offset + c);
+        }
+    }
+
+  private:
+    int64_t padded() const { return panels_.vectors * lanes<T>; }
+
+    // A slice of a panel's columns, row after row, whose sums go to the bias.
+    static void pack(const T* from, int64_t row, int64_t count, int64_t width, T* to, double* bias) {
+        for (int64_t c = 0; c < width; c += lanes<T>) {
+            Vec<T> sum = {};
+            for (int64_t t = 0; t < count; ++t) {
+                const Vec<T> value = load(from + t * row + c);
+                store(to + t * width + c, value);
+                sum += value;
+            }
+            for (int64_t l = 0; l < lanes<T>; ++l) bias[c + l] += sum[l];
+        }
+    }
+
+    DType dtype_;
+    int64_t tokens_, depth_, columns_;
+    Panels panels_;
+    T* total_;
+    double* bias_;
+};
 
 }  // namespace xlayer::cpu::XLAYER_ISA

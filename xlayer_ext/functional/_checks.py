@@ -44,7 +44,8 @@ def check_mask(name: str, mask: Tensor | None, like: Tensor) -> None:
 def check_shapes(layouts: dict[str, str], **tensors: Tensor | None) -> None:
     """Checks shapes against layouts such as ``{"query": "B Sq D", "weight1": "M 4D"}``.
 
-    An axis gets its size where it is met first; a number before it multiplies. ``None`` tensors are skipped.
+    An axis gets its size where it is met first, alone if the tensor has it alone; a number before it multiplies.
+    ``None`` tensors are skipped.
     """
     sizes: dict[str, int] = {}
     owners: dict[str, str] = {}
@@ -55,7 +56,9 @@ def check_shapes(layouts: dict[str, str], **tensors: Tensor | None) -> None:
         wanted = f"{name} must have shape [{', '.join(axes)}]"
         if tensor.dim() != len(axes):
             raise ValueError(f"{wanted}, got {list(tensor.shape)}")
-        for axis, size in zip(axes, tensor.shape, strict=True):
+        pairs = list(zip(axes, tensor.shape, strict=True))
+        alone = [pair for pair in pairs if not pair[0][0].isdigit()]
+        for axis, size in alone + [pair for pair in pairs if pair[0][0].isdigit()]:
             symbol = axis.lstrip("0123456789")
             if symbol not in sizes:
                 sizes[symbol] = size

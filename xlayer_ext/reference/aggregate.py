@@ -76,6 +76,6 @@ def depth_attention(
             query = linear(state, weight_query).reshape(by_head[1:])
             score = (query * scale * keys[window]).sum(-1, keepdim=True)
             attended = (score.softmax(0) * values[window]).sum(0)
-            state = state + linear(attended.reshape(tokens, -1), weight_out)
+            state = state + linear(attended.flatten(1), weight_out)
             states.append(state)
     return torch.stack(states) if states else keys.new_empty(0, *state.shape)

@@ -1,0 +1,159 @@
+"""How much of the hidden states a latent keeps, and what the biases are worth on the task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from xlayer_systems.bypass.plots import plot_reconstruction
+from xlayer_systems.bypass.reconstruction import ReconstructionData, principal_r2
+from xlayer_systems.data.blocks import LanguageModelingData
+from xlayer_systems.data.text import load_text
+from xlayer_systems.decoders import load_decoder
+from xlayer_systems.objectives import Records, table
+from xlayer_systems.plots import plot_losses
+from xlayer_systems.pretrain_decoder import DecoderData
+from xlayer_systems.runs import Record
+from xlayer_systems.stats import student_interval
+
+if TYPE_CHECKING:
+    from xlayer_systems.jobs import RunSpec
+
+PLAIN = "plain"
+TASK = "task"  # folder and name of stage 2 in a run; of stage 1:
+RECONSTRUCTION = "reconstruction"
+
+
+class BypassObjective:
+    """An `Objective` for both stages, told apart by the config's ``stage``, and for runs of both."""
+
+    def prepare(self, spec: RunSpec, whole: bool = False) -> Any:
+        options = spec.options
+        text, layers = _prepare(spec.dataset, spec.backbone, options.max_length, None if whole else options.eval_blocks)
+        return ReconstructionData(text, layers) if _stage(spec) == "reconstruct" else text
+
+    def result(self, spec: RunSpec, data: Any, metrics: Mapping[str, Any]) -> Record:
+        names = ("loss", "r2", "r2_mean") if _stage(spec) == "reconstruct" else ("loss", "perplexity")
+        return {**{name: metrics[name] for name in names}, "validation_tokens": metrics["tokens"]}
+
+    def examine(self, spec: RunSpec, data: Any, model: Any) -> Record:
+        """After stage 1: the principal components that it is compared with."""
+        if _stage(spec) != "reconstruct":
+            return {}
+        return {"pca": principal_r2(model.bypass, data.text, spec.options.pca_tokens), "latent": spec.config.latent}
+
+    def format(self, result: Mapping[str, Any]) -> str:
+        name = f"{result['dataset']}: {result['system']} {result['preset']}"
+        lines = [f"{name} on {result['validation_tokens']:,} validation tokens"]
+        if RECONSTRUCTION in result:
+            lines += format_reconstruction(result[RECONSTRUCTION])
+        if "r2" in result:
+            return "\n".join(lines + format_reconstruction(result))
+        if "compared" in result:
+            return "\n".join(lines + format_compared(result["compared"]))
+        return "\n".join([*lines, f"  loss {result['loss']:.4f} nats per token, perplexity {result['perplexity']:.2f}"])
+
+    def report(self, spec: RunSpec, data: Any, result: Mapping[str, Any], records: Records, plots: Path) -> list[str]:
+        evaluations = [r for r in records if r["event"] == "eval"]
+        lines = [f"On `{spec.backbone}`, seed {spec.seed}.", "", "```", self.format(result), "```", ""]
+        if _stage(spec) == "reconstruct":
+            plot_reconstruction(result["r2"], result["pca"], evaluations, plots / "reconstruction.png")
+            return [*lines, "![R² per layer, and over the steps](plots/reconstruction.png)"]
+        plot_losses({spec.preset: [loss_curve(evaluations, spec)]}, plots / "curves.png")
+        return [*lines, "![curves](plots/curves.png)"]
+
+    def summarize(self, results: Mapping[str, list[Record]], records: Mapping[str, Sequence[Records]]) -> Record:
+        first = next(iter(results.values()))[0]
+        rows = []
+        for name, runs in results.items():
+            row = {"name": name, "parameters": runs[0]["parameters"], "seconds": fmean(r["seconds"] for r in runs)}
+            row |= {"loss": _over_seeds([run["loss"] for run in runs])}
+            if name != PLAIN and PLAIN in results:
+                pairs = zip(runs, results[PLAIN], strict=True)
+                row |= {"difference": _over_seeds([run["loss"] - plain["loss"] for run, plain in pairs])}
+            rows.append(row)
+        seeds = len(next(iter(results.values())))
+        intervals = f"95 % intervals: Student's t over {seeds} seeds" if seeds > 1 else "one seed, no intervals"
+        return {"title": f"{first['dataset']}, {first['backbone']}: loss in nats per token ({intervals})", "rows": rows}
+
+    def format_sweep(self, summary: Mapping[str, Any]) -> str:
+        lines = [("", "loss", "interval", "loss - plain", "interval", "trained parameters", "seconds")]
+        for row in summary["rows"]:
+            difference = row.get("difference")
+            compared = ("", "") if difference is None else (f"{difference['mean']:+.4f}", _range(difference, "+.4f"))
+            measured = (f"{row['loss']['mean']:.4f}", _range(row["loss"]))
+            lines.append((row["name"], *measured, *compared, f"{row['parameters']:,}", f"{row['seconds']:.0f}"))
+        return "\n".join([summary["title"], *table(lines)])
+
+    def plot_sweep(self, summary: Mapping[str, Any], records: Mapping[str, Sequence[Records]], out: Path) -> list[str]:
+        per_step = {name: runs[0]["tokens_per_step"] for name, runs in summary["runs"].items()}
+        curves = {
+            name: [[(r["step"] * per_step[name], r["loss"]) for r in run if _is_task_evaluation(r)] for run in seeds]
+            for name, seeds in records.items()
+        }
+        trained = {name: seeds for name, seeds in curves.items() if all(seeds)}
+        if not trained:
+            return []
+        plain = next((row["loss"]["mean"] for row in summary["rows"] if row["name"] == PLAIN), None)
+        plot_losses(trained, out / "curves.png", plain)
+        return ["![validation loss](curves.png)"]
+
+
+def format_reconstruction(result: Mapping[str, Any]) -> list[str]:
+    """Lines: R² per layer beside that of principal components."""
+    r2, pca = result["r2"], result.get("pca", [])
+    rows = [("layer", *map(str, range(len(r2))), "mean"), ("R² of the latent", *(f"{v:.4f}" for v in (*r2, fmean(r2))))]
+    if pca:
+        rows.append((f"R² of {result['latent']} components", *(f"{v:.4f}" for v in (*pca, fmean(pca)))))
+        rows.append(("ratio", *(f"{a / b:.4f}" for a, b in zip((*r2, fmean(r2)), (*pca, fmean(pca)), strict=True))))
+    return [f"  {line}" for line in table(rows)]
+
+
+def format_compared(compared: Mapping[str, Any]) -> list[str]:
+    """Lines: loss of each model, and its difference from the frozen model alone."""
+    rows = [("", "loss", "95 % interval", "difference", "95 % interval", "trained parameters", "of the model")]
+    for name, row in compared["rows"].items():
+        cells = [name, f"{row['loss']['mean']:.4f}", _range(row["loss"])]
+        if "difference" in row:
+            cells += [f"{row['difference']['mean']:+.4f}", _range(row["difference"], "+.4f")]
+            cells += [f"{row['parameters']:,}", f"{100 * row['parameters'] / compared['base_parameters']:.2f} %"]
+        rows.append((*cells, *[""] * (7 - len(cells))))
+    lines = [f"  {line}" for line in table(rows)]
+    if "between" in compared:
+        between = compared["between"]
+        names = " - ".join(between["names"])
+        lines.append(f"  {names}: {between['mean']:+.4f} {_range(between, '+.4f')}")
+    return [*lines, f"  Student's t over {compared['blocks']} blocks of validation, differences paired"]
+
+
+def loss_curve(evaluations: Records, spec: RunSpec) -> list[tuple[float, float]]:
+    """(training tokens, validation loss) of stage 2."""
+    per_step = spec.options.batch_size * spec.options.max_length
+    return [(r["step"] * per_step, r["loss"]) for r in evaluations]
+
+
+@lru_cache(maxsize=2)
+def _prepare(dataset: str, model: str, length: int, eval_blocks: int | None) -> tuple[LanguageModelingData, int]:
+    decoder, tokenizer = load_decoder(model)
+    return DecoderData(load_text(dataset), tokenizer, length, eval_blocks), int(decoder.config.num_hidden_layers)
+
+
+def _stage(spec: RunSpec) -> str:
+    return getattr(spec.config, "stage", "both")
+
+
+def _is_task_evaluation(record: Mapping[str, Any]) -> bool:
+    return record["event"] == "eval" and record.get("stage") == TASK
+
+
+def _over_seeds(values: Sequence[float]) -> Record:
+    if len(values) < 2:
+        return {"mean": values[0], "low": None, "high": None}
+    return {**vars(student_interval(values))}
+
+
+def _range(interval: Mapping[str, Any], style: str = ".4f") -> str:
+    return "" if interval["low"] is None else f"[{interval['low']:{style}}, {interval['high']:{style}}]"

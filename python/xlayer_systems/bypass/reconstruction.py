@@ -1,0 +1,142 @@
+"""Stage 1: encoder and projectors learn to give the hidden states of every layer back from one latent per token.
+
+Measured by R² per layer on held-out text, beside principal components of the same rank, the best that a linear
+encoder and decoder can do in squared error over all layers together (Baldi and Hornik, 1989).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from xlayer_systems.bypass.model import Bypass
+from xlayer_systems.data.blocks import IGNORED, LanguageModelingData
+
+BATCH = 32  # blocks at once, where no gradient is needed
+
+
+class FrozenModel(nn.Module):
+    """What the training loop trains: a bypass as the only submodule, beside the frozen model that it is on.
+
+    Args:
+        frozen: is moved and cast along; not trained, saved or put into checkpoints.
+        bypass: attached to it.
+    """
+
+    def __init__(self, frozen: nn.Module, bypass: Bypass) -> None:
+        super().__init__()
+        self.frozen = (frozen.eval(),)  # a tuple: no submodule, and train() leaves it in eval mode
+        self.bypass = bypass
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenModel:
+        self.frozen[0]._apply(fn)
+        super()._apply(fn, recurse)
+        return self
+
+
+class ReconstructionOutput(NamedTuple):
+    """``loss``, and for scores per example: squared errors and squares ``[B, L]``, sums ``[B, L·d]``, tokens ``[B]``."""
+
+    loss: Tensor
+    errors: Tensor
+    squares: Tensor
+    sums: Tensor
+    tokens: Tensor
+
+
+class Reconstruction(FrozenModel):
+    """Stage 1 as the training loop calls it."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> ReconstructionOutput:
+        """``input_ids`` ``[B, S]``; tokens whose label is −100 do not count.
+
+        The loss is the squared error of the standardized states, averaged over features, layers and tokens.
+        """
+        states = self.bypass.collect(input_ids=input_ids)
+        mask = (labels != IGNORED).to(self.bypass.mean.dtype)
+        said, _ = self.bypass(states)
+        wanted = self.bypass.standardize(states) * mask[..., None, None]
+        errors = (said.permute(1, 2, 0, 3) * mask[..., None, None] - wanted).square().sum(-1)  # [B, S, L]
+        loss = errors.mean(-1).sum() / (mask.sum().clamp(min=1) * states.shape[-1])
+        squares, sums = wanted.double().square().sum((1, 3)), wanted.double().sum(1).flatten(1)
+        return ReconstructionOutput(loss, errors.double().sum(1), squares, sums, mask.sum(1))
+
+
+class ReconstructionData:
+    """Text in the form that the training loop asks for in stage 1.
+
+    Args:
+        text: blocks of tokens.
+        layers: L of the model.
+    """
+
+    def __init__(self, text: LanguageModelingData, layers: int) -> None:
+        self.text, self.layers = text, layers
+        self.train, self.validation, self.fingerprint = text.train, text.validation, text.fingerprint
+        self.lengths, self.collate = text.lengths, text.collate
+
+    def score(self, output: ReconstructionOutput, batch: dict[str, Tensor]) -> Tensor:
+        """Per block ``[B, 2L + 1 + L·d]``: squared errors, squares, tokens, sums."""
+        tokens = output.tokens.double()[:, None]
+        return torch.cat([output.errors, output.squares, tokens, output.sums], dim=1)
+
+    def summarize(self, sums: Tensor) -> dict[str, Any]:
+        """``r2``: per layer, ``r2_mean``: over layers; ``loss`` per feature."""
+        layers = self.layers
+        errors, squares, rest = sums[:layers], sums[layers : 2 * layers], sums[2 * layers :]
+        tokens, totals = rest[0], rest[1:].reshape(layers, -1)
+        r2 = 1 - errors / (squares - totals.square().sum(-1) / tokens)
+        loss = float(errors.mean() / (tokens * totals.shape[-1]))
+        return {"loss": loss, "r2": r2.tolist(), "r2_mean": float(r2.mean()), "tokens": int(tokens)}
+
+
+def spread(blocks: Sequence[Tensor], tokens: int) -> list[Tensor]:
+    """Evenly spaced blocks with about so many tokens together, whatever the seed."""
+    count = min(len(blocks), max(1, tokens // (len(blocks[0]) - 1)))
+    return [blocks[index * len(blocks) // count] for index in range(count)]
+
+
+@torch.no_grad()
+def states_of(bypass: Bypass, data: LanguageModelingData, blocks: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Hidden states ``[N, L, d]`` of the tokens of blocks, some blocks at a time."""
+    device = bypass.mean.device
+    for start in range(0, len(blocks), BATCH):
+        batch = data.collate(blocks[start : start + BATCH])
+        states = bypass.collect(input_ids=batch["input_ids"].to(device))
+        yield states[(batch["labels"] != IGNORED).to(device)]
+
+
+def r2_per_layer(states: Tensor, said: Tensor) -> list[float]:
+    """1 − squared error / squared deviation from the mean, of ``[N, L, d]`` per layer."""
+    errors = (states - said).square().sum((0, 2))
+    return (1 - errors / (states - states.mean(0)).square().sum((0, 2))).tolist()
+
+
+def principal_directions(centered: Tensor, rank: int) -> Tensor:
+    """The ``rank`` directions ``[D, rank]`` of most variance in ``[N, D]``, by the smaller of the two Gram matrices."""
+    count, width = centered.shape
+    if count >= width:
+        return torch.linalg.eigh(centered.T @ centered).eigenvectors[:, -rank:]
+    vectors = centered.T @ torch.linalg.eigh(centered @ centered.T).eigenvectors[:, -rank:]
+    return vectors / vectors.norm(dim=0).clamp(min=1e-300)
+
+
+def principal_r2(bypass: Bypass, data: LanguageModelingData, tokens: int) -> list[float]:
+    """R² per layer on validation of principal components in place of the bypass, of the same rank.
+
+    Components of all layers' standardized states together in the variant ``full``, layer by layer in ``offset``; in
+    float64, from about so many training tokens.
+    """
+    parts = (spread(data.train, tokens), data.validation)
+    train, held_out = (torch.cat([bypass.standardize(s) for s in states_of(bypass, data, p)]).double() for p in parts)
+    mean = train.mean(0)
+    said = torch.empty_like(held_out)
+    layers = held_out.shape[1]
+    for group in [slice(0, layers)] if bypass.config.variant == "full" else [slice(i, i + 1) for i in range(layers)]:
+        directions = principal_directions((train[:, group] - mean[group]).flatten(1), bypass.config.latent)
+        kept = (held_out[:, group] - mean[group]).flatten(1) @ directions
+        said[:, group] = (kept @ directions.T).view_as(held_out[:, group]) + mean[group]
+    return r2_per_layer(held_out, said)

@@ -1,0 +1,112 @@
+"""Stage 2: the projectors learn a task behind the frozen encoder; and the adapter that they are compared with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xlayer_systems.bypass.config import AdapterConfig
+from xlayer_systems.bypass.layers import layers_of, stack_of
+from xlayer_systems.bypass.model import Bypass
+from xlayer_systems.bypass.reconstruction import BATCH, FrozenModel
+from xlayer_systems.data.blocks import IGNORED, LanguageModelingData
+from xlayer_systems.errors import UserError
+from xlayer_systems.pretrain_decoder import DecoderModel, DecoderOutput
+from xlayer_systems.runs import Record
+from xlayer_systems.stats import student_interval
+
+ADAPTER_FILE = "adapter_config.json"
+
+
+class BypassLanguageModel(FrozenModel):
+    """A causal language model with a bypass, as the training loop calls it."""
+
+    def __init__(self, decoder: Any, bypass: Bypass) -> None:
+        super().__init__(DecoderModel(decoder), bypass)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> DecoderOutput:
+        """``input_ids`` and ``labels`` ``[B, S]``: loss per token, of the model with biases."""
+        output: DecoderOutput = self.frozen[0](input_ids, labels)
+        return output
+
+    def usage(self, reset: bool = True) -> Record:
+        """How strong the projectors are: root mean square of their elements, per layer with a bias."""
+        rms = self.bypass.projectors.detach().float().square().mean((1, 2)).sqrt().tolist()
+        return {"projectors": dict(zip(map(str, self.bypass.targets), rms, strict=True))}
+
+
+def build_adapter(decoder: Any, config: AdapterConfig) -> Any:
+    """LoRA on every linear layer of ``decoder`` but the head, by ``peft``."""
+    peft = _peft()
+    rank = config.rank or matching_rank(decoder, config.latent)
+    settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
+    return peft.get_peft_model(decoder, settings)
+
+
+def load_adapter(decoder: Any, folder: Path) -> Any:
+    """What `build_adapter` made and ``save_pretrained`` wrote."""
+    return _peft().PeftModel.from_pretrained(decoder, str(folder)).requires_grad_(False)
+
+
+def matching_rank(decoder: Any, latent: int) -> int:
+    """The rank with which an adapter is as large, to the nearest, as the projectors of a bypass on all layers."""
+    from transformers.pytorch_utils import Conv1D
+
+    layers = layers_of(stack_of(decoder))
+    shapes = [m.weight.shape for layer in layers for m in layer.modules() if isinstance(m, nn.Linear | Conv1D)]
+    per_rank = sum(sum(shape) for shape in shapes)
+    return max(1, round(len(layers) * latent * decoder.config.hidden_size / per_rank))
+
+
+def trained_parameters(model: nn.Module) -> int:
+    """Parameters with a gradient."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@torch.no_grad()
+def block_losses(model: nn.Module, data: LanguageModelingData, device: Any) -> list[float]:
+    """Loss in nats per token of each validation block."""
+    model.to(device).eval()
+    losses: list[float] = []
+    for start in range(0, len(data.validation), BATCH):
+        batch = {key: value.to(device) for key, value in data.collate(data.validation[start : start + BATCH]).items()}
+        counts = (batch["labels"] != IGNORED).sum(1)
+        losses += (model(**batch).token_loss.double().sum(1) / counts).tolist()
+    return losses
+
+
+def compare(losses: dict[str, Sequence[float]], base: str) -> Record:
+    """Per name the mean loss over blocks with its interval, and the paired ``difference`` from ``base`` with its own.
+
+    95 % intervals, Student's t over blocks. Another pair's difference is under ``between``.
+    """
+
+    def interval(values: Sequence[float]) -> Record:
+        if len(values) < 2:
+            return {"mean": fmean(values), "low": math.nan, "high": math.nan}
+        return {**vars(student_interval(values))}
+
+    rows: dict[str, Record] = {}
+    for name, values in losses.items():
+        rows[name] = {"loss": interval(values)}
+        if name != base:
+            rows[name]["difference"] = interval([a - b for a, b in zip(values, losses[base], strict=True)])
+    others = [name for name in losses if name != base]
+    if len(others) == 2:
+        pairs = zip(losses[others[0]], losses[others[1]], strict=True)
+        return {"rows": rows, "between": {"names": others, **interval([a - b for a, b in pairs])}}
+    return {"rows": rows}
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise UserError("LoRA needs the package peft; install it, or train with --set compare=false") from error
+    return peft

@@ -1,0 +1,339 @@
+"""L-Former: a causal language model with a side path that taps its layers and carries a state across them.
+
+The base is a Hugging Face model and stays as it is: a hook on its decoder reads the hidden states and, with
+``blend_into_lm``, adds the state to what the language model's head reads. States aggregate over depth, at one token, so
+cached generation needs no cache of theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.utils import ModelOutput
+
+from xlayer_systems.data.blocks import IGNORED
+from xlayer_systems.lformer.config import ModelConfig
+from xlayer_systems.lformer.path import Heads, SidePath, make_path
+from xlayer_systems.lformer.saving import load_pretrained, save_pretrained
+
+PHASES = ("joint", "a", "b")
+_MARK = "_lformer"  # on a decoder that has one
+
+
+@dataclass
+class LFormerOutput(ModelOutput):
+    """What an L-Former gives; also a mapping, ``output["logits_lm"]``, of what is not None.
+
+    Attributes:
+        loss: weighted sum of the losses, None without targets.
+        losses: by name: tool, value, plan, lm in nats or squares, before their weights; gates, weighted.
+        logits_lm: ``[B, S, V]``.
+        logits_tools: ``[B, n_tools]``.
+        values: ``[B]``, in the units of the targets.
+        plan: ``[B, plan_length]``, the likeliest steps, −100 behind the end.
+        states: of the side path, ``[L, B, d_side]``, per token ``[L, B, S, d_side]``; in training the last alone.
+    """
+
+    loss: Tensor | None = None
+    losses: dict[str, Tensor] | None = None
+    logits_lm: Tensor | None = None
+    logits_tools: Tensor | None = None
+    values: Tensor | None = None
+    plan: Tensor | None = None
+    states: Tensor | None = None
+
+
+class LFormer(nn.Module):
+    """A causal language model, its side path and the heads on the state.
+
+    A base that is made here is trained with the rest (phase ``joint``), one that is attached is frozen (phase ``a``);
+    see `set_phase`.
+
+    Args:
+        config: sizes and options.
+        base: a Hugging Face causal language model, which is changed in place; None makes a GPT-2 of ``config``'s sizes.
+
+    Raises:
+        ValueError: the base is no such model or has a side path already; options that do not fit it.
+
+    Example::
+
+        >>> model = LFormer(ModelConfig.tiny())
+        >>> output = model(torch.randint(0, 1000, (2, 10)), tools=torch.tensor([0, 3]))
+        >>> output["logits_lm"].shape, output["logits_tools"].shape, sorted(output["losses"])
+        (torch.Size([2, 10, 1000]), torch.Size([2, 5]), ['tool'])
+    """
+
+    def __init__(self, config: ModelConfig, base: Any = None) -> None:
+        super().__init__()
+        self.config, self.owns_base = config, base is None
+        self.base = make_base(config) if base is None else base
+        decoder, layers = _parts(self.base)
+        if config.last_k_unfreeze > len(layers):
+            wanted = config.last_k_unfreeze
+            raise ValueError(f"last_k_unfreeze must be at most the base's {len(layers)} layers, got {wanted}")
+        width = int(self.base.config.get_text_config().hidden_size)
+        self.path = make_path(config, len(layers), width)
+        self.heads = Heads(config)
+        if config.blend_into_lm:
+            self.blend = nn.Linear(config.d_side, width, bias=False)
+            self.blend_gate = nn.Parameter(torch.zeros(1, device=self.base.device, dtype=self.base.dtype))
+        if hasattr(decoder, _MARK):
+            raise ValueError("this model has a side path already; call its remove() first")
+        for module in self.children():
+            if module is not self.base:
+                module.to(device=self.base.device, dtype=self.base.dtype)
+        self._seen: _Seen | None = None
+        self._reading = self._asked = False
+        self._hooks = [
+            decoder.register_forward_pre_hook(self._ask, with_kwargs=True),
+            decoder.register_forward_hook(self._read, with_kwargs=True),
+        ]
+        setattr(decoder, _MARK, True)
+        self.phase = "joint"
+        if base is not None:
+            self.set_phase("a")
+
+    def set_phase(self, phase: str) -> LFormer:
+        """``a``: the base is frozen, in evaluation mode, and no gradient reaches it. ``b``: its last
+        ``last_k_unfreeze`` layers train too, end to end. ``joint``: everything trains, and ``detach_taps`` says whether
+        the side path's losses reach the base."""
+        if phase not in PHASES:
+            raise ValueError(f"phase must be one of {', '.join(PHASES)}; got {phase!r}")
+        self.phase = phase
+        self.base.requires_grad_(phase == "joint")
+        if phase == "b":
+            for parameter in self.unfrozen():
+                parameter.requires_grad_(True)
+        return self.train(self.training)
+
+    def train(self, mode: bool = True) -> LFormer:
+        """As of every module; a frozen base stays in evaluation mode."""
+        super().train(mode)
+        if self.phase == "a":
+            self.base.eval()
+        return self
+
+    def unfrozen(self) -> list[nn.Parameter]:
+        """Parameters of the base's last ``last_k_unfreeze`` layers."""
+        layers = _parts(self.base)[1]
+        chosen = layers[len(layers) - self.config.last_k_unfreeze :]
+        return [parameter for layer in chosen for parameter in layer.parameters()]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        tools: Tensor | None = None,
+        values: Tensor | None = None,
+        plan: Tensor | None = None,
+        *,
+        logits: bool = True,
+        reason: bool = True,
+    ) -> LFormerOutput:
+        """Predictions, and the losses of the targets that are given.
+
+        Args:
+            input_ids: ``[B, S]``.
+            attention_mask: ``[B, S]``, 1 where a token counts.
+            labels: ``[B, S]``, the token after each of ``input_ids``, −100 where nothing is to be predicted.
+            tools: ``[B]``, indices.
+            values: ``[B]``.
+            plan: ``[B, P]``, steps, −100 behind the end.
+            logits: False leaves the language model's head out where it is not needed.
+            reason: False leaves the heads out.
+        """
+        seen, logits_lm = self._run_base(input_ids, attention_mask, logits or labels is not None)
+        losses: dict[str, Tensor] = {}
+        if labels is not None and logits_lm is not None:
+            flat = logits_lm.float().flatten(0, 1)
+            losses["lm"] = F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED)
+        output = LFormerOutput(logits_lm=logits_lm)
+        if reason:
+            mask = None if attention_mask is None else attention_mask.bool()
+            output.states = self._states(seen, mask, last_only=self.training)
+            state = output.states[-1] if self.config.is_sequence_wise else last_counted(output.states[-1], mask)
+            losses |= self._use_heads(output, state, tools, values, plan)
+            losses |= self._gate_losses() if losses else {}
+        output.losses = losses
+        if losses:
+            output.loss = torch.stack([self._weight(name) * loss for name, loss in losses.items()]).sum()
+        return output
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's ``generate``, with the state blended in where the config says so."""
+        return self.base.generate(*args, **kwargs)
+
+    def remove(self) -> Any:
+        """Takes the side path off and returns the base."""
+        for hook in self._hooks:
+            hook.remove()
+        decoder = _parts(self.base)[0]
+        if hasattr(decoder, _MARK):
+            delattr(decoder, _MARK)
+        return self.base
+
+    save_pretrained = save_pretrained
+    from_pretrained = classmethod(load_pretrained)
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Recomputes each layer of the base in backward."""
+        self.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    # ---- the base and its hooks --------------------------------------------------------------------------------------
+
+    @property
+    def detaches(self) -> bool:
+        """Whether the side path's losses stop at the taps."""
+        return self.phase == "a" or (self.phase == "joint" and self.config.detach_taps)
+
+    def _run_base(self, input_ids: Tensor, attention_mask: Tensor | None, logits: bool) -> tuple[_Seen, Tensor | None]:
+        run = self.base if logits else _parts(self.base)[0]
+        self._reading = True
+        try:
+            output = run(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            seen = self._seen
+        finally:
+            self._reading, self._seen = False, None
+        assert seen is not None
+        return seen, output.logits if logits else None
+
+    def _ask(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before the decoder runs: all its hidden states, please."""
+        if not (self._reading or self.config.blend_into_lm):
+            return None
+        self._asked = bool(kwargs.get("output_hidden_states", decoder.config.output_hidden_states))
+        return args, {**kwargs, "output_hidden_states": True, "return_dict": True}
+
+    def _read(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """After it ran: keep what was seen, and blend the state into what the language model's head will read."""
+        blends = self.config.blend_into_lm
+        if not (self._reading or blends):
+            return None
+        last, seen = output.last_hidden_state, _Seen(output.hidden_states)
+        if self.phase == "a":
+            last = last.detach()
+        if blends:
+            seen.states = self._states(seen, None, last_only=self.training or not self._reading)
+            last = last + self.blend_gate.tanh() * self.blend(seen.states[-1])
+        if self._reading:
+            self._seen = seen
+        kept = {name: value for name, value in output.items() if name != "hidden_states" or self._asked}
+        return type(output)(**{**kept, "last_hidden_state": last})
+
+    def _states(self, seen: _Seen, mask: Tensor | None, last_only: bool) -> Tensor:
+        if seen.states is not None:
+            return seen.states
+        hidden = [state.detach() for state in seen.hidden] if self.detaches else seen.hidden
+        states: Tensor = self.path(hidden, mask if self.config.is_sequence_wise else None, last_only)
+        return states
+
+    # ---- the heads ---------------------------------------------------------------------------------------------------
+
+    def _use_heads(
+        self, output: LFormerOutput, state: Tensor, tools: Tensor | None, values: Tensor | None, plan: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Fills in the predictions from ``state [B, d_side]``, and returns the losses of the targets."""
+        heads, losses = self.heads, {}
+        state = heads.norm(state)
+        if heads.tool is not None:
+            output.logits_tools = heads.tool(state)
+            if tools is not None:
+                losses["tool"] = F.cross_entropy(output.logits_tools.float(), tools)
+        if heads.value is not None:
+            output.values = heads.value(state).squeeze(-1).float() * heads.value_std + heads.value_mean
+            if values is not None:
+                losses["value"] = heads.value_loss(output.values, values)
+        if heads.plan is not None:
+            output.plan = heads.plan.say(state)
+            if plan is not None:
+                losses["plan"] = heads.plan.loss(state, plan)
+        return losses
+
+    def _gate_losses(self) -> dict[str, Tensor]:
+        l1, l2 = self.config.gate_l1, self.config.gate_l2
+        if not (l1 or l2):
+            return {}
+        assert isinstance(self.path, SidePath)
+        return {"gates": self.path.aggregator.gate_penalty(l1, l2)}
+
+    def _weight(self, name: str) -> float:
+        return {"lm": self.config.lambda_lm, "plan": self.config.lambda_plan}.get(name, 1.0)
+
+
+@dataclass
+class _Seen:
+    """Hidden states of the base, and states of the side path where they are known already."""
+
+    hidden: Sequence[Tensor]
+    states: Tensor | None = None
+
+
+def attach(model: Any, config: ModelConfig | None = None, **options: Any) -> LFormer:
+    """Gives a Hugging Face causal language model a side path and heads, in place; it starts frozen (phase ``a``).
+
+    With ``blend_into_lm`` the model itself, its ``generate`` too, then sees the state; as the gate starts at 0, its
+    logits are at first what they were. Attach before DDP, FSDP2 or ``torch.compile``.
+
+    Args:
+        model: every architecture whose decoder returns its hidden states.
+        config: `ModelConfig`; its sizes of the base are of no meaning here.
+        options: fields of `ModelConfig`, without a ``config``.
+
+    Returns:
+        The L-Former around the model; ``remove()`` takes it off again.
+
+    Raises:
+        ValueError: the model is no causal language model or has a side path already; an option is wrong.
+
+    Example::
+
+        >>> base = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=3, n_head=2)).eval()
+        >>> model = attach(base, d_side=16, aggregator="gru").eval()
+        >>> model(torch.arange(12).view(2, 6)).states.shape
+        torch.Size([3, 2, 16])
+    """
+    if config is not None and options:
+        raise ValueError(f"give a config or options, got both: {', '.join(options)}")
+    try:
+        return LFormer(ModelConfig(**options) if config is None else config, model)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+
+
+def make_base(config: ModelConfig) -> Any:
+    """A GPT-2 with fresh parameters."""
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=config.vocab_size, n_positions=config.max_length, n_embd=config.d_model,
+            n_layer=config.n_layers, n_head=config.n_heads, n_inner=config.d_ff, resid_pdrop=config.dropout,
+            embd_pdrop=config.dropout, attn_pdrop=config.dropout, bos_token_id=None, eos_token_id=None,
+        )
+    )  # fmt: skip
+
+
+def _parts(base: Any) -> tuple[Any, nn.ModuleList]:
+    """The decoder of a causal language model, and its layers."""
+    decoder = getattr(base, "base_model", None)
+    if decoder is None or decoder is base or getattr(base, "get_output_embeddings", lambda: None)() is None:
+        raise ValueError(f"a side path is for Hugging Face's causal language models, got {type(base).__name__}")
+    number = base.config.get_text_config().num_hidden_layers
+    for module in decoder.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == number:
+            return decoder, module
+    raise ValueError(f"found no list of {number} layers in {type(base).__name__}")
+
+
+def last_counted(states: Tensor, mask: Tensor | None) -> Tensor:
+    """Of states per token ``[B, S, d]`` those of the last token that counts, ``[B, d]``."""
+    if mask is None:
+        return states[:, -1]
+    position = mask.shape[1] - 1 - mask.int().flip(1).argmax(1)
+    return states[torch.arange(len(mask), device=mask.device), position]

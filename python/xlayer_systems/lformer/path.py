@@ -1,0 +1,151 @@
+"""What an L-Former adds to a base: the side path over its layers, and the heads that read the state at its end."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xlayer_ext.nn import DepthAttentionAggregator, EMAAggregator, GRUAggregator, TapProjector
+from xlayer_systems.data.blocks import IGNORED
+from xlayer_systems.lformer.config import ModelConfig
+
+Aggregator = EMAAggregator | GRUAggregator | DepthAttentionAggregator
+
+
+class SidePath(nn.Module):
+    """Hidden states of a base to states of the side path: taps, their projections, and what is carried over depth.
+
+    Args:
+        config: kind and sizes.
+        layers, d_model: of the base.
+    """
+
+    def __init__(self, config: ModelConfig, layers: int, d_model: int) -> None:
+        super().__init__()
+        self.taps = config.taps(layers)
+        pooling = config.pooling if config.is_sequence_wise else None
+        self.projector = TapProjector(len(self.taps), d_model, config.d_side, pooling=pooling, dropout=config.dropout)
+        self.aggregator = make_aggregator(config, len(self.taps))
+
+    def forward(self, hidden: Sequence[Tensor], mask: Tensor | None, last_only: bool = True) -> Tensor:
+        """``layers + 1`` hidden states ``[B, S, d_model]`` to states ``[L, B, d_side]``.
+
+        Per token they are ``[L, B, S, d_side]``. With ``last_only`` L is 1.
+        """
+        z = self.projector([hidden[tap] for tap in self.taps], mask)
+        states: Tensor = self.aggregator(z, last_only=last_only)
+        return states.unsqueeze(0) if last_only else states
+
+
+class HeadOnlyPath(nn.Module):
+    """The baseline without a side path: an MLP on the last hidden state, with as many parameters as a side path."""
+
+    def __init__(self, config: ModelConfig, layers: int, d_model: int) -> None:
+        super().__init__()
+        like = dataclasses.replace(config, aggregator=config.equal_to)
+        wanted = count(SidePath(like, layers, d_model))
+        pooling = config.pooling if config.is_sequence_wise else None
+        fixed = config.d_side + d_model * (pooling == "attention")
+        width = max(1, round((wanted - fixed) / (d_model + 1 + config.d_side)))
+        self.projector = TapProjector(1, d_model, width, pooling=pooling, dropout=config.dropout)
+        self.mlp = nn.Sequential(nn.GELU(), nn.Linear(width, config.d_side))
+
+    def forward(self, hidden: Sequence[Tensor], mask: Tensor | None, last_only: bool = True) -> Tensor:
+        """As of `SidePath`, with one state."""
+        states: Tensor = self.mlp(self.projector([hidden[-1]], mask))
+        return states
+
+
+def make_aggregator(config: ModelConfig, layers: int) -> Aggregator:
+    """The aggregator that ``config`` names."""
+    if config.aggregator == "gru":
+        return GRUAggregator(layers, config.d_side)
+    if config.aggregator == "attn":
+        return DepthAttentionAggregator(layers, config.d_side, heads=config.heads, memory=config.memory)
+    return EMAAggregator(layers, config.d_side, tree_checkpoint=config.tree_checkpoint)
+
+
+def make_path(config: ModelConfig, layers: int, d_model: int) -> SidePath | HeadOnlyPath:
+    """The side path, or what stands in for it in ``head_only``."""
+    kind = HeadOnlyPath if config.aggregator == "head_only" else SidePath
+    return kind(config, layers, d_model)
+
+
+def count(module: nn.Module) -> int:
+    """Parameters of a module."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+class Heads(nn.Module):
+    """Tool, value and plan from a state ``[B, d_side]``. Values are standardized inside (`calibrate`)."""
+
+    value_mean: Tensor
+    value_std: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.d_side)
+        self.tool = nn.Linear(config.d_side, config.n_tools) if config.use_tool_head else None
+        self.value = nn.Linear(config.d_side, 1) if config.use_value_head else None
+        self.plan = PlanDecoder(config.d_side, config.n_steps, config.plan_length) if config.plan_decoder else None
+        self.register_buffer("value_mean", torch.zeros(1))
+        self.register_buffer("value_std", torch.ones(1))
+
+    def calibrate(self, values: Tensor) -> None:
+        """Take mean and standard deviation from the values of the training examples."""
+        self.value_mean.fill_(float(values.double().mean()))
+        self.value_std.fill_(max(float(values.double().std()), 1e-6))
+
+    def value_loss(self, predicted: Tensor, values: Tensor) -> Tensor:
+        """Mean square of the error in standard deviations: 1 for always saying the mean."""
+        return ((predicted - values) / self.value_std).float().square().mean()
+
+
+class PlanDecoder(nn.Module):
+    """Says a plan step by step: a recurrent unit that starts from the state and reads its own last step.
+
+    Args:
+        d_side: width of the state and of the unit.
+        n_steps: steps are 0 … n_steps − 1; n_steps itself stands for start and end.
+        length: steps of a plan at most.
+    """
+
+    def __init__(self, d_side: int, n_steps: int, length: int) -> None:
+        super().__init__()
+        self.end, self.length = n_steps, length
+        self.embedding = nn.Embedding(n_steps + 1, d_side)
+        self.unit = nn.GRU(d_side, d_side, batch_first=True)
+        self.out = nn.Linear(d_side, n_steps + 1)
+
+    def forward(self, state: Tensor, plan: Tensor) -> Tensor:
+        """Logits ``[B, P + 1, n_steps + 1]`` of every step of ``plan [B, P]``, and of the end behind it."""
+        before = F.pad(plan.masked_fill(plan == IGNORED, self.end), (1, 0), value=self.end)
+        said, _ = self.unit(self.embedding(before), state.unsqueeze(0).contiguous())
+        logits: Tensor = self.out(said)
+        return logits
+
+    def loss(self, state: Tensor, plan: Tensor) -> Tensor:
+        """Cross-entropy in nats: the mean over the steps of a plan and its end, then over plans."""
+        steps = plan != IGNORED
+        lengths = steps.sum(1, keepdim=True)
+        target = F.pad(plan, (0, 1), value=IGNORED).scatter(1, lengths, self.end)
+        logits = self(state, plan).float()
+        each = F.cross_entropy(logits.transpose(1, 2), target, ignore_index=IGNORED, reduction="none")
+        return (each.sum(1) / (lengths.squeeze(1) + 1)).mean()
+
+    @torch.no_grad()
+    def say(self, state: Tensor) -> Tensor:
+        """The plan ``[B, length]`` that takes the likeliest step every time, −100 behind its end."""
+        hidden = state.unsqueeze(0).contiguous()
+        step = torch.full((len(state), 1), self.end, device=state.device)
+        ended, steps = torch.zeros_like(step, dtype=torch.bool), []
+        for _ in range(self.length):
+            said, hidden = self.unit(self.embedding(step), hidden)
+            step = self.out(said).argmax(-1)
+            ended = ended | (step == self.end)
+            steps.append(step.masked_fill(ended, IGNORED))
+        return torch.cat(steps, 1)
