@@ -9,6 +9,8 @@
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
+# A process per core; the tests of a file stay together, because they share what is slow to make.
+PARALLEL ?= -n auto --dist loadfile
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -16,8 +18,9 @@ INSTALLED := .venv/installed
 CPP := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/include/xlayer/*.h \
 	tests/emulator/*.h tests/emulator/*.cpp tests/emulator/faults/*.h tests/emulator/faults/*.cu)
 # The tests that call operators: they run on the CPU kernels, and on the CUDA kernels under the emulator.
-OPERATOR_TESTS := $(addprefix tests/,test_emulated.py test_hdim.py test_hdim_modules.py test_hdim_torch.py test_hyper.py \
-	test_hyper_modules.py test_hyper_torch.py test_quantize.py test_quantize_torch.py test_routing.py)
+OPERATOR_TESTS := $(addprefix tests/,test_aggregate.py test_aggregate_torch.py test_emulated.py test_hdim.py \
+	test_hdim_modules.py test_hdim_torch.py test_hyper.py test_hyper_modules.py test_hyper_torch.py test_quantize.py \
+	test_quantize_torch.py test_routing.py)
 
 .PHONY: demo test lint format build emulator clean
 
@@ -25,8 +28,8 @@ demo: build
 	$(BIN)/xlayer sweep xlrb --presets plain,H9 --seeds 0 --quick --out runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 test: lint emulator
-	$(BIN)/python -m pytest --device emulated $(OPERATOR_TESTS)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) --device emulated $(OPERATOR_TESTS)
+	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
 lint: build
 	$(BIN)/ruff check .

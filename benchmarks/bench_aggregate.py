@@ -146,8 +146,8 @@ def implementation(impl: str, op: str, given: Outputs) -> Callable[[], Tensor]:
     if impl == "native" and not use_native(KERNELS[op], given[0]):
         raise bench.Unavailable("no native kernel is in use; `python -m xlayer_ext.info` says why")
     if impl in ("cell", "gemm"):
-        return partial({"cell": cell, "gemm": gemm}[impl], *given)
-    operator = partial(with_backend, "native" if impl == "native" else "reference", OPERATORS[op])
+        return partial(cell if impl == "cell" else gemm, *given)
+    operator: Operator = partial(with_backend, "native" if impl == "native" else "reference", OPERATORS[op])
     return partial(bench_suite.compiled(operator) if impl == "compile" else operator, *given)
 
 

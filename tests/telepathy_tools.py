@@ -59,7 +59,12 @@ def teach(model: LlamaForCausalLM, tokenizer: Any, steps: int = 80) -> None:
 
 @functools.lru_cache
 def save_pair(folder: Path) -> tuple[str, str]:
-    """Decoders of two layers, as ``save_pretrained`` writes them: a random sender, a receiver that can answer."""
+    """Decoders of two layers, as ``save_pretrained`` writes them: a random sender, a receiver that can answer.
+
+    Made once per folder: of several processes that ask for them, none may write what another reads.
+    """
+    if (folder / "receiver" / "tokenizer.json").exists():
+        return str(folder / "sender"), str(folder / "receiver")
     texts = [example.text for example in toy_examples(300, 2)] + [*WORDS, "Answer: "] * 20
     names = []
     for role, vocabulary, width, seed in (("sender", 300, 24, 0), ("receiver", 320, 16, 1)):

@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from processes import join_processes
 from xlayer_ext.nn import HDIMMessage, LayerRouter, QKVMessage
 
 WORLD, BATCH, TOKENS, H = 2, 4, 6, 32
@@ -132,7 +133,7 @@ def distributed_gradients(name: str, wrapper: str, rank: int) -> dict[str, Tenso
 def worker(rank: int, folder: str) -> None:
     """Every net under every wrapper in one pair of processes: starting them costs more than all the rest."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
+    join_processes(rank, folder, WORLD)
     results = {key: distributed_gradients(*key, rank) for key in itertools.product(NETS, ("ddp", "fsdp2"))}
     torch.save(results, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()

@@ -31,6 +31,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from processes import join_processes
 from xlayer_ext.bench import relative_error
 from xlayer_systems.hyper_lm import HyperAttachment, attach
 from xlrb_tools import one_thread
@@ -428,7 +429,7 @@ def wrapped(wrapper: str, model: Any) -> nn.Module:
 
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    join_processes(rank, folder)
     tokens = make_tokens(4).chunk(2)[rank]
     results = {}
     for wrapper, *case in CASES:

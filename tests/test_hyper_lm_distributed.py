@@ -11,6 +11,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from hyper_lm_tools import gradients, make_batch, make_model
+from processes import join_processes
 from xlayer_systems.hyper_lm import HyperTransformer, LanguageModel
 from xlayer_systems.training import gradient_norm
 
@@ -35,7 +36,7 @@ def whole(parameter: Tensor) -> Tensor:
 
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    join_processes(rank, folder)
     batch = {name: value.chunk(2)[rank] for name, value in make_batch(8).items()}
     results, norms = {}, {}
     for wrapper, kind, recompute in CASES:

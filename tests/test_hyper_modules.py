@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from oracle import draw, fresh_generator, need_native
+from processes import join_processes
 from xlayer_ext import backend
 from xlayer_ext.bench import relative_error
 from xlayer_ext.nn import (
@@ -529,7 +530,7 @@ def distributed_gradients(wrapper: str, kind: str, recompute: bool, rank: int) -
 
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
+    join_processes(rank, folder, WORLD)
     torch.save({case: distributed_gradients(*case, rank) for case in CASES}, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from processes import join_processes
 from xlayer_ext.nn import VectorQuantizer
 
 WORLD, STEPS, ROWS, D, K = 2, 20, 48, 5, 24
@@ -81,7 +82,7 @@ def train(kind: str, rank: int = 0, world: int = 1) -> Result:
 
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
+    join_processes(rank, folder, WORLD)
     torch.save({kind: train(kind, rank, WORLD) for kind in KINDS}, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 

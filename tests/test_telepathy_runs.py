@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+from processes import join_processes
 from telepathy_tools import SMALL, load_pair, make_data, make_model, save_pair, use_toy_task
 from training_tools import contents, read_metrics, run_xlayer
 from xlayer_systems.errors import UserError
@@ -169,7 +170,7 @@ def batches(folder: Path):
 
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    join_processes(rank, folder)
     data, chosen = batches(Path(folder))
     found = {}
     for kind in ("continuous", "vq", "fsq"):

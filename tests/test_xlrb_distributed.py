@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from processes import join_processes
 from xlayer_systems.xlrb import PRESETS, XLRBClassifier, XLRBConfig
 from xlrb_tools import gradients, make_batch, make_classifier
 
@@ -43,7 +44,7 @@ def wrapped(wrapper: str, config: XLRBConfig, recompute: bool) -> nn.Module:
 
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    join_processes(rank, folder)
     batch = {name: value.chunk(2)[rank] for name, value in make_batch(size=8).items()}
     results = {}
     for wrapper, id, recompute in CASES:

@@ -41,13 +41,13 @@ class Forward {
         return lesser(kAttentionTile, kAttentionTileBytes / greater<int64_t>(1, bytes));
     }
     int64_t worker_size() const {
-        return round_up(tiles_.most() * row_size() + weights_size<T>(with_) + window_size<T>(with_), lanes<T>);
+        return round_up(tiles_.most() * row_size() + scores_size<T>(with_) + window_size<T>(with_), lanes<T>);
     }
 
     void walk(T* state, int64_t first, int64_t rows) const {
         const int64_t d = with_.width, state_row = to_state_.padded(), inner_row = to_query_.padded();
         T *query = state + tiles_.most() * state_row, *attended = query + tiles_.most() * inner_row;
-        T *weights = attended + tiles_.most() * inner_row, *wide = weights + weights_size<T>(with_);
+        T *weights = attended + tiles_.most() * inner_row, *wide = weights + scores_size<T>(with_);
         std::memset(state, 0, rows * state_row * sizeof(T));
         for (int64_t t = 0; with_.initial != nullptr && t < rows; ++t)
             spread_row(with_.dtype, with_.initial, (first + t) * d, d, state + t * state_row, 1);
@@ -68,11 +68,7 @@ class Forward {
     void attend(int64_t layer, int64_t token, const T* query, T* weights, T* wide, T* attended) const {
         const Window<T> window = window_of(with_, layer, token, wide);
         attention_weights(with_, query, window, weights);
-        for (int64_t h = 0; h < with_.heads; ++h) {
-            const int64_t at = h * with_.head_width;
-            weighted_sum(weights + h * window.count, window.values + at, window.value_stride, window.count,
-                         with_.head_width, attended + at);
-        }
+        weighted_sum(with_, weights, window.values, window.value_stride, window.count, attended);
     }
 
     const DepthAttentionForward& args_;

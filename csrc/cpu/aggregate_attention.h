@@ -45,51 +45,77 @@ inline Window<T> window_of(const DepthAttention& args, int64_t layer, int64_t to
     return window;
 }
 
+// Numbers per tap and head, [taps][heads_row], heads in lanes; lanes without a head hold zeros.
 template <class T>
-XLAYER_INLINE T dot(const T* a, const T* b, int64_t count) {
-    Vec<T> sum = {};
-    for_vectors<T>(0, count, [&](int64_t e, auto io) XLAYER_FLATTEN { sum += io.load(a + e) * io.load(b + e); });
-    return sum_lanes<T>(sum);
+inline int64_t heads_row(const DepthAttention& args) {
+    return round_up(args.heads, lanes<T>);
+}
+template <class T>
+inline int64_t scores_size(const DepthAttention& args) {
+    return most_taps(args) * heads_row<T>(args);
 }
 
-// Room for a number per head and tap.
+// out[tap][head] = the product of a row and a tap over the head's columns.
 template <class T>
-inline int64_t weights_size(const DepthAttention& args) {
-    return round_up(args.heads * most_taps(args), lanes<T>);
+inline void head_products(const DepthAttention& args, const T* a, const T* taps, int64_t stride, int64_t count,
+                          T* out) {
+    T partial[lanes<T> * lanes<T>] = {}, sum[lanes<T>];
+    T* to[lanes<T>];
+    int pending = 0;
+    auto flush = [&] {
+        store(sum, sum_rows<T>(partial));
+        for (int i = 0; i < pending; ++i) *to[i] = sum[i];
+        pending = 0;
+    };
+    std::memset(out, 0, count * heads_row<T>(args) * sizeof(T));
+    for (int64_t j = 0; j < count; ++j) {
+        for (int64_t h = 0; h < args.heads; ++h) {
+            const T *row = a + h * args.head_width, *tap = taps + j * stride + h * args.head_width;
+            Vec<T> products = {};
+            for_vectors<T>(0, args.head_width,
+                           [&](int64_t e, auto io) XLAYER_FLATTEN { products += io.load(row + e) * io.load(tap + e); });
+            store(partial + pending * lanes<T>, products);
+            to[pending++] = out + j * heads_row<T>(args) + h;
+            if (pending == lanes<T>) flush();
+        }
+    }
+    if (pending > 0) flush();
 }
 
-// weights[head][tap] = softmax over the taps of scale · q·k.
+// weights[tap][head] = softmax over the taps of scale · q·k.
 template <class T>
 inline void attention_weights(const DepthAttention& args, const T* query, const Window<T>& window, T* weights) {
-    const int64_t taps = window.count, count = args.heads * taps;
+    const int64_t taps = window.count, row = heads_row<T>(args);
     const T scale = static_cast<T>(args.scale);
-    for (int64_t h = 0; h < args.heads; ++h) {
-        const int64_t at = h * args.head_width;
-        T* score = weights + h * taps;
-        T most = T(-HUGE_VAL);
-        for (int64_t j = 0; j < taps; ++j) {
-            score[j] = scale * dot(query + at, window.keys + j * window.key_stride + at, args.head_width);
-            most = greater(most, score[j]);
+    head_products(args, query, window.keys, window.key_stride, taps, weights);
+    for (T* head = weights; head < weights + row; head += lanes<T>) {
+        Vec<T> most = load(head), sum = {};
+        for (int64_t j = 1; j < taps; ++j) {
+            const Vec<T> product = load(head + j * row);
+            most = (scale < 0 ? product < most : product > most) ? product : most;
         }
-        for (int64_t j = 0; j < taps; ++j) score[j] -= most;
-    }
-    for (int64_t c = count; c < round_up(count, lanes<T>); ++c) weights[c] = 0;
-    for (int64_t c = 0; c < count; c += lanes<T>) store(weights + c, exponential(load(weights + c)));
-    for (int64_t h = 0; h < args.heads; ++h) {
-        T sum = 0;
-        for (int64_t j = 0; j < taps; ++j) sum += weights[h * taps + j];
-        for (int64_t j = 0; j < taps; ++j) weights[h * taps + j] /= sum;
+        for (int64_t j = 0; j < taps; ++j) {
+            const Vec<T> weight = exponential(scale * (load(head + j * row) - most));
+            store(head + j * row, weight);
+            sum += weight;
+        }
+        for (int64_t j = 0; j < taps; ++j) store(head + j * row, load(head + j * row) / sum);
     }
 }
 
-// to = Σ_j weights[j]·rows[j], for one head's columns.
+// to = Σ_j weights[j]·taps[j], head by head.
 template <class T>
-XLAYER_INLINE void weighted_sum(const T* weights, const T* rows, int64_t stride, int64_t taps, int64_t count, T* to) {
-    for_vectors<T>(0, count, [&](int64_t e, auto io) XLAYER_FLATTEN {
-        Vec<T> sum = {};
-        for (int64_t j = 0; j < taps; ++j) sum += weights[j] * io.load(rows + j * stride + e);
-        io.store(to + e, sum);
-    });
+inline void weighted_sum(const DepthAttention& args, const T* weights, const T* taps, int64_t stride, int64_t count,
+                         T* to) {
+    for (int64_t h = 0; h < args.heads; ++h) {
+        const int64_t at = h * args.head_width;
+        for_vectors<T>(at, at + args.head_width, [&](int64_t e, auto io) XLAYER_FLATTEN {
+            Vec<T> sum = {};
+            for (int64_t j = 0; j < count; ++j)
+                sum += weights[j * heads_row<T>(args) + h] * io.load(taps + j * stride + e);
+            io.store(to + e, sum);
+        });
+    }
 }
 
 }  // namespace xlayer::cpu::XLAYER_ISA

@@ -73,7 +73,7 @@ class Backward {
         return lesser(kAttentionTile, kAttentionTileBytes / greater<int64_t>(1, bytes));
     }
     int64_t worker_size() const {
-        const int64_t tile = tiles_.most() * row_size() + 2 * weights_size<T>(with_) + window_size<T>(with_);
+        const int64_t tile = tiles_.most() * row_size() + 2 * scores_size<T>(with_) + window_size<T>(with_);
         const int64_t depth = greater(with_.width, inner_);
         return greater(round_up(tile + with_.width, lanes<T>), WeightGradient<T>::scratch_size(with_.dtype, depth));
     }
@@ -130,15 +130,12 @@ class Backward {
     }
 
     void attention_gradient(int64_t layer, int64_t token, const T* query, const T* grad, T* scratch) const {
-        T *weights = scratch, *grad_scores = weights + weights_size<T>(with_);
-        const Window<T> window = window_of(with_, layer, token, grad_scores + weights_size<T>(with_));
+        T *weights = scratch, *grad_scores = weights + scores_size<T>(with_);
+        const Window<T> window = window_of(with_, layer, token, grad_scores + scores_size<T>(with_));
         attention_weights(with_, query, window, weights);
         scores_gradient(window, grad, weights, grad_scores);
-        for (int64_t h = 0; h < with_.heads; ++h) {
-            const int64_t at = h * with_.head_width;
-            weighted_sum(grad_scores + h * window.count, window.keys + at, window.key_stride, window.count,
-                         with_.head_width, grad_query_ + token * inner_row() + at);
-        }
+        weighted_sum(with_, grad_scores, window.keys, window.key_stride, window.count,
+                     grad_query_ + token * inner_row());
         for (int64_t j = 0; j < window.count; ++j) {
             const int64_t tap = window.first + j;
             // Its newest layer comes first and finds nothing there yet.
@@ -146,9 +143,9 @@ class Backward {
             T *keys = grad_row(args_.grad_keys, 0, tap, token), *values = grad_row(args_.grad_values, 1, tap, token);
             for (int64_t h = 0; h < with_.heads; ++h) {
                 const int64_t at = h * with_.head_width;
-                const T score = grad_scores[h * window.count + j], weight = weights[h * window.count + j];
-                add_scaled(score, query + at, is_new, keys + at);
-                add_scaled(weight, grad + at, is_new, values + at);
+                const int64_t index = j * heads_row<T>(with_) + h;
+                add_scaled(grad_scores[index], query + at, is_new, keys + at);
+                add_scaled(weights[index], grad + at, is_new, values + at);
             }
         }
         if (is_own()) return;
@@ -159,15 +156,13 @@ class Backward {
 
     // ∂L/∂(q·k), that is scale·p_j·(∂L/∂p_j − Σ_i p_i ∂L/∂p_i).
     void scores_gradient(const Window<T>& window, const T* grad, const T* weights, T* out) const {
-        for (int64_t h = 0; h < with_.heads; ++h) {
-            const int64_t at = h * with_.head_width, first = h * window.count;
-            T mean = 0;
-            for (int64_t j = 0; j < window.count; ++j) {
-                out[first + j] = dot(grad + at, window.values + j * window.value_stride + at, with_.head_width);
-                mean += weights[first + j] * out[first + j];
-            }
-            for (int64_t j = first; j < first + window.count; ++j)
-                out[j] = static_cast<T>(with_.scale) * weights[j] * (out[j] - mean);
+        const int64_t row = heads_row<T>(with_);
+        head_products(with_, grad, window.values, window.value_stride, window.count, out);
+        for (int64_t head = 0; head < row; head += lanes<T>) {
+            Vec<T> mean = {};
+            for (int64_t at = head; at < window.count * row; at += row) mean += load(weights + at) * load(out + at);
+            for (int64_t at = head; at < window.count * row; at += row)
+                store(out + at, static_cast<T>(with_.scale) * load(weights + at) * (load(out + at) - mean));
         }
     }
 

@@ -8,7 +8,7 @@
 
 namespace xlayer::cpu::XLAYER_ISA {
 
-// Terms summed in one chain: a sum of short sums rounds less than one long sum. Where products are rounded too, shorter.
+// Terms summed in one chain: a sum of short sums rounds less than one long sum. Fewer where products are rounded too.
 #if defined(__FMA__) || defined(__FP_FAST_FMAF)
 constexpr int64_t kProductSlice = 256;
 #else

@@ -38,6 +38,12 @@ app = typer.Typer(
 
     xlayer sweep telepathy --soft-tokens 4,8,16,32,64,128 --seeds 0,1,2 --quick
 
+    xlayer train bypass --quick
+
+    xlayer train lformer --quick
+
+    xlayer sweep lformer --presets ema,gru,attn --seeds 0,1,2 --quick
+
 **Real data and backbones** are named in the same place:
 
     xlayer train xlrb --preset H9 --dataset glue/rte --backbone roberta-large --set dtype=bfloat16
@@ -57,7 +63,9 @@ System = Annotated[
     str,
     typer.Argument(
         help="What to train: xlrb (routing bridges in an encoder), hyper_lm (a hyper-connected language model), "
-        "telepathy (a frozen language model speaks to another)."
+        "telepathy (a frozen language model speaks to another), "
+        "bypass (hidden states of all layers come back as biases of a frozen language model), "
+        "lformer (a side path over a language model's layers learns to use tools)."
     ),
 ]
 Dataset = Annotated[
@@ -66,7 +74,9 @@ Dataset = Annotated[
         help="xlrb: stdlib-topics (default), stdlib-pairs, glue/rte or another hub name, or a local folder. "
         "hyper_lm: stdlib-lm (default), wikitext/wikitext-2-raw-v1 or another hub name, a folder of .txt files, or one "
         "with a train and a validation file. telepathy: stdlib-topics (default), passkey, arithmetic, glue/sst2, "
-        "ag_news, trec, banking77, gsm8k, boolq, piqa, commonsense_qa or another classification data set."
+        "ag_news, trec, banking77, gsm8k, boolq, piqa, commonsense_qa or another classification data set. "
+        "bypass: as hyper_lm. lformer: tools (default), or a folder or hub name with columns text and tool, "
+        "and perhaps value and plan."
     ),
 ]
 Backbone = Annotated[
@@ -74,7 +84,8 @@ Backbone = Annotated[
     typer.Option(
         help="xlrb: small (default, shipped), small-scratch, a Hugging Face name such as roberta-large, or a folder. "
         "hyper_lm: the size of the model, tiny (default), small, base or large. telepathy: SENDER,RECEIVER, two causal "
-        "language models (names or folders); decoder-sender,decoder-receiver by default."
+        "language models (names or folders); decoder-sender,decoder-receiver by default. "
+        "bypass and lformer: one, decoder-sender by default."
     ),
 ]
 Streams = Annotated[int | None, typer.Option(help="hyper_lm: number of residual streams; the same as expansion_rate.")]
@@ -102,7 +113,9 @@ def train(
             "--residual",
             help="xlrb: plain (the backbone alone), H1 to H30, A1 to A20; H9 by default. "
             "hyper_lm: plain, shc, dhc or mhc; dhc by default. "
-            "telepathy: classification (default) or a phase of the report, v1 to v15.",
+            "telepathy: classification (default) or a phase of the report, v1 to v15. "
+            "bypass: plain, lora, full or offset; full by default. "
+            "lformer: ema (default), gru, attn, or head_only, the baseline without a side path.",
         ),
     ] = None,
     dataset: Dataset = None,

@@ -92,6 +92,9 @@ def train_run(spec: RunSpec, path: Path, resume: bool = False) -> Record:
     started = time.perf_counter()
     if path.exists() and not resume:
         raise UserError(f"run directory {path} exists; choose another --run-dir, or continue it with --resume")
+    stages = getattr(spec.recipe, "stages", None)
+    if stages is not None and getattr(spec.config, "stage", "both") == "both":
+        return stages(spec, path, resume)
     accelerator = make_accelerator(spec.options)
     run = RunDirectory(path, accelerator.is_main_process)
     resume = resume and path.exists()

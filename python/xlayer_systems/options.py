@@ -49,6 +49,7 @@ class LoopOptions:
     checkpoint_every: int = 200
     tensorboard: bool = True
 
+    unused_parameters: ClassVar[bool] = False  # whether steps may leave parameters without a gradient; DDP must know
     counts: ClassVar[tuple[str, ...]] = (
         "max_steps", "batch_size", "accumulate", "max_length", "eval_batch_size", "eval_every", "log_every",
         "checkpoint_every",
@@ -137,6 +138,80 @@ class TelepathyOptions(LoopOptions):
     baselines: bool = True
 
     counts: ClassVar[tuple[str, ...]] = (*LoopOptions.counts, "eval_examples", "max_new_tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class BypassOptions(LoopOptions):
+    """How to train a bypass on a frozen language model: first to reconstruct hidden states, then on the task.
+
+    Attributes:
+        max_steps: of the task.
+        max_length: tokens of a block; the model sees no further back.
+        learning_rate: of the projectors on the task.
+        reconstruct_steps, reconstruct_rate: of the first stage.
+        lora_rate: of the LoRA of the same size that the bypass is compared with, trained on as many batches.
+        calibration_tokens: of training, that the statistics of the hidden states come from.
+        pca_tokens: of training, that the principal components come from.
+        eval_blocks: blocks of the validation text that evaluations during training use, evenly spaced; None: all.
+        compare_blocks: the same for the comparison at the end.
+        compare: train the LoRA as well.
+    """
+
+    epochs: int = 100
+    max_steps: int | None = 2000
+    batch_size: int = 16
+    max_length: int = 256
+    weight_decay: float = 0.0
+    learning_rate: float = 1e-3
+    reconstruct_steps: int = 1000
+    reconstruct_rate: float = 1e-3
+    lora_rate: float = 1e-3
+    eval_batch_size: int = 32
+    eval_every: int | None = 200
+    calibration_tokens: int = 16384
+    pca_tokens: int = 65536
+    eval_blocks: int | None = 128
+    compare_blocks: int | None = 1024
+    compare: bool = True
+
+    counts: ClassVar[tuple[str, ...]] = (
+        *LoopOptions.counts, "reconstruct_steps", "calibration_tokens", "pca_tokens", "eval_blocks", "compare_blocks",
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class LFormerOptions(LoopOptions):
+    """How to train a side path over a language model, first alone and then with the model's last layers.
+
+    Attributes:
+        max_steps: of both phases together.
+        max_length: tokens of a request.
+        phase_a_steps: steps with the base frozen; the others are phase B.
+        learning_rate: of side path and heads.
+        base_lr: of the base's layers in phase B.
+        lm_dataset: the text of the language-modelling loss.
+        lm_length: tokens of a block of it.
+        baseline: after training, train heads on the last hidden state with as many parameters.
+    """
+
+    epochs: int = 100
+    max_steps: int | None = 3000
+    batch_size: int = 32
+    phase_a_steps: int = 2000
+    learning_rate: float = 1e-3
+    base_lr: float = 2e-5
+    lm_dataset: str = "stdlib-lm"
+    lm_length: int = 256
+    eval_every: int | None = 250
+    baseline: bool = True
+
+    unused_parameters: ClassVar[bool] = True
+    counts: ClassVar[tuple[str, ...]] = (*LoopOptions.counts, "lm_length")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.phase_a_steps < 0:
+            raise UserError(f"phase_a_steps must not be negative, got {self.phase_a_steps}")
 
 
 Settings = TypeVar("Settings")

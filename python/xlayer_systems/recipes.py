@@ -10,10 +10,12 @@ from typing import Any, Protocol
 from torch import nn
 
 from xlayer_systems import backbones
+from xlayer_systems.bypass.recipe import BypassRecipe
 from xlayer_systems.classification import Classification
 from xlayer_systems.data.text import STDLIB
 from xlayer_systems.errors import UserError
 from xlayer_systems.language_modeling import LanguageModeling
+from xlayer_systems.lformer.recipe import LFormerRecipe
 from xlayer_systems.objectives import Objective
 from xlayer_systems.options import LanguageModelOptions, TrainOptions
 from xlayer_systems.telepathy.recipe import TelepathyRecipe
@@ -212,7 +214,13 @@ class HyperLMRecipe:
         return bool(history)
 
 
-RECIPES: dict[str, Recipe] = {"xlrb": XLRBRecipe(), "hyper_lm": HyperLMRecipe(), "telepathy": TelepathyRecipe()}
+RECIPES: dict[str, Recipe] = {
+    "xlrb": XLRBRecipe(),
+    "hyper_lm": HyperLMRecipe(),
+    "telepathy": TelepathyRecipe(),
+    "bypass": BypassRecipe(),
+    "lformer": LFormerRecipe(),
+}
 
 
 def get_recipe(system: str) -> Recipe:

@@ -27,7 +27,7 @@ from typing import Any
 from xlayer_systems.errors import UserError
 
 Record = dict[str, Any]
-RECORDED_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "datasets", "safetensors")
+RECORDED_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "datasets", "safetensors", "peft")
 
 
 def environment(data_hash: str) -> Record:

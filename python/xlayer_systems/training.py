@@ -3,8 +3,9 @@
 A system brings a model whose ``forward(**batch)`` returns an object with ``.loss``, its parameter groups, and its data
 in the shape of `TrainingData`. Where the model has them, ``usage(reset)`` (what it did in an evaluation) and
 ``gradient_groups()`` (parameters by the name of their layer, for the norms of their gradients) are logged with every
-evaluation. Started through ``accelerate launch`` the same loop runs under DDP or FSDP2 on many devices (with the run
-directory on a shared disk); a batch is then divided among the processes, so the run takes the same steps as on one.
+evaluation; ``begin_step(step)`` is called before every optimizer step, with its number. Started through ``accelerate
+launch`` the same loop runs under DDP or FSDP2 on many devices (with the run directory on a shared disk); a batch is
+then divided among the processes, so the run takes the same steps as on one.
 
 A run that is killed and resumed ends with the same bits on the CPU: a checkpoint holds model, optimizer, schedule,
 random state and position, and what was logged after it is cut off again.
@@ -82,12 +83,16 @@ class Progress:
 
 def make_accelerator(options: LoopOptions) -> Any:
     """An `accelerate.Accelerator` for these options; a second run in one process may use another precision."""
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState, GradientState
 
     AcceleratorState._reset_state()
     GradientState._reset_state()
-    return Accelerator(mixed_precision=DTYPES[options.dtype], gradient_accumulation_steps=options.accumulate)
+    return Accelerator(
+        mixed_precision=DTYPES[options.dtype],
+        gradient_accumulation_steps=options.accumulate,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=options.unused_parameters)],
+    )
 
 
 def seed_everything(seed: int) -> None:
@@ -195,6 +200,7 @@ class Trainer:
             is_last = progress.batch + 1 == len(batches)
             is_checkpoint = self._is_due(options.checkpoint_every) and not is_last
             is_evaluation = self._is_due(options.eval_every) or is_last
+            self._begin_step()
             window.append(self._step(batch, watch=is_evaluation))
             progress.step += 1
             progress.batch += 1
@@ -218,6 +224,11 @@ class Trainer:
     def _is_due(self, every: int | None) -> bool:
         """Whether the step that comes now is one of those that something is done after."""
         return every is not None and (self.progress.step + 1) % every == 0
+
+    def _begin_step(self) -> None:
+        begin = getattr(self.accelerator.unwrap_model(self.model), "begin_step", None)
+        if begin is not None:
+            begin(self.progress.step)
 
     def _step(self, batch: list[int], watch: bool = False) -> Tensor:
         """One optimizer step on the examples ``batch``; returns this process's mean loss without synchronizing.

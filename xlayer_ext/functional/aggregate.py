@@ -12,6 +12,7 @@ arXiv 1706.03762.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -231,8 +232,9 @@ def depth_attention(
             keys, values, weight_query, weight_out, start, heads, memory, scale, keep
         )
     else:
-        options = {"heads": heads, "memory": memory, "scale": scale}
-        states = reference.depth_attention(keys, values, weight_query, weight_out, start, **options)
+        states = reference.depth_attention(
+            keys, values, weight_query, weight_out, start, heads=heads, memory=memory, scale=scale
+        )
     return states.reshape(x.shape[0], *shape)
 
 
@@ -262,7 +264,7 @@ def _check_initial(initial: Tensor | None, x: Tensor, shape: torch.Size) -> None
 
 def _flat(x: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The taps as ``[L, N, d]``, the initial state as ``[N, d]``."""
-    tokens = x.shape[1:-1].numel()
+    tokens = math.prod(x.shape[1:-1])
     start = None if initial is None else initial.reshape(tokens, initial.shape[-1])
     return x.reshape(x.shape[0], tokens, x.shape[-1]), start
 
@@ -326,8 +328,9 @@ def _setup_depth_gru(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
 
 def _backward_depth_gru(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
     _check_kept(ctx.keep, "depth_gru")
-    grads = torch.ops.xlayer.depth_gru_backward(grad, *ctx.saved_tensors)
-    return *grads[:5], _of_given(ctx.saved_tensors[-1:], grads[5:])[0], None
+    tensors = ctx.saved_tensors
+    grads = torch.ops.xlayer.depth_gru_backward(grad, *tensors)
+    return *grads[:5], *_of_given(tensors[-1:], grads[5:]), None
 
 
 def _fake_depth_attention(
@@ -356,8 +359,9 @@ def _setup_depth_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tens
 
 def _backward_depth_attention(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
     _check_kept(ctx.keep, "depth_attention")
-    grads = torch.ops.xlayer.depth_attention_backward(grad, *ctx.saved_tensors, *ctx.options)
-    return *_of_given(ctx.saved_tensors[2:], grads), None, None, None, None
+    tensors = ctx.saved_tensors
+    grads = torch.ops.xlayer.depth_attention_backward(grad, *tensors, *ctx.options)
+    return *_of_given(tensors[2:], grads), None, None, None, None
 
 
 def _of_given(given: Any, grads: Any) -> tuple[Tensor | None, ...]:

@@ -21,8 +21,8 @@ def ema_scan(
     """States ``[L, ..., d]`` (the last one, ``[..., d]``, for ``last_only``) of the taps ``x [L, ..., d]``, computed in
     float32 (float64 for float64) and returned in the dtype of x."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    state = x.new_zeros(x.shape[1:], dtype=wide) if initial is None else initial.to(wide)
-    states = []
+    start = x.new_zeros(x.shape[1:], dtype=wide) if initial is None else initial.to(wide)
+    state, states = start, []
     for tap, gate in zip(x, torch.sigmoid(gate_logits.to(wide)), strict=True):
         value = tap.to(wide)
         if norm_weight is not None:
@@ -30,17 +30,15 @@ def ema_scan(
             value = layer_norm(value, value.shape[-1:], norm_weight.to(wide), bias, eps)
         state = (1 - gate) * state + gate * value
         states.append(state)
-    if last_only:
-        return state.to(x.dtype)
-    return torch.stack(states).to(x.dtype) if states else torch.empty_like(x)
+    return state.to(x.dtype) if last_only else _stack(states, start).to(x.dtype)
 
 
 def depth_gru(
     x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor, bias_hh: Tensor, initial: Tensor | None = None
 ) -> Tensor:
     """States ``[L, N, d]`` of a gated recurrent unit that reads the taps ``x [L, N, i]`` one after another."""
-    state = x.new_zeros(x.shape[1], weight_hh.shape[1]) if initial is None else initial
-    states = []
+    start = x.new_zeros(x.shape[1], weight_hh.shape[1]) if initial is None else initial
+    state, states = start, []
     with no_autocast(x):
         for from_input in linear(x, weight_ih, bias_ih):
             from_state = linear(state, weight_hh, bias_hh)
@@ -50,7 +48,7 @@ def depth_gru(
             new = torch.tanh(new_i + torch.sigmoid(reset_i + reset_h) * new_h)
             state = (1 - update) * new + update * state
             states.append(state)
-    return torch.stack(states) if states else x.new_empty(0, *state.shape)
+    return _stack(states, start)
 
 
 def depth_attention(
@@ -66,10 +64,10 @@ def depth_attention(
 ) -> Tensor:
     """States ``[L, N, d]`` that attend to the last ``memory`` of ``keys`` and ``values [L, N, e]``, cut into heads."""
     tokens = keys.shape[1]
-    state = keys.new_zeros(tokens, weight_out.shape[0]) if initial is None else initial
+    start = keys.new_zeros(tokens, weight_out.shape[0]) if initial is None else initial
     by_head = (*keys.shape[:2], heads, keys.shape[2] // heads)
     keys, values = keys.reshape(by_head), values.reshape(by_head)
-    states = []
+    state, states = start, []
     with no_autocast(keys):
         for layer in range(len(keys)):
             window = slice(max(0, layer - memory + 1), layer + 1)
@@ -78,4 +76,9 @@ def depth_attention(
             attended = (score.softmax(0) * values[window]).sum(0)
             state = state + linear(attended.flatten(1), weight_out)
             states.append(state)
-    return torch.stack(states) if states else keys.new_empty(0, *state.shape)
+    return _stack(states, start)
+
+
+def _stack(states: list[Tensor], start: Tensor) -> Tensor:
+    """Of no states too, and then with a gradient that flows nowhere."""
+    return torch.stack(states) if states else start.unsqueeze(0)[:0]

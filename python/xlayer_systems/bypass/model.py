@@ -3,10 +3,11 @@
 With the hidden states ``h_l`` (outputs of the L layers, standardized by statistics of the layer), encoder ``W_l``
 ``[d, r]`` and projectors ``P_l`` ``[r, d]``::
 
-    z_t = Σ_l h_{l,t} W_l                      latent of token t, [r]
-    h_{l-1,t} ← h_{l-1,t} + z_{t-1} P_l        before layer l; nothing at the first token
+    z_t = Σ_l h_{l,t} W_l                          latent of token t, [r]
+    h_{l-1,t} ← h_{l-1,t} + s_l · z_{t-1} P_l      before layer l; nothing at the first token
 
-so encoder and projectors have L·d·r parameters each. Both are one GEMM over all layers.
+so encoder and projectors have L·d·r parameters each. Both are one GEMM over all layers. ``s_l`` is the measured scale
+of what layer l reads: embeddings can be thirty times as small as what the next layer reads, and one rate must fit all.
 
 **Which hidden states.** Biases change hidden states. Were the latent of token t−1 taken from those that biases had
 changed, it would depend on the latent of t−2 and so on: an exact recurrence over tokens, which training could only run
@@ -41,7 +42,7 @@ from xlayer_systems.errors import UserError
 
 CONFIG_FILE = "bypass.json"
 WEIGHTS_FILE = "bypass.safetensors"
-_ENCODER = ("encoder", "mean", "scale")
+_ENCODER = ("encoder", "mean", "scale", "input_scale")
 
 
 class Bypass(nn.Module):
@@ -52,12 +53,14 @@ class Bypass(nn.Module):
         encoder: ``[L, d, r]``, frozen in the stage ``task``.
         projectors: ``[L, r, d]`` in the stage ``reconstruct``; in the stage ``task`` one per layer with a bias, and 0
             at the start, so that the model begins with the logits that it had.
-        mean, scale: ``[L, d]`` and ``[L]``, the statistics of the hidden states.
+        mean, scale: ``[L, d]`` and ``[L]``, the statistics of the hidden states, of `calibrate`.
+        input_scale: ``[L]``, s, of what the layers read.
         is_causal: whether a token gets the latent of the token before, not its own.
     """
 
     mean: Tensor
     scale: Tensor
+    input_scale: Tensor
 
     def __init__(self, model: Any, config: BypassConfig) -> None:
         super().__init__()
@@ -83,12 +86,13 @@ class Bypass(nn.Module):
             nn.init.normal_(self.projectors, std=rank**-0.5)
         self.register_buffer("mean", torch.zeros(depth, width, device=device))
         self.register_buffer("scale", torch.ones(depth, device=device))
+        self.register_buffer("input_scale", torch.ones(depth, device=device))
         self._stack = (stack,)  # in a tuple, so that it does not become a submodule
         self._biases: Tensor | None = None  # of the forward pass that runs now
-        self._states: list[Tensor] | None = None  # of the unmodified pass that runs now
+        self._states: list[Tensor] | None = None  # what enters and leaves the layers of the unmodified pass
         self._cache: Any = None
         self._signature = inspect.signature(stack.forward)
-        stack.requires_grad_(False)
+        model.requires_grad_(False)
         self._hooks: list[Any] = self._register(stack, layers)
         if config.encoder is not None:
             self.load_encoder(Path(config.encoder))
@@ -98,6 +102,7 @@ class Bypass(nn.Module):
             stack.register_forward_pre_hook(self._before_model, with_kwargs=True),
             stack.register_forward_hook(self._after_model, always_call=True),
         ]
+        hooks.append(layers[0].register_forward_pre_hook(self._before_first_layer, with_kwargs=True))
         hooks += [layer.register_forward_hook(self._after_layer) for layer in layers]
         for row, layer in enumerate(self.targets if self.injects else ()):
             # As a default argument: every hook keeps its own row.
@@ -136,7 +141,7 @@ class Bypass(nn.Module):
         return (states.to(self.mean.dtype) - self.mean) / self.scale[:, None]
 
     def encode(self, states: Tensor) -> Tensor:
-        """From hidden states ``[..., L, d]`` to latents: ``[..., r]``, in the variant ``offset`` ``[..., sources·r]``."""
+        """From hidden states ``[B, T, L, d]`` to latents ``[B, T, r]``; ``offset``: ``[B, T, sources·r]``."""
         standardized = self.standardize(states)
         if self.config.variant == "full":
             return standardized.flatten(-2) @ self.encoder.flatten(0, 1)
@@ -145,14 +150,41 @@ class Bypass(nn.Module):
 
     def project(self, latents: Tensor) -> Tensor:
         """From latents ``[B, T, …]`` to ``[targets, B, T, d]``."""
+        projectors: Tensor = self.projectors
+        if self.injects:
+            projectors = projectors * self.input_scale[list(self.targets), None, None]
         if self.config.variant == "full":
-            return torch.einsum("btr,lrd->lbtd", latents, self.projectors)
+            return torch.einsum("btr,lrd->lbtd", latents, projectors)
         latents = latents.unflatten(-1, (len(self.sources), self.config.latent))
-        return torch.einsum("btlr,lrd->lbtd", latents, self.projectors)
+        return torch.einsum("btlr,lrd->lbtd", latents, projectors)
 
-    @torch.no_grad()
     def collect(self, **inputs: Any) -> Tensor:
         """Hidden states ``[B, T, L, d]`` of the unmodified model, given its keyword arguments."""
+        return torch.stack(self._run(inputs)[1:], dim=2)
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[dict[str, Tensor]]) -> None:
+        """Measure the statistics on batches of keyword arguments of the model; masked tokens do not count."""
+        count = 0
+        sums = squares = torch.zeros((), dtype=torch.float64, device=self.mean.device)
+        for inputs in batches:
+            states = torch.stack(self._run(inputs), dim=2)
+            mask = inputs.get("attention_mask")
+            tokens = states.flatten(0, 1) if mask is None else states[mask.bool()]
+            count += len(tokens)
+            sums = sums + tokens.sum(0, dtype=torch.float64)
+            squares = squares + tokens.double().square().sum(0)
+        if not count:
+            raise UserError("statistics of hidden states need at least one token")
+        mean: Any = sums / count
+        scale = (squares / count - mean.square()).mean(-1).clamp(min=1e-12).sqrt()
+        self.mean.copy_(mean[1:])
+        self.scale.copy_(scale[1:])
+        self.input_scale.copy_(scale[:-1])
+
+    @torch.no_grad()
+    def _run(self, inputs: dict[str, Any]) -> list[Tensor]:
+        """The unmodified model: what the first layer reads, and the output of every layer, ``[B, T, d]`` each."""
         dropped = ("output_hidden_states", "output_attentions", "use_cache")
         kept = {name: value for name, value in inputs.items() if name not in dropped}
         if self.is_causal:
@@ -160,22 +192,9 @@ class Bypass(nn.Module):
         self._states, biases, self._biases = [], self._biases, None
         try:
             self._stack[0].forward(**kept)
-            return torch.stack(self._states, dim=2)
+            return self._states
         finally:
             self._states, self._biases = None, biases
-
-    @torch.no_grad()
-    def calibrate(self, states: Iterable[Tensor]) -> None:
-        """Measure mean and scale on hidden states, each ``[N, L, d]``."""
-        count, sums = 0, torch.zeros_like(self.mean, dtype=torch.float64)
-        squares = torch.zeros_like(sums)
-        for part in states:
-            count += len(part)
-            sums += part.sum(0, dtype=torch.float64)
-            squares += part.double().square().sum(0)
-        mean = sums / count
-        self.mean.copy_(mean)
-        self.scale.copy_((squares / count - mean.square()).mean(-1).clamp(min=1e-12).sqrt())
 
     # ---- inside the model --------------------------------------------------------------------------------------------
 
@@ -209,6 +228,10 @@ class Bypass(nn.Module):
         if self._cache is not None:
             Companion.of(self._cache).join(self._cache)
         self._biases = self._cache = None
+
+    def _before_first_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._states is not None:
+            self._states.append(args[0] if args else kwargs["hidden_states"])
 
     def _after_layer(self, layer: nn.Module, args: Any, output: Any) -> None:
         if self._states is not None:
@@ -283,9 +306,9 @@ class Bypass(nn.Module):
 def attach(model: Any, config: BypassConfig | None = None, **settings: Any) -> Bypass:
     """Give a Hugging Face model a bypass, in place, by hooks; the model is frozen.
 
-    In the stage ``task`` (and ``both``, the default) every forward pass of the model runs with biases, ``generate`` with
-    any dynamic cache, beam search and padding included. In the stage ``reconstruct`` the model computes what it did,
-    and the bypass gives back hidden states: ``bypass(bypass.collect(input_ids=ids))``.
+    In the stage ``task`` (and ``both``, the default) every forward pass of the model runs with biases, and so does
+    ``generate``, beam search and padding included. In the stage ``reconstruct`` the model computes what it did, and the
+    bypass gives back hidden states: ``bypass(bypass.collect(input_ids=ids))``.
 
     Args:
         model: an encoder or decoder with one list of layers, with or without a head. Attach before DDP, FSDP2 or

@@ -38,7 +38,7 @@ class FrozenModel(nn.Module):
 
 
 class ReconstructionOutput(NamedTuple):
-    """``loss``, and for scores per example: squared errors and squares ``[B, L]``, sums ``[B, L·d]``, tokens ``[B]``."""
+    """``loss``; per example squared errors and squares ``[B, L]``, sums ``[B, L·d]`` and tokens ``[B]``."""
 
     loss: Tensor
     errors: Tensor
@@ -99,14 +99,21 @@ def spread(blocks: Sequence[Tensor], tokens: int) -> list[Tensor]:
     return [blocks[index * len(blocks) // count] for index in range(count)]
 
 
-@torch.no_grad()
-def states_of(bypass: Bypass, data: LanguageModelingData, blocks: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Hidden states ``[N, L, d]`` of the tokens of blocks, some blocks at a time."""
-    device = bypass.mean.device
+def inputs_of(data: LanguageModelingData, blocks: Sequence[Tensor], device: Any) -> Iterator[dict[str, Tensor]]:
+    """Keyword arguments for a model that reads blocks, some at a time; the mask leaves out what is padded."""
     for start in range(0, len(blocks), BATCH):
         batch = data.collate(blocks[start : start + BATCH])
-        states = bypass.collect(input_ids=batch["input_ids"].to(device))
-        yield states[(batch["labels"] != IGNORED).to(device)]
+        mask = (batch["labels"] != IGNORED).long()
+        yield {"input_ids": batch["input_ids"].to(device), "attention_mask": mask.to(device)}
+
+
+def standardized_states(bypass: Bypass, data: LanguageModelingData, blocks: Sequence[Tensor]) -> Tensor:
+    """``[N, L, d]``, of all tokens of the blocks, in float64."""
+    found = []
+    for inputs in inputs_of(data, blocks, bypass.mean.device):
+        states = bypass.standardize(bypass.collect(**inputs))
+        found.append(states[inputs["attention_mask"].bool()].double())
+    return torch.cat(found)
 
 
 def r2_per_layer(states: Tensor, said: Tensor) -> list[float]:
@@ -130,8 +137,8 @@ def principal_r2(bypass: Bypass, data: LanguageModelingData, tokens: int) -> lis
     Components of all layers' standardized states together in the variant ``full``, layer by layer in ``offset``; in
     float64, from about so many training tokens.
     """
-    parts = (spread(data.train, tokens), data.validation)
-    train, held_out = (torch.cat([bypass.standardize(s) for s in states_of(bypass, data, p)]).double() for p in parts)
+    parts = (spread(list(data.train), tokens), list(data.validation))
+    train, held_out = (standardized_states(bypass, data, blocks) for blocks in parts)
     mean = train.mean(0)
     said = torch.empty_like(held_out)
     layers = held_out.shape[1]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -46,12 +47,16 @@ def build_adapter(decoder: Any, config: AdapterConfig) -> Any:
     peft = _peft()
     rank = config.rank or matching_rank(decoder, config.latent)
     settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
-    return peft.get_peft_model(decoder, settings)
+    with warnings.catch_warnings():  # it asks transformers for an attribute under an old name
+        warnings.simplefilter("ignore", FutureWarning)
+        return peft.get_peft_model(decoder, settings)
 
 
 def load_adapter(decoder: Any, folder: Path) -> Any:
     """What `build_adapter` made and ``save_pretrained`` wrote."""
-    return _peft().PeftModel.from_pretrained(decoder, str(folder)).requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return _peft().PeftModel.from_pretrained(decoder, str(folder)).requires_grad_(False)
 
 
 def matching_rank(decoder: Any, latent: int) -> int:
@@ -64,24 +69,21 @@ def matching_rank(decoder: Any, latent: int) -> int:
     return max(1, round(len(layers) * latent * decoder.config.hidden_size / per_rank))
 
 
-def trained_parameters(model: nn.Module) -> int:
-    """Parameters with a gradient."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
 @torch.no_grad()
 def block_losses(model: nn.Module, data: LanguageModelingData, device: Any) -> list[float]:
     """Loss in nats per token of each validation block."""
     model.to(device).eval()
     losses: list[float] = []
     for start in range(0, len(data.validation), BATCH):
-        batch = {key: value.to(device) for key, value in data.collate(data.validation[start : start + BATCH]).items()}
+        batch = {
+            key: value.to(device) for key, value in data.collate(list(data.validation[start : start + BATCH])).items()
+        }
         counts = (batch["labels"] != IGNORED).sum(1)
         losses += (model(**batch).token_loss.double().sum(1) / counts).tolist()
     return losses
 
 
-def compare(losses: dict[str, Sequence[float]], base: str) -> Record:
+def compare(losses: Mapping[str, Sequence[float]], base: str) -> Record:
     """Per name the mean loss over blocks with its interval, and the paired ``difference`` from ``base`` with its own.
 
     95 % intervals, Student's t over blocks. Another pair's difference is under ``between``.

@@ -101,8 +101,10 @@ class Heads(nn.Module):
         self.value_std.fill_(max(float(values.double().std()), 1e-6))
 
     def value_loss(self, predicted: Tensor, values: Tensor) -> Tensor:
-        """Mean square of the error in standard deviations: 1 for always saying the mean."""
-        return ((predicted - values) / self.value_std).float().square().mean()
+        """Mean square of the error in standard deviations: 1 for always saying the mean. NaN says there is no value."""
+        there = ~values.isnan()
+        error = ((predicted - values.where(there, predicted)) / self.value_std).float()
+        return error.square().sum() / there.sum().clamp(min=1)
 
 
 class PlanDecoder(nn.Module):
