@@ -172,8 +172,9 @@ def ema_scan(dtype: torch.dtype, masked: bool, device: str) -> Iterator[str]:
         name = f"ema_scan L={layers} N={n} d={d}{' last' * last_only}"
         shapes = [(layers, n, d), (layers,), (n, d), *([(d,), (d,)] if masked else [])]
         given = [draw(*shape, dtype=dtype, device=device).requires_grad_() for shape in shapes]
-        norm = dict(zip(("norm_weight", "norm_bias"), given[3:], strict=False))
-        finish(name, functional.ema_scan(*given[:3], last_only=last_only, **norm), given)
+        weight, bias = given[3:] or (None, None)
+        out = functional.ema_scan(*given[:3], norm_weight=weight, norm_bias=bias, last_only=last_only)
+        finish(name, out, given)
         yield name
 
 
