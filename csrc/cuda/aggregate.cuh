@@ -22,13 +22,20 @@ __device__ __forceinline__ A sigmoid(A x) {
 
 // 1 − σ(a) and σ(a): each with a small error of its own, however far from zero a is.
 template <class A>
-struct Gate {
+struct alignas(2 * sizeof(A)) Gate {
     A keep, take;
 };
 template <class A>
 __device__ __forceinline__ Gate<A> gate_of(const void* logits, int64_t layer) {
     const A logit = static_cast<const A*>(logits)[layer];
     return {sigmoid(-logit), sigmoid(logit)};
+}
+
+// The gates of all layers, in shared memory.
+template <class A>
+__device__ __forceinline__ void stage_gates(const EmaScan& scan, Gate<A>* to) {
+    for (int64_t layer = threadIdx.x; layer < scan.layers; layer += blockDim.x)
+        to[layer] = gate_of<A>(scan.gate_logits, layer);
 }
 
 // Vectors of T, widened and narrowed.
@@ -91,7 +98,7 @@ __device__ __forceinline__ void load_staged(const A* staged, int64_t width, int6
 
 // --- Teams: the threads that have a row together, a power of two of them ---------------------------------------------
 
-constexpr int kTeamCounts = 4;  // the most numbers that are summed together
+constexpr int kTeamCounts = 12;  // the most numbers that are summed together
 
 // As many lanes, up to `most`, as it takes for rows of `width` numbers if each has `numbers`.
 inline int team_lanes(int64_t width, int64_t numbers, int most) {

@@ -29,10 +29,14 @@ class VectorThread {
 
   public:
     __device__ __forceinline__ VectorThread(const EmaBackward& with, A* shared)
-        : with_(with), s_(with.args.scan), gate_sums_(shared + threadIdx.x / kWarp * s_.layers) {
+        : with_(with),
+          s_(with.args.scan),
+          gate_sums_(shared + threadIdx.x / kWarp * s_.layers),
+          gates_(reinterpret_cast<Gate<A>*>(shared + round_up(kWarps * s_.layers, 2))) {
         for (int64_t i = threadIdx.x; i < kWarps * s_.layers; i += kThreads) shared[i] = 0;
+        stage_gates(s_, gates_);
         A* const kept = with.adjoints == nullptr
-                            ? shared + round_up(kWarps * s_.layers, 16)
+                            ? shared + round_up((kWarps + 2) * s_.layers + 1, 16)
                             : static_cast<A*>(with.adjoints) + blockIdx.x * s_.layers * kThreads * V;
         adjoints_ = kept + static_cast<int>(threadIdx.x) * kPiece<A, V>;
         sync_block();
@@ -95,7 +99,7 @@ class VectorThread {
 #pragma unroll
                 for (int v = 0; v < V; ++v) adjoint[v] = fma(keep, adjoint[v], widen(grads[i].at[v]));
                 store_pieces<V>(kept(first - i), kThreads * kPiece<A, V>, adjoint);
-                keep = gate_of<A>(s_.gate_logits, first - i).keep;
+                keep = gates_[first - i].keep;
             }
         }
         if (with_.args.grad_initial == nullptr || !inside_) return;
@@ -124,7 +128,7 @@ class VectorThread {
     }
 
     __device__ __forceinline__ void step_up(int64_t layer, const Vector<T, V>& tap, A (&state)[V]) {
-        const Gate<A> gate = gate_of<A>(s_.gate_logits, layer);
+        const Gate<A> gate = gates_[layer];
         A adjoint[V], value[V], product = 0;
         load_pieces<V>(kept(layer), kThreads * kPiece<A, V>, adjoint);
         widen_all<T, V>(tap, value);
@@ -168,6 +172,7 @@ class VectorThread {
     const EmaBackward& with_;
     const EmaScan& s_;
     A *const gate_sums_, *adjoints_;
+    Gate<A>* const gates_;
     int64_t token_ = 0, e_ = 0;
     bool inside_ = false;
     A weight_[V], bias_[V], weight_sum_[V], bias_sum_[V];
@@ -217,7 +222,7 @@ EmaBackward plan(const EmaScanBackward& args, Arena& arena) {
             with.row_means = arena.take<A>(s.layers * s.tokens * 2);
         }
         with.blocks = at_most(tiles * with.runs, kEnoughBlocks);
-        with.shared_bytes = round_up(kWarps * s.layers, 16) * sizeof(A);
+        with.shared_bytes = round_up((kWarps + 2) * s.layers + 1, 16) * sizeof(A);
         const int64_t adjoints = s.layers * kThreads * V * static_cast<int64_t>(sizeof(A));
         if (static_cast<int64_t>(with.shared_bytes) + adjoints <= most_shared("ema_scan_backward")) {
             with.shared_bytes += adjoints;
