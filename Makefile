@@ -22,7 +22,7 @@ OPERATOR_TESTS := $(addprefix tests/,test_aggregate.py test_aggregate_torch.py t
 	test_hdim_modules.py test_hdim_torch.py test_hyper.py test_hyper_modules.py test_hyper_torch.py test_quantize.py \
 	test_quantize_torch.py test_routing.py)
 
-.PHONY: demo test lint format build emulator clean
+.PHONY: demo test lint format build emulator results clean
 
 demo: build
 	$(BIN)/xlayer sweep xlrb --presets plain,H9 --seeds 0 --quick --out runs/demo-$$(date +%Y%m%d-%H%M%S)
@@ -58,6 +58,10 @@ $(INSTALLED): pyproject.toml constraints.txt setup.py | $(BIN)/python
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
+
+# Writes the README's numbers from benchmarks/results.
+results: $(INSTALLED)
+	$(BIN)/python -m benchmarks.readme
 
 clean:
 	rm -rf .venv build dist xlayer_ext/*.so *.egg-info

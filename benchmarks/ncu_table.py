@@ -5,10 +5,11 @@ Names of metrics differ between GPUs and versions, so they are found by pattern;
 
 from __future__ import annotations
 
-import csv
 import re
 import sys
 from collections.abc import Iterable
+
+from xlayer_ext.nsight import read_ncu
 
 PERCENT = r".*\.avg\.pct_of_peak_sustained_(active|elapsed)$"
 # label: (pattern of the metric's name, unit to print, factor)
@@ -28,33 +29,17 @@ METRICS = {
 STALL = re.compile(r"smsp__average_warps_issue_stalled_(\w+?)(_not_issued)?_per_issue_active\.ratio$")
 
 
-def number(text: str) -> float | None:
-    try:
-        return float(text.replace(",", ""))
-    except ValueError:
-        return None
-
-
-def kernel_name(full: str) -> str:
-    """`score<bfloat16>` of `void xlayer::cuda::(anonymous namespace)::score<bfloat16>(Args)`."""
-    plain = full.replace("(anonymous namespace)::", "").replace("<unnamed>::", "").split("(")[0]
-    return plain.split("<")[0].split("::")[-1].split(" ")[-1]
-
-
 def table(lines: Iterable[str]) -> list[str]:
     """Two lines per kernel launch: what was busy and how it was launched, and what its warps waited for most."""
-    text = list(lines)
-    start = next((at for at, line in enumerate(text) if line.startswith('"ID"')), len(text))
-    rows = list(csv.DictReader(text[start:]))
     out = []
-    for row in rows[1:]:  # the first has the units
-        values = {name: value for name, cell in row.items() if name and (value := number(cell or "")) is not None}
+    for launch in read_ncu(lines):
         shown = []
         for label, (pattern, unit, factor) in METRICS.items():
-            found = [value for name, value in values.items() if re.match(pattern, name)]
-            shown.append(f"{label} {max(found) * factor:.4g} {unit}".rstrip() if found else f"{label} -")
-        out.append(f"{kernel_name(row['Kernel Name'])}: {', '.join(shown)}")
-        stalls = {match[1]: value for name, value in values.items() if (match := STALL.match(name)) and not match[2]}
+            found = launch.largest(pattern)
+            shown.append(f"{label} {found * factor:.4g} {unit}".rstrip() if found is not None else f"{label} -")
+        out.append(f"{launch.kernel}: {', '.join(shown)}")
+        matches = ((STALL.match(name), value) for name, value in launch.metrics.items())
+        stalls = {match[1]: value for match, value in matches if match and not match[2]}
         worst = sorted(stalls, key=stalls.__getitem__, reverse=True)[:4]
         out.append("    warps wait per instruction: " + ", ".join(f"{name} {stalls[name]:.2f}" for name in worst))
     return out

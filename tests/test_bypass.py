@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5Model
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, T5Config, T5Model
 from transformers.cache_utils import DynamicCache
 
 from bypass_tools import DECODERS, ENCODER, LAYERS, PAD, WIDTH, make_bypass, make_ids, make_model, output
@@ -103,6 +103,22 @@ def naive_biases(bypass: Bypass, states: Tensor) -> Tensor:
             latent = sum(parts) if bypass.config.variant == "full" else parts[layer + offset]
             biases[row, :, t] = read[layer] * (latent @ projectors[row])
     return biases.detach()
+
+
+def test_a_head_that_calls_an_inner_model() -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": WIDTH, "word_embed_proj_dim": WIDTH, "ffn_dim": 48, "vocab_size": 60}
+    config = OPTConfig(
+        num_hidden_layers=LAYERS, num_attention_heads=4, max_position_embeddings=64, init_std=0.3, **sizes
+    )
+    model, ids = OPTForCausalLM(config).eval(), make_ids()  # its forward passes by the one of its base model
+    before = output(model, ids)
+    bypass = make_bypass(model, scale=0.0)
+    assert torch.equal(output(model, ids), before)
+    torch.nn.init.normal_(bypass.projectors)
+    assert (output(model, ids) - before).abs().max() > 0.1
+    states = torch.randn(1, 3, WIDTH)
+    refused("the layers ran without the forward pass of OPTDecoder", lambda: model.model.decoder.layers[0](states))
 
 
 def test_only_the_chosen_layers_get_a_bias() -> None:

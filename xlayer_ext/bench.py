@@ -31,6 +31,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xlayer_ext.bench_oracle import check_oracle as check_oracle
+from xlayer_ext.bench_oracle import relative_error as relative_error
+
 Work = Callable[[], object]
 Builder = Callable[..., Work]
 PASSES = ("fwd", "bwd", "fwd+bwd")
@@ -347,30 +350,6 @@ def cuda_peak(work: Work, device: str = "cuda") -> int:
     torch.cuda.reset_peak_memory_stats(device)
     work()
     return max(0, torch.cuda.max_memory_allocated(device) - settled)
-
-
-# ---- correctness ---------------------------------------------------------------------------------------------------
-
-
-def relative_error(actual: Tensor, exact: Tensor) -> float:
-    """rms(actual - exact) ÷ rms(exact), in float64; the plain rms where the exact result is 0."""
-    exact, actual = exact.detach().double(), actual.detach().double()
-    difference, scale = (actual - exact).square().mean().sqrt(), exact.square().mean().sqrt()
-    return float(difference / scale if scale > 0 else difference)
-
-
-def check_oracle(name: str, actual: Tensor, exact: Tensor, plain: Tensor) -> float:
-    """Error of `actual` against float64 `exact`; raises `AssertionError` where the plain formula's is much smaller.
-
-    Bound: 1.1 × the error of `plain` (the plain PyTorch formula at the dtype of `actual`) + 2·eps; float64: 1e-12.
-    """
-    error = relative_error(actual, exact)
-    bound = 1.1 * relative_error(plain, exact) + 2 * torch.finfo(actual.dtype).eps
-    if actual.dtype == torch.float64:
-        bound = 1e-12
-    if not error <= bound:  # NaN fails too
-        raise AssertionError(f"{name}: error {error:.2e} exceeds {bound:.2e} ({actual.dtype})")
-    return error
 
 
 # ---- rows ----------------------------------------------------------------------------------------------------------

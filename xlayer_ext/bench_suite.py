@@ -107,23 +107,42 @@ def run(
         name: LimitProbe(device, getattr(torch, name), seconds=limit_seconds, buffer_bytes=buffer_bytes)
         for name in dtypes
     }
-    origin = provenance()
     rows: list[Row] = []
     for case in cases:
         probe = probes[case.dtype]
-        _forget_compiled()
-        works, peaks = _prepare(case, [*impls, *case.peers], device, memory, check)
-        smaller, parts = _smaller_eager(case, device) if works and "eager" in set(impls) - works.keys() else ({}, 1)
-        times = compare(works | smaller | probe.works, device=device, seconds=seconds) if works else {}
-        found = list(_rows(case, times, peaks, probe, label or device_name(device), origin, parts))
+        found = measure(case, impls, probe, device=device, seconds=seconds, memory=memory, check=check, label=label)
         if out:
             write_rows(out, found)
         rows += found
     return rows
 
 
+def _on_stderr(note: str) -> None:
+    print(f"note: {note}", file=sys.stderr)
+
+
+def measure(
+    case: Case,
+    impls: Sequence[str],
+    probe: LimitProbe,
+    *,
+    device: str = "cpu",
+    seconds: float = 3.0,
+    memory: bool = True,
+    check: Check | None = None,
+    label: str | None = None,
+    note: Callable[[str], None] = _on_stderr,
+) -> list[Row]:
+    """One case of `run`, its rows; `note` is told what is left out, and why."""
+    _forget_compiled()
+    works, peaks = _prepare(case, [*impls, *case.peers], device, memory, check, note)
+    smaller, parts = _smaller_eager(case, device) if works and "eager" in set(impls) - works.keys() else ({}, 1)
+    times = compare(works | smaller | probe.works, device=device, seconds=seconds) if works else {}
+    return list(_rows(case, times, peaks, probe, label or device_name(device), provenance(), parts))
+
+
 def _prepare(
-    case: Case, impls: Sequence[str], device: str, memory: bool, check: Check | None
+    case: Case, impls: Sequence[str], device: str, memory: bool, check: Check | None, note: Callable[[str], None]
 ) -> tuple[dict[str, Work], dict[str, int | None]]:
     """The works that can run here, checked, and their peaks."""
     works: dict[str, Work] = {}
@@ -137,7 +156,7 @@ def _prepare(
             works[impl] = work
             peaks[impl] = _peak(case.build, work, arguments, device) if memory else None
         except Unavailable as reason:
-            print(f"note: {case.name} {case.pass_} {case.dtype} {impl}: {reason}", file=sys.stderr)
+            note(f"{case.name} {case.pass_} {case.dtype} {impl}: {reason}")
     return works, peaks
 
 

@@ -262,6 +262,48 @@ def evaluate(
 
 
 @app.command()
+def profile(
+    system: System,
+    preset: Annotated[str | None, typer.Option("--preset", "--residual", help="As of train.")] = None,
+    dataset: Dataset = None,
+    backbone: Backbone = None,
+    seed: Annotated[int, typer.Option(help="As of train.")] = 0,
+    quick: Quick = False,
+    steps: Annotated[int, typer.Option(help="Optimizer steps that count.")] = 5,
+    warmup: Annotated[int, typer.Option(help="Steps before them.")] = 3,
+    tool: Annotated[
+        str,
+        typer.Option(
+            help="torch (a Chrome trace), nsys (Nsight Systems) or ncu (Nsight Compute). auto, the default: nsys and "
+            "ncu where there are a GPU, the tools and the package nvtx, else torch."
+        ),
+    ] = "auto",
+    run_dir: Annotated[Path | None, typer.Option(help="A new directory; by default runs/profile-<what runs>.")] = None,
+    settings: Settings = None,
+) -> None:
+    """Show where the time of a few training steps and an evaluation goes.
+
+    A table of the loop's phases, the longest kernels (on the CPU: operators) with bandwidth and occupancy, the modules,
+    and the share of time in which the device was at work; and the trace or the reports, to look closer.
+
+    Examples:
+
+        xlayer profile xlrb --quick
+
+        xlayer profile hyper_lm --residual dhc --backbone small --set dtype=bfloat16 --tool nsys
+    """
+    from xlayer_systems.jobs import make_spec
+    from xlayer_systems.options import parse_overrides
+    from xlayer_systems.profiling.command import profile_run
+
+    overrides = parse_overrides(settings or [])
+    spec = make_spec(system, preset, dataset=dataset, backbone=backbone, seed=seed, quick=quick, overrides=overrides)
+    path = run_dir or Path("runs") / f"profile-{_run_name(system, spec.preset, spec.dataset, seed, quick)}"
+    print("\n".join(profile_run(spec, path, steps=steps, warmup=warmup, tool=tool)))
+    print(f"run directory: {path}")
+
+
+@app.command()
 def info() -> None:
     """Say what was built, what is in use on this machine and why (the same as `python -m xlayer_ext.info`)."""
     from xlayer_ext.info import main as print_info

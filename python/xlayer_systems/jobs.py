@@ -92,7 +92,7 @@ def train_run(spec: RunSpec, path: Path, resume: bool = False) -> Record:
     started = time.perf_counter()
     if path.exists() and not resume:
         raise UserError(f"run directory {path} exists; choose another --run-dir, or continue it with --resume")
-    stages = getattr(spec.recipe, "stages", None)
+    stages = getattr(spec.recipe, "stages", None)  # of systems whose runs have parts, each a run of its own
     if stages is not None and getattr(spec.config, "stage", "both") == "both":
         return stages(spec, path, resume)
     accelerator = make_accelerator(spec.options)
@@ -106,7 +106,7 @@ def train_run(spec: RunSpec, path: Path, resume: bool = False) -> Record:
         finished = run.result()
         if finished is not None:
             return finished
-    model = _build(spec, data)
+    model = build_model(spec, data)
     groups = spec.recipe.parameter_groups(model, spec.options)
     parameters = sum(p.numel() for p in model.parameters())
     name = f"{spec.preset} seed {spec.seed}"
@@ -173,7 +173,8 @@ def format_result(result: Mapping[str, Any]) -> str:
     return get_recipe(result["system"]).objective.format(result)
 
 
-def _build(spec: RunSpec, data: Any) -> nn.Module:
+def build_model(spec: RunSpec, data: Any) -> nn.Module:
+    """The model of a run before its first step."""
     seed_everything(spec.seed)
     backbone = spec.recipe.load_backbone(spec.backbone)
     # Again, so that the new parameters do not depend on what loading drew.
@@ -187,7 +188,7 @@ def _save_model(spec: RunSpec, data: Any, trainer: Trainer, folder: Path) -> Non
     if getattr(accelerator, "is_fsdp2", False) or accelerator.distributed_type.value == "FSDP":
         state = accelerator.get_state_dict(trainer.model)  # gathered from all processes
         if accelerator.is_main_process:
-            model = _build(spec, data)
+            model = build_model(spec, data)
             model.load_state_dict(state)
     if accelerator.is_main_process:
         spec.recipe.save(model, data, folder)

@@ -30,6 +30,7 @@ from xlayer_ext.bench import keep_freed_memory
 from xlayer_systems.data.batches import epoch_batches
 from xlayer_systems.errors import UserError
 from xlayer_systems.options import DTYPES, LoopOptions
+from xlayer_systems.ranges import region
 from xlayer_systems.runs import Record, RunDirectory
 
 EMA_DECAY = 0.98
@@ -238,16 +239,21 @@ class Trainer:
         losses = []
         for part in range(self.options.accumulate):
             start = (part * self.accelerator.num_processes + self.accelerator.process_index) * self.micro_batch
-            examples = [self.data.train[index] for index in batch[start : start + self.micro_batch]]
+            with region("data"):
+                examples = [self.data.train[index] for index in batch[start : start + self.micro_batch]]
+                inputs = self._on_device(self.data.collate(examples))
             with self.accelerator.accumulate(self.model):
-                loss = self.model(**self._on_device(self.data.collate(examples))).loss
-                self.accelerator.backward(loss)
-                if self.accelerator.sync_gradients:
-                    norm = self.accelerator.clip_grad_norm_(self.parameters, self.options.clip)
-                    if watch:
-                        self.gradient_norms = self._layer_gradient_norms(norm)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
+                with region("forward"):
+                    loss = self.model(**inputs).loss
+                with region("backward"):
+                    self.accelerator.backward(loss)
+                with region("optimizer"):
+                    if self.accelerator.sync_gradients:
+                        norm = self.accelerator.clip_grad_norm_(self.parameters, self.options.clip)
+                        if watch:
+                            self.gradient_norms = self._layer_gradient_norms(norm)
+                    self.optimizer.step()
+                    self.optimizer.zero_grad()
             losses.append(loss.detach().double())
         if not self.accelerator.optimizer_step_was_skipped:
             self.schedule.step()
@@ -289,7 +295,8 @@ class Trainer:
         usage = getattr(model, "usage", None)
         if usage is not None:
             usage(reset=True)
-        metrics = evaluate(self.accelerator, self.model, self.data, self.options.eval_batch_size)
+        with region("eval"):
+            metrics = evaluate(self.accelerator, self.model, self.data, self.options.eval_batch_size)
         record: Record = {"event": "eval", "step": progress.step, "epoch": progress.epoch + 1, **metrics}
         if progress.batch:
             record["train_loss"] = progress.epoch_loss / progress.batch

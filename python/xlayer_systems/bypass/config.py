@@ -15,7 +15,7 @@ class BypassConfig:
     """A bypass.
 
     Attributes:
-        model: name of the frozen model that it is for.
+        model: name of the frozen model that it is for, for the record.
         latent: numbers that one token's hidden states of all layers are compressed to (``full``), or those of one
             layer (``offset``).
         variant: ``full``: one latent of all layers, from which every layer gets its bias. ``offset``: the bias of layer
@@ -27,7 +27,7 @@ class BypassConfig:
         encoder: folder of a bypass whose encoder ``task`` begins with; None: a random one.
     """
 
-    model: str = "decoder-sender"
+    model: str = ""
     latent: int = 256
     variant: Literal["full", "offset"] = "full"
     offset: int = 1
@@ -70,7 +70,7 @@ class AdapterConfig:
         stage: as in `BypassConfig`; an adapter has nothing to reconstruct.
     """
 
-    model: str = "decoder-sender"
+    model: str = ""
     latent: int = 256
     rank: int | None = None
     stage: Literal["both", "task"] = "both"

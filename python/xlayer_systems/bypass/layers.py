@@ -14,25 +14,40 @@ _SAMPLE = 64  # elements of every parameter that the fingerprint sees
 
 
 def stack_of(model: Any) -> Any:
-    """The model without its head: the module whose forward runs the layers."""
-    return getattr(model, "base_model", model)
+    """The innermost Hugging Face model whose forward runs the layers: heads may call it past those around it."""
+    from transformers import PreTrainedModel
+
+    base = getattr(model, "base_model", model)
+    name = _list_of_layers(base)
+    owners = [part for path, part in base.named_modules() if isinstance(part, PreTrainedModel) and _holds(path, name)]
+    return owners[-1] if owners else base
 
 
 def layers_of(stack: Any) -> list[nn.Module]:
-    """The layers, first to last: the one list of modules as long as the config says that is not part of another."""
-    settings = getattr(stack, "config", None)
+    """The layers, first to last."""
+    return list(stack.get_submodule(_list_of_layers(stack)))
+
+
+def _list_of_layers(base: Any) -> str:
+    """Name of the one list of modules that is as long as the config says and not part of another."""
+    settings = getattr(base, "config", None)
     depth = getattr(settings, "num_hidden_layers", None)
     if depth is None or getattr(settings, "is_encoder_decoder", False):
-        raise UserError(f"a bypass attaches to an encoder or a decoder of Hugging Face; got {type(stack).__name__}")
-    found: dict[str, nn.ModuleList] = {}
-    for name, module in stack.named_modules():
-        is_part = any(name.startswith(f"{other}.") for other in found)
-        if isinstance(module, nn.ModuleList) and len(module) == depth and not is_part:
-            found[name] = module
+        raise UserError(f"a bypass attaches to an encoder or a decoder of Hugging Face; got {type(base).__name__}")
+    found: list[str] = []
+    for name, module in base.named_modules():
+        is_list = isinstance(module, nn.ModuleList) and len(module) == depth
+        if is_list and not any(_holds(other, name) for other in found):
+            found.append(name)
     if len(found) != 1:
         names = ", ".join(found) or "none"
-        raise UserError(f"a bypass needs one list of {depth} layers in {type(stack).__name__}; found {names}")
-    return list(next(iter(found.values())))
+        raise UserError(f"a bypass needs one list of {depth} layers in {type(base).__name__}; found {names}")
+    return found[0]
+
+
+def _holds(outer: str, inner: str) -> bool:
+    """Whether the module named ``outer`` has the one named ``inner`` in it."""
+    return not outer or inner.startswith(f"{outer}.")
 
 
 def is_causal(stack: Any) -> bool:

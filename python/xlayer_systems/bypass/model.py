@@ -28,12 +28,14 @@ import dataclasses
 import inspect
 import json
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
 
 from xlayer_systems.bypass.caches import Companion
 from xlayer_systems.bypass.config import BypassConfig
@@ -101,15 +103,11 @@ class Bypass(nn.Module):
         hooks = [
             stack.register_forward_pre_hook(self._before_model, with_kwargs=True),
             stack.register_forward_hook(self._after_model, always_call=True),
+            layers[0].register_forward_pre_hook(self._before_first_layer, with_kwargs=True),
+            *(layer.register_forward_hook(self._after_layer) for layer in layers),
         ]
-        hooks.append(layers[0].register_forward_pre_hook(self._before_first_layer, with_kwargs=True))
-        hooks += [layer.register_forward_hook(self._after_layer) for layer in layers]
         for row, layer in enumerate(self.targets if self.injects else ()):
-            # As a default argument: every hook keeps its own row.
-            def add(_: nn.Module, args: Any, kwargs: Any, row: int = row) -> Any:
-                return self._add_bias(row, args, kwargs)
-
-            hooks.append(layers[layer].register_forward_pre_hook(add, with_kwargs=True))
+            hooks.append(layers[layer].register_forward_pre_hook(partial(self._add_bias, row), with_kwargs=True))
         return hooks
 
     # ---- what it computes --------------------------------------------------------------------------------------------
@@ -202,27 +200,29 @@ class Bypass(nn.Module):
         """Run the unmodified model, and keep the biases that its latents give for the pass that comes now."""
         if not self.injects:
             return None
-        inputs = self._by_name(args, kwargs)
         if stack.training and any(getattr(m, "gradient_checkpointing", False) for m in stack.modules()):
             raise UserError("a bypass cannot train through gradient checkpointing; disable it")
-        settings = stack.config
-        wants_cache = inputs.get("use_cache")
-        wants_cache = getattr(settings, "use_cache", False) if wants_cache is None else wants_cache
-        cache, companion = inputs.get("past_key_values"), None
-        if self.is_causal and wants_cache and cache is None:
-            from transformers.cache_utils import DynamicCache
-
-            cache = inputs["past_key_values"] = DynamicCache(config=settings)
-        if cache is not None:
-            companion = Companion.of(cache)
-        states = self.collect(**{**inputs, "past_key_values": companion and companion.unmodified})
+        inputs = self._by_name(args, kwargs)
+        companion = self._companion(inputs)
+        states = self.collect(**(inputs | {"past_key_values": companion.unmodified} if companion else inputs))
         mask = inputs.get("attention_mask")
         mask = mask[:, -states.shape[1] :] if isinstance(mask, Tensor) and mask.ndim == 2 else None
         self._biases, latents = self(states, mask, companion and companion.last)
         if companion is not None:
             companion.add(latents.detach())
-        self._cache = cache
         return (), inputs
+
+    def _companion(self, inputs: dict[str, Any]) -> Companion | None:
+        """What belongs to the cache among the inputs; where the model would make one, it is made here."""
+        settings, wanted = self._stack[0].config, inputs.get("use_cache")
+        if wanted is None:
+            wanted = getattr(settings, "use_cache", False)
+        if self.is_causal and wanted and inputs.get("past_key_values") is None:
+            inputs["past_key_values"] = DynamicCache(config=settings)
+        cache = inputs.get("past_key_values")
+        companion = None if cache is None else Companion.of(cache)
+        self._cache = cache
+        return companion
 
     def _after_model(self, stack: Any, args: Any, output: Any) -> None:
         if self._cache is not None:
@@ -237,9 +237,11 @@ class Bypass(nn.Module):
         if self._states is not None:
             self._states.append(output[0] if isinstance(output, tuple) else output)
 
-    def _add_bias(self, row: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._biases is None:
+    def _add_bias(self, row: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._states is not None:
             return None
+        if self._biases is None:
+            raise UserError(f"the layers ran without the forward pass of {type(self._stack[0]).__name__} around them")
         hidden = args[0] if args else kwargs["hidden_states"]
         hidden = hidden + self._biases[row].to(hidden)
         return ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})

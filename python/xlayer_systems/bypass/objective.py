@@ -13,6 +13,7 @@ from xlayer_systems.bypass.reconstruction import ReconstructionData, principal_r
 from xlayer_systems.data.blocks import LanguageModelingData
 from xlayer_systems.data.text import load_text
 from xlayer_systems.decoders import load_decoder
+from xlayer_systems.errors import UserError
 from xlayer_systems.objectives import Records, table
 from xlayer_systems.plots import plot_losses
 from xlayer_systems.pretrain_decoder import DecoderData
@@ -32,6 +33,8 @@ class BypassObjective:
 
     def prepare(self, spec: RunSpec, whole: bool = False) -> Any:
         options = spec.options
+        if spec.config is not None and spec.config.model != spec.backbone:
+            raise UserError(f"the model is named by --backbone, got {spec.backbone!r} there and {spec.config.model!r}")
         text, layers = _prepare(spec.dataset, spec.backbone, options.max_length, None if whole else options.eval_blocks)
         return ReconstructionData(text, layers) if _stage(spec) == "reconstruct" else text
 
@@ -49,7 +52,10 @@ class BypassObjective:
         name = f"{result['dataset']}: {result['system']} {result['preset']}"
         lines = [f"{name} on {result['validation_tokens']:,} validation tokens"]
         if RECONSTRUCTION in result:
-            lines += format_reconstruction(result[RECONSTRUCTION])
+            stage, base = result[RECONSTRUCTION], result["compared"]["base_parameters"]
+            lines += format_reconstruction(stage)
+            share = f"{100 * stage['parameters'] / base:.2f} % of the model's {base:,}"
+            lines.append(f"  encoder and projectors: {stage['parameters']:,} trained parameters, {share}")
         if "r2" in result:
             return "\n".join(lines + format_reconstruction(result))
         if "compared" in result:

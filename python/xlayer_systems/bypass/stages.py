@@ -21,10 +21,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
+
 from xlayer_systems.bypass.config import AdapterConfig, BypassConfig
 from xlayer_systems.bypass.objective import PLAIN, RECONSTRUCTION, TASK, format_compared, format_reconstruction
 from xlayer_systems.bypass.plots import plot_projectors
 from xlayer_systems.bypass.task import block_losses, compare
+from xlayer_systems.data.blocks import IGNORED
 from xlayer_systems.jobs import RunSpec, load_model, train_run
 from xlayer_systems.plots import plot_losses
 from xlayer_systems.runs import Record, RunDirectory, environment
@@ -114,7 +117,7 @@ def _compare(spec: RunSpec, parts: dict[str, RunSpec], results: dict[str, Record
         "seed": spec.seed,
         "loss": mine,
         "perplexity": math.exp(min(mine, 700.0)),
-        "validation_tokens": sum(len(block) - 1 for block in data.validation),
+        "validation_tokens": int((torch.stack(list(data.validation))[:, 1:] != IGNORED).sum()),
         "tokens_per_step": spec.options.batch_size * spec.options.max_length,
         "compared": compared,
         "parameters": trained.get(spec.preset, 0),

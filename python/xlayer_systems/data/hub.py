@@ -69,6 +69,9 @@ def _load(name: str) -> Any:
     datasets.disable_progress_bars()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # the one line below says what went wrong
     path = Path(name)
+    if (path.is_absolute() or name.startswith(".")) and not path.exists():
+        # Not a name of the hub; `datasets` would look through everything in its first folder.
+        raise UserError(f"data set {name!r}: there is no such folder")
     try:
         if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
             loaded = datasets.load_from_disk(name)

@@ -40,7 +40,7 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "{b} taken from {a}", "the number {b} below {a}", "what is left of {a} without {b}",
             "how much more {a} is than {b}", "{a} without {b}", "what is missing from {b} to {a}",
         ),
-        ("the difference when {b} is taken from {a}", "how far {b} is below {a}", "what is left without {b} of {a}"),
+        ("the difference when {b} is taken from {a}", "how much {b} is below {a}", "what is left without {b} of {a}"),
     ),
     "multiply": (
         (
@@ -60,7 +60,7 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
         (
             "the quotient when {a} is divided by {b}", "how many times {b} goes into {a}",
-            "the size of each group when {a} is shared among {b}",
+            "the size of each part when {a} is shared among {b}",
         ),
     ),
     "remainder": (
@@ -115,12 +115,15 @@ VERBS = (
     ("compute", "find", "calculate", "determine", "work out", "tell me", "write down", "give", "check", "report"),
     ("evaluate", "return", "get", "show", "print"),
 )
-# What may happen to the result: its wordings in training and in validation, and what it does.
-AFTERWARDS: dict[str, tuple[tuple[str, ...], tuple[str, ...], Callable[[float], float]]] = {
-    "double": ((", then double it", " and take the result twice"), (" and double the result",), lambda x: 2 * x),
-    "halve": ((", then halve it", " and take half of the result"), (" and halve the result",), lambda x: x / 2),
-    "negate": ((", then negate it", " and change the sign of the result"), (" and negate the result",), lambda x: -x),
+# What may happen to the result: wordings in training and in validation, and what they do.
+AFTERWARDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "double": ((", then double it", " and take the result twice"), (" and double the result",)),
+    "halve": ((", then halve it", " and take half of the result"), (" and halve the result",)),
+    "negate": ((", then negate it", " and change the sign of the result"), (" and negate the result",)),
 }
+CHANGES: dict[str, Callable[[float], float]] = {
+    "double": lambda x: 2 * x, "halve": lambda x: x / 2, "negate": lambda x: -x
+}  # fmt: skip
 STEPS = ("read", "swap", *WORDINGS, *AFTERWARDS, "answer")
 
 
@@ -181,10 +184,13 @@ def load_tool_task(name: str) -> ToolTask:
             raise UserError(f"data set {name!r}: expected columns text and tool, both text, got {', '.join(row)}")
     tools = tuple(sorted({row["tool"] for row in splits[0]}))
     steps = tuple(sorted({step for row in splits[0] for step in row.get("plan") or ()})) or ("answer",)
-    return _task(name, *(_read(name, rows, tools, steps) for rows in splits), tools, steps)
+    read = [_read(name, rows, tools, steps) for rows in splits]
+    return _task(name, read[0], read[1], tools, steps)
 
 
-def requests(seed: int = 0, train: int = TRAIN, validation: int = VALIDATION) -> tuple[list[ToolExample], ...]:
+def requests(
+    seed: int = 0, train: int = TRAIN, validation: int = VALIDATION
+) -> tuple[list[ToolExample], list[ToolExample]]:
     """Training and validation examples, no request twice."""
     draw = random.Random(f"tools/{seed}")
     numbers = list(range(2, 100))
@@ -214,8 +220,7 @@ def _request(draw: random.Random, split: int, numbers: Sequence[int]) -> ToolExa
     steps.append(tool)
     if draw.random() < 0.5:
         afterwards = draw.choice(list(AFTERWARDS))
-        then, change = draw.choice(AFTERWARDS[afterwards][split]), AFTERWARDS[afterwards][2]
-        value = change(value)
+        then, value = draw.choice(AFTERWARDS[afterwards][split]), CHANGES[afterwards](value)
         steps.append(afterwards)
     verb = draw.choice(VERBS[split])
     text = draw.choice(FRAMES[split]).format(

@@ -24,7 +24,8 @@ def run_baseline(spec: RunSpec, data: ToolData, device: torch.device) -> Record:
     """Train ``head_only`` in place of the run's aggregator: the same batches, steps, rates and phases, on one device.
 
     Returns:
-        Its metrics, ``path_parameters``, ``seconds``, and ``base_lm_loss``: that of the base before any training.
+        Its metrics, those at the end of ``phase_a`` where there is one, ``path_parameters``, ``seconds``, and
+        ``base_lm_loss``: that of the base before any training.
     """
     started = time.perf_counter()
     config = dataclasses.replace(
@@ -37,18 +38,19 @@ def run_baseline(spec: RunSpec, data: ToolData, device: torch.device) -> Record:
     trainee: Any = spec.recipe.build(backbone, config, data, spec.options).to(device)
     base_lm_loss = _evaluate(trainee, data, spec.options.eval_batch_size)["lm_loss"]
     seed_everything(spec.seed * 1000)  # as the loop does: dropout
-    _train(trainee, data, spec, device)
+    phase_a = _train(trainee, data, spec, device)
     metrics = _evaluate(trainee, data, spec.options.eval_batch_size)
     return {
         **metrics,
+        "phase_a": phase_a,
         "path_parameters": count(trainee.model.path),
         "seconds": round(time.perf_counter() - started, 1),
         "base_lm_loss": base_lm_loss,
     }
 
 
-def _train(trainee: Trainee, data: ToolData, spec: RunSpec, device: torch.device) -> None:
-    """The shared loop without its files and processes."""
+def _train(trainee: Trainee, data: ToolData, spec: RunSpec, device: torch.device) -> dict[str, Any] | None:
+    """The shared loop without its files and processes; returns the metrics at the end of phase A."""
     options = spec.options
     lengths = data.lengths()
     total = min(options.epochs * (len(lengths) // options.batch_size), options.max_steps or 10**9)
@@ -56,6 +58,7 @@ def _train(trainee: Trainee, data: ToolData, spec: RunSpec, device: torch.device
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     schedule = linear_schedule(optimizer, total, options.warmup)
     size, step, epoch = options.micro_batch(1), 0, 0
+    phase_a: dict[str, Any] | None = None
     trainee.train()
     while step < total:
         for batch in epoch_batches(lengths, options.batch_size, spec.seed, epoch)[: total - step]:
@@ -71,7 +74,10 @@ def _train(trainee: Trainee, data: ToolData, spec: RunSpec, device: torch.device
             optimizer.zero_grad()
             schedule.step()
             step += 1
+            if step == options.phase_a_steps:
+                phase_a = _evaluate(trainee, data, options.eval_batch_size)
         epoch += 1
+    return phase_a
 
 
 def _evaluate(trainee: Trainee, data: ToolData, batch_size: int) -> dict[str, Any]:

@@ -84,9 +84,10 @@ class ToolData:
         if output.plan is not None:
             wanted = torch.nn.functional.pad(batch["plan"], (0, output.plan.shape[1] - self.plan_length), value=IGNORED)
             rows[:, 0] = (output.plan == wanted).all(1).double()
-        there, scale = values == values, self.values.std()
+        there = values == values
         rows[:, 1] = there.double()
         if output.values is not None:
+            scale = self.values.std()
             rows[there, 2] = (((output.values.double() - values) / scale) ** 2)[there]
             rows[there, 3] = (((self.values.mean() - values) / scale) ** 2)[there]
         right = output.logits_tools.argmax(-1) == tools

@@ -51,6 +51,8 @@ class ToolUse:
             row = run_baseline(spec, data, next(model.parameters()).device)
             extra = {key: row[key] for key in ("path_parameters", "seconds")}
             found |= {"baseline": {**_measured(row), **extra}, "base_lm_loss": row["base_lm_loss"]}
+            if row["phase_a"] is not None:
+                found["baseline"]["phase_a"] = _measured(row["phase_a"])
         return found
 
     def format(self, result: Mapping[str, Any]) -> str:
@@ -92,6 +94,7 @@ class ToolUse:
                 f"| {r['step']} | {phase} | {r.get('train_loss', float('nan')):.4f} | {r['accuracy']:.4f} "
                 f"| {_number(r.get('plan_accuracy'), 4)} | {_number(r.get('value_error'), 4)} | {r['lm_loss']:.4f} |"
             )
+        lines += _after_phase_a(spec, result, records)
         lines += ["", "| tool | right | of |", "|---|---|---|"]
         lines += [f"| {tool} | {right} | {there} |" for tool, (right, there) in result["per_tool"].items()]
         return [*lines, "", "![curves](plots/curves.png)"]
@@ -138,6 +141,17 @@ def _prepare(dataset: str, corpus: str, backbone: str, max_length: int, lm_lengt
 def evaluations(records: Records) -> list[Mapping[str, Any]]:
     """The evaluations among a run's records."""
     return [record for record in records if record["event"] == "eval"]
+
+
+def _after_phase_a(spec: RunSpec, result: Mapping[str, Any], records: Records) -> list[str]:
+    """A line about the frozen base, where both the run and its baseline were evaluated then."""
+    mine = [record for record in evaluations(records) if record["step"] == spec.options.phase_a_steps]
+    theirs = result.get("baseline", {}).get("phase_a")
+    if not mine or theirs is None:
+        return []
+    rows = ((spec.preset, _measured(mine[0])["accuracy"]), ("head only", theirs["accuracy"]))
+    told = ", ".join(f"{name} {_percent(row)} {_range(row)}" for name, row in rows)
+    return ["", f"Tools at the end of phase A: {told}."]
 
 
 def _measured(metrics: Mapping[str, Any]) -> Record:
