@@ -151,6 +151,19 @@ class Team {
     int turn_ = 0;
 };
 
+// From a first mean, which rounding may have put off by more than it seems where it is large, and the sums of what is
+// left of a row and of its squares: the normalized number is (x − first)·inverse + shift.
+template <class A>
+struct Norm {
+    A inverse, shift;
+};
+template <class A>
+__device__ __forceinline__ Norm<A> norm_of(A sum, A squares, int64_t width, double eps) {
+    const A rest = sum / static_cast<A>(width);
+    const A inverse = 1 / sqrt(at_least_zero(squares / static_cast<A>(width) - rest * rest) + static_cast<A>(eps));
+    return {inverse, -rest * inverse};
+}
+
 // --- Kernels of several operators (aggregate_sums.cu) ----------------------------------------------------------------
 
 // out[c] = Σ_r partials[r·pitch + c], of the accumulation type of `dtype`, in which `out` is; times σ'(logits[c]) where

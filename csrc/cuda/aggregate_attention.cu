@@ -133,14 +133,10 @@ __global__ void __launch_bounds__(kThreads, 3) attention_step_kernel(Call call) 
     });
 }
 
-template <class T>
-constexpr int kBackwardBlocks = sizeof(T) == 8 ? 2 : 3;  // on a multiprocessor
-
-// resources: attention_step_backward_kernel<double, *> threads 256, registers 128, shared 32768, occupancy 0.25
-// resources: attention_step_backward_kernel threads 256, registers 80, shared 32768, occupancy 0.375
+// resources: attention_step_backward_kernel threads 256, registers 128, shared 32768, occupancy 0.25
 // sass: attention_step_backward_kernel<*, [!1]> LDG.128, STG
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads, kBackwardBlocks<T>) attention_step_backward_kernel(Call call) {
+__global__ void __launch_bounds__(kThreads, 2) attention_step_backward_kernel(Call call) {
     using A = Accumulator<T>;
     const AttentionStepBackward& with = call.with;
     const AttentionStep& s = with.step;

@@ -105,27 +105,27 @@ class NormThread {
             if (inside(k) && layer < s_.layers) taps[k] = load<V>(x + column(k));  // else it stays as it is
     }
 
-    // Takes the mean off the row, which is 0 outside; returns 1/deviation.
-    __device__ __forceinline__ A center(A (&row)[K][V]) {
-        A sum[1] = {};
+    // Takes a first mean off the row, which is 0 outside.
+    __device__ __forceinline__ Norm<A> center(A (&row)[K][V]) {
+        A sum[1] = {}, sums[2] = {};
 #pragma unroll
         for (int k = 0; k < K; ++k) {
 #pragma unroll
             for (int v = 0; v < V; ++v) sum[0] += row[k][v];
         }
         team_.add(sum);
-        const A count = static_cast<A>(s_.width), mean = sum[0] / count;
-        sum[0] = 0;
+        const A mean = sum[0] / static_cast<A>(s_.width);
 #pragma unroll
         for (int k = 0; k < K; ++k) {
 #pragma unroll
             for (int v = 0; v < V; ++v) {
                 row[k][v] = inside(k) ? row[k][v] - mean : A(0);
-                sum[0] = fma(row[k][v], row[k][v], sum[0]);
+                sums[0] += row[k][v];
+                sums[1] = fma(row[k][v], row[k][v], sums[1]);
             }
         }
-        team_.add(sum);
-        return 1 / sqrt(sum[0] / count + static_cast<A>(s_.eps));
+        team_.add(sums);
+        return norm_of(sums[0], sums[1], s_.width, s_.eps);
     }
 
     __device__ __forceinline__ void scan() {
@@ -142,7 +142,7 @@ class NormThread {
 #pragma unroll
             for (int k = 0; k < K; ++k) widen_all<T, V>(next[k], row[k]);
             fetch(layer + 1, next);
-            const A inverse = center(row);
+            const Norm<A> norm = center(row);
             const Gate<A> gate = gate_of<A>(s_.gate_logits, layer);
 #pragma unroll
             for (int k = 0; k < K; ++k) {
@@ -151,8 +151,10 @@ class NormThread {
                 load_staged<V>(weight_, s_.width, column(k), weight);
                 load_staged<V>(bias_, s_.width, column(k), bias);
 #pragma unroll
-                for (int v = 0; v < V; ++v)
-                    state[k][v] = fma(gate.keep, state[k][v], gate.take * fma(row[k][v] * inverse, weight[v], bias[v]));
+                for (int v = 0; v < V; ++v) {
+                    const A value = fma(fma(row[k][v], norm.inverse, norm.shift), weight[v], bias[v]);
+                    state[k][v] = fma(gate.keep, state[k][v], gate.take * value);
+                }
             }
             if (!s_.last_only) write(layer, state);
         }

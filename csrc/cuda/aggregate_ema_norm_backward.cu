@@ -154,22 +154,25 @@ class RowThread {
     }
 
     // Several layers' rows together, so that their sums over the team share the way. In the taps, 0 outside; out their
-    // norm without weight and bias, and 1/deviation.
+    // norm without weight and bias, of no meaning outside, and 1/deviation.
     __device__ __forceinline__ void normalize(A (&rows)[kAhead<T>][K][V], A (&inverse)[kAhead<T>]) {
-        const A count = static_cast<A>(s_.width);
-        A sum[kAhead<T>] = {};
+        A sum[kAhead<T>] = {}, sums[kAhead<T> * 2] = {};
         for_rows([&](int i, int k, int v) { sum[i] += rows[i][k][v]; });
         team_.add(sum);
 #pragma unroll
-        for (int i = 0; i < kAhead<T>; ++i) inverse[i] = sum[i] / count, sum[i] = 0;
+        for (int i = 0; i < kAhead<T>; ++i) sum[i] /= static_cast<A>(s_.width);
         for_rows([&](int i, int k, int v) {
-            rows[i][k][v] = inside(k) ? rows[i][k][v] - inverse[i] : A(0);
-            sum[i] = fma(rows[i][k][v], rows[i][k][v], sum[i]);
+            rows[i][k][v] = inside(k) ? rows[i][k][v] - sum[i] : A(0);
+            sums[i * 2] += rows[i][k][v];
+            sums[i * 2 + 1] = fma(rows[i][k][v], rows[i][k][v], sums[i * 2 + 1]);
         });
-        team_.add(sum);
+        team_.add(sums);
 #pragma unroll
-        for (int i = 0; i < kAhead<T>; ++i) inverse[i] = 1 / sqrt(sum[i] / count + static_cast<A>(s_.eps));
-        for_rows([&](int i, int k, int v) { rows[i][k][v] *= inverse[i]; });
+        for (int i = 0; i < kAhead<T>; ++i) {
+            const Norm<A> norm = norm_of(sums[i * 2], sums[i * 2 + 1], s_.width, s_.eps);
+            inverse[i] = norm.inverse, sum[i] = norm.shift;
+        }
+        for_rows([&](int i, int k, int v) { rows[i][k][v] = fma(rows[i][k][v], inverse[i], sum[i]); });
     }
     template <class F>
     __device__ __forceinline__ static void for_rows(const F& f) {

@@ -26,21 +26,27 @@ __global__ void __launch_bounds__(kThreads, 4) ema_statistics_kernel(Statistics 
     for (int64_t row = blockIdx.x; row < s.layers * s.tokens; row += gridDim.x) {
         const T* const x =
             static_cast<const T*>(s.x.data) + row / s.tokens * s.x.layer_stride + row % s.tokens * s.x.token_stride;
-        const auto sum_of = [&](auto f) {
-            A sum[1] = {};
+        const auto sums_of = [&](A mean, A(&sums)[2]) {
+            sums[0] = sums[1] = 0;
 #pragma unroll 2
             for (int64_t e = static_cast<int64_t>(threadIdx.x) * V; e < s.width; e += kThreads * V) {
                 const Vector<T, V> some = load<V>(x + e);
 #pragma unroll
-                for (int v = 0; v < V; ++v) sum[0] += f(widen(some.at[v]));
+                for (int v = 0; v < V; ++v) {
+                    const A number = widen(some.at[v]) - mean;
+                    sums[0] += number;
+                    sums[1] = fma(number, number, sums[1]);
+                }
             }
-            team.add(sum);
-            return sum[0] / static_cast<A>(s.width);
+            team.add(sums);
         };
-        const A mean = sum_of([](A number) { return number; });
-        const A variance = sum_of([mean](A number) { return (number - mean) * (number - mean); });
+        A sums[2];
+        sums_of(0, sums);
+        const A mean = sums[0] / static_cast<A>(s.width);
+        sums_of(mean, sums);
         if (threadIdx.x > 0) continue;
-        const Vector<A, 2> pair{{mean, 1 / sqrt(variance + static_cast<A>(s.eps))}};
+        const Vector<A, 2> pair{
+            {mean + sums[0] / static_cast<A>(s.width), norm_of(sums[0], sums[1], s.width, s.eps).inverse}};
         store(static_cast<A*>(args.out) + row * 2, pair);
     }
 }
