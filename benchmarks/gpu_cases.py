@@ -27,6 +27,9 @@ HYPER_CONNECTIONS = (  # norm (None: static), form, whether there is a bias
     ("rms_all", "sinkhorn_rows", False),
 )
 VQ_SIZES = ((1, 300, 140, 72), (3, 37, 260, 33), (2, 5, 1, 264), (1, 1300, 3, 8))  # books, N, K, D
+EMA_SIZES = ((5, 37, 72), (3, 9, 33), (30, 5, 24), (2, 3, 2056))  # L, N, d
+GRU_SIZES = ((3, 37, 12, 24), (1, 5, 7, 9))  # L, N, i, d
+ATTENTION_SIZES = ((6, 19, 16, 2, 24), (3, 5, 9, 3, 5))  # L, N, d, heads, head width
 FSQ_LEVELS = ((8, 5, 5, 5), (3,) * 64, (300,) * 9, (7, 9))
 MEAN_SIZES = ((3, 37, 65), (1, 5, 1), (2, 1, 264))  # B, S, H
 
@@ -163,7 +166,43 @@ def fsq(dtype: torch.dtype, masked: bool, device: str) -> Iterator[str]:
         yield name
 
 
+def ema_scan(dtype: torch.dtype, masked: bool, device: str) -> Iterator[str]:
+    """ "masked" is whether the taps are normalized."""
+    for last_only, (layers, n, d) in itertools.product((False, True), EMA_SIZES):
+        name = f"ema_scan L={layers} N={n} d={d}{' last' * last_only}"
+        shapes = [(layers, n, d), (layers,), (n, d), *([(d,), (d,)] if masked else [])]
+        given = [draw(*shape, dtype=dtype, device=device).requires_grad_() for shape in shapes]
+        weight, bias = given[3:] or (None, None)
+        out = functional.ema_scan(*given[:3], norm_weight=weight, norm_bias=bias, last_only=last_only)
+        finish(name, out, given)
+        yield name
+
+
+def depth_gru(dtype: torch.dtype, masked: bool, device: str) -> Iterator[str]:
+    """ "masked" is whether there is an initial state."""
+    for layers, n, i, d in GRU_SIZES:
+        name = f"depth_gru L={layers} N={n} i={i} d={d}"
+        shapes = [(layers, n, i), (3 * d, i), (3 * d, d), (3 * d,), (3 * d,), *([(n, d)] if masked else [])]
+        given = [draw(*shape, dtype=dtype, device=device, scale=0.5).requires_grad_() for shape in shapes]
+        finish(name, functional.depth_gru(*given), given)
+        yield name
+
+
+def depth_attention(dtype: torch.dtype, masked: bool, device: str) -> Iterator[str]:
+    """ "masked" is whether there is an initial state."""
+    for layers, n, d, heads, width in ATTENTION_SIZES:
+        name = f"depth_attention L={layers} N={n} d={d} heads={heads} of {width}"
+        e = heads * width
+        shapes = [(layers, n, 8), (e, d), (e, 8), (e, 8), (d, e), *([(n, d)] if masked else [])]
+        given = [draw(*shape, dtype=dtype, device=device, scale=0.3).requires_grad_() for shape in shapes]
+        finish(name, functional.depth_attention(*given, heads=heads), given)
+        yield name
+
+
 CASES: dict[str, Callable[[torch.dtype, bool, str], Iterator[str]]] = {
+    "depth_attention": depth_attention,
+    "depth_gru": depth_gru,
+    "ema_scan": ema_scan,
     "fsq": fsq,
     "hdim_attention": hdim_attention,
     "hyper_pre": hyper("hyper_pre"),

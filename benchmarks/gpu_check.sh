@@ -44,7 +44,7 @@ part_build() {
 
 part_test() {
     local files=(tests/test_hdim*.py tests/test_hyper{,_torch,_modules}.py tests/test_quantize{,_torch}.py) options=()
-    files+=(tests/test_{routing,build,info}.py)
+    files+=(tests/test_aggregate{,_torch,_modules}.py tests/test_{routing,build,info}.py)
     # Each worker is a process with its own CUDA context; the tests are far from filling the GPU.
     "$python" -c 'import xdist' 2>/dev/null && options=(-n 8)
     [[ $dry ]] && files=(tests/test_routing.py) && options=(-k oracle_rule)
@@ -95,12 +95,14 @@ part_bench() {
         bench hdim --quick --no-compile --dtype bfloat16 float32
         bench hyper --quick --no-compile --op boundary
         bench quantize --quick --no-compile --op nearest statistics fsq
+        bench aggregate --quick --no-compile --op ema gru attention
         bench routing --quick --no-compile
     else
         bench hdim --seconds 2 --dtype bfloat16
         bench hdim --seconds 2 --case B32-S512 --dtype float32 float16
         bench hyper --seconds 1 --dtype bfloat16 --op boundary pre+post --pass fwd bwd
         bench quantize --seconds 1 --dtype bfloat16 float32 --op nearest statistics fsq
+        bench aggregate --seconds 1 --dtype bfloat16 --op ema ema-last gru attention
         bench routing --seconds 1 --dtype bfloat16 float32
     fi
     return "$failed"

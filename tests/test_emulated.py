@@ -105,6 +105,40 @@ def launch_quantize(dtype: torch.dtype, width: int, tf32: bool) -> None:
         torch.ops.xlayer_emulated.fsq(z, levels, *bound, offset, keep)
 
 
+def launch_ema_scan(dtype: torch.dtype, layers: int, width: int, norm: bool) -> None:
+    wide = torch.promote_types(dtype, torch.float32)
+    x, gates = torch.zeros(layers, 1, width, dtype=dtype), torch.zeros(layers, dtype=wide)
+    parameters = [torch.zeros(width, dtype=wide)] * 2 if norm else [None, None]
+    states = torch.ops.xlayer_emulated.ema_scan(x, gates, None, *parameters, 1e-5, False)
+    torch.ops.xlayer_emulated.ema_scan_backward(states, x, gates, None, *parameters, 1e-5, False)
+
+
+def launch_depth(dtype: torch.dtype, width: int) -> None:
+    """The recurrent unit, and attention to 32 taps by a head of `width`."""
+    weights = [torch.zeros(3 * width, width, dtype=dtype)] * 2
+    x, bias, initial = (torch.zeros(shape, dtype=dtype) for shape in ((2, 1, width), (3 * width,), (1, width)))
+    states, gates = torch.ops.xlayer_emulated.depth_gru(x, *weights, bias, bias, initial, True)
+    torch.ops.xlayer_emulated.depth_gru_backward(states, states, gates, x, *weights, initial)
+    taps, square = torch.zeros(32, 1, width, dtype=dtype), torch.zeros(width, width, dtype=dtype)
+    given = (taps, taps, square, square, initial, 1, 32, 1.0)
+    states, attended = torch.ops.xlayer_emulated.depth_attention(*given, True)
+    torch.ops.xlayer_emulated.depth_attention_backward(states, states, attended, *given)
+
+
+def launch_aggregate(dtype: torch.dtype) -> None:
+    """Rows loaded as vectors and element by element; rows that just fit, in layers that do, and rows that do not."""
+    layers = 4 if dtype == torch.float64 else 9
+    for width in (2048, 2047):
+        launch_ema_scan(dtype, layers, width, norm=True)
+    for width in (4096, 4095, 4104, 4097):
+        launch_ema_scan(dtype, 1, width, norm=True)
+    for width in (8, 9):
+        launch_ema_scan(dtype, 24, width, norm=False)
+        launch_depth(dtype, width)
+    launch_depth(dtype, 1)
+    launch_ema_scan(dtype, 512, 2, norm=True)
+
+
 def launch_every_kernel() -> None:
     """Each also with the most shared memory that it ever asks for."""
     for dtype, n, width in ((torch.float32, 4, 2200), (torch.float32, 8, 2200), (torch.float64, 4, 1000)):
@@ -112,6 +146,7 @@ def launch_every_kernel() -> None:
     for dtype, n, norm, shared in itertools.product(DTYPES, (2, 4, 8, 16), (0, 1, 3), (False, True)):
         launch_hyper(dtype, n, 40, norm, shared)
     for dtype in DTYPES:
+        launch_aggregate(dtype)
         for width in (32, 33):  # loaded as vectors, and element by element
             launch_masked_mean(dtype, width)
         tf32 = (False, True) if dtype == torch.float32 else (False,)

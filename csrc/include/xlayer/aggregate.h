@@ -131,4 +131,107 @@ int64_t depth_attention_backward_workspace(const DepthAttentionBackward& args);
 void depth_attention_backward(const DepthAttentionBackward& args);
 }  // namespace cpu
 
+// `stream` is a cudaStream_t of the current device; the pool is not used. Throws std::runtime_error if a launch fails.
+namespace cuda {
+constexpr int64_t kEmaMostLayers = 512;             // of ema_scan's backward
+constexpr int64_t kDepthAttentionMostMemory = 256;  // the most taps that a state may attend to
+
+int64_t ema_scan_forward_workspace(const EmaScanForward& args);
+void ema_scan_forward(const EmaScanForward& args, void* stream);
+int64_t ema_scan_backward_workspace(const EmaScanBackward& args);
+void ema_scan_backward(const EmaScanBackward& args, void* stream);
+
+// depth_gru, one layer, between the products of matrices.
+struct GruStep {
+    DType dtype;  // of all tensors
+    int64_t tokens, width;
+    const void* from_input;  // W_i x_l: [tokens, 3·width], input_stride elements from row to row
+    int64_t input_stride;
+    const void* from_state;  // W_h h, contiguous [tokens, 3·width]; null: zeros
+    const void* bias_ih;     // contiguous [3·width]
+    const void* bias_hh;
+    const void* previous;  // h, contiguous [tokens, width]; null: zeros
+    void* state;           // h_l
+    void* gates;           // null, or contiguous [tokens, 4, width]: r, z, n, m; may lie over `from_input`
+};
+void gru_step(const GruStep& args, void* stream);
+
+// From ∂L/∂h_l, which is grad + direct + product, to the gradients of what is inside the gates' functions.
+struct GruStepBackward {
+    DType dtype;
+    int64_t tokens, width;
+    const void* grad;  // [tokens, width], grad_stride elements from row to row
+    int64_t grad_stride;
+    void* direct;  // contiguous [tokens, width]: in z·∂L/∂h_{l+1}, out z·∂L/∂h_l
+    const void*
+        product;        // contiguous [tokens, width]: what comes back through W_h; null, in the last layer: both are 0
+    const void* gates;  // contiguous [tokens, 4, width]: r, z, n, m
+    const void* previous;
+    void* inside;  // contiguous [tokens, 4, width]: of n's sum, of r's, of z's, of m
+};
+void gru_step_backward(const GruStepBackward& args, void* stream);
+
+// depth_attention, one layer, between the products of matrices.
+struct AttentionStep {
+    DType dtype;
+    int64_t layers, tokens, heads, head_width;
+    int64_t memory;  // at most kDepthAttentionMostMemory
+    double scale;
+    int64_t layer;
+    LayerRows keys, values;  // of all layers
+    const void* query;       // contiguous [tokens, heads·head_width]; null: zeros
+    void* attended;          // the same shape
+};
+void attention_step(const AttentionStep& args, void* stream);
+
+// Writes of the layer ∂L/∂query, and for all heads the weights and the gradients of their logits that
+// attention_gradients() makes those of keys and values from.
+struct AttentionStepBackward {
+    AttentionStep step;         // attended is not used
+    const void* grad_attended;  // contiguous [tokens, heads·head_width]
+    void* grad_query;
+    void* weights;      // the accumulation type, [layers, tokens, heads, memory]: of the tap i layers back at i
+    void* grad_logits;  // the same, times scale
+};
+void attention_step_backward(const AttentionStepBackward& args, void* stream);
+
+struct AttentionGradients {
+    AttentionStep step;         // neither layer, keys, values, query nor attended are used
+    const void* query;          // contiguous [layers, tokens, heads·head_width]
+    const void* grad_attended;  // as query
+    const void* weights;
+    const void* grad_logits;
+    void* grad_keys;  // as query
+    void* grad_values;
+};
+void attention_gradients(const AttentionGradients& args, void* stream);
+
+// Sums over the rows of x, contiguous [rows, columns], columns first … first + count of them to `out`.
+struct SumColumns {
+    struct Part {
+        int64_t first, count;
+        void* out;
+    };
+    DType dtype;
+    const void* x;
+    int64_t rows, columns;
+    Part parts[3];
+    void* workspace;  // sum_columns_workspace() bytes, aligned to 64
+};
+int64_t sum_columns_workspace(const SumColumns& args);
+void sum_columns(const SumColumns& args, void* stream);
+
+// out = first + second + third; second and third may be null.
+struct AddRows {
+    DType dtype;
+    int64_t tokens, width;
+    const void* first;  // [tokens, width], first_stride elements from row to row; the others are contiguous
+    int64_t first_stride;
+    const void* second;
+    const void* third;
+    void* out;  // may be any of the others
+};
+void add_rows(const AddRows& args, void* stream);
+}  // namespace cuda
+
 }  // namespace xlayer
