@@ -54,7 +54,7 @@ def draw(folder: Path, rows: Sequence[Row], found: Mapping[str, Any]) -> dict[st
         shows = (
             "Every native kernel under the two roofs of this machine; without matrix products the memory alone bounds"
         )
-        add("roofline.png", shows, partial(roofline, native=native, limits=found["limits"]), (WIDTH, 4.2))
+        add("roofline.png", shows, partial(roofline, native=native, limits=found["limits"]), (WIDTH, 4.8))
     for family in dict.fromkeys(row.family for row in rows):
         bars = speedups([row for row in rows if row.family == family])
         if bars:
@@ -112,6 +112,8 @@ def roofline(figure: Any, native: Mapping[str, Sequence[Row]], limits: Mapping[s
     bandwidth.set(yscale="log", ylabel="GB/s", xlabel="without matrix products", xmargin=0.2)
     roofs.set_title("○ forward  □ backward  ◇ both", fontsize=9)
     _finish(bandwidth, roofs)
+    for axis, columns in ((bandwidth, 2), (roofs, 4)):  # below, where no point is hidden
+        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=columns)
 
 
 # ---- bars ----------------------------------------------------------------------------------------------------------
