@@ -231,6 +231,18 @@ def test_no_layers_no_tokens(device: str, op: str, choice: str) -> None:
     assert torch.equal(results["grad_initial"], case.grad)
 
 
+@pytest.mark.cpu_kernels
+def test_results_that_are_written_past_the_caches(native: str) -> None:
+    case = aggregate_case(fresh_generator(), "ema_scan", (4, 8200, 256), device=native).to(torch.float32)
+    whole = evaluate(case)
+    assert whole["states"].nbytes >= 32 << 20
+    for half in (slice(0, 4100), slice(4100, None)):  # each is small enough for plain stores
+        given = {name: t[..., half, :] if name in ("x", "initial") else t for name, t in case.tensors.items()}
+        part = evaluate(type(case)(case.op, given, case.grad[:, half], case.options))
+        for name in ("states", "grad_x", "grad_initial"):
+            assert torch.equal(part[name], whole[name][..., half, :]), name
+
+
 # ---- extremes --------------------------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t kTileBytes = 8192;  // of the rows of one layer: runs that the prefetchers can follow
 constexpr int64_t kMostChunks = 64;
+constexpr int64_t kPastCaches = 32 << 20;  // bytes of a result from which on it is written past the caches
 
 // Tokens whose rows are worked on at once: their sums do not wait for each other, and the norm's vectors are loaded
 // once for all.
@@ -75,6 +76,12 @@ class Scan {
         const int64_t offset = layer * rows.layer_stride + token * rows.token_stride;
         return read_elements<T>(args.dtype, rows.data, offset, args.width, scratch);
     }
+    // Whether results of all layers, rows of the dtype T itself, are written past the caches.
+    bool is_past(const void* results) const {
+        const int64_t bytes = args.layers * args.tokens * args.width * static_cast<int64_t>(sizeof(T));
+        return args.dtype == own_dtype<T> && bytes >= kPastCaches && args.width % lanes<T> == 0 &&
+               reinterpret_cast<uintptr_t>(results) % kVectorBytes == 0;
+    }
     // The row that comes `layers` later, to be fetched ahead; `otherwise` where there is none.
     const T* ahead(const LayerRows& rows, int64_t layer, int64_t token, const T* otherwise) const {
         if (layer < 0 || layer >= args.layers || args.dtype != own_dtype<T>) return otherwise;
@@ -122,7 +129,8 @@ class Scan {
 template <class T>
 class Forward {
   public:
-    explicit Forward(const EmaScanForward& args) : args_(args), scan_(args.scan) {}
+    explicit Forward(const EmaScanForward& args)
+        : args_(args), scan_(args.scan), past_(!args.scan.last_only && scan_.is_past(args.states)) {}
 
     int64_t worker_size() const {
         return round_up((scan_.tile + 2 * kGroup) * scan_.row * static_cast<int64_t>(sizeof(T)), 64);
@@ -134,6 +142,7 @@ class Forward {
             char* memory = static_cast<char*>(args_.workspace) + worker * worker_size();
             const int64_t first = task * scan_.tile;
             walk(memory, first, lesser(scan_.tile, scan.tokens - first));
+            if (past_) finish_past_caches();
         });
     }
 
@@ -162,7 +171,7 @@ class Forward {
     XLAYER_INLINE void step(char* memory, int64_t layer, int64_t first, int64_t t, T gate) const {
         const EmaScan& scan = args_.scan;
         const T decay = 1 - gate;
-        const bool more = !scan.last_only && scan.dtype == own_dtype<T> && layer + 1 < scan.layers;
+        const bool more = !scan.last_only && !past_ && scan.dtype == own_dtype<T> && layer + 1 < scan.layers;
         T* scratch = scan_.state(memory, scan_.tile);
         const T *x[Group], *next[Group], *next_to[Group];
         T *state[Group], *to[Group], unused[Group];
@@ -183,6 +192,7 @@ class Forward {
                                              prefetch_to_write(next_to[g] + e);
                                              const Vec<T> now = decay * load(state[g] + e) + gate * value;
                                              store(state[g] + e, now);
+                                             if (past_) return io.store_past(to[g] + e, now);
                                              if (to[g] != state[g]) io.store(to[g] + e, now);
                                          });
         if (scan.last_only) return;
@@ -193,12 +203,13 @@ class Forward {
 
     const EmaScanForward& args_;
     Scan<T> scan_;
+    bool past_;
 };
 
 template <class T>
 class Backward {
   public:
-    explicit Backward(const EmaScanBackward& args) : args_(args), scan_(args.scan) {
+    explicit Backward(const EmaScanBackward& args) : args_(args), scan_(args.scan), past_(scan_.is_past(args.grad_x)) {
         const int64_t tiles = ceil_div(args.scan.tokens, scan_.tile);
         chunk_ = greater<int64_t>(1, ceil_div(tiles, kMostChunks)) * scan_.tile;
         chunks_ = ceil_div(args.scan.tokens, chunk_);
@@ -219,6 +230,7 @@ class Backward {
                 up(with, first, count);
                 down(with, sums, first, count);
             }
+            if (past_) finish_past_caches();
         });
         finish();
     }
@@ -316,6 +328,11 @@ class Backward {
         }
     }
 
+    template <class Io>
+    XLAYER_INLINE void give(const Io& io, T* to, Vec<T> value) const {
+        past_ ? io.store_past(to, value) : io.store(to, value);
+    }
+
     // Through S_l and the LayerNorm of a group of tokens to ∂L/∂x_l.
     template <int Group>
     XLAYER_INLINE void down_group(const Worker& with, const Partial& sums, int64_t layer, int64_t first, int64_t t,
@@ -336,7 +353,7 @@ class Backward {
                 next[g] = scan_.ahead(args_.grad, layer - 1, token, given[g]);
             }
             to[g] = write_target<T>(scan.dtype, args_.grad_x, offset[g], with.rows + (2 * g + 1) * row);
-            next_to[g] = own && layer > 0 ? to[g] - scan.tokens * scan.width : grad;
+            next_to[g] = own && !past_ && layer > 0 ? to[g] - scan.tokens * scan.width : grad;
         }
         const bool add = !scan.last_only;
         auto arrived = [&](int g, int64_t e, auto io) XLAYER_FLATTEN {
@@ -352,7 +369,7 @@ class Backward {
                 XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
                     const Vec<T> now = arrived(g, e, io);
                     product[g] += io.keep(now * load(change + g * row + e));
-                    io.store(to[g] + e, gate * now);
+                    give(io, to[g] + e, gate * now);
                     store(grad + g * row + e, now * (1 - gate));
                 }
             });
@@ -385,7 +402,7 @@ class Backward {
                 const Vec<T> slope = gate * io.load(weight + e);
                 XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
                     const Vec<T> now = load(grad + g * row + e), unit = load(normal + g * row + e);
-                    io.store(to[g] + e, with.scale[at + g] * (now * slope - mean[g] - tilt[g] * unit));
+                    give(io, to[g] + e, with.scale[at + g] * (now * slope - mean[g] - tilt[g] * unit));
                     store(grad + g * row + e, now * (1 - gate));
                 }
             });
@@ -420,6 +437,7 @@ class Backward {
 
     const EmaScanBackward& args_;
     Scan<T> scan_;
+    bool past_;
     int64_t chunk_, chunks_;  // tokens of a chunk, and how many chunks
 };
 

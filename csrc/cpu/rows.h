@@ -49,6 +49,7 @@ template <class T>
 struct Whole {
     XLAYER_INLINE Vec<T> load(const T* from) const { return cpu::XLAYER_ISA::load(from); }
     XLAYER_INLINE void store(T* to, Vec<T> value) const { cpu::XLAYER_ISA::store(to, value); }
+    XLAYER_INLINE void store_past(T* to, Vec<T> value) const { store_past_caches(to, value); }
     XLAYER_INLINE Vec<T> keep(Vec<T> value) const { return value; }
 };
 template <class T>
@@ -64,6 +65,7 @@ struct Part {
         cpu::XLAYER_ISA::store(lane, value);
         for (int64_t l = 0; l < count; ++l) to[l] = lane[l];
     }
+    XLAYER_INLINE void store_past(T* to, Vec<T> value) const { store(to, value); }
     // Zero beyond the row's end.
     XLAYER_INLINE Vec<T> keep(Vec<T> value) const {
         for (int64_t l = count; l < lanes<T>; ++l) value[l] = 0;

@@ -70,6 +70,39 @@ template <class T>
 XLAYER_INLINE void store(T* to, Vec<T> value) {
     *reinterpret_cast<typename Simd<T>::Unaligned*>(to) = value;
 }
+// As `store`, past the caches: for results that are larger than they are, whose lines would only be read to be written
+// over. `to` is aligned to a vector; finish_past_caches comes before another thread may read.
+template <class T>
+XLAYER_INLINE void store_past_caches(T* to, Vec<T> value) {
+#if defined(__clang__)
+    __builtin_nontemporal_store(value, reinterpret_cast<Vec<T>*>(to));
+#elif defined(__AVX512F__)
+    if constexpr (sizeof(T) == 8) {
+        __builtin_ia32_movntpd512(to, value);
+    } else {
+        __builtin_ia32_movntps512(to, value);
+    }
+#elif defined(__AVX__)
+    if constexpr (sizeof(T) == 8) {
+        __builtin_ia32_movntpd256(to, value);
+    } else {
+        __builtin_ia32_movntps256(to, value);
+    }
+#elif defined(__SSE2__)
+    if constexpr (sizeof(T) == 8) {
+        __builtin_ia32_movntpd(to, value);
+    } else {
+        __builtin_ia32_movntps(to, value);
+    }
+#else
+    store(to, value);
+#endif
+}
+XLAYER_INLINE void finish_past_caches() {
+#if defined(__SSE2__)
+    __builtin_ia32_sfence();
+#endif
+}
 template <class T>
 XLAYER_INLINE Vec<T> splat(T value) {
     return value - Vec<T>{};
