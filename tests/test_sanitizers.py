@@ -18,7 +18,7 @@ TESTS = Path(__file__).parent
 # One case of the oracle rule per dtype; sizes that fill no tile; masks; what is not contiguous.
 SELECTION = {
     "test_aggregate.py": "(oracle_rule and not last) or strided or no_layers",
-    "test_hdim.py": "(oracle_rule and relu and both) or sizes0 or rows_without_a_pair or expanded or empty",
+    "test_hdim.py": "(oracle_rule and relu and both) or odd_sizes or rows_without_a_pair or expanded or empty",
     "test_quantize.py": "exhaustive or statistics_obey or not_chosen or (formula and 8)",
     "test_routing.py": "oracle_rule or masked_tokens or empty_dimensions",
 }

@@ -80,13 +80,18 @@ def check_temperature(temperature: float) -> None:
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
 
 
+def autocasts(tensor: Tensor) -> bool:
+    """Whether autocast is on where the tensor lives."""
+    device = tensor.device.type
+    # torch.amp.is_autocast_available would say so of meta, but torch.compile of torch 2.11 cannot trace it.
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors as autocast wants them: in its dtype where it is on, as they are otherwise. float64 stays."""
-    device = tensors[0].device.type
-    # torch.amp.is_autocast_available would say so of meta, but torch.compile of torch 2.11 cannot trace it.
-    if device == "meta" or not torch.is_autocast_enabled(device):
+    if not autocasts(tensors[0]):
         return tensors
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 

@@ -24,6 +24,7 @@ from xlayer_ext import reference
 from xlayer_ext._backend import native_available, use_native
 from xlayer_ext.functional._checks import (
     autocast,
+    autocasts,
     check_common,
     check_floating,
     check_kept,
@@ -81,7 +82,7 @@ def ema_scan(
     """
     given = {"initial": initial, "norm_weight": norm_weight, "norm_bias": norm_bias}
     check_floating(x=x, gate_logits=gate_logits, **{name: t for name, t in given.items() if t is not None})
-    if _autocasts(x) and x.dtype != torch.float64:
+    if autocasts(x) and x.dtype != torch.float64:
         x = x.float()
         initial = None if initial is None else initial.float()
     if x.dim() < 2:
@@ -241,11 +242,6 @@ def depth_attention(
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
-
-
-def _autocasts(tensor: Tensor) -> bool:
-    device = tensor.device.type
-    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def _cast_together(named: dict[str, Tensor]) -> dict[str, Tensor]:

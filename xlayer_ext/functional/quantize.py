@@ -20,6 +20,7 @@ from torch import Tensor
 from xlayer_ext import reference
 from xlayer_ext._backend import native_available, use_native
 from xlayer_ext.functional._checks import (
+    autocasts,
     check_choice,
     check_common,
     check_floating,
@@ -69,7 +70,7 @@ def vq_nearest(x: Tensor, codebook: Tensor, *, metric: str = "euclidean") -> tup
     """
     check_floating(x=x, codebook=codebook)
     check_choice("metric", metric, METRICS)
-    if _autocasts(x):
+    if autocasts(x):
         x, codebook = (t if t.dtype == torch.float64 else t.float() for t in (x, codebook))
     check_common(x=x, codebook=codebook)
     lead = x.dim() - 2
@@ -171,7 +172,7 @@ def fsq(z: Tensor, levels: Sequence[int], *, bound: str = "tanh", variant: str =
     levels = _checked_levels(levels, bound, variant)
     if z.dim() < 1 or z.shape[-1] != len(levels):
         raise ValueError(f"z must have shape [..., {len(levels)}], a column per level; got {list(z.shape)}")
-    if _autocasts(z) and z.dtype != torch.float64:
+    if autocasts(z) and z.dtype != torch.float64:
         z = z.float()
     if not use_native("fsq", z, beyond=_beyond(levels)):
         return reference.fsq(z, levels, bound=bound, variant=variant)
@@ -202,11 +203,6 @@ def fsq_indices_to_codes(
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
-
-
-def _autocasts(tensor: Tensor) -> bool:
-    device = tensor.device.type
-    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def _checked_levels(levels: Sequence[int], bound: str, variant: str = VARIANTS[0]) -> list[int]:
