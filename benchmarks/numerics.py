@@ -15,7 +15,7 @@ from typing import Any
 from xlayer_ext import bench, bench_oracle, bench_suite
 
 # The toy cases of the scripts with other sizes: an error of few numbers is luck. By operator.
-HYPER, VQ, DEPTH = [4, 64, 256, 4], [512, 1024, 64], [8, 64, 64]
+HYPER, VQ, DEPTH = [2, 64, 256, 4], [512, 1024, 64], [8, 64, 64]
 SIZES: dict[str, list[int]] = {
     "hdim_attention": [5, 128, 24, 96, 64],
     "masked_mean": [8, 128, 256],
