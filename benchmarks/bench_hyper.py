@@ -392,13 +392,19 @@ def _few(draws: list[Results]) -> list[str]:
 
 
 def _pooled(side: list[Results], exact: list[Results], names: list[str]) -> Tensor:
-    """Those gradients of all draws, in units of their size in the whole case and in its pieces."""
+    """Those gradients of all draws, in units of their size in the whole case and in its pieces.
+
+    The whole case is one draw, a sum over many tokens that may have cancelled: its unit is at least what pieces of such
+    a size add up to when their signs are random. Else an error that is small beside the terms would count as large.
+    """
     pool = []
     for name in names:
-        for part in (slice(0, 1), slice(1, None)):
-            values, true = (torch.stack([draw[name] for draw in draws[part]]) for draws in (side, exact))
-            size = true.double().square().mean().sqrt().log2().round().exp2()  # dividing by it is exact
-            pool.append((values / size.to(values.dtype)).flatten())
+        values, true = (torch.stack([draw[name] for draw in draws]) for draws in (side, exact))
+        of_pieces = true[1:].double().square().mean().sqrt()
+        of_whole = true[0].double().square().mean().sqrt().maximum(of_pieces * (len(true) - 1) ** 0.5)
+        for part, size in ((values[:1], of_whole), (values[1:], of_pieces)):
+            unit = size.log2().round().exp2()  # dividing by it is exact
+            pool.append((part / unit.to(values.dtype)).flatten())
     return torch.cat(pool)
 
 

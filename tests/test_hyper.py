@@ -211,6 +211,15 @@ def test_large_small_and_shifted_streams(native: str, kind: str, offset: float, 
     check_oracle_rule(draws, torch.float32)
 
 
+@pytest.mark.parametrize("offset", [1e2, 1e4])
+def test_deviations_from_a_large_mean_keep_their_digits(native: str, offset: float) -> None:
+    case = hyper_case(fresh_generator(), "pre", "dhc", d=96, device=native, offset=offset).to(torch.float32)
+    exact, actual = evaluate_formula(case.to(torch.float64)), evaluate_native(case)
+    for name in ("coefficients", "grad_weight", "grad_bias", "grad_scale"):
+        # As exact as the deviations themselves; a mean that is rounded to float32 would cost offset · 6e-8.
+        assert relative_error(actual[name], exact[name]) < 3e-6, name
+
+
 def test_small_arguments_of_tanh_keep_their_digits(native: str) -> None:
     case = hyper_case(fresh_generator(), "pre", "dhc-rms", d=64, device=native).to(torch.float32)
     connection = case.connection._replace(

@@ -301,14 +301,15 @@ class Backward {
         out.ahead_out = post_ ? 0 : token.ahead_out[0];
         for (int j = 0; j < n_; ++j) {
             out.pre[j] = c[j * columns];
-            out.slope[j] = out.level[j] = out.mean[j] = 0;
+            out.slope[j] = out.level[j] = out.mean[j] = out.rest[j] = 0;
         }
         if (!dynamic_) return;
         const T* z = static_cast<const T*>(args_.logits) + index * numbers;
-        const T* statistics = static_cast<const T*>(args_.statistics) + index * n_ * 2;
+        const T* statistics = static_cast<const T*>(args_.statistics) + index * n_ * kHyperStatistics;
         T along_all = 0;
         for (int j = 0; j < n_; ++j) {
-            const T mean = statistics[2 * j], inverse = statistics[2 * j + 1];
+            const T* of = statistics + j * kHyperStatistics;
+            const T inverse = of[2];
             T along = 0, level = 0;  // ⟨∂L/∂norm(h), norm(h)⟩ and the sum of ∂L/∂norm(h)
             for (int64_t m = 0; m < columns; ++m) {
                 const T grad = grad_z[j * columns + m];
@@ -317,13 +318,12 @@ class Backward {
                 out.logits[j * columns + m] = grad * inverse;
             }
             along_all += along;
-            out.mean[j] = mean;
+            out.mean[j] = of[0], out.rest[j] = of[1];
             out.slope[j] = -inverse * inverse * along / static_cast<T>(d);
             if (args_.connection.norm == HyperNorm::layer) out.level[j] = -inverse * level / static_cast<T>(d);
         }
         for (int j = 0; all_ && j < n_; ++j) {
-            const T inverse = statistics[1];
-            out.mean[j] = 0;
+            const T inverse = statistics[2];
             out.slope[j] = -inverse * inverse * along_all / static_cast<T>(n_ * d);
         }
     }

@@ -106,6 +106,11 @@ class Forward {
         }
     }
 
+    static void give_statistics(T* statistics, int64_t row, T shift, T off, T inverse) {
+        T* out = statistics + row * kHyperStatistics;
+        out[0] = shift, out[1] = off, out[2] = inverse;
+    }
+
     // z and statistics of one token whose streams have a norm each.
     void logits(const T* const* rows, const T* const* soon, T* z, T* statistics) const {
         const int64_t columns = args_.size.columns(), numbers = args_.size.coefficients();
@@ -124,8 +129,7 @@ class Forward {
             const T inverse = 1 / std::sqrt(sum[numbers + n_ + j] / width - off * off + eps);
             for (int64_t m = 0; m < columns; ++m)
                 z[j * columns + m] = inverse * (sum[j * columns + m] - off * weight_sum_[m]);
-            statistics[2 * j] = shift[j] + off;
-            statistics[2 * j + 1] = inverse;
+            give_statistics(statistics, j, shift[j], off, inverse);
         }
     }
 
@@ -154,10 +158,7 @@ class Forward {
                 const T inverse = 1 / std::sqrt(all[g] / elements + static_cast<T>(args_.connection.eps));
                 sum_vectors<T>(product + g * numbers, numbers, flat);  // alone: in the same order in any group
                 for (int64_t at = 0; at < numbers; ++at) z[(t + g) * numbers + at] = inverse * flat[at];
-                for (int j = 0; j < n_; ++j) {
-                    statistics[((t + g) * n_ + j) * 2] = 0;
-                    statistics[((t + g) * n_ + j) * 2 + 1] = inverse;
-                }
+                for (int j = 0; j < n_; ++j) give_statistics(statistics, (t + g) * n_ + j, T(0), T(0), inverse);
             }
             t += group;
         }
@@ -167,7 +168,7 @@ class Forward {
         const int64_t numbers = args_.size.coefficients();
         T* z = static_cast<T*>(args_.logits) + first * numbers;
         if (args_.connection.norm == HyperNorm::rms_all)
-            logits_of_all(with, first, count, z, static_cast<T*>(args_.statistics) + first * n_ * 2);
+            logits_of_all(with, first, count, z, static_cast<T*>(args_.statistics) + first * n_ * kHyperStatistics);
         T* c = static_cast<T*>(args_.coefficients) + first * numbers;
         if (is_constrained(args_.connection)) {
             for (int64_t t = 0; t < count; t += lanes<T>) {
@@ -216,7 +217,7 @@ class Forward {
                              distance_ahead<T>(args_.size, args_.size.dtype, args_.in.stride, token);
         for (int j = 0; j < n_; ++j) soon[j] = static_cast<const T*>(args_.in.data) + next + j * args_.in.stride[2];
         logits(rows, soon, static_cast<T*>(args_.logits) + token * args_.size.coefficients(),
-               static_cast<T*>(args_.statistics) + token * n_ * 2);
+               static_cast<T*>(args_.statistics) + token * n_ * kHyperStatistics);
     }
 
     const HyperForward& args_;

@@ -100,16 +100,16 @@ template <class T>
 struct StreamGradient {
     const T* grad_x;
     T pre[kHyperMostStreams];    // times ∂L/∂x: c_j0
-    T slope[kHyperMostStreams];  // times h'_j − mean_j, and
+    T slope[kHyperMostStreams];  // times h'_j − mean_j − rest_j, and
     T level[kHyperMostStreams];  // added: what the norm's statistics bring
-    T mean[kHyperMostStreams];
+    T mean[kHyperMostStreams], rest[kHyperMostStreams];
     T logits[kMostCoefficients];  // times the weight's rows: ∂L/∂z ÷ root of the variance
     int64_t ahead, ahead_x;       // from what is handed on, and from ∂L/∂x, to the next token's
     int64_t ahead_h, ahead_out;   // the same of h and ∂L/∂h, where there is no post to do it
 };
 
-// Over a stretch: grad_j = handed_on_j + pre_j ∂L/∂x + slope_j (h'_j − mean_j) + level_j + Σ_m logits_jm weight_m, and
-// the token's share of the weight's gradient. One packed weight for all streams; without it (not Dynamic)
+// Over a stretch: grad_j = handed_on_j + pre_j ∂L/∂x + slope_j (h'_j − mean_j − rest_j) + level_j + Σ_m logits_jm
+// weight_m, and the token's share of the weight's gradient. One packed weight for all streams; without it (not Dynamic)
 // what the norm brings is 0.
 template <class T, int N, bool Dynamic>
 __attribute__((noinline)) void stream_gradient(int64_t streams, const StreamGradient<T>& with,
@@ -121,7 +121,7 @@ __attribute__((noinline)) void stream_gradient(int64_t streams, const StreamGrad
         prefetch(with.grad_x + begin + e + with.ahead_x);
         Vec<T> grad[kMost<N>] = {}, centred[kMost<N>];
         for (int j = 0; Dynamic && j < n; ++j) {
-            centred[j] = io.load(h[j] + begin + e) - with.mean[j];
+            centred[j] = io.load(h[j] + begin + e) - with.mean[j] - with.rest[j];
             prefetch(h[j] + begin + e + with.ahead_h);
             grad[j] = with.slope[j] * centred[j] + with.level[j];
         }

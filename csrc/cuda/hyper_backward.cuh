@@ -40,10 +40,10 @@ constexpr int kStreamGroups = N == 0 ? 1 : 8 / N;
 template <class T, int N>
 constexpr int kStreamTile = kStreamGroups<N> * kWarp * kStreamElements<T, N>;  // columns of a block
 
-// Numbers of a token, in A: c_j0, the mean of h'_j, and what is multiplied with h'_j − mean and what is added because
-// of the norm, for all j; then ∂L/∂z ÷ root of the variance, what the weight's rows are multiplied with.
-enum Record { kPre, kMean, kSlope, kLevel, kLogits };
-__host__ __device__ constexpr int64_t record_size(int64_t n) { return 4 * n + n * (n + 2); }
+// Numbers of a token, in A: c_j0, the mean of h'_j in two parts, and what is multiplied with h'_j − mean and what is
+// added because of the norm, for all j; then ∂L/∂z ÷ root of the variance, what the weight's rows are multiplied with.
+enum Record { kPre, kMean, kRest, kSlope, kLevel, kLogits };
+__host__ __device__ constexpr int64_t record_size(int64_t n) { return 5 * n + n * (n + 2); }
 
 struct Backward {
     HyperBackward args;

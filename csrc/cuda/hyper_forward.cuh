@@ -227,20 +227,18 @@ class ForwardToken {
         const int thread = static_cast<int>(threadIdx.x), j = thread / kColumns<N>, m = first + thread % kColumns<N>;
         if (thread >= kMost<N> * kColumns<N> || j >= n_) return;
         const A width = static_cast<A>(d_);
-        A mean = 0, off = 0,
-          level = 0;  // off: by how much the mean had been rounded, level: what it adds to z
+        A mean = 0, off = 0, level = 0;  // off: by how much the mean had been rounded, level: what it adds to z
         if (args_.connection.norm == HyperNorm::layer) {
             off = shared().sum[kMost<N> * kColumns<N> + j] / width;
-            mean = shared().mean[j] + off;
+            mean = shared().mean[j];
             level = off * static_cast<const A*>(args_.workspace)[m];
         }
         const A squares = shared().sum[kMost<N> * (kColumns<N> + 1) + j];
         const A inverse = A(1) / sqrt(squares / width - off * off + static_cast<A>(args_.connection.eps));
         shared().z[j * (n_ + 2) + m] = inverse * (shared().sum[thread] - level);
         if (m > 0) return;
-        A* statistics = static_cast<A*>(args_.statistics) + (token_ * n_ + j) * 2;
-        statistics[0] = mean;
-        statistics[1] = inverse;
+        A* statistics = static_cast<A*>(args_.statistics) + (token_ * n_ + j) * kHyperStatistics;
+        statistics[0] = mean, statistics[1] = off, statistics[2] = inverse;
     }
 
     // c from z, by the first warp.

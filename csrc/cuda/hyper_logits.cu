@@ -67,10 +67,10 @@ __global__ void __launch_bounds__(kLogitThreads, 2) hyper_logits_kernel(LogitsOf
         for (int g = 0; g < kGroup && row + warp * kGroup + g < rows; ++g)
             static_cast<A*>(args.logits)[token * rows + row + warp * kGroup + g] = inverse * sum[g];
         if (blockIdx.y > 0) continue;
-        A* const statistics = static_cast<A*>(args.statistics) + token * size.streams * 2;
+        A* const statistics = static_cast<A*>(args.statistics) + token * size.streams * kHyperStatistics;
         for (int64_t j = warp; j < size.streams; j += kLogitThreads / kWarp) {
-            statistics[2 * j] = 0;
-            statistics[2 * j + 1] = inverse;
+            A* const of = statistics + j * kHyperStatistics;
+            of[0] = of[1] = 0, of[2] = inverse;
         }
     }
 }

@@ -170,10 +170,10 @@ class TokenRow {
             if (real) record[kPre * n_ + j_] = static_cast<const A*>(args_.connection.base)[j_ * columns_];
             return;
         }
-        A along = 0, level = 0, mean = 0, inverse = 0;  // ⟨∂L/∂norm(h), norm(h)⟩ and the sum of ∂L/∂norm(h)
+        A along = 0, level = 0, mean = 0, rest = 0, inverse = 0;  // ⟨∂L/∂norm(h), norm(h)⟩ and the sum of ∂L/∂norm(h)
         if (real) {
-            const A* const statistics = static_cast<const A*>(args_.statistics) + (token * n_ + j_) * 2;
-            mean = statistics[0], inverse = statistics[1];
+            const A* const statistics = static_cast<const A*>(args_.statistics) + (token * n_ + j_) * kHyperStatistics;
+            mean = statistics[0], rest = statistics[1], inverse = statistics[2];
         }
 #pragma unroll
         for (int m = 0; m < kMost<N> + 2; ++m) {
@@ -191,6 +191,7 @@ class TokenRow {
         if (!real) return;
         record[kPre * n_ + j_] = static_cast<const A*>(args_.coefficients)[(token * n_ + j_) * columns_];
         record[kMean * n_ + j_] = mean;
+        record[kRest * n_ + j_] = rest;
         record[kSlope * n_ + j_] = -inverse * inverse * along / width;
         record[kLevel * n_ + j_] = norm == HyperNorm::layer ? -inverse * level / width : A(0);
     }

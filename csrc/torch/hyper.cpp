@@ -168,7 +168,7 @@ struct Operators {
         Tensor x = call.new_rows(call.dtype(), "branch_input");
         Tensor coefficients = call.new_numbers(call.size.columns(), "coefficients");
         Tensor logits = call.new_numbers(call.size.columns(), "logits");
-        Tensor statistics = call.new_numbers(2, "statistics");
+        Tensor statistics = call.new_numbers(kHyperStatistics, "statistics");
         args.branch_input = x.mutable_data_ptr();
         if (call.dynamic()) {
             args.coefficients = coefficients.mutable_data_ptr();
@@ -240,8 +240,9 @@ struct Operators {
                 args.grad_coefficients = call.coefficients_data(*grad_c, "grad_coefficients", false, grad_coefficients);
             args.coefficients = call.coefficients_data(c, "next_coefficients", false, coefficients);
             args.logits = call.coefficients_data(z, "logits", false, logits);
-            args.statistics = call.parameter(stats, "statistics",
-                                             {call.size.outer, call.size.inner, call.size.streams, 2}, statistics);
+            args.statistics =
+                call.parameter(stats, "statistics",
+                               {call.size.outer, call.size.inner, call.size.streams, kHyperStatistics}, statistics);
         }
     };
 

@@ -35,6 +35,7 @@ from xlayer_ext.reference.hyper import Connection
 NORMS = ("none", "layer", "rms", "rms_all")
 FORMS = ("identity", "tanh", "sinkhorn_rows", "sinkhorn_columns")
 MOST_STREAMS = 16  # in the native kernels
+STATISTICS = 3  # numbers that a row's norm keeps for the backward
 Function = Callable[..., Any]
 
 __all__ = ["Connection", "hyper_post", "hyper_post_pre", "hyper_pre"]
@@ -241,7 +242,7 @@ def _fake_pre(streams: Tensor, base: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     if rest[3] == 0:
         return x, base.new_empty((0,)), base.new_empty((0,)), base.new_empty((0,))
     c = base.new_empty((outer, inner, n, n + 2))
-    return x, c, torch.empty_like(c), base.new_empty((outer, inner, n, 2))
+    return x, c, torch.empty_like(c), base.new_empty((outer, inner, n, STATISTICS))
 
 
 def _fake_post(streams: Tensor, branch_output: Tensor, coefficients: Tensor) -> Tensor:

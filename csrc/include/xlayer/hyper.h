@@ -29,6 +29,11 @@ namespace xlayer {
 
 constexpr int64_t kHyperMostStreams = 16;  // the largest n
 
+// Numbers that pre keeps of a row for the backward: a number near its mean, the mean less that number, and 1 / root of
+// variance + eps. In two parts, because where a mean is large beside the deviations, what one number would round away
+// is not small beside them. 0, 0 for rms and rms_all.
+constexpr int64_t kHyperStatistics = 3;
+
 enum class HyperNorm : int64_t { none, layer, rms, rms_all };
 enum class HyperForm : int64_t { identity, tanh, sinkhorn_rows, sinkhorn_columns };
 
@@ -89,8 +94,7 @@ struct HyperForward {
     void* branch_input;  // x [tokens, d], dtype
     void* coefficients;  // c [tokens, n, n+2]; null, like the next two, where norm is none
     void* logits;        // z [tokens, n, n+2]: kept for the backward
-    void* statistics;    // [tokens, n, 2]: (mean, 1 / root of variance + eps); 0 for the mean of rms, rms_all;
-                         //                 rms_all writes the same for all n
+    void* statistics;    // [tokens, n, kHyperStatistics]; rms_all writes the same for all n
     void* workspace;     // hyper_forward_workspace() bytes, aligned to 64
     ThreadPool pool;
 };
