@@ -149,6 +149,31 @@ XLAYER_INLINE Vec<T> sum_rows(const T* rows) {
     return level[0];
 }
 
+// out[r] = the sum over the lanes of rows[r], for a few rows at a time: the same tree, so the same bits for any `Rows`.
+template <class T, int Rows>
+XLAYER_INLINE void sum_each_lanes(const Vec<T>* rows, T* out) {
+    constexpr int kLanes = lanes<T>;
+    static_assert(Rows <= kLanes && (Rows & (Rows - 1)) == 0);
+    IntVec<T> even, odd;
+    XLAYER_UNROLL for (int l = 0; l < kLanes; ++l) {
+        even[l] = 2 * l;
+        odd[l] = 2 * l + 1;
+    }
+    Vec<T> level[Rows];
+    XLAYER_UNROLL for (int r = 0; r < Rows; ++r) level[r] = rows[r];
+    for (int left = Rows / 2; left > 0; left /= 2) {
+        for (int r = 0; r < left; ++r) {
+            const Vec<T> a = level[2 * r], b = level[2 * r + 1];
+            level[r] = __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
+        }
+    }
+    Vec<T> sum = level[0];
+    XLAYER_UNROLL for (int width = kLanes / Rows; width > 1; width /= 2) {
+        sum = __builtin_shuffle(sum, sum, even) + __builtin_shuffle(sum, sum, odd);
+    }
+    XLAYER_UNROLL for (int r = 0; r < Rows; ++r) out[r] = sum[r];
+}
+
 // e^x within one unit in the last place for x ≤ 88; 0 below −87, where the result would be subnormal.
 XLAYER_INLINE Vec<float> exponential(Vec<float> x) {
     const Vec<float> low = splat(-87.0f), shifter = splat(12582912.0f);  // 1.5·2²³: adding it rounds to an integer

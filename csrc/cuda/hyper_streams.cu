@@ -142,7 +142,7 @@ class StreamThread {
         const A* const record = static_cast<const A*>(with_.records) + token * record_size(n_);
         A sum[V] = {};
         if (with_.dynamic) {
-            const A mean = record[kMean * n_ + j_], rest = record[kRest * n_ + j_];
+            const A mean = All ? A(0) : record[kMean * n_ + j_], rest = All ? A(0) : record[kRest * n_ + j_];
             const A slope = record[kSlope * n_ + j_], level = record[kLevel * n_ + j_];
             const A* const logits = record + kLogits * n_ + (All ? 0 : j_ * (n_ + 2));
             A centred[V];
