@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from benchmarks import bench_hdim, bench_quantize
+from benchmarks import bounds as promises
 from benchmarks import readme_tables as tables
 from benchmarks.readme_tables import block, milliseconds, named, table
 from xlayer_ext import bench
@@ -154,3 +155,9 @@ def aggregate() -> str:
                 lines.append([f"{name}, d = {case[5:]}", pass_, *times, *ratios, rows.fraction(*key, "native")])
     head = " | pass | native | eager | `torch.compile` | `nn.GRUCell` | products alone"
     return table(head + " | ÷ eager | ÷ compile | ÷ cell | of the limit", lines)
+
+
+@block
+def bounds() -> str:
+    verdicts = promises.judged(Rows(EPYC).all)
+    return table(" | ".join(promises.HEAD), [v.cells for v in verdicts]) + f"\n{promises.summary(verdicts)}\n"
