@@ -6,7 +6,8 @@ boundary, `native separate` is the same work as two native calls, timed in the s
 least bytes: what the fusion is worth.
 
 The package `hyper-connections` computes the kinds `dhc-rms` and `mhc-stream`, on streams packed into the batch; there
-its rows have the same weights as ours, and its results are compared with ours before anything is timed.
+its rows have the same weights as ours, and its results are compared with ours before anything is timed. On GPUs
+Liger-Kernel and TileKernels compute the kind `mhc` (`peers_cuda.py`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from torch import Tensor, nn
 from xlayer_ext import bench, bench_suite, functional, reference
 from xlayer_ext._backend import use_native
 from xlayer_ext.functional import Connection
+
+# It lies beside this file, whether that is a module of the package or a script of its own.
+peers_cuda = importlib.import_module(f"{__package__}.peers_cuda" if __package__ else "peers_cuda")
 
 Outputs = tuple[Tensor, ...]
 
@@ -292,6 +296,8 @@ def implementation(impl: str, op: str, kind: str, given: Inputs) -> tuple[Call, 
         check_peer(kind, given, module)
         function = bench_suite.compiled(peer_call) if impl.endswith("compile") else peer_call
         return partial(function, module, given), [given.streams, given.branch_output, *module.parameters()]
+    if impl in peers_cuda.MHC:
+        return peers_cuda.mhc(impl, op, *given)
     if impl in ("native", SEPARATE):
         kernels = KERNELS["pre+post" if impl == SEPARATE else op]
         if not all(use_native(kernel, given.streams) for kernel in kernels):
@@ -308,7 +314,7 @@ def build(
     given = make_inputs(kind, size, packed, dtype, device).map(Tensor.requires_grad_)
     call, leaves = implementation(impl, op, kind, given)
     work = {"fwd": _forward, "bwd": _backward, "fwd+bwd": _forward_backward}[pass_](call, leaves)
-    return bench_suite.settled(work) if impl.endswith("compile") else work
+    return bench_suite.settled(work) if impl.endswith("compile") or impl in peers_cuda.MHC else work
 
 
 def _forward(call: Call, leaves: list[Tensor]) -> bench.Work:
@@ -446,6 +452,8 @@ def make_case(name: str, setting: Setting, op: str, pass_: str, dtype: str, devi
     arguments |= {"dtype": dtype, "device": device}
     what = ("hyper", op, name, pass_, dtype)
     peers = peers_of(op, kind, setting.packed)
+    if kind == "mhc" and torch.device(device).type == "cuda":
+        peers += peers_cuda.mhc_peers(op, pass_)
     return bench_suite.Case(*what, *work, build, arguments, setting.suite, halve=halve, peers=peers)
 
 

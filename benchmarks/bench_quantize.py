@@ -5,7 +5,8 @@ Four operators: `nearest`, the nearest code of each row; `statistics`, what fall
 product x·cᵀ alone, which writes what the search never does: the N × K scores.
 
 The package `vector-quantize-pytorch` gets our codebook, and its results are compared with ours before anything is
-timed: its codes may differ where two are equally near, or where a number stands on the edge of a bin.
+timed: its codes may differ where two are equally near, or where a number stands on the edge of a bin. On GPUs cuVS
+searches as well (`peers_cuda.py`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from torch import Tensor, nn
 
 from xlayer_ext import backend, bench, bench_suite, functional, reference
 from xlayer_ext._backend import use_native
+
+# It lies beside this file, whether that is a module of the package or a script of its own.
+peers_cuda = importlib.import_module(f"{__package__}.peers_cuda" if __package__ else "peers_cuda")
 
 Outputs = tuple[Tensor, ...]
 Call = Callable[[], Outputs]
@@ -211,6 +215,8 @@ def implementation(impl: str, op: str, how: str, levels: int, given: Outputs) ->
     """The function to call; `bench.Unavailable` where it cannot run."""
     if impl == "native" and not all(use_native(kernel, given[0]) for kernel in KERNELS[op]):
         raise bench.Unavailable("no native kernel is in use; `python -m xlayer_ext.info` says why")
+    if impl == peers_cuda.CUVS:
+        return peers_cuda.cuvs_nearest(how, *given)
     if op in ("nearest", "train") and impl != "native":
         scores = given[0].shape[0] * given[1].shape[0] * 4
         if scores > PLAIN_BYTES:
@@ -348,7 +354,7 @@ def make_case(name: str, setting: Setting, pass_: str, dtype: str, device: str) 
     arguments = {"op": op, "pass_": pass_, "how": how, "size": list(size), "dtype": dtype, "device": device}
     peers: tuple[str, ...] = () if op == "statistics" else (PACKAGE, f"{PACKAGE} compile")
     if op == "nearest":
-        peers = ("gemm", *peers)
+        peers = ("gemm", *peers, *((peers_cuda.CUVS,) if torch.device(device).type == "cuda" else ()))
     return bench_suite.Case("quantize", op, name, pass_, dtype, *work, build, arguments, suite, peers=peers)
 
 

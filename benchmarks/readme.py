@@ -1,7 +1,8 @@
 """The numbers of the README, from the committed results: `make results` writes them, a test compares them.
 
 README.md names its generated parts: what stands between `<!-- results: NAME -->` and `<!-- end -->` is the text of the
-function NAME in readme_kernels.py or readme_studies.py. A new table is a new function, and a pair of such lines.
+function NAME in one of the modules below. Marks on lines of their own hold a table, marks inside a sentence a number. A
+new part is a new function, and a pair of marks. `unsourced` finds the numbers that stand outside of all of them.
 """
 
 from __future__ import annotations
@@ -10,18 +11,18 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks import readme_kernels, readme_studies
+from benchmarks import readme_facts, readme_kernels, readme_numbers, readme_studies
 from benchmarks.readme_tables import BLOCKS
 
 ROOT = Path(__file__).parents[1]
-BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- results: (\w+) -->(\n?)).*?(<!-- end -->)", re.DOTALL)
 
-__all__ = ["readme_kernels", "readme_studies", "rewritten"]  # imported for what they register
+MODULES = (readme_facts, readme_kernels, readme_numbers, readme_studies)  # imported for what they register
 
 
 def rewritten(text: str) -> str:
     """``text`` with every generated part made anew; a name without a function raises `KeyError`."""
-    return BLOCK.sub(lambda match: f"{match[1]}{BLOCKS[match[2]]().rstrip()}\n{match[3]}", text)
+    return BLOCK.sub(lambda match: f"{match[1]}{BLOCKS[match[2]]().rstrip()}{match[3]}{match[4]}", text)
 
 
 def main(arguments: list[str]) -> int:

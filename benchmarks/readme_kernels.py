@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from benchmarks import bench_hdim, bench_quantize
+from benchmarks import bounds as promises
 from benchmarks import readme_tables as tables
-from benchmarks.readme_tables import block, milliseconds, table
+from benchmarks.readme_tables import block, milliseconds, named, table
 from xlayer_ext import bench
 
 EPYC, XEON = "epyc-avx512-2core", "xeon-avx512-2core"
@@ -56,7 +58,8 @@ def megabytes(size: int) -> str:
 def hdim() -> str:
     rows = Rows(XEON)
     lines = []
-    for case, shape in (("S128", "8 × 128"), ("S512", "2 × 512"), ("S1024", "1 × 1024")):
+    for case in ("S128", "S512", "S1024"):
+        shape = " × ".join(str(size) for size in bench_hdim.CPU_SIZES[case][1:3])
         for pass_ in ("fwd", "fwd+bwd"):
             key = ("hdim_attention", case, pass_)
             times = [rows.time(*key, impl) for impl in ("native", "eager", "compile")]
@@ -111,25 +114,28 @@ def hyper_model() -> str:
 @block
 def quantize() -> str:
     rows, package = Rows(EPYC), PACKAGES["quantize"]
-    named = (
+    sizes = {case: named(**dict(zip("NKD", s.size, strict=True))) for case, s in bench_quantize.settings(False).items()}
+    lines_of = (
         ("nearest code, euclidean", "nearest", "K4096-D256", "fwd"),
         ("nearest code, cosine", "nearest", "K4096-D256-cos", "fwd"),
-        ("N = 8192, K = 1024, D = 64", "nearest", "K1024-D64", "fwd"),
+        (f"nearest code, {sizes['K1024-D64']}", "nearest", "K1024-D64", "fwd"),
         ("training step of the module", "train", "train", "fwd"),
         ("the same, cosine", "train", "train-cos", "fwd"),
-        ("sums per code, N = 8192, K = 1024", "statistics", "sums", "fwd"),
+        (f"sums per code, {sizes['sums']}", "statistics", "sums", "fwd"),
         *((f"FSQ, symmetric, {pass_}", "fsq", "fsq-8", pass_) for pass_ in bench.PASSES),
         *((f"FSQ, offset, {pass_}", "fsq", "fsq-8-offset", pass_) for pass_ in bench.PASSES),
     )
     lines = []
-    for name, op, case, pass_ in named:
+    for name, op, case, pass_ in lines_of:
         key = (op, case, pass_)
         times = [rows.time(*key, impl) for impl in ("native", "eager", "compile", "gemm", package)]
         lines.append([name, *times, rows.ratio(*key, package), rows.fraction(*key, "native")])
     large = ("nearest", "K65536-D64", "fwd", "native")
+    n, k, _ = bench_quantize.settings(False)["K65536-D64"].size
+    scores = 4 * n * k / 2**30
     return (
         table(" | native | eager | `torch.compile` | GEMM alone | package | ÷ package | of the limit", lines)
-        + f"\nN = K = 65,536, D = 64, where the scores alone would take 16 GiB: {rows.time(*large)}, "
+        + f"\n{sizes['K65536-D64']}, where the scores alone would take {scores:.0f} GiB: {rows.time(*large)}, "
         f"{rows.fraction(*large)} of the measured GEMM\nrate, with {rows.memory(*large)} beyond inputs and outputs.\n"
     )
 
@@ -149,3 +155,9 @@ def aggregate() -> str:
                 lines.append([f"{name}, d = {case[5:]}", pass_, *times, *ratios, rows.fraction(*key, "native")])
     head = " | pass | native | eager | `torch.compile` | `nn.GRUCell` | products alone"
     return table(head + " | ÷ eager | ÷ compile | ÷ cell | of the limit", lines)
+
+
+@block
+def bounds() -> str:
+    verdicts = promises.judged(Rows(EPYC).all)
+    return table(" | ".join(promises.HEAD), [v.cells for v in verdicts]) + f"\n{promises.summary(verdicts)}\n"

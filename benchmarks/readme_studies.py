@@ -9,11 +9,13 @@ from benchmarks.readme_tables import block, interval, percent, study, table
 
 @block
 def hyper_lm() -> str:
-    found = study("hyper_lm-stdlib-lm")["rows"]
+    from xlayer_systems.hyper_lm import HyperLMConfig
+
+    found, n = study("hyper_lm-stdlib-lm")["rows"], HyperLMConfig().expansion_rate
     first = next(row for row in found if row["name"] == "plain")
     lines = []
     for row in found:
-        name = "plain" if row is first else f"{row['name'].upper().replace('MHC', 'mHC')}, n = 4"
+        name = "plain" if row is first else f"{row['name'].upper().replace('MHC', 'mHC')}, n = {n}"
         apart, tokens = row["difference"], f"{row['tokens']:,.0f}"
         difference = f"{apart['mean']:+.3f} ({apart['low']:+.3f} – {apart['high']:+.3f})".replace("-", "−")
         rest = ["", tokens, ""] if row is first else [difference, tokens, f"{row['speed_up']:.2f}×"]
@@ -45,10 +47,9 @@ TELEPATHY = {
 def telepathy() -> str:
     found = study("telepathy-stdlib-topics")
     bridge = found["accuracy"]
-    lines = [
-        ["**bridge, 8 soft tokens**", f"**{percent(bridge['mean'])}**", interval(bridge), percent(found["invalid"])]
-    ]
-    lines[0].append(str(bridge["total"]))
+    name = f"**bridge, {found['soft_tokens']} soft tokens**"
+    measured = [f"**{percent(bridge['mean'])}**", interval(bridge), percent(found["invalid"]), str(bridge["total"])]
+    lines = [[name, *measured]]
     for key, name in TELEPATHY.items():
         row = found["baselines"][key]
         invalid = percent(row["invalid"] / row["total"])
@@ -96,21 +97,26 @@ def telepathy_tokens() -> str:
     return table("soft tokens | accuracy | 95 % interval | similarity of messages", lines)
 
 
-BRIDGES = {
-    "continuous": "continuous",
-    "vq": "VQ, 512 codes",
-    "vq:revive_below=0.1": "VQ, dead codes revived",
-    "fsq": "FSQ, 8 dimensions of 8 levels",
-    "fsq:variance_diversity=0.1": "FSQ, variance loss 0.1",
-    "dit:dit_steps=4": "rectified flow, 4 Euler steps",
-}
+def bridges() -> dict[str, str]:
+    """The bridges of the study in words."""
+    from xlayer_systems.telepathy.config import TelepathyConfig
+
+    config = TelepathyConfig()
+    return {
+        "continuous": "continuous",
+        "vq": f"VQ, {config.codebook_size} codes",
+        "vq:revive_below=0.1": "VQ, dead codes revived",
+        "fsq": f"FSQ, {len(config.levels)} dimensions of {config.levels[0]} levels",
+        "fsq:variance_diversity=0.1": "FSQ, variance loss 0.1",
+        "dit:dit_steps=4": "rectified flow, 4 Euler steps",
+    }
 
 
 @block
 def telepathy_bridges() -> str:
-    lines = []
+    lines, names = [], bridges()
     for row, runs in _over_seeds("telepathy-bridges"):
-        name = BRIDGES[row["name"].removeprefix("classification:bridge=")]
+        name = names[row["name"].removeprefix("classification:bridge=")]
         seeds = ", ".join(f"{100 * run['accuracy']['mean']:.1f}" for run in runs)
         codes = _mean(runs, "usage", "perplexity")
         measured = [f"{_mean(runs, 'usage', 'similarity'):.3f}", "" if codes is None else f"{codes:.1f}"]

@@ -23,6 +23,17 @@ def milliseconds(value: float) -> str:
     return f"{value:.0f} ms" if value >= 100 else f"{value:.1f} ms" if value >= 1 else f"{value:.2f} ms"
 
 
+def power(value: float) -> str:
+    """A learning rate: 4e-3."""
+    mantissa, exponent = f"{value:e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def named(**sizes: int) -> str:
+    """B = 4, S = 512."""
+    return ", ".join(f"{name} = {size}" for name, size in sizes.items())
+
+
 def study(name: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
     return found

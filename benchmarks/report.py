@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jinja2  # torch needs it, so it is there
 
-from benchmarks import plots
+from benchmarks import bounds, plots
 from xlayer_ext import bench
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -71,6 +71,7 @@ def _tables(rows: Sequence[bench.Row], found: Mapping[str, Any]) -> Iterable[Tab
     yield limits(found.get("limits"))
     for family in dict.fromkeys(row.family for row in rows):
         yield times([row for row in rows if row.family == family], family)
+    yield promises(rows)
     yield exponents(found["curves"])
     yield errors(found["numerics"])
     states = [[peer["package"], peer["what"], peer["state"]] for peer in found["peers"]]
@@ -113,6 +114,12 @@ def _time(row: bench.Row) -> list[str]:
     spread = f"{row.extra['spread']:.2f}" if "spread" in row.extra else "-"
     what += [spread, "-" if speed is None else f"{speed:.2f}", f"{row.fraction_of_limit:.3f}"]
     return [*what, row.extra.get("bound", "-"), "-" if peak is None else f"{peak / 1e6:.1f}"]
+
+
+def promises(rows: Sequence[bench.Row]) -> Table:
+    verdicts = [verdict for verdict in bounds.judged(rows) if verdict.measured is not None]
+    about = "Bounds of float32 rows on 2 cores of a CPU; those that the rows above can tell of."
+    return Table("What is promised", about, bounds.HEAD, [verdict.cells for verdict in verdicts])
 
 
 def exponents(curves: Sequence[Mapping[str, Any]]) -> Table:

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from benchmarks import readme, readme_kernels, readme_tables
+from benchmarks import readme, readme_facts, readme_kernels, readme_numbers, readme_prose, readme_tables
 from xlayer_ext import bench
 
 
@@ -18,8 +18,45 @@ def test_readme_shows_the_committed_results() -> None:
 
 def test_every_generated_part_is_in_the_readme() -> None:
     text = (readme.ROOT / "README.md").read_text()
-    assert sorted(re.findall(r"<!-- results: (\w+) -->", text)) == sorted(readme.BLOCKS)
-    assert text.count("<!-- end -->") == len(readme.BLOCKS)
+    marks = re.findall(r"<!-- results: (\w+) -->", text)
+    assert set(marks) == set(readme.BLOCKS)
+    assert text.count("<!-- end -->") == len(marks)
+
+
+def test_a_mark_inside_a_sentence_never_begins_a_line() -> None:
+    # Markdown takes a line that begins with a comment out of its paragraph.
+    text = (readme.ROOT / "README.md").read_text()
+    assert re.findall(r"^ *<!-- results: \w+ -->(?=.)", text, re.MULTILINE) == []
+
+
+def test_no_number_in_the_prose_is_typed_by_hand() -> None:
+    text = (readme.ROOT / "README.md").read_text()
+    assert readme_prose.unsourced(text) == [], "give it a function (benchmarks/readme.py), or leave it out"
+
+
+@pytest.mark.parametrize(
+    ("typed", "found"),
+    [
+        ("It is 3.7× faster.", ["3.7×"]),
+        ("It is 12× faster, in a\nminute.", ["12×", "a minute"]),
+        ("It takes 5 ms, then three\nminutes, then 40 seconds.", ["5 ms", "three minutes", "40 seconds"]),
+        ("| kernel | 59.4 % of 16 GiB |", ["59.4 %", "16 GiB"]),
+        ("a rate of 5e-4 for 355 M parameters", ["5e-4", "355 M"]),
+        ("at arXiv 2409.19606 and [here](https://host/1.5), with 8 × 128 tokens, D = 24, M = 96, 2 cores, sm_80", []),
+        ("Python ≥ 3.10, σ(−2) ≈ 0.119", []),
+        ("Python ≥ 3.11, σ(−3) ≈ 0.047", ["3.11", "0.047"]),
+        ("<!-- results: a -->0.68 %<!-- end -->, 0.69 %, <!-- results: b -->\n1.2 ms\n<!-- end -->", ["0.69 %"]),
+        ("```sh\nrun  # 3 minutes\n```\n4 minutes\n```\n5 minutes\n```", ["4 minutes"]),
+    ],
+)
+def test_what_looks_measured_in_prose(typed: str, found: list[str]) -> None:
+    assert readme_prose.unsourced(typed) == found
+
+
+def test_every_exception_is_in_the_readme_and_has_a_reason() -> None:
+    text = " ".join((readme.ROOT / "README.md").read_text().split())
+    for pattern, reason in readme_prose.ALLOWED.items():
+        assert re.search(pattern, text) and reason, pattern
 
 
 def test_only_what_stands_between_the_marks_changes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,6 +64,8 @@ def test_only_what_stands_between_the_marks_changes(monkeypatch: pytest.MonkeyPa
     text = "a\n<!-- results: one -->\nold\n<!-- end -->\nb\n<!-- results: two -->\n<!-- end -->\n"
     expected = "a\n<!-- results: one -->\n1\n<!-- end -->\nb\n<!-- results: two -->\n2\n<!-- end -->\n"
     assert readme.rewritten(text) == expected == readme.rewritten(expected)
+    inline = "a <!-- results: one -->old<!-- end --> b <!-- results: two --><!-- end -->."
+    assert readme.rewritten(inline) == "a <!-- results: one -->1<!-- end --> b <!-- results: two -->2<!-- end -->."
     with pytest.raises(KeyError):
         readme.rewritten(text.replace("results: one", "results: three"))
 
@@ -64,3 +103,29 @@ def test_of_equal_rows_the_last_counts(tmp_path, monkeypatch) -> None:
     assert (found.time(*key, "native"), found.ratio(*key, "eager"), found.time(*key, "gone")) == ("2.0 ms", "3.0", "")
     assert (found.fraction(*key, "native"), found.memory(*key, "native")) == ("0.50", "2.0 MB")
     assert found.runs("o", "c") == [{"native": 9.0, "eager": 8.0}, {"native": 2.0, "eager": 6.0}]
+
+
+def test_numbers_in_words() -> None:
+    assert [readme_tables.power(rate) for rate in (4e-3, 1.5e-5, 1.0)] == ["4e-3", "1.5e-5", "1e0"]
+    assert readme_tables.named(B=4, d=128) == "B = 4, d = 128"
+    assert readme_numbers.span([2.04, 1.5, 3.0], ".1f") == "1.5 to 3.0"
+    assert readme_numbers.span([2.04, 2.0], ".1f") == "2.0"
+
+
+def test_what_the_code_does_not_hold_is_no_number() -> None:
+    assert readme_facts.constant("hyper.h", "kHyperMostStreams") == "16"
+    with pytest.raises(LookupError, match="no integer kGone"):
+        readme_facts.constant("hyper.h", "kGone")
+    with pytest.raises(LookupError, match="does not pin gone"):
+        readme_facts.pinned("gone")
+
+
+def test_the_rate_that_quick_takes_is_the_best_of_those_tried(tmp_path, monkeypatch) -> None:
+    rows = [
+        {"run": {"options": {"encoder_lr": rate}}, "result": {"accuracy": {"mean": accuracy}}}
+        for rate, accuracy in ((5e-4, 0.6), (1e-3, 0.7))
+    ]
+    (tmp_path / "xlrb-quick-rate.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(readme_tables, "RESULTS", tmp_path)
+    with pytest.raises(ValueError, match=r"0\.001 was better"):
+        readme_numbers.xlrb_rates()
