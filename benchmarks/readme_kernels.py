@@ -159,5 +159,8 @@ def aggregate() -> str:
 
 @block
 def bounds() -> str:
+    """How many hold, and those that do not."""
     verdicts = promises.judged(Rows(EPYC).all)
-    return table(" | ".join(promises.HEAD), [v.cells for v in verdicts]) + f"\n{promises.summary(verdicts)}\n"
+    missed = [verdict.cells[:-1] for verdict in verdicts if not verdict.holds]
+    shown = f"\n{table(' | '.join(promises.HEAD[:-1]), missed)}" if missed else ""
+    return f"{promises.summary(verdicts)}\n{shown}"

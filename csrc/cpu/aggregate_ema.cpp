@@ -5,12 +5,17 @@
 namespace xlayer::cpu::XLAYER_ISA {
 namespace {
 
+constexpr int64_t kTileBytes = 32768;  // long runs that the prefetchers can follow; states that stay in the caches
+constexpr int64_t kTilesPerThread = 4;
+
 enum class Give { last, states, states_past_caches };
 
 template <class T>
 class Forward {
   public:
-    explicit Forward(const EmaScanForward& args) : args_(args), scan_(args.scan) {}
+    explicit Forward(const EmaScanForward& args)
+        : args_(args),
+          scan_(args.scan, kTileBytes, ceil_div(args.scan.tokens, args.scan.pool.threads * kTilesPerThread)) {}
 
     int64_t worker_size() const {
         return round_up((scan_.tile + 2 * kGroup) * scan_.row * static_cast<int64_t>(sizeof(T)), 64);

@@ -66,13 +66,13 @@ XLAYER_INLINE void moments(const GroupRows<const T>& x, int64_t width, double ep
 template <class T>
 class Scan {
   public:
-    static constexpr int64_t kTileBytes = 8192;       // of the rows of one layer: runs that the prefetchers can follow
     static constexpr int64_t kPastCaches = 32 << 20;  // bytes of a result from which on it is written past the caches
 
-    explicit Scan(const EmaScan& args)
+    // A tile has at most `tile_bytes` of the rows of one layer, and at most `most` tokens.
+    Scan(const EmaScan& args, int64_t tile_bytes, int64_t most)
         : args(args),
           row(round_up(greater<int64_t>(args.width, 1), lanes<T>)),
-          tile(greater<int64_t>(1, kTileBytes / static_cast<int64_t>(row * sizeof(T)))),
+          tile(greater<int64_t>(1, lesser(most, tile_bytes / static_cast<int64_t>(row * sizeof(T))))),
           own(args.dtype == own_dtype<T>) {}
 
     T gate(int64_t layer) const { return 1 / (1 + exponential(-static_cast<const T*>(args.gate_logits)[layer])); }

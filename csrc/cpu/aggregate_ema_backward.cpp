@@ -7,12 +7,14 @@
 namespace xlayer::cpu::XLAYER_ISA {
 namespace {
 
+constexpr int64_t kTileBytes = 8192;  // of which 2 for every layer stay in L2
 constexpr int64_t kMostChunks = 64;
 
 template <class T>
 class Backward {
   public:
-    explicit Backward(const EmaScanBackward& args) : args_(args), scan_(args.scan), past_(scan_.is_past(args.grad_x)) {
+    explicit Backward(const EmaScanBackward& args)
+        : args_(args), scan_(args.scan, kTileBytes, args.scan.tokens), past_(scan_.is_past(args.grad_x)) {
         const int64_t tiles = ceil_div(args.scan.tokens, scan_.tile);
         chunk_ = greater<int64_t>(1, ceil_div(tiles, kMostChunks)) * scan_.tile;
         chunks_ = ceil_div(args.scan.tokens, chunk_);
@@ -166,7 +168,7 @@ class Backward {
             ahead_to = of.scan_.own && layer > 0 ? -scan.tokens * scan.width : 0;
         }
 
-        // ∂L/∂S_l. Made twice rather than kept: what it is made of is at hand.
+        // ∂L/∂S_l.
         template <bool Last, class Io>
         XLAYER_INLINE Vec<T> arrived(int g, int64_t e, const Io& io) const {
             const Vec<T> above = decay * load(grad[g] + e);
@@ -218,6 +220,7 @@ class Backward {
             XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
                 if constexpr (!Last) prefetch(with.given[g] + e + with.ahead);
                 const Vec<T> now = with.template arrived<Last>(g, e, io), unit = load(with.normal[g] + e);
+                store(with.grad[g] + e, now);
                 product[g] += io.keep(now * (unit * slope + offset - load(with.state[g] + e)));
                 const Vec<T> scaled = now * gated;
                 sum[g] += scaled;
@@ -238,9 +241,8 @@ class Backward {
         for_vectors<T>(0, width, [&](int64_t e, auto io) XLAYER_FLATTEN {
             const Vec<T> gated = with.gate * io.load(weight + e);
             XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
-                const Vec<T> now = with.template arrived<Last>(g, e, io), unit = load(with.normal[g] + e);
+                const Vec<T> now = load(with.grad[g] + e), unit = load(with.normal[g] + e);
                 with.template give<Past>(g, e, io, with.scale[g] * (now * gated - mean[g] - tilt[g] * unit));
-                store(with.grad[g] + e, now);
             }
         });
     }

@@ -152,7 +152,7 @@ class StreamThread {
                 sum[v] = slope * centred[v] + level;
             }
             if constexpr (All) {
-#pragma unroll 4
+#pragma unroll(N == 0 ? 2 : 4)  // of a number that is not known more would take too many registers
                 for (int m = 0; m < with_.numbers; ++m) {
                     const A factor = logits[m];
                     const Vector<A, V> w = weight(m);
