@@ -5,7 +5,7 @@
 namespace xlayer::cpu::XLAYER_ISA {
 namespace {
 
-constexpr int64_t kTileBytes = 32768;  // long runs that the prefetchers can follow; states that stay in the caches
+constexpr int64_t kTileBytes = 65536;  // long runs that the prefetchers can follow; states that stay in the caches
 constexpr int64_t kTilesPerThread = 4;
 
 enum class Give { last, states, states_past_caches };
@@ -70,9 +70,8 @@ class Forward {
         const int64_t ahead = scan_.ahead(scan.x, layer, 1);
         const int64_t ahead_to = scan_.own && layer + 1 < scan.layers ? scan.tokens * scan.width : 0;
         T unused[Group];
-        scan_.template each_value<Group>(x, unused,
+        scan_.template each_value<Group>(x, ahead, unused,
                                          [&](int g, Vec<T> value, Vec<T>, int64_t e, auto io) XLAYER_FLATTEN {
-                                             prefetch(x[g] + e + ahead);
                                              const Vec<T> now = decay * load(state[g] + e) + gate * value;
                                              store(state[g] + e, now);
                                              if constexpr (give == Give::states) {

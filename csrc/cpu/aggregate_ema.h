@@ -29,35 +29,38 @@ struct GroupRows {
     XLAYER_INLINE T* operator[](int g) const { return first + g * stride; }
 };
 
-// Σ over a row of f(g, e, io), for every token g of a group.
-template <class T, int Group, class F>
-XLAYER_INLINE void sum_each(int64_t width, T* out, const F& f) {
-    Vec<T> sum[Group][2] = {};
-    int64_t e = 0;
-    for (; e + 2 * lanes<T> <= width; e += 2 * lanes<T>) {
-        XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
-            sum[g][0] += f(g, e, Whole<T>{});
-            sum[g][1] += f(g, e + lanes<T>, Whole<T>{});
-        }
-    }
-    for_vectors<T>(e, width, [&](int64_t at, auto io) XLAYER_FLATTEN {
-        XLAYER_UNROLL for (int g = 0; g < Group; ++g) sum[g][0] += f(g, at, io);
-    });
-    XLAYER_UNROLL for (int g = 0; g < Group; ++g) sum[g][0] += sum[g][1];
+// Means of the rows of a group, one row after the other: it is here that they come from memory, and a run of addresses
+// is what the prefetchers follow.
+template <class T, int Group>
+XLAYER_INLINE void means(const GroupRows<const T>& x, int64_t width, T* mean) {
     Vec<T> total[Group];
-    XLAYER_UNROLL for (int g = 0; g < Group; ++g) total[g] = sum[g][0];
-    sum_each_lanes<T, Group>(total, out);
+    XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
+        const T* row = x[g];
+        Vec<T> sum[4] = {};
+        int64_t e = 0;
+        for (; e + 4 * lanes<T> <= width; e += 4 * lanes<T>) {
+            XLAYER_UNROLL for (int i = 0; i < 4; ++i) sum[i] += load(row + e + i * lanes<T>);
+        }
+        for_vectors<T>(e, width, [&](int64_t at, auto io) XLAYER_FLATTEN { sum[0] += io.load(row + at); });
+        total[g] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    }
+    sum_each_lanes<T, Group>(total, mean);
+    XLAYER_UNROLL for (int g = 0; g < Group; ++g) mean[g] /= static_cast<T>(width);
 }
 
-// Mean and 1/√(variance + eps) of the rows of a group.
+// 1/√(variance + eps) of the rows of a group. Half of the rows `ahead` elements further are asked for.
 template <class T, int Group>
-XLAYER_INLINE void moments(const GroupRows<const T>& x, int64_t width, double eps, T* mean, T* scale) {
-    sum_each<T, Group>(width, mean, [&](int g, int64_t e, auto io) XLAYER_FLATTEN { return io.load(x[g] + e); });
-    XLAYER_UNROLL for (int g = 0; g < Group; ++g) mean[g] /= static_cast<T>(width);
-    sum_each<T, Group>(width, scale, [&](int g, int64_t e, auto io) XLAYER_FLATTEN {
-        const Vec<T> centered = io.keep(io.load(x[g] + e) - mean[g]);
-        return centered * centered;
+XLAYER_INLINE void inverse_deviations(const GroupRows<const T>& x, int64_t width, double eps, int64_t ahead,
+                                      const T* mean, T* scale) {
+    Vec<T> square[Group] = {};
+    for_vectors<T>(0, width, [&](int64_t e, auto io) XLAYER_FLATTEN {
+        XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
+            if (g < Group / 2) prefetch_near(x[g] + e + ahead);
+            const Vec<T> centered = io.keep(io.load(x[g] + e) - mean[g]);
+            square[g] += centered * centered;
+        }
     });
+    sum_each_lanes<T, Group>(square, scale);
     XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
         scale[g] = 1 / std::sqrt(scale[g] / static_cast<T>(width) + static_cast<T>(eps));
     }
@@ -117,11 +120,13 @@ class Scan {
     }
 
     // f(g, value, x̂, e, io) for every vector of the rows of a group of taps, normalized where that is asked for.
+    // Meanwhile it asks for the rows `ahead`, in shares, so that memory is never idle.
     template <int Group, class F>
-    XLAYER_INLINE void each_value(const GroupRows<const T>& x, T* scale, const F& f) const {
+    XLAYER_INLINE void each_value(const GroupRows<const T>& x, int64_t ahead, T* scale, const F& f) const {
         if (!args.normalize) {
             for_vectors<T>(0, args.width, [&](int64_t e, auto io) XLAYER_FLATTEN {
                 XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
+                    prefetch_near(x[g] + e + ahead);
                     const Vec<T> value = io.load(x[g] + e);
                     f(g, value, value, e, io);
                 }
@@ -129,12 +134,14 @@ class Scan {
             return;
         }
         T mean[Group];
-        moments<T, Group>(x, args.width, args.eps, mean, scale);
+        means<T, Group>(x, args.width, mean);
+        inverse_deviations<T, Group>(x, args.width, args.eps, ahead, mean, scale);
         const T* weight = static_cast<const T*>(args.norm_weight);
         const T* bias = static_cast<const T*>(args.norm_bias);
         for_vectors<T>(0, args.width, [&](int64_t e, auto io) XLAYER_FLATTEN {
             const Vec<T> slope = io.load(weight + e), offset = bias == nullptr ? Vec<T>{} : io.load(bias + e);
             XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
+                if (g >= Group / 2) prefetch_near(x[g] + e + ahead);
                 const Vec<T> unit = io.keep((io.load(x[g] + e) - mean[g]) * scale[g]);
                 f(g, unit * slope + offset, unit, e, io);
             }

@@ -95,9 +95,8 @@ class Backward {
         const GroupRows<const T> x = scan_.template read<Group>(args_.scan.x, layer, first + t, with.wide);
         const GroupRows<T> normal = {with.normal + at * row, row}, state = {with.state + at * row, row};
         const int64_t after = scan_.tile * row;
-        scan_.template each_value<Group>(x, with.scale + at,
+        scan_.template each_value<Group>(x, ahead, with.scale + at,
                                          [&](int g, Vec<T> value, Vec<T> unit, int64_t e, auto) XLAYER_FLATTEN {
-                                             prefetch(x[g] + e + ahead);
                                              const Vec<T> before = load(state[g] + e);
                                              store(normal[g] + e, unit);
                                              store(state[g] + e + after, before + gate * (value - before));
@@ -194,7 +193,7 @@ class Backward {
         if (!scan.normalize) {
             for_vectors<T>(0, scan.width, [&](int64_t e, auto io) XLAYER_FLATTEN {
                 XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
-                    if constexpr (!Last) prefetch(with.given[g] + e + with.ahead);
+                    if constexpr (!Last) prefetch_near(with.given[g] + e + with.ahead);
                     const Vec<T> now = with.template arrived<Last>(g, e, io);
                     product[g] += io.keep(now * (load(with.normal[g] + e) - load(with.state[g] + e)));
                     with.template give<Past>(g, e, io, with.gate * now);
@@ -218,7 +217,7 @@ class Backward {
             const Vec<T> offset = bias == nullptr ? Vec<T>{} : io.load(bias + e);
             Vec<T> of_weight = {}, of_bias = {};
             XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
-                if constexpr (!Last) prefetch(with.given[g] + e + with.ahead);
+                if (!Last && g < Group / 2) prefetch_near(with.given[g] + e + with.ahead);
                 const Vec<T> now = with.template arrived<Last>(g, e, io), unit = load(with.normal[g] + e);
                 store(with.grad[g] + e, now);
                 product[g] += io.keep(now * (unit * slope + offset - load(with.state[g] + e)));
@@ -241,6 +240,7 @@ class Backward {
         for_vectors<T>(0, width, [&](int64_t e, auto io) XLAYER_FLATTEN {
             const Vec<T> gated = with.gate * io.load(weight + e);
             XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
+                if (!Last && g >= Group / 2) prefetch_near(with.given[g] + e + with.ahead);
                 const Vec<T> now = load(with.grad[g] + e), unit = load(with.normal[g] + e);
                 with.template give<Past>(g, e, io, with.scale[g] * (now * gated - mean[g] - tilt[g] * unit));
             }

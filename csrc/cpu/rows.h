@@ -36,6 +36,11 @@ template <class T>
 XLAYER_INLINE void prefetch(const T* row) {
     __builtin_prefetch(row, 0, 2);
 }
+// Into L1 at once, for what is needed after a few thousand elements.
+template <class T>
+XLAYER_INLINE void prefetch_near(const T* row) {
+    __builtin_prefetch(row, 0, 3);
+}
 template <class T>
 XLAYER_INLINE void prefetch_to_write(const T* row) {
     __builtin_prefetch(row, 1, 2);
