@@ -357,8 +357,9 @@ def _look_up(book: Tensor, indices: Tensor) -> Tensor:
 
 
 def _fingerprint(x: Tensor) -> Tensor:
+    """Two sums, the second with weights that no pattern in x is likely to cancel against; roots are cheap."""
     wide = x.detach().double().flatten()
-    return torch.stack([wide.sum(), wide @ torch.arange(1, len(wide) + 1, dtype=wide.dtype, device=x.device).sin()])
+    return torch.stack([wide.sum(), wide @ torch.arange(1, len(wide) + 1, dtype=wide.dtype, device=x.device).sqrt()])
 
 
 def _processes() -> int:
