@@ -154,32 +154,33 @@ def evaluate_formula(case: HdimCase) -> Results:
     return evaluate(case, call)
 
 
-def check_cases(cases: list[HdimCase], choice: str = "native") -> None:
-    """The oracle rule for `hdim_attention`, for outputs and every gradient."""
-    draws = []
-    for case in cases:
-        actual = evaluate_functional(case, choice)
-        assert torch.equal(actual.pop("grad_bias2"), torch.zeros_like(case.floats["bias2"]))
-        exact, plain = evaluate_formula(case.to(torch.float64)), evaluate_formula(case)
-        draws.append(Draw(actual, exact, plain))
-    check_oracle_rule(draws, cases[0].grad_context.dtype)
-
-
-def check_oracle_rule(draws: list[Draw], dtype: torch.dtype) -> None:
+def check_oracle_rule(make: Callable[[], Draw], dtype: torch.dtype, draws: int) -> None:
     """error ≤ 1.1 × the plain formula's error + 2·eps (float64: 1e-12), for every named result.
 
     The error is taken over all draws at once: some results have few elements, and there the ratio of two errors of a
-    single draw says more about luck than about the implementations.
+    single draw says more about luck than about the implementations. For the same reason a no of the first draws is
+    asked for again: four times as many more decide.
     """
+    drawn = [make() for _ in range(draws)]
+    broken = _broken_rules(drawn, dtype)
+    if broken and dtype != torch.float64:
+        drawn += [make() for _ in range(4 * draws)]
+        broken = _broken_rules(drawn, dtype)
+    assert not broken, "; ".join(broken)
 
+
+def _broken_rules(draws: list[Draw], dtype: torch.dtype) -> list[str]:
     def joined(side: str, name: str) -> Tensor:
         return torch.cat([getattr(draw, side)[name].double().flatten() for draw in draws])
 
+    broken = []
     for name, first in draws[0].actual.items():
         assert first.dtype == draws[0].plain[name].dtype and first.shape == draws[0].plain[name].shape, name
         error, plain_error = (relative_error(joined(side, name), joined("exact", name)) for side in ("actual", "plain"))
         bound = 1e-12 if dtype == torch.float64 else 1.1 * plain_error + 2 * torch.finfo(dtype).eps
-        assert error <= bound, f"{name}: error {error:.2e} exceeds {bound:.2e} ({dtype})"
+        if not error <= bound:
+            broken.append(f"{name}: error {error:.2e} exceeds {bound:.2e} ({dtype})")
+    return broken
 
 
 def assert_same_bits(actual: Results, expected: Results) -> None:

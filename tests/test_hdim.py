@@ -18,10 +18,12 @@ from torch import Tensor
 from oracle import (
     DTYPES,
     FLOATS,
+    Draw,
     HdimCase,
     assert_near,
     assert_same_bits,
-    check_cases,
+    check_oracle_rule,
+    evaluate_formula,
     evaluate_functional,
     fresh_generator,
     hdim_case,
@@ -62,7 +64,14 @@ def choice(request: pytest.FixtureRequest, device: str) -> str:
 def test_oracle_rule(native: str, dtype: torch.dtype, masks: dict[str, bool], activation: str) -> None:
     options = {"activation": activation, "temperature": 0.8, **masks}
     generator = fresh_generator()
-    check_cases([hdim_case(generator, dtype=dtype, device=native, grad_entropy=0.7, **options) for _ in range(6)])
+
+    def make() -> Draw:
+        case = hdim_case(generator, dtype=dtype, device=native, grad_entropy=0.7, **options)
+        actual = evaluate_functional(case, "native")
+        assert torch.equal(actual.pop("grad_bias2"), torch.zeros_like(case.floats["bias2"]))
+        return Draw(actual, evaluate_formula(case.to(torch.float64)), evaluate_formula(case))
+
+    check_oracle_rule(make, dtype, draws=6)
 
 
 @pytest.mark.parametrize(

@@ -92,12 +92,14 @@ def test_cuda_kernels_agree_with_the_cpu_kernels(data: st.DataObject) -> None:
 def test_oracle_rule_at_the_largest_sizes(dtype: torch.dtype) -> None:
     """D = 64 and M = 256: hidden units in several passes through shared memory, columns in several walks."""
     emulation.library()
-    generator, draws = fresh_generator(), []
-    for _ in range(2):
+    generator = fresh_generator()
+
+    def make() -> Draw:
         case = hdim_case(generator, sizes=(1, 5, 40, 64, 256, 6), dtype=dtype, key_mask=True, grad_entropy=0.5)
         exact, plain = evaluate_formula(case.to(torch.float64)), evaluate_formula(case)
-        draws.append(Draw(run(case, "xlayer_emulated"), exact, plain))
-    check_oracle_rule(draws, dtype)
+        return Draw(run(case, "xlayer_emulated"), exact, plain)
+
+    check_oracle_rule(make, dtype, draws=2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -38,8 +38,8 @@ def test_other_scorers_agree_with_their_formula(
 ) -> None:
     generator = fresh_generator()
     function, formula = (getattr(module, f"{scorer}_attention") for module in (XF, reference))
-    draws = []
-    for _ in range(8):
+
+    def make() -> Draw:
         drawn = draw_layers(generator, H, device)
         options = {name: drawn[name] for name in masks} | {"temperature": 0.8}
         floats = [draw(generator, 2, 5, D), draw(generator, 2, 7, D), draw(generator, 2, 7, H)]
@@ -48,8 +48,9 @@ def test_other_scorers_agree_with_their_formula(
         floats = [tensor.to(device, dtype) for tensor in floats]
         cotangent = draw(generator, 2, 5, H).to(device, dtype)
         runs = ((function, dtype), (formula, torch.float64), (formula, dtype))
-        draws.append(Draw(*(evaluate(f, floats, cotangent, d, **options) for f, d in runs)))
-    check_oracle_rule(draws, dtype)
+        return Draw(*(evaluate(f, floats, cotangent, d, **options) for f, d in runs))
+
+    check_oracle_rule(make, dtype, draws=8)
 
 
 @pytest.mark.parametrize("scorer", ["bilinear", "cosine"])
@@ -121,12 +122,13 @@ def test_value_fusion_agrees_with_the_concatenation(device: str, mode: str, dtyp
     generator = fresh_generator()
     shapes = [(3, 50, H), (3, 50, H), (40, FUSIONS[mode] * H), (40,)]
     runs = ((XF.value_fusion, dtype), (reference.value_fusion, torch.float64), (reference.value_fusion, dtype))
-    draws = []
-    for _ in range(4):
+
+    def make() -> Draw:
         floats = [draw(generator, *shape).to(device, dtype) for shape in shapes]
         cotangent = draw(generator, 3, 50, 40).to(device, dtype)
-        draws.append(Draw(*(evaluate(f, floats, cotangent, d, mode=mode) for f, d in runs)))
-    check_oracle_rule(draws, dtype)
+        return Draw(*(evaluate(f, floats, cotangent, d, mode=mode) for f, d in runs))
+
+    check_oracle_rule(make, dtype, draws=4)
 
 
 @pytest.mark.parametrize("mode", FUSIONS)

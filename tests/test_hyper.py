@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -35,21 +36,25 @@ def native(device: str) -> str:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("part", "kind"), CASES)
 def test_oracle_rule(native: str, part: str, kind: str, dtype: torch.dtype) -> None:
-    generator, draws = fresh_generator(), []
-    for shared in (False, True) * 6:
-        case = hyper_case(generator, part, kind, n=4, d=65, lead=(2, 19), device=native, shared=shared).to(dtype)
-        draws.append(Draw(evaluate_native(case), evaluate_formula(case.to(torch.float64)), evaluate_formula(case)))
-    check_oracle_rule(draws, dtype)
+    generator, shared = fresh_generator(), itertools.cycle((False, True))
+
+    def make() -> Draw:
+        case = hyper_case(generator, part, kind, n=4, d=65, lead=(2, 19), device=native, shared=next(shared)).to(dtype)
+        return Draw(evaluate_native(case), evaluate_formula(case.to(torch.float64)), evaluate_formula(case))
+
+    check_oracle_rule(make, dtype, draws=12)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 8, 9])
 @pytest.mark.parametrize("kind", KINDS)
 def test_oracle_rule_for_other_numbers_of_streams(native: str, kind: str, n: int) -> None:
-    generator, draws = fresh_generator(), []
-    for _ in range(6):
+    generator = fresh_generator()
+
+    def make() -> Draw:
         case = hyper_case(generator, "post_pre", kind, n=n, d=40, device=native).to(torch.float32)
-        draws.append(Draw(evaluate_native(case), evaluate_formula(case.to(torch.float64)), evaluate_formula(case)))
-    check_oracle_rule(draws, torch.float32)
+        return Draw(evaluate_native(case), evaluate_formula(case.to(torch.float64)), evaluate_formula(case))
+
+    check_oracle_rule(make, torch.float32, draws=6)
 
 
 @pytest.mark.parametrize("d", [1, 2, 7, 16, 127, 300])
@@ -63,25 +68,16 @@ def test_any_width(native: str, kind: str, d: int) -> None:
 @pytest.mark.parametrize("branch_dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_branch_outputs_of_16_bits_beside_float32_streams(native: str, branch_dtype: torch.dtype) -> None:
     generator = fresh_generator()
-    for part in ("post", "post_pre"):
-        draws = []
-        for _ in range(3):
+    for part, own in itertools.product(("post", "post_pre"), (True, False)):
+
+        def make(part: str = part, own: bool = own) -> Draw:
             case = hyper_case(generator, part, d=48, device=native).to(torch.float32, branch_dtype)
-            exact = evaluate_formula(case.to(torch.float64))
-            draws.append(Draw(evaluate_native(case), exact, evaluate_formula(case)))
-        assert draws[0].actual["grad_branch_output"].dtype == branch_dtype
-        check_oracle_rule([Draw(*({"g": side["grad_branch_output"]} for side in one)) for one in draws], branch_dtype)
-        rest = [Draw(*({k: v for k, v in s.items() if k != "grad_branch_output"} for s in one)) for one in draws]
-        check_oracle_rule(rest, torch.float32)
+            exact, actual = evaluate_formula(case.to(torch.float64)), evaluate_native(case)
+            assert actual["grad_branch_output"].dtype == branch_dtype
+            sides = (actual, exact, evaluate_formula(case))
+            return Draw(*({k: v for k, v in s.items() if (k == "grad_branch_output") == own} for s in sides))
 
-
-def test_other_branch_dtypes_are_cast_to_that_of_the_streams(native: str) -> None:
-    case = hyper_case(fresh_generator(), device=native).to(torch.bfloat16)
-    wide = replace(case, branch_output=case.branch_output.double())
-    actual, expected = evaluate_native(wide), evaluate_native(case)
-    assert actual.pop("grad_branch_output").dtype == torch.float64
-    expected.pop("grad_branch_output")
-    assert_same_bits(actual, expected)
+        check_oracle_rule(make, branch_dtype if own else torch.float32, draws=3)
 
 
 @pytest.mark.parametrize(("part", "kind"), CASES)
@@ -203,12 +199,14 @@ def test_streams_of_zeros(native: str, kind: str) -> None:
 @pytest.mark.parametrize("offset", [0.0, 1e3])
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
 def test_large_small_and_shifted_streams(native: str, kind: str, offset: float, scale: float) -> None:
-    generator, draws = fresh_generator(), []
-    for _ in range(10):
+    generator = fresh_generator()
+
+    def make() -> Draw:
         case = hyper_case(generator, "pre", kind, d=96, device=native)
         case = replace(case, streams=scale * (case.streams + offset)).to(torch.float32)
-        draws.append(Draw(evaluate_native(case), evaluate_formula(case.to(torch.float64)), evaluate_formula(case)))
-    check_oracle_rule(draws, torch.float32)
+        return Draw(evaluate_native(case), evaluate_formula(case.to(torch.float64)), evaluate_formula(case))
+
+    check_oracle_rule(make, torch.float32, draws=10)
 
 
 @pytest.mark.parametrize("offset", [1e2, 1e4])

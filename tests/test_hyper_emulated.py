@@ -99,14 +99,16 @@ def test_schedules_give_the_same_bits(part: str, kind: str, n: int) -> None:
 def test_what_does_not_fit_into_shared_memory(kind: str, n: int, d: int) -> None:
     """Rows, or the matrices of Sinkhorn's iterations: read again from global memory."""
     emulation.library()
-    generator, draws = fresh_generator(), []
-    for _ in range(2):
+    generator = fresh_generator()
+
+    def make() -> Draw:
         case = hyper_case(generator, "post_pre", kind, lead=(2,), n=n, d=d, use=LOSSES).to(torch.float32)
         exact, plain = evaluate_formula(case.to(torch.float64)), evaluate_formula(case)
         with_names = dict(zip(names(case), run(case, "xlayer_emulated").values(), strict=True))
         actual = {name: with_names[name].reshape(exact[name].shape) for name in exact}
-        draws.append(Draw(actual, exact, plain))
-    check_oracle_rule(draws, torch.float32)
+        return Draw(actual, exact, plain)
+
+    check_oracle_rule(make, torch.float32, draws=2)
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -75,16 +75,18 @@ def test_nearest_is_what_exhaustive_search_finds(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("metric", METRICS)
 def test_distances_obey_the_oracle_rule(native: str, metric: str, dtype: torch.dtype) -> None:
-    generator, draws = fresh_generator(), []
-    for _ in range(3):
+    generator = fresh_generator()
+
+    def make() -> Draw:
         x, codebook = (draw(generator, rows, 20, dtype=dtype).to(native) for rows in (31, 45))
         with backend("native"):
             indices, distance = XF.vq_nearest(x, codebook, metric=metric)
         exact = all_distances(x, codebook, metric).gather(-1, indices.unsqueeze(-1)).squeeze(-1)
         pairs = zip(x, codebook[indices], strict=True)
         plain = torch.stack([reference.vq_nearest(row[None], code[None], metric)[1][0] for row, code in pairs])
-        draws.append(Draw({"distance": distance}, {"distance": exact}, {"distance": plain}))
-    check_oracle_rule(draws, dtype)
+        return Draw({"distance": distance}, {"distance": exact}, {"distance": plain})
+
+    check_oracle_rule(make, dtype, draws=3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -201,16 +203,18 @@ def test_rows_do_not_depend_on_their_neighbours(native: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_statistics_obey_the_oracle_rule(native: str, dtype: torch.dtype) -> None:
-    generator, draws = fresh_generator(), []
-    for _ in range(3):
+    generator = fresh_generator()
+
+    def make() -> Draw:
         x = draw(generator, 2, 210, 70, dtype=dtype).to(native)
         indices = torch.randint(-1, 9, (2, 210), generator=generator).to(native)
         with backend("native"):
             counts, sums = XF.vq_statistics(x, indices, 8)  # −1 and 8 count nowhere
         exact, plain = reference.vq_statistics(x.double(), indices, 8), reference.vq_statistics(x, indices, 8)
         assert torch.equal(counts.double(), exact[0]) and counts.dtype == plain[0].dtype
-        draws.append(Draw({"sums": sums}, {"sums": exact[1]}, {"sums": plain[1]}))
-    check_oracle_rule(draws, accumulation(dtype))
+        return Draw({"sums": sums}, {"sums": exact[1]}, {"sums": plain[1]})
+
+    check_oracle_rule(make, accumulation(dtype), draws=3)
 
 
 def test_rows_that_count_nowhere_may_hold_anything(native: str) -> None:
@@ -272,8 +276,9 @@ def fsq_results(z: Tensor, grad: Tensor, levels: Sequence[int], choice: str, **h
 @pytest.mark.parametrize(("bound", "variant"), BOUNDS)
 @pytest.mark.parametrize("levels", [[8, 5, 5, 5], [3], [7] * 8, [16, 3, 9], [1000, 4], [5] * 32], ids=str)
 def test_fsq_is_the_formula(native: str, levels: list[int], bound: str, variant: str, dtype: torch.dtype) -> None:
-    generator, draws = fresh_generator(), []
-    for _ in range(3):
+    generator = fresh_generator()
+
+    def make() -> Draw:
         z, grad = (draw(generator, 2, 41, len(levels), dtype=dtype).to(native) * gain for gain in (2, 1))
         how = {"bound": bound, "variant": variant}
         actual, plain = (fsq_results(z, grad, levels, choice, **how) for choice in ("native", "reference"))
@@ -285,8 +290,9 @@ def test_fsq_is_the_formula(native: str, levels: list[int], bound: str, variant:
         rows = certain.all(-1)
         assert torch.equal(actual["indices"][rows], exact["indices"][rows])
         assert torch.equal(actual["codes"][certain], exact["codes"][certain].to(dtype))
-        draws.append(Draw(*({"grad": results["grad"]} for results in (actual, exact, plain))))
-    check_oracle_rule(draws, dtype)
+        return Draw(*({"grad": results["grad"]} for results in (actual, exact, plain)))
+
+    check_oracle_rule(make, dtype, draws=3)
 
 
 @given(data=st.data())

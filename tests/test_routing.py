@@ -58,16 +58,18 @@ def test_oracle_rule(native: str, dtype: torch.dtype, masked: bool) -> None:
         weights = mask.unsqueeze(-1).to(x.dtype)
         return (x * weights).sum(1) / weights.sum(1).clamp(min=1)
 
-    generator, draws = fresh_generator(), []
-    for _ in range(4):
+    generator = fresh_generator()
+
+    def make() -> Draw:
         x, mask = tokens(generator, native, 3, 37, 65, dtype=dtype)
         mask = mask if masked else None
         cotangent = torch.randn(3, 65, generator=generator, dtype=torch.float64).to(native, dtype)
         exact = evaluate(plain, x.double(), mask, cotangent.double())
         with backend("native"):
             actual = evaluate(XF.masked_mean, x, mask, cotangent)
-        draws.append(Draw(actual, exact, evaluate(plain, x, mask, cotangent)))
-    check_oracle_rule(draws, dtype)
+        return Draw(actual, exact, evaluate(plain, x, mask, cotangent))
+
+    check_oracle_rule(make, dtype, draws=4)
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -48,21 +48,26 @@ XLAYER_INLINE void means(const GroupRows<const T>& x, int64_t width, T* mean) {
     XLAYER_UNROLL for (int g = 0; g < Group; ++g) mean[g] /= static_cast<T>(width);
 }
 
-// 1/√(variance + eps) of the rows of a group. Half of the rows `ahead` elements further are asked for.
+// 1/√(variance + eps) of the rows of a group, and by how much `mean` had been rounded, which is not small beside the
+// deviations where the mean is large beside them. Half of the rows `ahead` elements further are asked for.
 template <class T, int Group>
 XLAYER_INLINE void inverse_deviations(const GroupRows<const T>& x, int64_t width, double eps, int64_t ahead,
-                                      const T* mean, T* scale) {
-    Vec<T> square[Group] = {};
+                                      const T* mean, T* rest, T* scale) {
+    Vec<T> sum[Group] = {}, square[Group] = {};
     for_vectors<T>(0, width, [&](int64_t e, auto io) XLAYER_FLATTEN {
         XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
             if (g < Group / 2) prefetch_near(x[g] + e + ahead);
             const Vec<T> centered = io.keep(io.load(x[g] + e) - mean[g]);
+            sum[g] += centered;
             square[g] += centered * centered;
         }
     });
+    sum_each_lanes<T, Group>(sum, rest);
     sum_each_lanes<T, Group>(square, scale);
     XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
-        scale[g] = 1 / std::sqrt(scale[g] / static_cast<T>(width) + static_cast<T>(eps));
+        rest[g] /= static_cast<T>(width);
+        const T variance = scale[g] / static_cast<T>(width) - rest[g] * rest[g];
+        scale[g] = 1 / std::sqrt(greater(variance, T(0)) + static_cast<T>(eps));
     }
 }
 
@@ -133,16 +138,17 @@ class Scan {
             });
             return;
         }
-        T mean[Group];
+        T mean[Group], rest[Group];
         means<T, Group>(x, args.width, mean);
-        inverse_deviations<T, Group>(x, args.width, args.eps, ahead, mean, scale);
+        inverse_deviations<T, Group>(x, args.width, args.eps, ahead, mean, rest, scale);
+        XLAYER_UNROLL for (int g = 0; g < Group; ++g) rest[g] *= scale[g];
         const T* weight = static_cast<const T*>(args.norm_weight);
         const T* bias = static_cast<const T*>(args.norm_bias);
         for_vectors<T>(0, args.width, [&](int64_t e, auto io) XLAYER_FLATTEN {
             const Vec<T> slope = io.load(weight + e), offset = bias == nullptr ? Vec<T>{} : io.load(bias + e);
             XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
                 if (g >= Group / 2) prefetch_near(x[g] + e + ahead);
-                const Vec<T> unit = io.keep((io.load(x[g] + e) - mean[g]) * scale[g]);
+                const Vec<T> unit = io.keep((io.load(x[g] + e) - mean[g]) * scale[g] - rest[g]);
                 f(g, unit * slope + offset, unit, e, io);
             }
         });

@@ -164,6 +164,20 @@ __device__ __forceinline__ Norm<A> norm_of(A sum, A squares, int64_t width, doub
     return {inverse, -rest * inverse};
 }
 
+// What a row's norm is made of, kept in memory: (x − first)·inverse + shift.
+constexpr int64_t kStatistics = 4;  // numbers of a row, of which three are used: pairs are loaded
+template <class A>
+struct RowNorm {
+    A first, inverse, shift;
+
+    __device__ __forceinline__ static RowNorm load_of(const void* statistics, int64_t row) {
+        const A* const from = static_cast<const A*>(statistics) + row * kStatistics;
+        const Vector<A, 2> pair = load<2>(from);
+        return {pair.at[0], pair.at[1], from[2]};
+    }
+    __device__ __forceinline__ A operator()(A x) const { return fma(x - first, inverse, shift); }
+};
+
 // --- Kernels of several operators (aggregate_sums.cu) ----------------------------------------------------------------
 
 // out[c] = Σ_r partials[r·pitch + c], of the accumulation type of `dtype`, in which `out` is; times σ'(logits[c]) where
@@ -188,7 +202,7 @@ struct EmaBackward {
     int64_t run_tokens;
     void* gate_partials;  // [blocks, layers]
     void* norm_partials;  // [runs, 2, width]: weight, bias
-    void* statistics;     // [layers, tokens, 2]: mean and 1/deviation
+    void* statistics;     // [layers, tokens, kStatistics]
     void* row_means;      // [layers, tokens, 2]: of w·∂L/∂n and of the same times the normalized row
     void* adjoints;       // null: in shared memory; else ∂L/∂S, [blocks, layers, numbers of a block]
     size_t shared_bytes;

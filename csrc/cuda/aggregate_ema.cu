@@ -19,7 +19,7 @@ constexpr int64_t kMostTeamWidth = kElements * kThreads;
 
 struct Forward {
     EmaScanForward args;
-    const void* statistics;  // [layers, tokens, 2]
+    const void* statistics;  // [layers, tokens, kStatistics]
     int lanes;               // of a team
 };
 
@@ -51,13 +51,12 @@ __global__ void __launch_bounds__(kThreads, kNorm ? 2 : 4) ema_scan_kernel(Forwa
                 const int64_t layer = first + i;
                 if (layer >= s.layers) break;
                 const Gate<A> gate = gate_of<A>(s.gate_logits, layer);
-                Vector<A, 2> row{};
-                if constexpr (kNorm)
-                    row = load<2>(static_cast<const A*>(call.statistics) + (layer * s.tokens + token) * 2);
+                RowNorm<A> norm{};
+                if constexpr (kNorm) norm = RowNorm<A>::load_of(call.statistics, layer * s.tokens + token);
 #pragma unroll
                 for (int v = 0; v < V; ++v) {
                     A value = widen(taps[i].at[v]);
-                    if constexpr (kNorm) value = fma((value - row.at[0]) * row.at[1], weight[v], bias[v]);
+                    if constexpr (kNorm) value = fma(norm(value), weight[v], bias[v]);
                     state[v] = fma(gate.keep, state[v], gate.take * value);
                 }
                 if (!s.last_only) store_narrow<T, V>(states + layer * s.tokens * s.width, state);
@@ -210,7 +209,7 @@ void scan(Forward call, void* stream) {
 int64_t ema_scan_forward_workspace(const EmaScanForward& args) {
     const EmaScan& s = args.scan;
     if (!s.normalize || s.width <= kMostTeamWidth) return 0;
-    return s.layers * s.tokens * 2 * (s.dtype == DType::float64 ? 8 : 4);
+    return s.layers * s.tokens * kStatistics * (s.dtype == DType::float64 ? 8 : 4);
 }
 
 void ema_scan_forward(const EmaScanForward& args, void* stream) {

@@ -155,17 +155,17 @@ class VectorThread {
     // value: in the tap, out its norm; adjoint: in A, out ∂L/∂x.
     __device__ __forceinline__ void normalize(int64_t layer, A take, A (&value)[V], A (&adjoint)[V], A& product,
                                               const A (&state)[V]) {
-        const int64_t row = (layer * s_.tokens + token_) * 2;
-        const Vector<A, 2> statistics = load<2>(static_cast<const A*>(with_.statistics) + row);
-        const Vector<A, 2> means = load<2>(static_cast<const A*>(with_.row_means) + row);
+        const int64_t row = layer * s_.tokens + token_;
+        const RowNorm<A> norm = RowNorm<A>::load_of(with_.statistics, row);
+        const Vector<A, 2> means = load<2>(static_cast<const A*>(with_.row_means) + row * 2);
 #pragma unroll
         for (int v = 0; v < V; ++v) {
-            const A normal = (value[v] - statistics.at[0]) * statistics.at[1], incoming = take * adjoint[v];
+            const A normal = norm(value[v]), incoming = take * adjoint[v];
             value[v] = fma(normal, weight_[v], bias_[v]);
             product = fma(adjoint[v], value[v] - state[v], product);
             weight_sum_[v] = fma(incoming, normal, weight_sum_[v]);
             bias_sum_[v] += incoming;
-            adjoint[v] = statistics.at[1] * (incoming * weight_[v] - means.at[0] - normal * means.at[1]);
+            adjoint[v] = norm.inverse * (incoming * weight_[v] - means.at[0] - normal * means.at[1]);
         }
     }
 
@@ -218,7 +218,7 @@ EmaBackward plan(const EmaScanBackward& args, Arena& arena) {
             with.runs = at_most(ceil_div(kEnoughBlocks, tiles), s.tokens);
             with.run_tokens = ceil_div(s.tokens, with.runs);
             with.runs = ceil_div(s.tokens, with.run_tokens);
-            with.statistics = arena.take<A>(s.layers * s.tokens * 2);
+            with.statistics = arena.take<A>(s.layers * s.tokens * kStatistics);
             with.row_means = arena.take<A>(s.layers * s.tokens * 2);
         }
         with.blocks = at_most(tiles * with.runs, kEnoughBlocks);

@@ -12,7 +12,7 @@ constexpr int kWarps = kThreads / kWarp;
 
 struct Statistics {
     EmaScan scan;
-    void* out;  // [layers, tokens, 2]
+    void* out;  // [layers, tokens, kStatistics]
 };
 
 // A block per row, which it goes over twice: the second time it finds it in the caches.
@@ -45,9 +45,9 @@ __global__ void __launch_bounds__(kThreads, 4) ema_statistics_kernel(Statistics 
         const A mean = sums[0] / static_cast<A>(s.width);
         sums_of(mean, sums);
         if (threadIdx.x > 0) continue;
-        const Vector<A, 2> pair{
-            {mean + sums[0] / static_cast<A>(s.width), norm_of(sums[0], sums[1], s.width, s.eps).inverse}};
-        store(static_cast<A*>(args.out) + row * 2, pair);
+        const Norm<A> norm = norm_of(sums[0], sums[1], s.width, s.eps);
+        A* const out = static_cast<A*>(args.out) + row * kStatistics;
+        out[0] = mean, out[1] = norm.inverse, out[2] = norm.shift;
     }
 }
 
@@ -78,15 +78,14 @@ __global__ void __launch_bounds__(kThreads, 4) ema_row_means_kernel(EmaBackward 
                     inside && (!s.last_only || layer == s.layers - 1), incoming);
                 load_wide<T, V>(static_cast<const T*>(x.data) + layer * x.layer_stride + token * x.token_stride + e,
                                 inside, tap);
-                const Vector<A, 2> row =
-                    load<2>(static_cast<const A*>(with.statistics) + (layer * s.tokens + token) * 2);
+                const RowNorm<A> norm = RowNorm<A>::load_of(with.statistics, layer * s.tokens + token);
                 const Gate<A> gate = gate_of<A>(s.gate_logits, layer);
 #pragma unroll
                 for (int v = 0; v < V; ++v) {
                     adjoint[v] = fma(keep, adjoint[v], incoming[v]);
                     const A inner = gate.take * adjoint[v] * weight[v];
                     sum[0] += inner;
-                    sum[1] = fma(inner, (tap[v] - row.at[0]) * row.at[1], sum[1]);
+                    sum[1] = fma(inner, norm(tap[v]), sum[1]);
                 }
                 keep = gate.keep;
 #pragma unroll
