@@ -38,7 +38,7 @@ def run(case: HyperCase, namespace: str) -> Results:
     post = (four(case.streams, lead), four(case.branch_output, lead), coefficients)
     out, x = four(case.grads["streams"], lead), four(case.grads["branch_input"], lead)
     if case.part == "post":
-        values = [operators.hyper_post(*post)]
+        values: tuple[Tensor, ...] = (operators.hyper_post(*post),)
         grads = operators.hyper_post_backward(out, *post)
     elif case.part == "pre":
         values = operators.hyper_pre(post[0], *connection)
@@ -46,6 +46,9 @@ def run(case: HyperCase, namespace: str) -> Results:
     else:
         values = operators.hyper_post_pre(*post, *connection)
         grads = operators.hyper_post_pre_backward(out, x, None, *post, *values[2:], *connection)
+    if c.weight is not None and case.part != "post":
+        parts = values[-1]  # of the norms' statistics: a mean in two parts, which may differ where their sum does not
+        values = (*values[:-1], torch.stack([parts[..., 0] + parts[..., 1], parts[..., 2]], -1))
     return {str(at): value for at, value in enumerate((*values, *grads))}
 
 
