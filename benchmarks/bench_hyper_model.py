@@ -24,8 +24,6 @@ from xlayer_ext._backend import use_native
 
 KINDS = ("shc", "dhc", "mhc")
 IMPLS = ("plain", "plain compile", *(f"{kind} {how}" for kind in KINDS for how in ("native", "reference", "compile")))
-
-
 NAMES = ("B", "S", "d", "layers", "heads", "vocabulary")
 PAPER = (2, 1024, 2048, 24, 16, 50304)
 

@@ -41,10 +41,11 @@ PAPER: dict[str, Size] = {
         **{"vocabulary": [128256, 32768], "soft tokens": 128, "codes": 4096, "B": 2, "S": 512},
     },
 }
-# Smaller so that the kernels' share of the step stays near the paper's: XLRB keeps its width, S, and one target in six
-# layers, as pairs of tokens would weigh more in a narrower encoder; codes shrink with the width of the receiver.
+# Smaller so that the kernels' share of the step stays near the paper's, and the activations are larger than the
+# gradients, or memory would tell nothing: XLRB keeps one target in six layers, and its pairs of tokens, which grow with
+# S, about their weight beside the encoder, which grows with d; codes shrink with the width of the receiver.
 CPU: dict[str, Size] = {
-    "xlrb": PAPER["xlrb"] | {"layers": 6, "targets": 1, "vocabulary": 8192, "B": 1},
+    "xlrb": PAPER["xlrb"] | {"layers": 6, "targets": 1, "d": 768, "heads": 12, "vocabulary": 8192, "B": 4, "S": 128},
     "lformer": PAPER["lformer"] | {"B": 4, "S": 128},
     "bypass": PAPER["bypass"] | {"layers": 6, "d": 512, "heads": 8, "MLP": 1792, "vocabulary": 4096, "S": 256},
     "telepathy": PAPER["telepathy"]
