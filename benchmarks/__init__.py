@@ -1,1 +1,1 @@
-"""Benchmarks, run from a checkout: `python -m benchmarks FAMILY [options]` or `python benchmarks/bench_FAMILY.py`."""
+"""Benchmarks, run from a checkout: `python -m benchmarks FAMILY [options]`, or all but systems by the script's path."""

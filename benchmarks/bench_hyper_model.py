@@ -11,7 +11,7 @@ import argparse
 import functools
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -19,16 +19,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xlayer_ext import backend, bench, bench_suite
+from xlayer_ext import backend, bench, bench_suite, bench_training
 from xlayer_ext._backend import use_native
 
 KINDS = ("shc", "dhc", "mhc")
 IMPLS = ("plain", "plain compile", *(f"{kind} {how}" for kind in KINDS for how in ("native", "reference", "compile")))
+NAMES = ("B", "S", "d", "layers", "heads", "vocabulary")
+PAPER = (2, 1024, 2048, 24, 16, 50304)
 
 
 class Setting(NamedTuple):
     suite: str
-    size: tuple[int, int, int, int, int, int]  # B, S, d, layers, heads, vocabulary
+    size: tuple[int, int, int, int, int, int]  # as in NAMES
     optimizer: bool = False
 
 
@@ -37,10 +39,17 @@ def settings(cuda: bool) -> dict[str, Setting]:
     longer = (2, 4096, 768, 12, 12, 4096) if cuda else (2, 512, 768, 12, 12, 4096)
     return {
         "L12-d768": Setting("main", size),
+        **({"L24-d2048": Setting("full", PAPER)} if cuda else {}),
         "longer": Setting("full", longer),
         "adamw": Setting("full", size, optimizer=True),
         "toy": Setting("toy", (2, 16, 32, 2, 2, 64)),
     }
+
+
+def scale(size: Sequence[int]) -> str:
+    """How a case differs from the paper's shape, in words."""
+    paper, here = (dict(zip(NAMES, numbers, strict=True)) for numbers in (PAPER, size))
+    return bench_training.scale(paper, here)
 
 
 # ---- the least work ------------------------------------------------------------------------------------------------
@@ -108,7 +117,7 @@ def build(impl: str, size: list[int], optimizer: bool, dtype: str, device: str) 
     parameters = list(model.parameters())
 
     def loss_of() -> Tensor:
-        with _autocast(dtype, device):
+        with bench_training.autocast(dtype, device):
             logits = model(inputs)
         return F.cross_entropy(
             logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)), labels.flatten()
@@ -125,7 +134,7 @@ def build(impl: str, size: list[int], optimizer: bool, dtype: str, device: str) 
         return [loss.detach(), *grads]
 
     if how == "native":
-        _check_loss(impl, loss_of, dtype)
+        bench_training.check_loss(impl, loss_of, dtype)
     return bench_suite.settled(step) if how == "compile" else step
 
 
@@ -141,23 +150,6 @@ def _backend(how: str) -> AbstractContextManager[Any]:
     return nullcontext() if not how else backend("native" if how == "native" else "reference")
 
 
-def _autocast(dtype: str, device: str) -> AbstractContextManager[Any]:
-    element = getattr(torch, dtype)
-    return torch.autocast(torch.device(device).type, element) if element.itemsize == 2 else nullcontext()
-
-
-@torch.no_grad()
-def _check_loss(impl: str, loss_of: Callable[[], Tensor], dtype: str) -> None:
-    """Both backends must find the same loss; the operators' own benchmark compares results and gradients closely."""
-    losses = []
-    for choice in ("native", "reference"):
-        with backend(choice):
-            losses.append(loss_of())
-    error = bench.relative_error(*losses)
-    if not error <= (1e-2 if getattr(torch, dtype).itemsize == 2 else 1e-4):
-        raise AssertionError(f"{impl}: the loss differs from the reference's by {error:.1e}")
-
-
 # ---- the cases and their table -------------------------------------------------------------------------------------
 
 
@@ -169,7 +161,9 @@ def make_cases(options: argparse.Namespace) -> list[bench_suite.Case]:
             arguments = {"size": list(size), "optimizer": optimizer, "dtype": dtype, "device": options.device}
             what = ("hyper", "training step", name, "fwd+bwd", dtype)
             work = (least_bytes(size, element, optimizer), least_flops(size))
-            cases.append(bench_suite.Case(*what, *work, build, arguments, suite, peers=IMPLS))
+            facts = {"scale": scale(size)}
+            steps: dict[str, Any] = {"peers": IMPLS, "tokens": size[0] * size[1], "facts": facts}
+            cases.append(bench_suite.Case(*what, *work, build, arguments, suite, **steps))
     return cases
 
 

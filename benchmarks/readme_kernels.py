@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from benchmarks import bench_hdim, bench_quantize
+import math
+
+from benchmarks import bench_hdim, bench_hyper_model, bench_quantize, bench_systems
 from benchmarks import bounds as promises
 from benchmarks import readme_tables as tables
+from benchmarks import systems as shapes
 from benchmarks.readme_tables import block, milliseconds, named, table
-from xlayer_ext import bench
+from xlayer_ext import bench, bench_training
 
 EPYC, XEON = "epyc-avx512-2core", "xeon-avx512-2core"
 PACKAGES = {"hyper": "hyper-connections", "quantize": "vector-quantize-pytorch"}
@@ -109,6 +112,39 @@ def hyper_model() -> str:
     plain = next(run for run in reversed(runs) if "plain compile" in run)
     lines.append(["plain residuals", "", "1", f"{plain['plain compile'] / plain['plain']:.3f}"])
     return table(" | native | plain PyTorch | `torch.compile`", lines).replace("MHC", "mHC")
+
+
+SYSTEMS = {
+    "xlrb": "XLRB, H9",
+    "lformer": "L-Former",
+    "bypass": "bypass, stage 2",
+    "telepathy": "telepathy, VQ",
+}
+
+
+@block
+def systems() -> str:
+    rows = Rows(EPYC)
+    lines = []
+    for system, name in SYSTEMS.items():
+        size = shapes.CPU[system]
+        scale = bench_training.scale(shapes.PAPER[system], size)
+        keys = [(system, bench_systems.named(size), "fwd+bwd", impl) for impl in bench_systems.BACKENDS]
+        lines.append([name, *_step(rows, size["B"] * size["S"], *keys), scale])
+    shape = bench_hyper_model.settings(cuda=False)["L12-d768"].size
+    keys = [("training step", "L12-d768", "fwd+bwd", f"dhc {how}") for how in ("native", "reference")]
+    lines.append(["hyper-connections, DHC", *_step(rows, shape[0] * shape[1], *keys), bench_hyper_model.scale(shape)])
+    head = " | native | plain PyTorch | ÷ native | tokens/s: native | plain | memory: native | plain"
+    return table(f"{head} | smaller than the paper's shape", lines)
+
+
+def _step(rows: Rows, tokens: int, native: tuple[str, ...], plain: tuple[str, ...]) -> list[str]:
+    """Times, ratio, tokens per second and memory of a training step on both backends."""
+    found = [rows.get(*key) for key in (native, plain)]
+    times = [math.nan if row is None else row.ms_median for row in found]
+    rates = [f"{1e3 * tokens / time:,.0f}" for time in times]
+    memory = [rows.memory(*key) for key in (native, plain)]
+    return [rows.time(*native), rows.time(*plain), f"{times[1] / times[0]:.2f}", *rates, *memory]
 
 
 @block

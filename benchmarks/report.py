@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jinja2  # torch needs it, so it is there
 
 from benchmarks import bounds, plots
-from xlayer_ext import bench
+from xlayer_ext import bench, bench_training
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
@@ -69,6 +69,7 @@ def facts(rows: Sequence[bench.Row], found: Mapping[str, Any]) -> dict[str, str]
 
 def _tables(rows: Sequence[bench.Row], found: Mapping[str, Any]) -> Iterable[Table]:
     yield limits(found.get("limits"))
+    yield steps(rows)
     for family in dict.fromkeys(row.family for row in rows):
         yield times([row for row in rows if row.family == family], family)
     yield promises(rows)
@@ -85,6 +86,43 @@ def limits(found: Mapping[str, Any] | None) -> Table:
     lines += [[f"GEMM, {dtype}", f"{rate / 1e9:.0f} GFLOP/s"] for dtype, rate in found["gemm_rates"].items()]
     lines += [[f"one call of {name} on 8 numbers", f"{1e6 * time:.1f} µs"] for name, time in found["launches"].items()]
     return Table("Limits of the machine", "Measured before all else.", ("what", "rate"), lines)
+
+
+STEPS = (
+    "system",
+    "case",
+    "scale",
+    "dtype",
+    "impl",
+    "ms",
+    "tokens/s",
+    "MB peak",
+    "× reference",
+    "parameters",
+    "trained",
+)
+
+
+def steps(rows: Sequence[bench.Row]) -> Table:
+    about = (
+        "Forward, loss and the gradient of every trained parameter. Scale: in what a case is smaller than its paper's "
+        "shape. × reference: how many times faster than the same step in plain PyTorch."
+    )
+    lines = [_step(row, rows) for row in rows if "tokens_per_second" in row.extra]
+    return Table("One training step of each system", about, STEPS, lines)
+
+
+def _step(row: bench.Row, rows: Sequence[bench.Row]) -> list[str]:
+    extra, times = row.extra, bench_training.times_reference(row, rows)
+    system = "hyper_lm" if row.family == "hyper" else row.op
+    measured = [f"{row.ms_median:.4g}", f"{extra['tokens_per_second']:.0f}", _megabytes(row.peak_bytes)]
+    counts = [f"{extra[key]:,}" if key in extra else "-" for key in ("parameters", "trained_parameters")]
+    what = [system, row.case, extra["scale"] or "the paper's", row.dtype, row.impl]
+    return [*what, *measured, "-" if times is None else f"{times:.2f}", *counts]
+
+
+def _megabytes(size: int | None) -> str:
+    return "-" if size is None else f"{size / 1e6:.1f}"
 
 
 TIMES = (
@@ -109,11 +147,11 @@ def times(rows: Sequence[bench.Row], family: str) -> Table:
 
 
 def _time(row: bench.Row) -> list[str]:
-    speed, peak = row.extra.get("speedup_over_eager"), row.peak_bytes
+    speed = row.extra.get("speedup_over_eager")
     what = [row.op, row.case, row.pass_, row.dtype, row.impl, f"{row.ms_median:.4g}", f"{row.ms_min:.4g}"]
     spread = f"{row.extra['spread']:.2f}" if "spread" in row.extra else "-"
     what += [spread, "-" if speed is None else f"{speed:.2f}", f"{row.fraction_of_limit:.3f}"]
-    return [*what, row.extra.get("bound", "-"), "-" if peak is None else f"{peak / 1e6:.1f}"]
+    return [*what, row.extra.get("bound", "-"), _megabytes(row.peak_bytes)]
 
 
 def promises(rows: Sequence[bench.Row]) -> Table:

@@ -26,11 +26,11 @@ from benchmarks import numerics, peers, report, scaling
 from xlayer_ext import bench, bench_suite, functional
 from xlayer_ext._backend import use_native
 
-FAMILIES = ("hdim", "routing", "hyper", "quantize", "aggregate", "hyper_model")
-FULL_ONLY = ("hyper_model",)  # whole training steps
+FAMILIES = ("hdim", "routing", "hyper", "quantize", "aggregate", "hyper_model", "systems")
+FULL_ONLY = ("hyper_model", "systems")  # whole training steps
 ABOUT = {
     "quick": "one case of every operator and pass, and one against each package; two curves",
-    "full": "every case, with torch.compile and peak memory; all curves, and hyper_model",
+    "full": "every case, with torch.compile and peak memory; all curves, hyper_model and systems",
     "toy": "tiny cases in an instant, whose times say nothing: shows that all runs",
 }
 

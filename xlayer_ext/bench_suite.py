@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ class Case:
     fewest float32 operations outside GEMMs. `halve(arguments)` gives the arguments of the same case with half the work,
     or None: where plain PyTorch does not fit into memory, a smaller case tells its speed. `peers` are implementations
     beyond the usual ones that `build` knows by these names: other packages, or another way to do the same work.
+    `tokens` are those of a training step, whose rows tell tokens per second; `facts` are further keys of the rows.
     """
 
     family: str
@@ -57,6 +58,8 @@ class Case:
     alu: int = 0
     halve: Callable[[dict[str, Any]], dict[str, Any] | None] | None = None
     peers: tuple[str, ...] = ()
+    tokens: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 Check = Callable[[Case], None]
@@ -217,7 +220,9 @@ def _rows(
     for impl, timing in times.items():
         if impl in probe.works or impl == _SMALLER:
             continue
-        extra = {"spread": timing.spread, **facts, **origin}
+        extra = {"spread": timing.spread, **facts, **case.facts, **origin}
+        if case.tokens:
+            extra |= {"tokens": case.tokens, "tokens_per_second": case.tokens / timing.median}
         if eager:
             extra["speedup_over_eager"] = eager / timing.median
         fraction = limits.fraction(*least, timing.median, case.alu)
