@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 import emulation
+from benchmarks.bench_hdim import bias_without_kinks
 from xlayer_ext import _backend, backend, reference
 from xlayer_ext import functional as XF
 from xlayer_ext.bench import relative_error
-from xlayer_ext.reference.hdim import pair_features
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 FLOATS = ("query", "key", "value", "weight1", "bias1", "weight2", "bias2")
@@ -121,13 +121,8 @@ def hdim_case(
 
 
 def without_kinks(case: HdimCase) -> HdimCase:
-    """The case with other biases where a pair comes so near to the 0 of a hidden unit that rounding decides whether
-    relu lets it through: the gradient there is one of two, and neither is wrong."""
-    floats, bias = case.to(torch.float64).floats, case.floats["bias1"].clone()
-    hidden = pair_features(floats["query"], floats["key"]) @ floats["weight1"].mT
-    while (near := ((hidden + bias.double()).abs() < 1e-5).flatten(0, -2).any(0)).any():
-        bias[near] += 0.0625
-    return case.with_floats(bias1=bias)
+    names = ("query", "key", "weight1", "bias1")
+    return case.with_floats(bias1=bias_without_kinks(*(case.floats[name] for name in names)))
 
 
 def evaluate(case: HdimCase, call: Callable[..., Any]) -> Results:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils._pytree as pytree
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -51,6 +52,14 @@ def last_layers(model: LFormer, count: int) -> set[str]:
 
 
 # ---- What it gives ---------------------------------------------------------------------------------------------------
+
+
+def test_wrappers_can_take_the_output_apart() -> None:
+    output = make_model("gpt2")(tokens(3, 9), **TARGETS)
+    leaves, structure = pytree.tree_flatten(output)
+    again = pytree.tree_unflatten(leaves, structure)
+    assert type(again) is type(output) and list(again) == list(output)
+    assert again.values is output.values and again.losses.keys() == output.losses.keys()
 
 
 def test_a_model_of_its_own_gives_everything() -> None:

@@ -7,15 +7,15 @@ cached generation needs no cache of theirs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.export import register_dataclass
 from transformers import GPT2Config, GPT2LMHeadModel
-from transformers.utils import ModelOutput
 
 from xlayer_systems.data.blocks import IGNORED
 from xlayer_systems.lformer.config import ModelConfig
@@ -27,8 +27,11 @@ _MARK = "_lformer"  # on a decoder that has one
 
 
 @dataclass
-class LFormerOutput(ModelOutput):
-    """What an L-Former gives; also a mapping, ``output["logits_lm"]``, of what is not None.
+class LFormerOutput:
+    """What an L-Former gives; also by name, ``output["logits_lm"]``, where it is not None.
+
+    No `transformers.utils.ModelOutput`: the field ``values`` would hide the method by which wrappers such as FSDP2's
+    take one apart.
 
     Attributes:
         loss: weighted sum of the losses, None without targets.
@@ -47,6 +50,20 @@ class LFormerOutput(ModelOutput):
     values: Tensor | None = None
     plan: Tensor | None = None
     states: Tensor | None = None
+
+    def keys(self) -> list[str]:
+        return [field.name for field in fields(self) if getattr(self, field.name) is not None]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.keys():
+            raise KeyError(name)
+        return getattr(self, name)
+
+
+register_dataclass(LFormerOutput)
 
 
 class LFormer(nn.Module):
