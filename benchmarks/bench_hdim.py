@@ -157,7 +157,8 @@ def _forward_backward(
 
 
 def check(case: bench_suite.Case) -> None:
-    """Context and gradients of the native kernel against float64 (`bench.check_oracle`), on the case's own inputs."""
+    """Context and gradients of the native kernel against float64 (`bench.check_oracle`), on the case's own inputs, but
+    for biases away from relu's kink."""
     if case.pass_ == "fwd":
         return  # checked together with its backward
     arguments = dict(case.arguments)

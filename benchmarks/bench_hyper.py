@@ -374,16 +374,23 @@ def _check(op: str, kind: str, size: tuple[int, ...], packed: bool, dtype: str, 
         for name in exact[0].keys() - _few(plain):
             bench.check_oracle(f"hyper {op} {kind} {name}", *(side[0][name] for side in sides))
         if few := _few(plain):
-            bench.check_oracle(f"hyper {op} {kind} small gradients", *(_pooled(side, exact, few) for side in sides))
+            pools = (_pooled(side, exact, few, _wholes(given)) for side in sides)
+            bench.check_oracle(f"hyper {op} {kind} small gradients", *pools)
 
 
 def _draws(operator: Operator, op: str, api: Any, given: Inputs, pieces: int = 16) -> list[Results]:
-    """All results, of the whole case and then of a few tokens at a time."""
+    """All results: of the whole case, `_wholes` times, and then of a few tokens at a time."""
     length = max(1, given.streams.shape[1] // pieces)
     starts = range(0, given.streams.shape[1] - length + 1, length)
-    parts = [given, *(_tokens(given, start, start + length) for start in starts)]
+    parts = [given] * _wholes(given) + [_tokens(given, start, start + length) for start in starts]
     leaves = (part.map(lambda tensor: tensor.detach().requires_grad_()) for part in parts)
     return [_results(partial(operator, api, part), leaves_of(op, part), seed) for seed, part in enumerate(leaves)]
+
+
+def _wholes(given: Inputs) -> int:
+    """Draws of a whole case: a sum over its tokens may cancel, so that a single one says little. Of a large case, where
+    each takes its time, there is one."""
+    return 6 if given.streams[..., 0].numel() <= 2**12 else 1
 
 
 def _tokens(given: Inputs, start: int, end: int) -> Inputs:
@@ -397,20 +404,14 @@ def _few(draws: list[Results]) -> list[str]:
     return [name for name, value in draws[0].items() if name.startswith("grad") and value.numel() < 1000]
 
 
-def _pooled(side: list[Results], exact: list[Results], names: list[str]) -> Tensor:
-    """Those gradients of all draws, in units of their size in the whole case and in its pieces.
-
-    The whole case is one draw, a sum over many tokens that may have cancelled: its unit is at least what pieces of such
-    a size add up to when their signs are random. Else an error that is small beside the terms would count as large.
-    """
+def _pooled(side: list[Results], exact: list[Results], names: list[str], wholes: int) -> Tensor:
+    """Those gradients of all draws, in units of their size in the whole case and in its pieces."""
     pool = []
     for name in names:
-        values, true = (torch.stack([draw[name] for draw in draws]) for draws in (side, exact))
-        of_pieces = true[1:].double().square().mean().sqrt()
-        of_whole = true[0].double().square().mean().sqrt().maximum(of_pieces * (len(true) - 1) ** 0.5)
-        for part, size in ((values[:1], of_whole), (values[1:], of_pieces)):
-            unit = size.log2().round().exp2()  # dividing by it is exact
-            pool.append((part / unit.to(values.dtype)).flatten())
+        for part in (slice(0, wholes), slice(wholes, None)):
+            values, true = (torch.stack([draw[name] for draw in draws[part]]) for draws in (side, exact))
+            size = true.double().square().mean().sqrt().log2().round().exp2()  # dividing by it is exact
+            pool.append((values / size.to(values.dtype)).flatten())
     return torch.cat(pool)
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from functools import partial
 
 from benchmarks import readme_tables as tables
 from benchmarks.readme_facts import quick
 from benchmarks.readme_kernels import EPYC, XEON, Rows
-from benchmarks.readme_tables import block, interval, percent, power, study
+from benchmarks.readme_tables import BLOCKS, block, interval, percent, power, study
 
 
 def machine(device: str) -> str:
@@ -43,24 +44,8 @@ def seeds(name: str) -> str:
     return f"{len(next(iter(study(name)['runs'].values())))} seeds"
 
 
-@block
-def hyper_lm_seeds() -> str:
-    return seeds("hyper_lm-stdlib-lm")
-
-
-@block
-def telepathy_seeds() -> str:
-    return seeds("telepathy-tokens")
-
-
-@block
-def lformer_seeds() -> str:
-    return seeds("lformer-kinds")
-
-
-@block
-def xlrb_seeds() -> str:
-    return seeds("xlrb-stdlib-topics")
+STUDIES = {"hyper_lm": "stdlib-lm", "telepathy": "tokens", "lformer": "kinds", "xlrb": "stdlib-topics"}
+BLOCKS |= {f"{system}_seeds": partial(seeds, f"{system}-{name}") for system, name in STUDIES.items()}
 
 
 @block

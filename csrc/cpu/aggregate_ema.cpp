@@ -1,5 +1,6 @@
 // CPU kernel of ema_scan, forward (xlayer/aggregate.h). Bound by memory: in units of d per token it reads L and writes
-// L, or 1. A tile of tokens walks through the layers with its states in L1. Tokens do not depend on each other.
+// L, or 1. A tile of tokens walks through the layers with its states in the caches. Tokens do not depend on each other:
+// the bits do not depend on the tiles.
 #include "aggregate_ema.h"
 
 namespace xlayer::cpu::XLAYER_ISA {

@@ -35,7 +35,7 @@ from xlayer_ext.reference.hyper import Connection
 NORMS = ("none", "layer", "rms", "rms_all")
 FORMS = ("identity", "tanh", "sinkhorn_rows", "sinkhorn_columns")
 MOST_STREAMS = 16  # in the native kernels
-STATISTICS = 3  # numbers that a row's norm keeps for the backward
+STATISTICS = 3  # numbers that a row's norm keeps for the backward: kHyperStatistics of xlayer/hyper.h
 Function = Callable[..., Any]
 
 __all__ = ["Connection", "hyper_post", "hyper_post_pre", "hyper_pre"]
