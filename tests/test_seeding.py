@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 import seeding
@@ -79,7 +78,7 @@ def test_fresh_seeds_run_what_draws_again_and_say_how_to_repeat_it(tmp_path: Pat
     assert len(repeats) == 3 and "3 failed" in said
     seed = repeats[1].split("--seed ")[1].split()[0]
     _, first = run(tmp_path, "--seed", seed, "-k", "fails", body=body)
-    wrong = [line for line in said.splitlines() if line.startswith("E") and "assert -" in line or "assert 0." in line]
+    wrong = [line for line in said.splitlines() if (line.startswith("E") and "assert -" in line) or "assert 0." in line]
     shown = [line for line in first.splitlines() if line.startswith("E") and "assert" in line]
     assert wrong and shown and any(line in wrong for line in shown)
 
