@@ -6,6 +6,7 @@ Tensors lie against a page that cannot be touched, or in the heap: a kernel that
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 from dataclasses import dataclass, field
 from random import Random
@@ -16,8 +17,7 @@ from torch import Tensor
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 OTHERS = (
-    torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64, torch.complex128, torch.complex32, torch.int16,
-    torch.float8_e4m3fn,
+    torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64, torch.complex128, torch.int16, torch.float8_e4m3fn,
 )  # fmt: skip
 SMALL = (1, 2, 3)
 LARGE = (7, 8, 16, 17, 63, 64, 65)
@@ -26,6 +26,7 @@ INTS = (-(2**63), -1, 0, 1, 2, 3, 5, 2**20, 2**31 - 1, 2**31, 2**32, 2**40, 2**6
 NUMBERS = (float("nan"), float("inf"), float("-inf"), 0.0, -0.0, -1.0, 1e-320, 1e308, 1.0, 0.5)
 FILLS = ("normal", "zeros", "special", "nan", "large", "tiny")
 LAYOUTS = ("contiguous", "permuted", "gaps", "expanded", "overlapping", "offset")
+MOST_NUMBER = 2**63 - 1
 MOST_ELEMENTS = 2**14  # that a tensor holds in memory: dimensions beyond it have stride 0
 MANY_ELEMENTS = 2**22  # a call on so many may take its time: what was asked for is much
 
@@ -103,6 +104,8 @@ class Spec:
     requires_grad: bool = False
 
     def build(self, memory: Memory, rng: Random) -> Tensor:
+        if math.prod(max(size, 1) for size in self.shape) > MOST_NUMBER:  # more than a tensor can have
+            self.shape = [min(size, 2) for size in self.shape]
         if self.device == "meta":
             return torch.empty(1, device="meta", dtype=self.dtype).as_strided(self.shape, [0] * len(self.shape))
         strides = self._strides(rng)
@@ -189,15 +192,15 @@ class Draw:
     hostile: bool = False
     dtype: torch.dtype = torch.float32
     sizes: dict[str, int] = field(default_factory=dict)
-    _room: int = 2**11
+    _room: int = 2**9
     _plain: bool = False
 
     @classmethod
     def of(cls, rng: Random, hostile: bool) -> Draw:
         found = cls(rng, hostile, rng.choice(FLOATS if hostile or rng.random() < 0.4 else FLOATS[:2]))
         found._plain = rng.random() < 0.3  # contiguous all along: the paths that are taken most
-        if rng.random() < 0.2:
-            found._room = 2**15
+        if rng.random() < 0.1:
+            found._room = 2**13
         return found
 
     def __getattr__(self, name: str) -> int:
@@ -211,6 +214,7 @@ class Draw:
         """The size of that name, one of these."""
         if name not in self.sizes:
             self.sizes[name] = self.rng.choice(choices)
+            self._room = max(1, self._room // max(self.sizes[name], 1))
         return self.sizes[name]
 
     def _size(self) -> int:
