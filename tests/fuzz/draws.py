@@ -22,7 +22,7 @@ OTHERS = (
 SMALL = (1, 2, 3)
 LARGE = (7, 8, 16, 17, 63, 64, 65)
 HUGE = (2**31, 2**32 + 1, 2**40, 2**61, 2**62, 2**63 - 1)
-INTS = (-(2**63), -1, 0, 1, 2, 3, 5, 2**20, 2**31 - 1, 2**31, 2**32, 2**40, 2**61, 2**62, 2**63 - 1)
+INTS = (-(2**63), -1, 0, 1, 2, 3, 5, 2**12, 2**31 - 1, 2**31, 2**32, 2**40, 2**61, 2**62, 2**63 - 1)
 NUMBERS = (float("nan"), float("inf"), float("-inf"), 0.0, -0.0, -1.0, 1e-320, 1e308, 1.0, 0.5)
 FILLS = ("normal", "zeros", "special", "nan", "large", "tiny")
 LAYOUTS = ("contiguous", "permuted", "gaps", "expanded", "overlapping", "offset")
@@ -158,7 +158,7 @@ class Spec:
             tensor = torch._neg_view(tensor)
         elif self.wrap == "real" and tensor.is_floating_point() and 0 < tensor.numel() <= MOST_ELEMENTS:
             tensor = torch.stack((tensor, tensor), -1)[..., 0]
-        elif self.wrap == "sparse" and tensor.numel() <= MOST_ELEMENTS and tensor.dim() > 0:
+        elif self.wrap == "sparse" and self.dtype in FLOATS and tensor.numel() <= MOST_ELEMENTS and tensor.dim() > 0:
             tensor = tensor.to_sparse()
         elif self.wrap == "parameter" and tensor.is_floating_point():
             tensor = torch.nn.Parameter(tensor)
