@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
+MODES = ("hostile", "functional", "valid", "functional-valid", "racing")  # fuzz.calls.MODES, which needs torch
 SANITIZED = TESTS.parent / "build" / "sanitized" / "libxlayer_sanitized.so"
 # Python leaves much to the end of the process; memory of huge calls is refused as it is without a sanitizer.
 ASAN_OPTIONS = (
@@ -27,7 +28,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop then, however many calls were made")
     parser.add_argument("--workers", type=int, default=1, help="processes at a time")
-    parser.add_argument("--mode", action="append", default=[], help="this kind of calls alone (several times: these)")
+    told = "this kind of calls alone (several times: these)"
+    parser.add_argument("--mode", action="append", default=[], choices=MODES, help=told)
     parser.add_argument("--op", action="append", default=[], help="this operator or function alone")
     parser.add_argument("--call", type=int, help="make this one call, in this process, and show its arguments")
     parser.add_argument("--isa", default="", help="avx512, avx2 or baseline; all in turn by default")
@@ -81,6 +83,11 @@ def main() -> int:
         asked.sanitized, asked.plugin,
     )  # fmt: skip
     driver.prepare()
+    try:
+        driver.Maker(asked.seed, asked.mode or None, asked.op or None)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     if asked.call is not None:
         driver.choose_isa(options, asked.call)
         if not asked.sanitized:

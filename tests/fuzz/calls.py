@@ -17,8 +17,21 @@ import torch
 from torch import Tensor
 
 from fuzz import recipes
-from fuzz.draws import FILLS, FLOATS, HUGE, INTS, LARGE, LAYOUTS, MANY_ELEMENTS, NUMBERS, OTHERS, SMALL
-from fuzz.draws import Draw, Memory, Spec
+from fuzz.draws import (
+    FILLS,
+    FLOATS,
+    HUGE,
+    INTS,
+    LARGE,
+    LAYOUTS,
+    MANY_ELEMENTS,
+    NUMBERS,
+    OTHERS,
+    SMALL,
+    Draw,
+    Memory,
+    Spec,
+)
 from xlayer_ext import backend
 from xlayer_ext import functional as XF
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 OTHERS = (
-    torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64, torch.complex128, torch.int16, torch.float8_e4m3fn,
+    torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64, torch.complex128, torch.int16,
+    torch.float8_e4m3fn,
 )  # fmt: skip
 SMALL = (1, 2, 3)
 LARGE = (7, 8, 16, 17, 63, 64, 65)
