@@ -1,4 +1,5 @@
-"""The CUDA kernels on the emulator under AddressSanitizer and UndefinedBehaviorSanitizer, on small cases.
+"""The kernels under AddressSanitizer and UndefinedBehaviorSanitizer: those of CUDA on the emulator, on small cases, and
+those of the CPU, fuzzed.
 
 The emulator's own checker knows the bounds of what it was told about; these know every allocation and every operation.
 """
@@ -91,3 +92,35 @@ def test_operators(environment: dict[str, str], file: str) -> None:
     child = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
     assert child.returncode == 0, child.stdout[-4000:] + child.stderr[-4000:]
     assert "skipped" not in child.stdout.splitlines()[-1]
+
+
+SANITIZED = TESTS.parent / "build" / "sanitized" / "libxlayer_sanitized.so"
+needs_sanitized = pytest.mark.skipif(
+    not SANITIZED.exists(), reason=f"{SANITIZED.name} has not been built: cmake --build build/native --target sanitized"
+)
+
+
+def fuzz(*words: str) -> subprocess.CompletedProcess[str]:
+    """`python tests/fuzz --sanitized` with these words."""
+    command = [sys.executable, "tests/fuzz", "--sanitized", *words]
+    told = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=TESTS.parent, env=told, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.cpu_kernels
+@needs_sanitized
+def test_fuzzed_operators() -> None:
+    sanitizer_library("asan")
+    child = fuzz("--calls", "12000", "--seconds", "45", "--seed", "2")
+    assert child.returncode == 0, child.stdout[-6000:] + child.stderr[-2000:]
+
+
+@pytest.mark.cpu_kernels
+@needs_sanitized
+def test_fuzzer_reports_a_planted_overflow() -> None:
+    sanitizer_library("asan")
+    child = fuzz("--plugin", "tests/fuzz/planted.py", "--op", "planted_overflow", "--calls", "3")
+    assert child.returncode == 1, child.stdout + child.stderr
+    assert "sanitizer: planted_overflow: AddressSanitizer: heap-buffer-overflow" in child.stdout, child.stdout
+    assert "--op planted_overflow --plugin tests/fuzz/planted.py --sanitized" in child.stdout
