@@ -219,7 +219,7 @@ def depth_attention(
     weight_query, weight_key, weight_value, weight_out = named.values()
     if weight_key.shape[1] != x.shape[-1]:
         raise ValueError(f"weight_key must have shape [e, {x.shape[-1]}] for this x, got {list(weight_key.shape)}")
-    if heads < 1 or weight_query.shape[0] % heads:
+    if not 1 <= heads <= max(1, weight_query.shape[0]) or weight_query.shape[0] % heads:
         raise ValueError(f"heads must divide e = {weight_query.shape[0]}, got {heads}")
     if memory < 1:
         raise ValueError(f"memory must be at least 1, got {memory}")

@@ -34,6 +34,7 @@ from xlayer_ext.reference.hyper import Connection
 
 NORMS = ("none", "layer", "rms", "rms_all")
 FORMS = ("identity", "tanh", "sinkhorn_rows", "sinkhorn_columns")
+MAX_ITERATIONS = 1000  # of Sinkhorn; the operators refuse more too
 MOST_STREAMS = 16  # in the native kernels
 STATISTICS = 3  # numbers that a row's norm keeps for the backward: kHyperStatistics of xlayer/hyper.h
 Function = Callable[..., Any]
@@ -136,8 +137,8 @@ def _checked_connection(streams: Tensor, connection: Connection) -> Connection:
     check_choice("norm", norm, NORMS[1:])
     check_choice("form", form, FORMS)
     constrained = form.startswith("sinkhorn")
-    if constrained and iterations < 1:
-        raise ValueError(f"iterations must be at least 1, got {iterations}")
+    if constrained and not 1 <= iterations <= MAX_ITERATIONS:
+        raise ValueError(f"iterations must be 1 to {MAX_ITERATIONS}, got {iterations}")
     if not eps >= 0:
         raise ValueError(f"eps must not be negative, got {eps}")
     if weight is None and (bias is not None or scale is not None):
