@@ -153,7 +153,7 @@ def _checked_connection(streams: Tensor, connection: Connection) -> Connection:
     shapes = {"base": (n, n + 2), "weight": weight_shape, "bias": (n + 2,), "scale": (n + 2,)}
     for (name, shape), tensor in zip(shapes.items(), (base, weight, bias, scale), strict=True):
         if tensor is not None or name == "base":
-            _check_tensor(name, tensor, shape, streams)
+            _check_tensor(name, cast(Tensor, tensor), shape, streams)
     wide = _accumulation(streams)
     base = base.to(wide)
     weight, bias, scale = (None if tensor is None else tensor.to(wide) for tensor in (weight, bias, scale))

@@ -223,7 +223,7 @@ def checked_levels(levels: Sequence[int], bound: str, variant: str = VARIANTS[0]
     """
     check_choice("bound", bound, BOUNDS)
     check_choice("variant", variant, VARIANTS)
-    if not isinstance(levels, Sequence) or isinstance(levels, str):
+    if not isinstance(levels, Sequence):
         raise TypeError(f"levels must be a sequence of whole numbers, got {type(levels).__name__}")
     found = list(levels)
     least = 2 if bound == "tanh" else 3
