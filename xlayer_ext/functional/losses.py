@@ -99,10 +99,10 @@ def cosine_anchor_loss(soft: Tensor, anchor: Tensor, anchor_mask: Tensor | None 
         anchor_mask: bool ``[B, T]``, True = counts; what is masked may hold anything.
     """
     check_floats(soft=soft, anchor=anchor)
+    check_device(soft=soft, anchor=anchor)
     check_mask("anchor_mask", anchor_mask, soft)
     layouts = {"soft": "B K d", "anchor": "B T d", "anchor_mask": "B T"}
     check_shapes(layouts, soft=soft, anchor=anchor, anchor_mask=anchor_mask)
-    check_device(soft=soft, anchor=anchor)
     if not soft.shape[0]:
         return _nothing(soft, anchor)
     soft, anchor = _wide(soft, anchor)
@@ -139,10 +139,10 @@ def reconstruction_loss(projected: Tensor, source: Tensor, mask: Tensor | None =
     """Mean squared difference between the means of ``projected [B, K, d]`` over K and of ``source [B, T, d]`` over the
     tokens of ``mask`` (bool ``[B, T]``, True = counts): can the source be told from the message?"""
     check_floats(projected=projected, source=source)
+    check_device(projected=projected, source=source)
     check_mask("mask", mask, projected)
     layouts = {"projected": "B K d", "source": "B T d", "mask": "B T"}
     check_shapes(layouts, projected=projected, source=source, mask=mask)
-    check_device(projected=projected, source=source)
     if is_empty((projected.shape[0], projected.shape[2])):
         return _nothing(projected, source)
     projected, source = _wide(projected, source)
@@ -159,9 +159,9 @@ def bag_of_words_loss(logits: Tensor, input_ids: Tensor, mask: Tensor | None = N
     """
     check_floats(logits=logits)
     check_int64(input_ids=input_ids)
+    check_device(logits=logits, input_ids=input_ids)
     check_mask("mask", mask, logits)
     check_shapes({"logits": "B V", "input_ids": "B T", "mask": "B T"}, logits=logits, input_ids=input_ids, mask=mask)
-    check_device(logits=logits, input_ids=input_ids)
     if mask is not None:
         input_ids = input_ids.masked_fill(~mask, 0)
     if is_empty(logits.shape):

@@ -179,7 +179,7 @@ def fsq(z: Tensor, levels: Sequence[int], *, bound: str = "tanh", variant: str =
     check_floats(z=z)
     levels = checked_levels(levels, bound, variant)
     if z.dim() < 1 or z.shape[-1] != len(levels):
-        raise ValueError(f"z must have shape [..., {len(levels)}], a column per level; got {list(z.shape)}")
+        raise ValueError(f"z must have shape [..., {len(levels)}], a column for each of levels; got {list(z.shape)}")
     if autocasts(z) and z.dtype != torch.float64:
         z = z.float()
     if not use_native("fsq", z, beyond=_beyond(levels)):
@@ -193,7 +193,9 @@ def fsq_codes_to_indices(codes: Tensor, levels: Sequence[int], *, bound: str = "
     check_floats(codes=codes)
     levels = checked_levels(levels, bound)
     if codes.dim() < 1 or codes.shape[-1] != len(levels):
-        raise ValueError(f"codes must have shape [..., {len(levels)}], a column per level; got {list(codes.shape)}")
+        raise ValueError(
+            f"codes must have shape [..., {len(levels)}], a column for each of levels; got {list(codes.shape)}"
+        )
     return reference.fsq_codes_to_indices(codes, levels, bound=bound)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from xlayer_ext import reference
 from xlayer_ext._backend import native_available, use_native
 from xlayer_ext.functional._checks import (
+    check_device,
     check_floats,
     check_mask,
     check_one_device,
@@ -44,6 +45,8 @@ def masked_mean(x: Tensor, mask: Tensor | None = None) -> Tensor:
         tensor([[2.]])
     """
     check_floats(x=x)
+    if isinstance(mask, Tensor):
+        check_device(x=x, mask=mask)
     check_mask("mask", mask, x)
     check_shapes({"x": "B S H", "mask": "B S"}, x=x, mask=mask)
     if is_empty((x.shape[0], x.shape[2])):
