@@ -404,8 +404,8 @@ def test_repr_tells_the_options() -> None:
 @pytest.mark.parametrize(
     ("make_it", "told"),
     [
-        (lambda: HyperConnection(0), "hidden_size and expansion_rate must be at least 1, got 0 and 4"),
-        (lambda: HyperConnection(D, 0), "hidden_size and expansion_rate must be at least 1"),
+        (lambda: HyperConnection(0), "hidden_size must be at least 1, got 0"),
+        (lambda: HyperConnection(D, 0), "expansion_rate must be at least 1, got 0"),
         (lambda: HyperConnection(D, norm="batch"), "norm must be one of layer, rms; got 'batch'"),
         (lambda: ManifoldHyperConnection(D, coefficients="x"), "coefficients must be one of paper, per_stream"),
         (lambda: ManifoldHyperConnection(D, iterations=0), "iterations must be at least 1"),
