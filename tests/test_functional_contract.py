@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from oracle import draw, fresh_generator
+from oracle import draw, fresh_generator, need_native
 from xlayer_ext import backend
 from xlayer_ext import functional as XF
 from xlayer_ext.functional import Connection
@@ -246,6 +246,29 @@ def test_no_layers_no_tokens_no_width(op: str, sizes: tuple[int, ...], choice: s
         assert out.shape == sizes and out.dtype == dtype
         for name, grad in gradients(out, given).items():
             assert grad.shape == given[name].shape and grad.dtype == dtype and not grad.any(), name
+
+
+@pytest.mark.parametrize("sizes", [(0, 3, 8), (3, 0, 8), (0, 0, 8)])
+@pytest.mark.parametrize("op", ["ema_scan", "depth_gru", "depth_attention"])
+def test_the_operators_themselves_take_nothing(op: str, sizes: tuple[int, ...], device: str) -> None:
+    need_native(op, device)
+    given = {name: t.detach().to(device) for name, t in depth_inputs(op, *sizes, torch.float64).items()}
+    start = given.pop("initial")
+    if op == "depth_attention":
+        taps, keys, values = given.pop("x"), given.pop("weight_key"), given.pop("weight_value")
+        given = {"keys": taps @ keys.T, "values": taps @ values.T} | given
+    leaves = {name: t.requires_grad_() for name, t in (given | {"initial": start}).items()}
+    x, *rest = leaves.values()
+    if op == "ema_scan":
+        gates, norm_weight, norm_bias, start = rest
+        out = torch.ops.xlayer.ema_scan(x, gates, start, norm_weight, norm_bias, 1e-5, False)
+    elif op == "depth_gru":
+        out, _ = torch.ops.xlayer.depth_gru(x, *rest, True)
+    else:
+        out, _ = torch.ops.xlayer.depth_attention(x, *rest, 2, 3, 1.0, True)
+    assert out.shape == sizes
+    for name, grad in gradients(out, leaves).items():
+        assert grad.shape == leaves[name].shape and not grad.any(), name
 
 
 @pytest.mark.parametrize("choice", ["auto", "reference"])

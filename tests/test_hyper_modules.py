@@ -412,8 +412,8 @@ def test_repr_tells_the_options() -> None:
         (lambda: reduce_streams(torch.ones(2, 4, D), reduce="max"), "reduce must be one of sum, mean"),
         (lambda: reduce_streams(torch.ones(8, D), packed=True), "expansion_rate must be given"),
         (lambda: HyperConnection(D, packed=True)(torch.ones(7, 3, D)), r"streams must have shape \[\(b n\), ..., d\]"),
-        (lambda: HyperConnection(D, 4)(torch.ones(2, 3, D)), "for n = 3"),
-        (lambda: HyperConnection(D, 4)(torch.ones(2, 4, D + 1)), f"d = {D + 1}"),
+        (lambda: HyperConnection(D, 4)(torch.ones(2, 3, D)), r"streams must have shape \[..., 4, "),
+        (lambda: HyperConnection(D, 4)(torch.ones(2, 4, D + 1)), f"got .2, 4, {D + 1}"),
         (lambda: HyperConnection(D, 4, branch=lambda x: x[..., 1:])(torch.ones(2, 4, D)), "branch_output must have"),
     ],
 )

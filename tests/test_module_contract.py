@@ -252,3 +252,79 @@ def test_sampling_takes_a_number_of_steps_that_ends(steps: Any) -> None:
     bridge = RECIPES["DiffusionBridge"][0]()
     with pytest.raises((TypeError, ValueError), match="steps must be"):
         bridge.sample(torch.ones(1, 2, 6), steps=steps)
+
+
+# ---- calls -----------------------------------------------------------------------------------------------------------
+
+X, MASK = torch.ones(2, 5, 8), torch.ones(2, 5, dtype=torch.bool)
+NOT_FLOATS: list[Any] = ["x", None, X.long(), X.to(torch.complex64)]
+NOT_MASKS: list[Any] = ["x", MASK.int(), MASK.float(), MASK[:, :3], MASK.to("meta")]
+STATES, SOFT, TIME = torch.ones(2, 5, 6), torch.ones(2, 3, 8), torch.ones(2)
+TAPS = torch.ones(3, 2, 5, 8)
+
+# A module, a call of it that is right, and values of its arguments that are not.
+MODULE_CALLS: dict[str, tuple[Make, dict[str, Any], dict[str, list[Any]]]] = {
+    "TapProjector": (lambda: xnn.TapProjector(3, 8, 4), {"taps": TAPS, "mask": MASK},
+                     {"taps": [*NOT_FLOATS, TAPS[0], [X, X], [X, X, X[:1]], [X, X, "x"], TAPS[..., :7]],
+                      "mask": NOT_MASKS}),
+    "EMAAggregator": (lambda: xnn.EMAAggregator(3, 8), {"taps": TAPS}, {"taps": [*NOT_FLOATS, X[0], TAPS[:2]]}),
+    "GRUAggregator": (lambda: xnn.GRUAggregator(3, 8), {"taps": TAPS}, {"taps": [*NOT_FLOATS, X[0]]}),
+    "DepthAttentionAggregator": (lambda: xnn.DepthAttentionAggregator(3, 8), {"taps": TAPS}, {"taps": NOT_FLOATS}),
+    "FSQ": (lambda: xnn.FSQ([4] * 8), {"z": X}, {"z": [*NOT_FLOATS, X[..., :7], X[0, 0, 0]]}),
+    "HDIMMessage": (lambda: xnn.HDIMMessage(8), {"target": X, "source": X, "key_mask": MASK},
+                    {"target": [*NOT_FLOATS, X[0]], "source": [*NOT_FLOATS, X[:1]], "key_mask": NOT_MASKS,
+                     "pair_mask": ["x", MASK]}),
+    "HyperConnection": (lambda: xnn.HyperConnection(8, 5), {"streams": X},
+                        {"streams": [*NOT_FLOATS, X[:, :4], X[..., :7], X[0, 0]]}),
+    "LayerRouter": (lambda: xnn.LayerRouter(8), {"target_summary": X[0], "source_summaries": X},
+                    {"target_summary": [*NOT_FLOATS, X], "source_summaries": [*NOT_FLOATS, X[0]]}),
+    "ManifoldHyperConnection": (lambda: xnn.ManifoldHyperConnection(8, 5), {"streams": X}, {"streams": NOT_FLOATS}),
+    "PerceiverResampler": (RECIPES["PerceiverResampler"][0], {"x": STATES, "mask": MASK},
+                           {"x": [*NOT_FLOATS, X, STATES[0]], "mask": NOT_MASKS}),
+    "DiffusionBridge": (RECIPES["DiffusionBridge"][0], {"x": STATES, "mask": MASK, "x_t": SOFT, "t": TIME},
+                        {"x": [*NOT_FLOATS, X], "mask": NOT_MASKS, "x_t": [*NOT_FLOATS, X, SOFT[:1]],
+                         "t": [*NOT_FLOATS, TIME[:1], 0.5]}),
+    "QKVMessage": (lambda: xnn.QKVMessage(2, 4), {"query": X, "key": X, "value": X, "key_mask": MASK},
+                   {"query": [*NOT_FLOATS, X[..., :7], X[0]], "key": [*NOT_FLOATS, X[0]], "value": [*NOT_FLOATS, X[:1]],
+                    "key_mask": NOT_MASKS}),
+    "RMSScale": (lambda: xnn.RMSScale(1.0), {"x": X}, {"x": NOT_FLOATS}),
+    "StatisticalNormalizer": (lambda: xnn.StatisticalNormalizer(8, 8), {"x": X}, {"x": [*NOT_FLOATS, X[..., :7]]}),
+    "TanhScale": (lambda: xnn.TanhScale(1.0), {"x": X}, {"x": NOT_FLOATS}),
+    "VectorQuantizer": (lambda: xnn.VectorQuantizer(8, 5), {"x": X, "mask": MASK},
+                        {"x": [*NOT_FLOATS, X[..., :7]], "mask": NOT_MASKS}),
+}  # fmt: skip
+
+
+def test_every_class_has_a_call() -> None:
+    assert set(MODULE_CALLS) == set(RECIPES)
+    for make, right, _ in MODULE_CALLS.values():
+        make()(**right)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "value"),
+    [
+        pytest.param(module, name, value, id=f"{module}-{name}-{i}")
+        for module, (_, _, wrong) in MODULE_CALLS.items()
+        for name, values in wrong.items()
+        for i, value in enumerate(values)
+    ],
+)
+def test_bad_calls_are_named(module: str, name: str, value: Any) -> None:
+    make, right, _ = MODULE_CALLS[module]
+    with pytest.raises((TypeError, ValueError), match=rf"\b{name}\b") as raised:
+        make()(**(right | {name: value}))
+    assert "\n" not in str(raised.value)
+
+
+def test_codes_that_are_not_there_are_named() -> None:
+    quantizer = xnn.VectorQuantizer(8, 5, codebooks=2)
+    wrong = [torch.tensor([[0, 5]]), torch.tensor([[0, -2]]), torch.zeros(3, dtype=torch.int64), torch.zeros(1, 2), "x"]
+    for indices in wrong:
+        with pytest.raises((TypeError, ValueError), match="indices must"):
+            quantizer.indices_to_codes(indices)
+    for codebook in (torch.ones(5, 8), torch.ones(5, 4), torch.ones(2, 5, 4).long(), None):
+        with pytest.raises((TypeError, ValueError), match="codebook must"):
+            quantizer.set_codebook(codebook)
+    quantizer.set_codebook(torch.ones(2, 5, 4))
+    xnn.VectorQuantizer(8, 5).set_codebook(torch.ones(5, 8))

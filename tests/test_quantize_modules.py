@@ -380,7 +380,7 @@ def test_fsq_module(bound: str) -> None:
         (lambda: VectorQuantizer(8, 4, decay=1.0), "decay must be between 0 and 1, got 1.0"),
         (lambda: VectorQuantizer(8, 4, ema=False, threshold_dead=1.0), "threshold_dead needs ema=True"),
         (lambda: VectorQuantizer(8, 4)(torch.ones(2, 7)), r"x must have shape \[..., 8\], got \[2, 7\]"),
-        (lambda: VectorQuantizer(8, 4)(torch.ones(2, 8), torch.ones(3).bool()), r"mask must be bool \[2\]"),
+        (lambda: VectorQuantizer(8, 4)(torch.ones(2, 8), torch.ones(3).bool()), r"mask must have shape \[2\]"),
         (lambda: FSQ([1]), "levels must be between 2"),
     ],
 )

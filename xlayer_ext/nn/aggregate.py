@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xlayer_ext import functional as XF
-from xlayer_ext.functional._checks import check_choice, check_integer, check_not_negative, check_sizes
+from xlayer_ext.functional._checks import (
+    check_choice,
+    check_floats,
+    check_integer,
+    check_mask,
+    check_not_negative,
+    check_sizes,
+)
 from xlayer_ext.nn._reset import reset
 
 POOLINGS = ("mean", "first", "last", "attention")
@@ -83,17 +90,27 @@ class TapProjector(nn.Module):
             nn.init.zeros_(self.query)
 
     def forward(self, taps: Tensor | Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
-        x = taps if isinstance(taps, Tensor) else torch.stack(list(taps))
+        x = taps if isinstance(taps, Tensor) else self._stacked(taps)
+        check_floats(taps=x)
+        check_mask("mask", mask, x)
         if x.dim() != 4 or x.shape[0] != self.layers or x.shape[3] != self.d_model:
             raise ValueError(f"taps must have shape [{self.layers}, B, S, {self.d_model}], got {list(x.shape)}")
         if mask is not None:
-            if mask.dtype != torch.bool or mask.shape != x.shape[1:3]:
-                raise ValueError(f"mask must be bool {list(x.shape[1:3])}, got {mask.dtype} {list(mask.shape)}")
+            if mask.shape != x.shape[1:3]:
+                raise ValueError(f"mask must have shape {list(x.shape[1:3])}, got {list(mask.shape)}")
             x = x.masked_fill(~mask[..., None], 0)
         rows = self._pool(x, mask).flatten(1, -2)
         z = torch.baddbmm(self.bias.unsqueeze(1), rows, self.weight.transpose(1, 2))
         pooled = x.shape[1:3] if self.pooling is None else x.shape[1:2]
         return self.dropout(z.reshape(self.layers, *pooled, self.d_side))
+
+    def _stacked(self, taps: Sequence[Tensor]) -> Tensor:
+        if not isinstance(taps, Sequence) or not all(isinstance(tap, Tensor) for tap in taps):
+            raise TypeError(f"taps must be a tensor or a sequence of tensors, got {type(taps).__name__}")
+        if len(taps) != self.layers or any(tap.shape != taps[0].shape for tap in taps):
+            shapes = ", ".join(str(list(tap.shape)) for tap in taps)
+            raise ValueError(f"taps must be {self.layers} tensors [B, S, {self.d_model}] of one shape, got {shapes}")
+        return torch.stack(list(taps))
 
     def _pool(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Normalized taps ``[L, B, d_model]``, or ``[L, B, S, d_model]`` without a pooling."""
@@ -148,6 +165,7 @@ class _Aggregator(nn.Module):
         return l1 * gates.sum() + l2 * gates.square().sum()
 
     def forward(self, taps: Tensor, last_only: bool = False) -> Tensor:
+        check_floats(taps=taps)
         if taps.dim() < 2 or taps.shape[0] != self.layers or taps.shape[-1] != self.d_side:
             raise ValueError(f"taps must have shape [{self.layers}, ..., {self.d_side}], got {list(taps.shape)}")
         return self._aggregate(taps, last_only)

@@ -16,7 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xlayer_ext.functional._checks import check_finite, check_not_negative, check_positive, check_sizes
+from xlayer_ext.functional._checks import (
+    check_finite,
+    check_floats,
+    check_mask,
+    check_not_negative,
+    check_positive,
+    check_shapes,
+    check_sizes,
+)
 from xlayer_ext.nn._reset import draw_normal, reset
 
 
@@ -62,6 +70,10 @@ class StatisticalNormalizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., source_dim]`` to the same shape and dtype; float32 inside."""
+        check_floats(x=x)
+        width = len(self.source_mean)
+        if x.dim() < 1 or x.shape[-1] != width:
+            raise ValueError(f"x must have shape [..., {width}], got {list(x.shape)}")
         whitened = (x.float() - self.source_mean) / (self.source_std + self.eps)
         return (whitened * self.target_std + self.target_mean).to(x.dtype)
 
@@ -147,6 +159,7 @@ class PerceiverResampler(nn.Module):
 
         A row whose mask allows nothing reads nothing: its soft tokens are the same for all inputs.
         """
+        check_states(x, mask, self.project.in_features)
         if mask is not None:
             x = torch.where(mask.unsqueeze(-1), x, torch.zeros_like(x))  # a masked state may hold NaN
         source = self.source_norm(self.project(x))
@@ -221,6 +234,7 @@ class RMSScale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., d]`` to the same shape and dtype."""
+        check_floats(x=x)
         wide = x.float()
         return (wide * (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt() * self.scale).to(x.dtype)
 
@@ -245,7 +259,17 @@ class TanhScale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., d]`` to the same shape and dtype."""
+        check_floats(x=x)
         return (x.float().tanh() * self.scale).to(x.dtype)
+
+
+def check_states(x: Tensor, mask: Tensor | None, width: int) -> None:
+    """States ``[B, T, width]`` and a bool mask ``[B, T]`` or None."""
+    check_floats(x=x)
+    check_mask("mask", mask, x)
+    check_shapes({"x": "B T source_dim", "mask": "B T"}, x=x, mask=mask)
+    if x.shape[2] != width:
+        raise ValueError(f"x must have shape [B, T, {width}], got {list(x.shape)}")
 
 
 def feed_forward(dim: int, ratio: float) -> nn.Sequential:

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xlayer_ext.functional._checks import check_choice, check_integer, check_positive, check_sizes
+from xlayer_ext.functional._checks import check_choice, check_floats, check_integer, check_positive, check_sizes
 from xlayer_ext.nn._reset import ZeroLinear, draw_normal, reset
-from xlayer_ext.nn.bridge import Attention, feed_forward
+from xlayer_ext.nn.bridge import Attention, check_states, feed_forward
 
 CONDITIONINGS = ("pooled", "cross", "hybrid")
 INIT_DEVIATION = 0.02  # of positions and of the query that pools
@@ -58,7 +58,8 @@ class DiffusionBridge(nn.Module):
         check_positive(target_scale=target_scale)
         if dim % heads or dim % 2:
             raise ValueError(f"dim must be even and a multiple of heads = {heads}, got {dim}")
-        self.soft_tokens, self.target_dim, self.dim, self.conditioning = soft_tokens, target_dim, dim, conditioning
+        self.source_dim, self.soft_tokens, self.target_dim = source_dim, soft_tokens, target_dim
+        self.dim, self.conditioning = dim, conditioning
         self.init_target_scale = float(target_scale)
         self.register_buffer("target_scale", torch.empty(()))
         nn.init.constant_(self.target_scale, self.init_target_scale)
@@ -91,7 +92,13 @@ class DiffusionBridge(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None, x_t: Tensor, t: Tensor) -> Tensor:
         """The velocity ``[B, K, target_dim]`` at ``x_t [B, K, target_dim]`` and times ``t [B]`` in [0, 1]."""
+        check_floats(x_t=x_t, t=t)
         source, pooled = self._condition(x, mask)
+        if x_t.shape != (len(x), self.soft_tokens, self.target_dim):
+            wanted = f"x_t must have shape {[len(x), self.soft_tokens, self.target_dim]}"
+            raise ValueError(f"{wanted}, got {list(x_t.shape)}")
+        if t.shape != (len(x),):
+            raise ValueError(f"t must have shape {[len(x)]}, got {list(t.shape)}")
         return self._velocity(source, mask, pooled, x_t, t)
 
     def loss(self, x: Tensor, mask: Tensor | None, target: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -103,6 +110,10 @@ class DiffusionBridge(nn.Module):
             target: ``[B, K, target_dim]``.
             generator: of times and noise.
         """
+        check_floats(target=target)
+        if target.dim() != 3 or target.shape[1:] != (self.soft_tokens, self.target_dim):
+            wanted = f"target must have shape [B, {self.soft_tokens}, {self.target_dim}]"
+            raise ValueError(f"{wanted}, got {list(target.shape)}")
         goal = target / self.target_scale
         noise = _noise(goal.shape, goal, generator)
         t = torch.rand(len(goal), generator=generator, device=_device(goal, generator)).to(goal)
@@ -129,6 +140,7 @@ class DiffusionBridge(nn.Module):
 
     def _condition(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The states as blocks read them, and what joins the timestep."""
+        check_states(x, mask, self.source_dim)
         if mask is not None:
             x = torch.where(mask.unsqueeze(-1), x, torch.zeros_like(x))  # a masked state may hold NaN
         source = self.source(x)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from xlayer_ext import functional as XF
-from xlayer_ext.functional._checks import check_sizes
+from xlayer_ext.functional._checks import check_floats, check_sizes
 from xlayer_ext.functional.quantize import checked_levels
 from xlayer_ext.nn._reset import reset
 
@@ -74,6 +74,7 @@ class FSQ(nn.Module):
         return math.prod(self.levels)
 
     def forward(self, z: Tensor) -> FSQOutput:
+        check_floats(z=z)
         if z.dim() < 1 or z.shape[-1] != self.dim:
             raise ValueError(f"z must have shape [..., {self.dim}], got {list(z.shape)}")
         codes, indices = XF.fsq(self.project_in(z), self.levels, bound=self.bound, variant=self.variant)

@@ -16,6 +16,7 @@ from xlayer_ext.functional import Connection
 from xlayer_ext.functional._checks import (
     MAX_ITERATIONS,
     check_choice,
+    check_floats,
     check_integer,
     check_not_negative,
     check_sizes,
@@ -82,11 +83,16 @@ class _StreamConnection(nn.Module):
     # Packed streams are [(b n), ..., d]; here n becomes the last but one dimension, of the same memory.
 
     def _unpack(self, streams: Tensor) -> Tensor:
+        check_floats(streams=streams)
+        n, d = self.expansion_rate, self.hidden_size
         if not self.packed:
+            if streams.dim() < 2 or streams.shape[-2:] != (n, d):
+                raise ValueError(f"streams must have shape [..., {n}, {d}], got {list(streams.shape)}")
             return streams
-        n = self.expansion_rate
-        if streams.dim() < 2 or streams.shape[0] % n:
-            raise ValueError(f"streams must have shape [(b n), ..., d] with n = {n}, got {list(streams.shape)}")
+        if streams.dim() < 2 or streams.shape[0] % n or streams.shape[-1] != d:
+            raise ValueError(
+                f"streams must have shape [(b n), ..., d] with n = {n}, d = {d}; got {list(streams.shape)}"
+            )
         streams = streams.unflatten(0, (-1, n))
         return streams if streams.dim() == 3 else streams.flatten(2, -2).transpose(1, 2)
 

@@ -17,10 +17,14 @@ from xlayer_ext.functional._checks import (
     MAX_ITERATIONS,
     check_choice,
     check_finite,
+    check_floats,
+    check_int64,
     check_integer,
+    check_mask,
     check_not_negative,
     check_positive,
     check_sizes,
+    check_values,
 )
 from xlayer_ext.functional.quantize import MAX_CODES, METRICS
 from xlayer_ext.nn._reset import assign, reset
@@ -178,10 +182,12 @@ class VectorQuantizer(nn.Module):
         self._records = []
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> VQOutput:
+        check_floats(x=x)
+        check_mask("mask", mask, x)
         if x.dim() < 1 or x.shape[-1] != self.dim:
             raise ValueError(f"x must have shape [..., {self.dim}], got {list(x.shape)}")
-        if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:-1]):
-            raise ValueError(f"mask must be bool {list(x.shape[:-1])}, got {mask.dtype} {list(mask.shape)}")
+        if mask is not None and mask.shape != x.shape[:-1]:
+            raise ValueError(f"mask must have shape {list(x.shape[:-1])}, got {list(mask.shape)}")
         if mask is not None:
             x = x.masked_fill(~mask.unsqueeze(-1), 0)  # padding may hold anything, and 0 · NaN is NaN
         vectors = self._split(self.project_in(x))
@@ -201,6 +207,9 @@ class VectorQuantizer(nn.Module):
 
     def set_codebook(self, codebook: Tensor) -> None:
         """Takes over codes ``[K, D]`` or ``[h, K, D]``, each with an average count of 1."""
+        check_floats(codebook=codebook)
+        if codebook.shape[-2:] != self.codebook.shape[1:] or codebook.numel() != self.codebook.numel():
+            raise ValueError(f"codebook must have shape {list(self.codebook.shape)}, got {list(codebook.shape)}")
         codes = codebook.detach().reshape(self.codebook.shape)
         with torch.no_grad():
             self.codebook.copy_(F.normalize(codes.float(), dim=-1) if self.metric == "cosine" else codes)
@@ -210,6 +219,10 @@ class VectorQuantizer(nn.Module):
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """Codes ``[..., h·codebook_dim]`` of indices as the module gives them, before the linear map out; 0 for -1."""
+        check_int64(indices=indices)
+        if self.codebooks > 1 and (indices.dim() < 1 or indices.shape[-1] != self.codebooks):
+            raise ValueError(f"indices must have shape [..., {self.codebooks}], got {list(indices.shape)}")
+        check_values("indices", indices, below=self.codebook_size, besides=-1)
         rows = indices.reshape(-1, self.codebooks).t()
         codes = _look_up(self._codes(self.codebook.detach()), rows).masked_fill((rows < 0).unsqueeze(-1), 0)
         lead = indices.shape if self.codebooks == 1 else indices.shape[:-1]
