@@ -37,7 +37,6 @@ from xlayer_ext.reference.hyper import Connection
 
 NORMS = ("none", "layer", "rms", "rms_all")
 FORMS = ("identity", "tanh", "sinkhorn_rows", "sinkhorn_columns")
-MAX_ITERATIONS = 1000  # of Sinkhorn; the operators refuse more too
 MOST_STREAMS = 16  # in the native kernels
 STATISTICS = 3  # numbers that a row's norm keeps for the backward: kHyperStatistics of xlayer/hyper.h
 Function = Callable[..., Any]
