@@ -116,18 +116,3 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 def check_kept(keep: bool, op: str) -> None:
     if not keep:
         raise RuntimeError(f"xlayer::{op} was called with keep=False: nothing was kept for its gradient")
-
-
-def no_second_derivative(op: str, how: str = "") -> RuntimeError:
-    return RuntimeError(
-        f"xlayer::{op} cannot be differentiated{how}: second derivatives need xlayer_ext.backend('reference')"
-    )
-
-
-def forbid_second_derivative(op: str) -> None:
-    """Makes differentiating ``xlayer::<op>``, itself a derivative, raise one clear line."""
-
-    def backward(ctx: object, *grads: Tensor) -> None:
-        raise no_second_derivative(op)
-
-    torch.library.register_autograd(f"xlayer::{op}", backward)
