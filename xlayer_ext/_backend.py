@@ -56,7 +56,14 @@ def choice() -> str:
     if _traced is not None:
         return _traced
     chosen: str | _Context = _context.chosen
-    return _default if isinstance(chosen, _Context) else chosen
+    if not isinstance(chosen, _Context):
+        return chosen
+    if not torch.compiler.is_dynamo_compiling() and torch._C._current_graph_task_id() != -1:
+        # Backward may run in a thread of autograd's own and compute a checkpointed block again. torch hands it the
+        # context that backward was called in.
+        around = torch._C._get_obj_in_tls("context") if torch._C._is_key_in_tls("context") else {}
+        return around.get(_chosen, _default)
+    return _default
 
 
 def _kernels() -> frozenset[tuple[str, str]]:
@@ -113,19 +120,13 @@ def use_native(op: str, *tensors: Tensor, beyond: str | None = None) -> bool:
     chosen = choice()
     if chosen == "reference":
         return False
-    transform = _beyond_kernels()
-    if transform is not None and chosen == "native":
-        raise RuntimeError(
-            f"backend 'native' was asked for, but no native {op} supports {transform}: it needs {REFERENCE}"
-        )
+    beyond = beyond or _beyond_kernels()
     supported = beyond is None and all((op, t.device.type) in _KERNELS and t.dtype in _DTYPES for t in tensors)
     if not supported and chosen == "native":
         got = beyond or ", ".join(f"{t.dtype} on {t.device}" for t in tensors)
-        raise RuntimeError(
-            f"backend 'native' was asked for, but there is no native {op} for {got}; "
-            "`python -m xlayer_ext.info` says what was built"
-        )
-    return supported and transform is None
+        hint = f"it needs {REFERENCE}" if beyond else "`python -m xlayer_ext.info` says what was built"
+        raise RuntimeError(f"backend 'native' was asked for, but there is no native {op} for {got}; {hint}")
+    return supported
 
 
 class backend:

@@ -33,6 +33,8 @@ def register(op: str, fake: Function, backward: Function, setup_context: Functio
         # torch.library.register_autograd would drop the tangents without a word.
         if forward_ad._current_level >= 0 and any(_has_tangent(argument) for argument in arguments):
             raise no_forward_derivative(op)
+        if transforms() and torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+            raise RuntimeError(f"torch.func can differentiate xlayer::{op} only within xlayer_ext.functional")
         return generated(keyset, *arguments)
 
     _LIBRARY.impl(op, autograd, "Autograd", with_keyset=True)
@@ -106,16 +108,16 @@ def _function(op: str, backward: Function, setup_context: Function) -> Any:
 
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
         """One call after another: of the cotangents of a Jacobian, of which there are few."""
-        results = []
-        for index in range(info.batch_size):
-            pairs = zip(arguments, in_dims, strict=True)
-            results.append(function.apply(*(a if dim is None else a.select(dim, index) for a, dim in pairs)))
-        return tree_map(lambda *tensors: torch.stack(tensors), *results), tree_map(lambda _: 0, results[0])
+        size, pairs = info.batch_size, list(zip(arguments, in_dims, strict=True))
+        if size == 0:  # one call tells the shapes
+            pairs = [(a if d is None else a.new_zeros([*a.shape[:d], 1, *a.shape[d + 1 :]]), d) for a, d in pairs]
+        samples = ([a if d is None else a.select(d, index) for a, d in pairs] for index in range(max(size, 1)))
+        results = [_FUNCTIONS[op].apply(*sample) for sample in samples]
+        return tree_map(lambda *tensors: torch.stack(tensors)[:size], *results), tree_map(lambda _: 0, results[0])
 
     def jvp(ctx: Any, *tangents: Any) -> None:
         raise no_forward_derivative(op)
 
     methods = {"forward": forward, "setup_context": setup_context, "backward": backward, "vmap": vmap, "jvp": jvp}
     members = {name: staticmethod(method) for name, method in methods.items()}
-    function: Any = type(f"xlayer_{op}", (torch.autograd.Function,), members)
-    return function
+    return type(f"xlayer_{op}", (torch.autograd.Function,), members)

@@ -367,10 +367,10 @@ def _fake_depth_attention(
 
 def _fake_depth_attention_backward(
     grad: Tensor, states: Tensor, attended: Tensor, keys: Tensor, values: Tensor, query: Tensor, out: Tensor,
-    initial: Any, *options: Any,
+    initial: Any, heads: int, memory: int, scale: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     check_one_device(grad, states, attended, keys, values, query, out, initial)
-    shape = _fake_depth_attention(keys, values, query, out, initial, *options, False)[0].shape
+    shape = _fake_depth_attention(keys, values, query, out, initial, heads, memory, scale, False)[0].shape
     check_fake(keys, grad=(grad, shape), states=(states, shape), attended=(attended, keys.shape))
     return tuple(_like(given, keys) for given in (keys, values, query, out, initial))
 

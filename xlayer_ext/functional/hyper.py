@@ -385,19 +385,9 @@ def _backward_pre(ctx: Any, grad_x: Tensor | None, grad_c: Tensor | None, *_: No
     streams, base, weight, bias, scale, c, z, statistics = ctx.saved_tensors
     grad_x = _zero_rows(streams) if grad_x is None else grad_x
     grads = call(
-        "hyper_pre_backward",
-        grad_x,
-        _dynamic(ctx, grad_c),
-        streams,
-        c,
-        z,
-        statistics,
-        base,
-        weight,
-        bias,
-        scale,
-        *ctx.options,
-    )
+        "hyper_pre_backward", grad_x, _dynamic(ctx, grad_c), streams, c, z, statistics,
+        base, weight, bias, scale, *ctx.options,
+    )  # fmt: skip
     return grads[0], *_connection_grads(grads[1:], weight, bias, scale), *(None for _ in ctx.options)
 
 
