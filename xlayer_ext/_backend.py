@@ -4,8 +4,9 @@
 dtype, and the reference otherwise. ``native`` insists and raises where there is none; ``reference`` never takes it.
 ``XLAYER_BACKEND`` sets the choice at import, :class:`backend` for a block of code.
 
-The kernels have first derivatives, backward. Under forward-mode differentiation, :func:`torch.vmap` and second
-derivatives with torch.func the reference serves, whatever the tensors; ``native`` then raises.
+The kernels have first derivatives, in reverse mode. Under forward-mode differentiation, under :func:`torch.vmap`, for
+second derivatives with torch.func, and wherever torch.compile traces torch.func, the reference serves whatever the
+tensors are; ``native`` then raises.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ _context = _Context()
 
 
 def choice() -> str:
-    """What was chosen for this context: ``"auto"``, ``"native"`` or ``"reference"``."""
+    """Returns what was chosen for this context: ``"auto"``, ``"native"`` or ``"reference"``."""
     if _traced is not None:
         return _traced
     chosen: str | _Context = _context.chosen
@@ -92,12 +93,14 @@ def current_backend() -> str:
 
 @torch.compiler.assume_constant_result  # torch.compile enters those that it traces, and guards on those around it
 def transforms() -> list[str]:
-    """The transforms of torch.func around this call, outermost first: ``Grad``, ``Jvp``, ``Vmap`` and others."""
-    return [interpreter.key().name for interpreter in torch._C._functorch.get_interpreter_stack() or ()]
+    """Names the transforms of torch.func around this call that differentiate or map it, outermost first: ``Grad``,
+    ``Jvp``, ``Vmap``."""
+    names = [interpreter.key().name for interpreter in torch._C._functorch.get_interpreter_stack() or ()]
+    return [name for name in names if name in ("Grad", "Jvp", "Vmap")]
 
 
 def _beyond_kernels() -> str | None:
-    """What is being done to this call that no kernel has a rule for, in words; None if nothing is."""
+    """Names, in words, what is being done to this call that no kernel has a rule for; None if nothing is."""
     around = transforms()
     if "Jvp" in around:
         return "forward-mode differentiation"
@@ -132,9 +135,11 @@ def use_native(op: str, *tensors: Tensor, beyond: str | None = None) -> bool:
 class backend:
     """Context manager that chooses the backend inside a ``with`` block: ``auto``, ``native`` or ``reference``.
 
-    The choice belongs to the context, as of :mod:`contextvars`: other threads and asyncio tasks do not see it. A thread
-    that is started inside the block has the default, an asyncio task what was chosen where it was created. Compiled
-    functions follow it, and are traced once for each choice. One object may be entered many times, anywhere.
+    The choice belongs to the context (:mod:`contextvars`): other threads and asyncio tasks do not see it. A thread that
+    is started inside the block has the default, an asyncio task what was chosen where it was created. Compiled
+    functions follow it in the same way, and are traced once for each choice; only those that autograd calls from a
+    thread of its own, to recompute a checkpoint on CUDA, have the default. One object may be entered many times, by
+    many threads.
 
     Example::
 

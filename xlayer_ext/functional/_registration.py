@@ -30,7 +30,7 @@ def register(op: str, fake: Function, backward: Function, setup_context: Functio
     generated = make_autograd_impl(getattr(torch.ops.xlayer, op).default, Info(backward, setup_context))
 
     def autograd(keyset: Any, *arguments: Any) -> Any:
-        # torch.library.register_autograd would drop the tangents without a word.
+        # Without these two, tangents are dropped without a word, and torch.func raises about a missing setup_context.
         if forward_ad._current_level >= 0 and any(_has_tangent(argument) for argument in arguments):
             raise no_forward_derivative(op)
         if transforms() and torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
@@ -53,7 +53,7 @@ def register_derivative(op: str, fake: Function) -> None:
 
 
 def call(op: str, *arguments: Any) -> Any:
-    """``torch.ops.xlayer.<op>``, inside torch.func by way of an autograd.Function: its transforms know no other."""
+    """Calls ``torch.ops.xlayer.<op>``; inside torch.func through an autograd.Function, as its transforms need."""
     if transforms():
         return _FUNCTIONS[op].apply(*arguments)
     return getattr(torch.ops.xlayer, op)(*arguments)
@@ -79,7 +79,7 @@ def check_fake(like: Tensor, **expected: tuple[Tensor | None, Sequence[int | Non
 
 
 def check_fake_as(dtype: torch.dtype, **expected: tuple[Tensor | None, Sequence[int | None]]) -> None:
-    """The same for tensors that need this dtype."""
+    """Does the same for tensors that need this dtype."""
     for name, (tensor, shape) in expected.items():
         if tensor is None:
             continue
@@ -94,7 +94,7 @@ def check_fake_as(dtype: torch.dtype, **expected: tuple[Tensor | None, Sequence[
 
 
 def accumulation(tensor: Tensor) -> torch.dtype:
-    """What the operators add up in: float64 for float64, else float32."""
+    """Returns the dtype that the operators add up in: float64 for float64, else float32."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
@@ -107,7 +107,7 @@ def _function(op: str, backward: Function, setup_context: Function) -> Any:
         return getattr(torch.ops.xlayer, op)(*arguments)
 
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
-        """One call after another: of the cotangents of a Jacobian, of which there are few."""
+        """Makes one call after another: for the cotangents of a Jacobian, of which there are few."""
         size, pairs = info.batch_size, list(zip(arguments, in_dims, strict=True))
         if size == 0:  # one call tells the shapes
             pairs = [(a if d is None else a.new_zeros([*a.shape[:d], 1, *a.shape[d + 1 :]]), d) for a, d in pairs]
