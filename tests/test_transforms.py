@@ -92,11 +92,11 @@ def test_transforms_give_the_reference(case: Case, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BACKWARD)
-def test_first_gradients_are_the_kernels(case: Case, name: str) -> None:
-    if case.op not in NATIVE_GRADIENTS:
-        pytest.skip("its backward is no kernel")
+@pytest.mark.parametrize("op", NATIVE_GRADIENTS)
+def test_first_gradients_are_the_kernels(device: str, op: str, name: str) -> None:
+    need_native(op, device)
     with backend("native"):
-        BACKWARD[name](case)
+        BACKWARD[name](make_case(op, device))
 
 
 @pytest.mark.parametrize("name", FORWARD | OTHERS)

@@ -281,7 +281,7 @@ def _check_pre(
 def _check_pre_grads(
     streams: Tensor, grad_x: Tensor, grad_c: Tensor | None, saved: dict[str, Tensor], norm: int
 ) -> None:
-    """Gradients that come to what pre returns; ``saved`` is what it kept."""
+    """Checks the gradients that come to what pre returns, and ``saved``, what it kept."""
     check_one_device(streams, grad_x, grad_c, *saved.values())
     outer, inner, n, d = streams.shape
     check_fake(streams, grad_branch_input=(grad_x, (outer, inner, d)))
