@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ from oracle import draw, fresh_generator, need_native
 from xlayer_ext import backend
 from xlayer_ext import functional as XF
 from xlayer_ext.functional.quantize import _operator_levels
+from xlayer_ext.nn import FSQ, VectorQuantizer
 
 OPS = torch.ops.xlayer
 LEVELS = [8, 5, 5]
@@ -102,6 +104,20 @@ def test_compiled_function_follows_the_backend(native: str) -> None:
         with backend(chosen):
             compiled(x, codebook)
     assert ["xlayer.vq_nearest" in code for code in codes] == [True, False]
+
+
+@pytest.mark.parametrize("module", [FSQ([5, 4, 3], dim=8), VectorQuantizer(8, 6, codebooks=2).eval()], ids=type)
+def test_exported_modules_are_saved_and_loaded(device: str, module: torch.nn.Module) -> None:
+    module, x = module.to(device), draw(fresh_generator(), 2, 5, 8, dtype=torch.float32).to(device)
+    tokens = torch.export.Dim("tokens", min=2, max=64)
+    program = torch.export.export(module, (x,), dynamic_shapes=({1: tokens},))
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    longer = torch.cat([x, -x], 1)
+    actual, expected = torch.export.load(file).module()(longer), module(longer)
+    assert type(actual) is type(expected)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 def test_export_with_dynamic_lengths(choice: str, device: str) -> None:

@@ -5,7 +5,6 @@ Every error names the argument, what it got and what it needs.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Sequence
 
@@ -74,13 +73,6 @@ def check_choice(name: str, got: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}; got {got!r}")
 
 
-def check_temperature(temperature: float) -> None:
-    if not isinstance(temperature, (int, float)):
-        raise TypeError(f"temperature must be a float, got {type(temperature).__name__}")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be positive and finite, got {temperature}")
-
-
 def autocasts(tensor: Tensor) -> bool:
     """Whether autocast is on where the tensor lives."""
     device = tensor.device.type
@@ -117,21 +109,6 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 def check_kept(keep: bool, op: str) -> None:
     if not keep:
         raise RuntimeError(f"xlayer::{op} was called with keep=False: nothing was kept for its gradient")
-
-
-def no_second_derivative(op: str, how: str = "") -> RuntimeError:
-    return RuntimeError(
-        f"xlayer::{op} cannot be differentiated{how}: second derivatives need xlayer_ext.backend('reference')"
-    )
-
-
-def forbid_second_derivative(op: str) -> None:
-    """Makes differentiating ``xlayer::<op>``, itself a derivative, raise one clear line."""
-
-    def backward(ctx: object, *grads: Tensor) -> None:
-        raise no_second_derivative(op)
-
-    torch.library.register_autograd(f"xlayer::{op}", backward)
 
 
 # ---- what the public functions are given -----------------------------------------------------------------------------

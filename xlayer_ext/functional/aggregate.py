@@ -13,7 +13,6 @@ arXiv 1706.03762.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -33,13 +32,18 @@ from xlayer_ext.functional._checks import (
     check_not_negative,
     check_one_device,
     check_shapes,
-    forbid_second_derivative,
     is_empty,
     needs_grad,
     with_zero_gradients,
 )
-
-Function = Callable[..., Any]
+from xlayer_ext.functional._registration import (
+    accumulation,
+    call,
+    check_fake,
+    check_fake_as,
+    register,
+    register_derivative,
+)
 
 __all__ = ["depth_attention", "depth_gru", "ema_scan"]
 
@@ -116,8 +120,8 @@ def ema_scan(
     if not use_native("ema_scan", x):
         return reference.ema_scan(x, gate_logits, initial, norm_weight, norm_bias, eps, last_only)
     taps, start = _flat(x, initial)
-    states = torch.ops.xlayer.ema_scan(taps, gate_logits, start, norm_weight, norm_bias, eps, last_only)
-    return states.reshape(x.shape[1:] if last_only else x.shape)
+    states = call("ema_scan", taps, gate_logits, start, norm_weight, norm_bias, eps, last_only)
+    return cast(Tensor, states.reshape(x.shape[1:] if last_only else x.shape))
 
 
 def depth_gru(
@@ -180,7 +184,7 @@ def depth_gru(
     bias_ih, bias_hh = (x.new_zeros(len(weight_ih)) if bias is None else bias for bias in biases.values())
     if use_native("depth_gru", x):
         keep = needs_grad(taps, weight_ih, weight_hh, bias_ih, bias_hh, start)
-        states, _ = torch.ops.xlayer.depth_gru(taps, weight_ih, weight_hh, bias_ih, bias_hh, start, keep)
+        states, _ = call("depth_gru", taps, weight_ih, weight_hh, bias_ih, bias_hh, start, keep)
     else:
         states = reference.depth_gru(taps, weight_ih, weight_hh, bias_ih, bias_hh, start)
     return states.reshape(x.shape[0], *shape)
@@ -248,9 +252,7 @@ def depth_attention(
     scale = head_width**-0.5 if head_width else 1.0
     if use_native("depth_attention", x):
         keep = needs_grad(keys, values, weight_query, weight_out, start)
-        states, _ = torch.ops.xlayer.depth_attention(
-            keys, values, weight_query, weight_out, start, heads, memory, scale, keep
-        )
+        states, _ = call("depth_attention", keys, values, weight_query, weight_out, start, heads, memory, scale, keep)
     else:
         states = reference.depth_attention(
             keys, values, weight_query, weight_out, start, heads=heads, memory=memory, scale=scale
@@ -294,11 +296,18 @@ def _like(given: Tensor | None, like: Tensor) -> Tensor:
 
 def _fake_ema_scan(x: Tensor, gate_logits: Tensor, initial: Any, weight: Any, bias: Any, eps: float, last: bool) -> Any:
     check_one_device(x, gate_logits, initial, weight, bias)
+    check_fake(x, x=(x, (None, None, None)), initial=(initial, x.shape[1:]))
+    if bias is not None and weight is None:
+        raise ValueError("norm_bias needs norm_weight")
+    vectors = {"gate_logits": (gate_logits, x.shape[:1])}
+    vectors |= {"norm_weight": (weight, x.shape[2:]), "norm_bias": (bias, x.shape[2:])}
+    check_fake_as(accumulation(x), **vectors)
     return x.new_empty(x.shape[1:] if last else x.shape)
 
 
 def _fake_ema_scan_backward(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     check_one_device(grad, x, *rest)
+    check_fake(x, grad=(grad, _fake_ema_scan(x, *rest).shape))
     gate_logits, initial, weight, bias = rest[:4]
     return x.new_empty(x.shape), *(_like(given, x) for given in (gate_logits, initial, weight, bias))
 
@@ -310,15 +319,25 @@ def _setup_ema_scan(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward_ema_scan(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
-    grads = torch.ops.xlayer.ema_scan_backward(grad, *tensors, ctx.eps, ctx.last_only)
+    grads = call("ema_scan_backward", grad, *tensors, ctx.eps, ctx.last_only)
     return *_of_given(tensors, grads), None, None
+
+
+def _check_depth_gru(x: Tensor, weight_ih: Tensor, weight_hh: Tensor, initial: Any) -> tuple[int, int, int]:
+    """Layers, tokens and width."""
+    check_fake(x, x=(x, (None, None, None)), weight_hh=(weight_hh, (None, None)))
+    (layers, tokens, inputs), width = x.shape, weight_hh.shape[1]
+    matrices = {"weight_hh": (weight_hh, (3 * width, width)), "weight_ih": (weight_ih, (3 * width, inputs))}
+    check_fake(x, **matrices, initial=(initial, (tokens, width)))
+    return layers, tokens, width
 
 
 def _fake_depth_gru(
     x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor, bias_hh: Tensor, initial: Any, keep: bool
 ) -> tuple[Tensor, Tensor]:
     check_one_device(x, weight_ih, weight_hh, bias_ih, bias_hh, initial)
-    layers, tokens, width = x.shape[0], x.shape[1], weight_hh.shape[1]
+    layers, tokens, width = _check_depth_gru(x, weight_ih, weight_hh, initial)
+    check_fake(x, bias_ih=(bias_ih, (3 * width,)), bias_hh=(bias_hh, (3 * width,)))
     gates = x.new_empty((layers, tokens, 4, width) if keep else 0)
     return x.new_empty(layers, tokens, width), gates
 
@@ -327,6 +346,9 @@ def _fake_depth_gru_backward(
     grad: Tensor, states: Tensor, gates: Tensor, x: Tensor, weight_ih: Tensor, weight_hh: Tensor, initial: Any
 ) -> tuple[Tensor, ...]:
     check_one_device(grad, states, gates, x, weight_ih, weight_hh, initial)
+    layers, tokens, width = _check_depth_gru(x, weight_ih, weight_hh, initial)
+    kept = {"states": (states, (layers, tokens, width)), "gates": (gates, (layers, tokens, 4, width))}
+    check_fake(x, grad=(grad, (layers, tokens, width)), **kept)
     biases = (x.new_empty(weight_ih.shape[0]) for _ in range(2))
     return x.new_empty(x.shape), _like(weight_ih, x), _like(weight_hh, x), *biases, _like(initial, x)
 
@@ -340,7 +362,7 @@ def _setup_depth_gru(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
 def _backward_depth_gru(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
     check_kept(ctx.keep, "depth_gru")
     tensors = ctx.saved_tensors
-    grads = torch.ops.xlayer.depth_gru_backward(grad, *tensors)
+    grads = call("depth_gru_backward", grad, *tensors)
     return *grads[:5], *_of_given(tensors[-1:], grads[5:]), None
 
 
@@ -349,15 +371,24 @@ def _fake_depth_attention(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     check_one_device(keys, values, query, out, initial)
-    states = keys.new_empty(keys.shape[0], keys.shape[1], out.shape[0])
-    return states, keys.new_empty(keys.shape if keep else 0)
+    check_fake(keys, keys=(keys, (None, None, None)), weight_out=(out, (None, None)))
+    (layers, tokens, inner), width = keys.shape, out.shape[0]
+    if heads < 1 or inner % heads:
+        raise ValueError(f"heads must divide the width of the keys, {inner}, got {heads}")
+    if memory < 1:
+        raise ValueError(f"memory must be at least 1, got {memory}")
+    matrices = {"weight_query": (query, (inner, width)), "weight_out": (out, (width, inner))}
+    check_fake(keys, values=(values, keys.shape), **matrices, initial=(initial, (tokens, width)))
+    return keys.new_empty(layers, tokens, width), keys.new_empty(keys.shape if keep else 0)
 
 
 def _fake_depth_attention_backward(
     grad: Tensor, states: Tensor, attended: Tensor, keys: Tensor, values: Tensor, query: Tensor, out: Tensor,
-    initial: Any, *rest: Any,
+    initial: Any, heads: int, memory: int, scale: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     check_one_device(grad, states, attended, keys, values, query, out, initial)
+    shape = _fake_depth_attention(keys, values, query, out, initial, heads, memory, scale, False)[0].shape
+    check_fake(keys, grad=(grad, shape), states=(states, shape), attended=(attended, keys.shape))
     return tuple(_like(given, keys) for given in (keys, values, query, out, initial))
 
 
@@ -371,7 +402,7 @@ def _setup_depth_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tens
 def _backward_depth_attention(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
     check_kept(ctx.keep, "depth_attention")
     tensors = ctx.saved_tensors
-    grads = torch.ops.xlayer.depth_attention_backward(grad, *tensors, *ctx.options)
+    grads = call("depth_attention_backward", grad, *tensors, *ctx.options)
     return *_of_given(tensors[2:], grads), None, None, None, None
 
 
@@ -380,21 +411,9 @@ def _of_given(given: Any, grads: Any) -> tuple[Tensor | None, ...]:
 
 
 if native_available("ema_scan"):
-    torch.library.register_fake("xlayer::ema_scan", _fake_ema_scan)
-    torch.library.register_fake("xlayer::ema_scan_backward", _fake_ema_scan_backward)
-    torch.library.register_autograd(
-        "xlayer::ema_scan", cast(Function, _backward_ema_scan), setup_context=_setup_ema_scan
-    )
-    torch.library.register_fake("xlayer::depth_gru", _fake_depth_gru)
-    torch.library.register_fake("xlayer::depth_gru_backward", _fake_depth_gru_backward)
-    torch.library.register_autograd(
-        "xlayer::depth_gru", cast(Function, _backward_depth_gru), setup_context=_setup_depth_gru
-    )
-    torch.library.register_fake("xlayer::depth_attention", _fake_depth_attention)
-    torch.library.register_fake("xlayer::depth_attention_backward", _fake_depth_attention_backward)
-    torch.library.register_autograd(
-        "xlayer::depth_attention", cast(Function, _backward_depth_attention), setup_context=_setup_depth_attention
-    )
-    forbid_second_derivative("ema_scan_backward")
-    forbid_second_derivative("depth_gru_backward")
-    forbid_second_derivative("depth_attention_backward")
+    register("ema_scan", _fake_ema_scan, _backward_ema_scan, _setup_ema_scan)
+    register("depth_gru", _fake_depth_gru, _backward_depth_gru, _setup_depth_gru)
+    register("depth_attention", _fake_depth_attention, _backward_depth_attention, _setup_depth_attention)
+    register_derivative("ema_scan_backward", _fake_ema_scan_backward)
+    register_derivative("depth_gru_backward", _fake_depth_gru_backward)
+    register_derivative("depth_attention_backward", _fake_depth_attention_backward)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +20,17 @@ from xlayer_ext.functional._checks import (
     check_one_device,
     check_positive,
     check_shapes,
-    forbid_second_derivative,
     is_empty,
     tf32_allowed,
     with_zero_gradients,
+)
+from xlayer_ext.functional._registration import (
+    accumulation,
+    call,
+    check_fake,
+    check_fake_as,
+    register,
+    register_derivative,
 )
 from xlayer_ext.reference._masking import isolate
 from xlayer_ext.reference.hdim import unit
@@ -125,9 +132,9 @@ def hdim_attention(
         return with_zero_gradients(query.new_empty(shape), query, key, value, weight1, bias1, weight2)
     wide = query.device.type == "cuda" and query.shape[-1] > CUDA_MOST_COLUMNS
     if use_native("hdim_attention", query, beyond=f"D > {CUDA_MOST_COLUMNS} on {query.device}" if wide else None):
-        context, logsumexp, row_entropy = torch.ops.xlayer.hdim_attention(
-            query, key, value, weight1, bias1, weight2, key_mask, pair_mask, temperature, activation == "gelu",
-            query.dtype == torch.float32 and tf32_allowed(),
+        context, logsumexp, row_entropy = call(
+            "hdim_attention", query, key, value, weight1, bias1, weight2, key_mask, pair_mask,
+            temperature, activation == "gelu", query.dtype == torch.float32 and tf32_allowed(),
         )  # fmt: skip
         if not return_entropy:
             return context
@@ -295,22 +302,38 @@ def _dot_product_attention(
 
 
 def _fake(
-    query: Tensor, key: Tensor, value: Tensor, *rest: Tensor | float | bool | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_one_device(query, key, value, *rest)
-    rows = query.shape[:2]
-    statistics = torch.promote_types(query.dtype, torch.float32)
+    query: Tensor, key: Tensor, value: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor,
+    key_mask: Tensor | None, pair_mask: Tensor | None, temperature: float, gelu: bool, tf32: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    check_one_device(query, key, value, weight1, bias1, weight2, key_mask, pair_mask)
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    check_fake(query, query=(query, (None, None, None)), bias1=(bias1, (None,)))
+    (batch, queries, width), (hidden,) = query.shape, bias1.shape
+    check_fake(query, key=(key, (batch, None, width)))
+    keys = key.shape[1]
+    check_fake(query, value=(value, (batch, keys, None)), weight1=(weight1, (hidden, 4 * width)))
+    check_fake(query, weight2=(weight2, (hidden,)))
+    check_fake_as(torch.bool, key_mask=(key_mask, (batch, keys)), pair_mask=(pair_mask, (batch, queries, keys)))
+    statistics = accumulation(query)
     return (
-        query.new_empty((*rows, value.shape[2])),
-        query.new_empty(rows, dtype=statistics),
-        query.new_empty(rows, dtype=statistics),
+        query.new_empty((batch, queries, value.shape[2])),
+        query.new_empty((batch, queries), dtype=statistics),
+        query.new_empty((batch, queries), dtype=statistics),
     )
 
 
 def _fake_backward(
-    grad_context: Tensor, grad_row_entropy: Tensor | None, *inputs: Tensor | float | bool | None
+    grad_context: Tensor, grad_row_entropy: Tensor | None, *arguments: Tensor | float | bool | None
 ) -> tuple[Tensor, ...]:
-    check_one_device(grad_context, grad_row_entropy, *inputs)
+    check_one_device(grad_context, grad_row_entropy, *arguments)
+    inputs, outputs, options = arguments[:8], arguments[8:11], arguments[11:]
+    fake = _fake(*inputs, *options)  # type: ignore[arg-type]
+    names = ("context", "logsumexp", "row_entropy")
+    for name, output, wanted in zip(names, outputs, fake, strict=True):
+        check_fake_as(wanted.dtype, **{name: (cast(Tensor, output), wanted.shape)})
+    check_fake_as(fake[0].dtype, grad_context=(grad_context, fake[0].shape))
+    check_fake_as(fake[2].dtype, grad_row_entropy=(grad_row_entropy, fake[2].shape))
     # query, key, value, weight1, bias1, weight2; shaped by hand because empty_like would keep strides
     return tuple(t.new_empty(t.shape) for t in inputs[:6] if isinstance(t, Tensor))
 
@@ -329,12 +352,10 @@ def _backward(
     if grad_context is None:
         grad_context = torch.zeros((), dtype=saved[0].dtype, device=saved[0].device).expand(saved[8].shape)
     options = (ctx.temperature, ctx.gelu, ctx.tf32)
-    grads = torch.ops.xlayer.hdim_attention_backward(grad_context, grad_row_entropy, *saved, *options)
+    grads = call("hdim_attention_backward", grad_context, grad_row_entropy, *saved, *options)
     return (*grads, None, None, *(None for _ in options))
 
 
 if native_available("hdim_attention"):
-    torch.library.register_fake("xlayer::hdim_attention", _fake)
-    torch.library.register_fake("xlayer::hdim_attention_backward", _fake_backward)
-    torch.library.register_autograd("xlayer::hdim_attention", _backward, setup_context=_setup_context)
-    forbid_second_derivative("hdim_attention_backward")
+    register("hdim_attention", _fake, _backward, _setup_context)
+    register_derivative("hdim_attention_backward", _fake_backward)

@@ -16,8 +16,8 @@ Papers: Zhu et al., Hyper-Connections, ICLR 2025, arXiv 2409.19606; the manifold
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +31,14 @@ from xlayer_ext.functional._checks import (
     check_integer,
     check_not_negative,
     check_one_device,
-    forbid_second_derivative,
+)
+from xlayer_ext.functional._registration import (
+    accumulation,
+    call,
+    check_fake,
+    check_fake_as,
+    register,
+    register_derivative,
 )
 from xlayer_ext.reference.hyper import Connection
 
@@ -39,7 +46,6 @@ NORMS = ("none", "layer", "rms", "rms_all")
 FORMS = ("identity", "tanh", "sinkhorn_rows", "sinkhorn_columns")
 MOST_STREAMS = 16  # in the native kernels
 STATISTICS = 3  # numbers that a row's norm keeps for the backward: kHyperStatistics of xlayer/hyper.h
-Function = Callable[..., Any]
 
 __all__ = ["Connection", "hyper_post", "hyper_post_pre", "hyper_pre"]
 
@@ -76,7 +82,7 @@ def hyper_pre(streams: Tensor, connection: Connection) -> tuple[Tensor, Tensor]:
     if not use_native("hyper_pre", streams, beyond=_beyond(streams)):
         return reference.hyper_pre(streams, connection)
     grid = _grid(streams)
-    x, c, _, _ = torch.ops.xlayer.hyper_pre(grid, *_operator_arguments(connection))
+    x, c, _, _ = call("hyper_pre", grid, *_operator_arguments(connection))
     return _row(x, streams), connection.base if connection.weight is None else _numbers(c, streams)
 
 
@@ -99,7 +105,7 @@ def hyper_post(streams: Tensor, branch_output: Tensor, coefficients: Tensor) -> 
     branch_output, coefficients = _checked_post(streams, branch_output, coefficients)
     if not use_native("hyper_post", streams, beyond=_beyond(streams)):
         return reference.hyper_post(streams, branch_output, coefficients)
-    out = torch.ops.xlayer.hyper_post(*_post_arguments(streams, branch_output, coefficients))
+    out: Tensor = call("hyper_post", *_post_arguments(streams, branch_output, coefficients))
     return out.reshape(streams.shape)
 
 
@@ -121,8 +127,8 @@ def hyper_post_pre(
     connection = _checked_connection(streams, connection)
     if not use_native("hyper_post_pre", streams, beyond=_beyond(streams)):
         return reference.hyper_post_pre(streams, branch_output, coefficients, connection)
-    out, x, c, _, _ = torch.ops.xlayer.hyper_post_pre(
-        *_post_arguments(streams, branch_output, coefficients), *_operator_arguments(connection)
+    out, x, c, _, _ = call(
+        "hyper_post_pre", *_post_arguments(streams, branch_output, coefficients), *_operator_arguments(connection)
     )
     c = connection.base if connection.weight is None else _numbers(c, streams)
     return out.reshape(streams.shape), _row(x, streams), c
@@ -154,7 +160,7 @@ def _checked_connection(streams: Tensor, connection: Connection) -> Connection:
     for (name, shape), tensor in zip(shapes.items(), (base, weight, bias, scale), strict=True):
         if tensor is not None or name == "base":
             _check_tensor(name, cast(Tensor, tensor), shape, streams)
-    wide = _accumulation(streams)
+    wide = accumulation(streams)
     base = base.to(wide)
     weight, bias, scale = (None if tensor is None else tensor.to(wide) for tensor in (weight, bias, scale))
     connection = Connection(base, weight, bias, scale, norm, form, iterations, eps)
@@ -175,7 +181,7 @@ def _checked_post(streams: Tensor, branch_output: Tensor, coefficients: Tensor) 
     mixed = streams.dtype == torch.float32 and branch_output.dtype in (torch.bfloat16, torch.float16)
     if not mixed:
         branch_output = branch_output.to(streams.dtype)
-    return branch_output, coefficients.to(_accumulation(streams))
+    return branch_output, coefficients.to(accumulation(streams))
 
 
 def _streams_shape(streams: Tensor) -> tuple[int, int]:
@@ -191,10 +197,6 @@ def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], streams: Te
         raise ValueError(f"{name} must have shape {list(shape)} for n = {n}, d = {d}; got {list(tensor.shape)}")
     if tensor.device != streams.device:
         raise ValueError(f"{name} must be on the device of streams, {streams.device}; got {tensor.device}")
-
-
-def _accumulation(streams: Tensor) -> torch.dtype:
-    return torch.promote_types(streams.dtype, torch.float32)
 
 
 def _beyond(streams: Tensor) -> str | None:
@@ -238,8 +240,66 @@ def _new_streams(streams: Tensor) -> Tensor:
     return streams.new_empty((outer, inner, n, d))
 
 
+def _check_streams(streams: Tensor, **others: Tensor | None) -> None:
+    check_one_device(streams, *others.values())
+    check_fake(streams, streams=(streams, (None, None, None, None)))
+    n, d = streams.shape[2:]
+    if not 1 <= n <= MOST_STREAMS or d < 1:
+        raise ValueError(
+            f"streams must number 1 to {MOST_STREAMS} and have a width of at least 1, got {list(streams.shape)}"
+        )
+
+
+def _check_post(streams: Tensor, branch_output: Tensor, coefficients: Tensor) -> None:
+    _check_streams(streams, branch_output=branch_output, coefficients=coefficients)
+    outer, inner, n, d = streams.shape
+    mixed = streams.dtype == torch.float32 and branch_output.dtype in (torch.bfloat16, torch.float16)
+    dtype = branch_output.dtype if mixed else streams.dtype
+    check_fake_as(dtype, branch_output=(branch_output, (outer, inner, d)))
+    lead = () if coefficients.dim() == 2 else (outer, inner)
+    check_fake_as(accumulation(streams), coefficients=(coefficients, (*lead, n, n + 2)))
+
+
+def _check_pre(
+    streams: Tensor, base: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, norm: int,
+    form: int, iterations: int, eps: float,
+) -> None:  # fmt: skip
+    _check_streams(streams, base=base, weight=weight, bias=bias, scale=scale)
+    if not 0 <= norm < len(NORMS) or not 0 <= form < len(FORMS):
+        raise ValueError(f"norm and form must be 0 to 3, got {norm} and {form}")
+    if form >= 2 and iterations < 1:
+        raise ValueError(f"iterations must be at least 1, got {iterations}")
+    if not eps >= 0:
+        raise ValueError(f"eps must not be negative, got {eps}")
+    if (weight is None) != (norm == 0) or (scale is None) != (norm == 0):
+        raise ValueError("weight and scale must be given where there is a norm, and nowhere else")
+    if bias is not None and (norm == 0 or form >= 2):
+        raise ValueError("bias must be None for this norm and form")
+    n, d = streams.shape[2:]
+    shape = (n * (n + 2), n * d) if NORMS[norm] == "rms_all" else (n + 2, d)
+    vectors = {"bias": (bias, (n + 2,)), "scale": (scale, (n + 2,))}
+    check_fake_as(accumulation(streams), base=(base, (n, n + 2)), weight=(weight, shape), **vectors)
+
+
+def _check_pre_grads(
+    streams: Tensor, grad_x: Tensor, grad_c: Tensor | None, saved: dict[str, Tensor], norm: int
+) -> None:
+    """Checks the gradients that come to what pre returns, and ``saved``, what it kept."""
+    check_one_device(streams, grad_x, grad_c, *saved.values())
+    outer, inner, n, d = streams.shape
+    check_fake(streams, grad_branch_input=(grad_x, (outer, inner, d)))
+    if norm == 0:
+        if grad_c is not None:
+            raise ValueError("grad_coefficients must be None where there is no norm")
+        return
+    columns = {"grad_coefficients": n + 2, "next_coefficients": n + 2, "logits": n + 2, "statistics": STATISTICS}
+    tensors = {"grad_coefficients": grad_c, **saved}
+    checked = {name: (tensor, (outer, inner, n, columns[name])) for name, tensor in tensors.items()}
+    check_fake_as(accumulation(streams), **checked)
+
+
 def _fake_pre(streams: Tensor, base: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    check_one_device(streams, base, *rest)
+    _check_pre(streams, base, *rest)
     outer, inner, n, d = streams.shape
     x = streams.new_empty((outer, inner, d))
     if rest[3] == 0:
@@ -249,7 +309,7 @@ def _fake_pre(streams: Tensor, base: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 
 def _fake_post(streams: Tensor, branch_output: Tensor, coefficients: Tensor) -> Tensor:
-    check_one_device(streams, branch_output, coefficients)
+    _check_post(streams, branch_output, coefficients)
     return _new_streams(streams)
 
 
@@ -269,14 +329,18 @@ def _fake_pre_backward(
     grad_x: Tensor, grad_c: Tensor | None, streams: Tensor, c: Tensor, z: Tensor, statistics: Tensor, base: Tensor,
     weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, norm: int, *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    check_one_device(grad_x, grad_c, streams, c, z, statistics, base, weight, bias, scale)
+    _check_pre(streams, base, weight, bias, scale, norm, *rest)
+    saved = {"next_coefficients": c, "logits": z, "statistics": statistics}
+    _check_pre_grads(streams, grad_x, grad_c, saved, norm)
     return _new_streams(streams), *_fake_connection_grads(base, weight, norm)
 
 
 def _fake_post_backward(
     grad_out: Tensor, streams: Tensor, branch_output: Tensor, coefficients: Tensor
 ) -> tuple[Tensor, ...]:
-    check_one_device(grad_out, streams, branch_output, coefficients)
+    _check_post(streams, branch_output, coefficients)
+    check_one_device(grad_out, streams)
+    check_fake(streams, grad_streams=(grad_out, streams.shape))
     return (
         _new_streams(streams),
         branch_output.new_empty(branch_output.shape),
@@ -286,12 +350,10 @@ def _fake_post_backward(
 
 def _fake_post_pre_backward(
     grad_out: Tensor | None, grad_x: Tensor, grad_c: Tensor | None, streams: Tensor, branch_output: Tensor,
-    coefficients: Tensor, c: Tensor, z: Tensor, statistics: Tensor, base: Tensor, weight: Tensor | None,
-    bias: Tensor | None, scale: Tensor | None, norm: int, *rest: Any,
+    coefficients: Tensor, c: Tensor, z: Tensor, statistics: Tensor, *connection: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    check_one_device(grad_out, grad_x, grad_c, c, z, statistics, base, weight, bias, scale)
-    grads = _fake_post_backward(streams, streams, branch_output, coefficients)
-    return *grads, *_fake_connection_grads(base, weight, norm)
+    post = _fake_post_backward(streams if grad_out is None else grad_out, streams, branch_output, coefficients)
+    return *post, *_fake_pre_backward(grad_x, grad_c, streams, c, z, statistics, *connection)[1:]
 
 
 # ---- autograd --------------------------------------------------------------------------------------------------------
@@ -325,9 +387,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], tensors: int, output: Sequence[Ten
 def _backward_pre(ctx: Any, grad_x: Tensor | None, grad_c: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     streams, base, weight, bias, scale, c, z, statistics = ctx.saved_tensors
     grad_x = _zero_rows(streams) if grad_x is None else grad_x
-    grads = torch.ops.xlayer.hyper_pre_backward(
-        grad_x, _dynamic(ctx, grad_c), streams, c, z, statistics, base, weight, bias, scale, *ctx.options
-    )
+    grads = call(
+        "hyper_pre_backward", grad_x, _dynamic(ctx, grad_c), streams, c, z, statistics,
+        base, weight, bias, scale, *ctx.options,
+    )  # fmt: skip
     return grads[0], *_connection_grads(grads[1:], weight, bias, scale), *(None for _ in ctx.options)
 
 
@@ -336,7 +399,7 @@ def _setup_post(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward_post(ctx: Any, grad_out: Tensor) -> tuple[Tensor, ...]:
-    grads: tuple[Tensor, ...] = torch.ops.xlayer.hyper_post_backward(grad_out, *ctx.saved_tensors)
+    grads: tuple[Tensor, ...] = call("hyper_post_backward", grad_out, *ctx.saved_tensors)
     return grads
 
 
@@ -345,9 +408,9 @@ def _backward_post_pre(
 ) -> tuple[Tensor | None, ...]:
     streams, branch_output, coefficients, base, weight, bias, scale, c, z, statistics = ctx.saved_tensors
     grad_x = _zero_rows(streams) if grad_x is None else grad_x
-    grads = torch.ops.xlayer.hyper_post_pre_backward(
-        grad_out, grad_x, _dynamic(ctx, grad_c), streams, branch_output, coefficients, c, z, statistics,
-        base, weight, bias, scale, *ctx.options,
+    grads = call(
+        "hyper_post_pre_backward", grad_out, grad_x, _dynamic(ctx, grad_c), streams, branch_output, coefficients,
+        c, z, statistics, base, weight, bias, scale, *ctx.options,
     )  # fmt: skip
     return *grads[:3], *_connection_grads(grads[3:], weight, bias, scale), *(None for _ in ctx.options)
 
@@ -365,14 +428,9 @@ def _connection_grads(grads: Sequence[Tensor], *optional: Tensor | None) -> tupl
 
 
 if native_available("hyper_pre"):
-    for _op, _fake, _fake_grad, _setup_context, _backward in (
-        ("hyper_pre", _fake_pre, _fake_pre_backward, _setup_pre, _backward_pre),
-        ("hyper_post", _fake_post, _fake_post_backward, _setup_post, _backward_post),
-        ("hyper_post_pre", _fake_post_pre, _fake_post_pre_backward, _setup_post_pre, _backward_post_pre),
-    ):
-        torch.library.register_fake(f"xlayer::{_op}", cast(Function, _fake))
-        torch.library.register_fake(f"xlayer::{_op}_backward", cast(Function, _fake_grad))
-        torch.library.register_autograd(
-            f"xlayer::{_op}", cast(Function, _backward), setup_context=cast(Function, _setup_context)
-        )
-        forbid_second_derivative(f"{_op}_backward")
+    register("hyper_pre", _fake_pre, _backward_pre, _setup_pre)
+    register("hyper_post", _fake_post, _backward_post, _setup_post)
+    register("hyper_post_pre", _fake_post_pre, _backward_post_pre, _setup_post_pre)
+    register_derivative("hyper_pre_backward", _fake_pre_backward)
+    register_derivative("hyper_post_backward", _fake_post_backward)
+    register_derivative("hyper_post_pre_backward", _fake_post_pre_backward)

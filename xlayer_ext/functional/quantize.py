@@ -11,14 +11,14 @@ Scalar Quantization: VQ-VAE Made Simple, 2023, arXiv 2309.15505.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from xlayer_ext import reference
-from xlayer_ext._backend import native_available, use_native
+from xlayer_ext._backend import native_available, transforms, use_native
 from xlayer_ext.functional._checks import (
     FLOATS,
     autocasts,
@@ -32,9 +32,9 @@ from xlayer_ext.functional._checks import (
     check_one_device,
     is_empty,
     needs_grad,
-    no_second_derivative,
     tf32_allowed,
 )
+from xlayer_ext.functional._registration import accumulation, check_fake, check_fake_as, no_second_derivative, register
 from xlayer_ext.reference.quantize import fsq_basis, fsq_offsets
 
 METRICS = ("euclidean", "cosine")
@@ -42,7 +42,6 @@ BOUNDS = ("tanh", "offset")
 VARIANTS = ("package", "paper")
 MOST_DIMENSIONS, MOST_LEVELS = 64, 2**20
 MAX_CODES = 2**31 - 1  # no codebook comes near it, and a search of more would never end
-Function = Callable[..., Any]
 
 __all__ = ["fsq", "fsq_codes_to_indices", "fsq_indices_to_codes", "vq_nearest", "vq_statistics"]
 
@@ -94,7 +93,7 @@ def vq_nearest(x: Tensor, codebook: Tensor, *, metric: str = "euclidean") -> tup
     x, codebook = x.detach(), codebook.detach()
     rows = x.shape[:-1]
     if is_empty(rows):
-        return x.new_empty(rows, dtype=torch.int64), x.new_empty(rows, dtype=_accumulation(x))
+        return x.new_empty(rows, dtype=torch.int64), x.new_empty(rows, dtype=accumulation(x))
     if not use_native("vq_nearest", x):
         return reference.vq_nearest(x, codebook, metric)
     batched = (t.unsqueeze(0) if lead == 0 else t for t in (x, codebook))
@@ -240,6 +239,8 @@ def checked_levels(levels: Sequence[int], bound: str, variant: str = VARIANTS[0]
 
 
 def _beyond(levels: Sequence[int]) -> str | None:
+    if transforms():  # torch.func always keeps a graph of the backward, and this one must not be differentiated
+        return "the transforms of torch.func"
     return f"more than {MOST_DIMENSIONS} dimensions" if len(levels) > MOST_DIMENSIONS else None
 
 
@@ -254,24 +255,41 @@ def _operator_levels(levels: list[int], bound: str, variant: str) -> tuple[Any, 
 # ---- fake tensors and autograd ---------------------------------------------------------------------------------------
 
 
-def _accumulation(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
 def _fake_nearest(x: Tensor, codebook: Tensor, cosine: bool, tf32: bool) -> tuple[Tensor, Tensor]:
     check_one_device(x, codebook)
-    return x.new_empty(x.shape[:2], dtype=torch.int64), x.new_empty(x.shape[:2], dtype=_accumulation(x))
+    check_fake(x, x=(x, (None, None, None)))
+    check_fake(x, codebook=(codebook, (x.shape[0], None, x.shape[2])))
+    if codebook.shape[1] == 0 or codebook.shape[2] == 0:
+        raise ValueError(f"codebook must have at least one code and one column, got {list(codebook.shape)}")
+    return x.new_empty(x.shape[:2], dtype=torch.int64), x.new_empty(x.shape[:2], dtype=accumulation(x))
 
 
 def _fake_statistics(x: Tensor, indices: Tensor, codes: int) -> tuple[Tensor, Tensor]:
     check_one_device(x, indices)
+    check_fake(x, x=(x, (None, None, None)))
+    check_fake_as(torch.int64, indices=(indices, x.shape[:2]))
+    if codes < 1:
+        raise ValueError(f"codes must be at least 1, got {codes}")
     books, _, width = x.shape
-    wide = _accumulation(x)
+    wide = accumulation(x)
     return x.new_empty((books, codes), dtype=wide), x.new_empty((books, codes, width), dtype=wide)
 
 
-def _fake_fsq(z: Tensor, levels: list[int], *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *_, keep = rest
+def _fake_fsq(
+    z: Tensor, levels: list[int], shift: list[float], half: list[float], middle: list[float], offset: bool, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not 1 <= len(levels) <= MOST_DIMENSIONS:
+        raise ValueError(f"levels must have 1 to {MOST_DIMENSIONS} entries, got {len(levels)}")
+    if z.dim() < 1:
+        raise ValueError("z must have at least one dimension")
+    check_fake(z, z=(z, (*z.shape[:-1], len(levels))))
+    for column in (shift, half, middle):
+        if len(column) != (len(levels) if offset else 0):
+            raise ValueError(f"shift, half and middle must have an entry per level for offset, got {len(column)}")
+    least = 3 if offset else 2
+    for level in levels:
+        if not least <= level <= MOST_LEVELS:
+            raise ValueError(f"levels must be between {least} and {MOST_LEVELS}, got {level}")
     shape = z.shape if fsq_basis(levels) is None else z.shape[:-1]
     return z.new_empty(z.shape), z.new_empty(shape, dtype=torch.int64), z.new_empty(z.shape if keep else 0)
 
@@ -293,5 +311,4 @@ def _backward_fsq(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]
 if native_available("fsq"):
     torch.library.register_fake("xlayer::vq_nearest", _fake_nearest)
     torch.library.register_fake("xlayer::vq_statistics", _fake_statistics)
-    torch.library.register_fake("xlayer::fsq", _fake_fsq)
-    torch.library.register_autograd("xlayer::fsq", cast(Function, _backward_fsq), setup_context=_setup_fsq)
+    register("fsq", _fake_fsq, _backward_fsq, _setup_fsq)

@@ -15,10 +15,10 @@ from xlayer_ext.functional._checks import (
     check_mask,
     check_one_device,
     check_shapes,
-    forbid_second_derivative,
     is_empty,
     with_zero_gradients,
 )
+from xlayer_ext.functional._registration import call, check_fake, check_fake_as, register, register_derivative
 
 
 def masked_mean(x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -52,17 +52,24 @@ def masked_mean(x: Tensor, mask: Tensor | None = None) -> Tensor:
     if is_empty((x.shape[0], x.shape[2])):
         return with_zero_gradients(x.new_empty(x.shape[0], x.shape[2]), x)
     if use_native("masked_mean", x):
-        return torch.ops.xlayer.masked_mean(x, mask)
+        result: Tensor = call("masked_mean", x, mask)
+        return result
     return reference.masked_mean(x, mask)
 
 
 def _fake(x: Tensor, mask: Tensor | None) -> Tensor:
     check_one_device(x, mask)
+    check_fake(x, x=(x, (None, None, None)))
+    check_fake_as(torch.bool, mask=(mask, x.shape[:2]))
     return x.new_empty((x.shape[0], x.shape[2]))
 
 
 def _fake_backward(grad: Tensor, mask: Tensor | None, tokens: int) -> Tensor:
     check_one_device(grad, mask)
+    check_fake(grad, grad=(grad, (None, None)))
+    check_fake_as(torch.bool, mask=(mask, (grad.shape[0], tokens)))
+    if tokens < 0:
+        raise ValueError(f"tokens must not be negative, got {tokens}")
     return grad.new_empty((grad.shape[0], tokens, grad.shape[1]))
 
 
@@ -74,11 +81,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     (mask,) = ctx.saved_tensors
-    return torch.ops.xlayer.masked_mean_backward(grad, mask, ctx.tokens), None
+    return call("masked_mean_backward", grad, mask, ctx.tokens), None
 
 
 if native_available("masked_mean"):
-    torch.library.register_fake("xlayer::masked_mean", _fake)
-    torch.library.register_fake("xlayer::masked_mean_backward", _fake_backward)
-    torch.library.register_autograd("xlayer::masked_mean", _backward, setup_context=_setup_context)
-    forbid_second_derivative("masked_mean_backward")
+    register("masked_mean", _fake, _backward, _setup_context)
+    register_derivative("masked_mean_backward", _fake_backward)

@@ -22,6 +22,10 @@ class FSQOutput(NamedTuple):
     indices: Tensor
 
 
+# The name by which torch.export.save writes it.
+torch.utils._pytree._register_namedtuple(FSQOutput, serialized_type_name="xlayer_ext.nn.FSQOutput")
+
+
 class FSQ(nn.Module):
     """Finite scalar quantization: a codebook that is a grid, with nothing to learn and no code to die.
 

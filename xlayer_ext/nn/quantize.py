@@ -44,6 +44,10 @@ class VQOutput(NamedTuple):
     perplexity: Tensor  # scalar: exp of the entropy of the codes' use in this batch, mean over codebooks
 
 
+# The name by which torch.export.save writes it.
+torch.utils._pytree._register_namedtuple(VQOutput, serialized_type_name="xlayer_ext.nn.VQOutput")
+
+
 @dataclass
 class _Record:
     """What the recomputation of one checkpointed forward must see again."""

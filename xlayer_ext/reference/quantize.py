@@ -42,9 +42,9 @@ def vq_statistics(x: Tensor, indices: Tensor, codes: int) -> tuple[Tensor, Tenso
     counted = (indices >= 0) & (indices < codes)
     index = torch.where(counted, indices, codes)  # one code more, for those that do not count
     counts = torch.zeros(*index.shape[:-1], codes + 1, dtype=wide, device=x.device)
-    counts.scatter_add_(-1, index, counted.to(wide))
+    counts = counts.scatter_add(-1, index, counted.to(wide))
     sums = torch.zeros(*index.shape[:-1], codes + 1, x.shape[-1], dtype=wide, device=x.device)
-    sums.scatter_add_(-2, index.unsqueeze(-1).expand(x.shape), x.to(wide))
+    sums = sums.scatter_add(-2, index.unsqueeze(-1).expand(x.shape), x.to(wide))
     return counts[..., :codes].contiguous(), sums[..., :codes, :].contiguous()
 
 
