@@ -59,7 +59,7 @@ inline void gather_row(DType dtype, const T* from, int64_t stride, int64_t count
 template <class T>
 inline void put_row(DType dtype, const T* from, int64_t count, void* to, int64_t offset) {
     if (dtype == own_dtype<T>) {
-        std::memcpy(static_cast<T*>(to) + offset, from, count * sizeof(T));
+        if (count > 0) std::memcpy(static_cast<T*>(to) + offset, from, count * sizeof(T));  // `to` of nothing is null
     } else {
         narrow_elements(dtype, from, to, offset, count);
     }

@@ -157,6 +157,12 @@ XLAYER_INLINE void sum_rows_of(const Whole* parts, int64_t rows, int64_t width, 
     }
 }
 
+// Of whole vectors, which may overflow past the last row, where anything lies.
+template <class T>
+struct Unsigned {
+    typedef typename std::make_unsigned<Whole32Or64<T>>::type Vec __attribute__((vector_size(kVectorBytes)));
+};
+
 // The same, and overwrites `parts`: pairs are added in whole vectors until the width is odd.
 template <class T>
 XLAYER_INLINE void sum_parts(Whole32Or64<T>* parts, int64_t rows, int64_t width, int64_t* to) {
@@ -164,10 +170,11 @@ XLAYER_INLINE void sum_parts(Whole32Or64<T>* parts, int64_t rows, int64_t width,
     XLAYER_UNROLL for (int l = 0; l < lanes<T>; ++l) even[l] = 2 * l;
     for (; width % 2 == 0; width /= 2) {
         for (int64_t at = 0; at < rows * width / 2; at += lanes<T>) {
-            IntVec<T> low, high;
+            typename Unsigned<T>::Vec low, high;
             std::memcpy(&low, parts + 2 * at, sizeof(low));
             std::memcpy(&high, parts + 2 * at + lanes<T>, sizeof(high));
-            const IntVec<T> sum = __builtin_shuffle(low, high, even) + __builtin_shuffle(low, high, even + 1);
+            const typename Unsigned<T>::Vec sum =
+                __builtin_shuffle(low, high, even) + __builtin_shuffle(low, high, even + 1);
             std::memcpy(parts + at, &sum, sizeof(sum));
         }
     }
