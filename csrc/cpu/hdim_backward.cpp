@@ -1,5 +1,5 @@
-// hdim backward: scores are computed again and probabilities rebuilt from the saved logsumexp, so nothing of size
-// Sq × Sk × anything is kept. A task owns a chunk of keys of one batch element and walks over all its queries:
+// hdim backward: scores are computed again and probabilities rebuilt from each row's statistics, so nothing of
+// size Sq × Sk × anything is kept. A task owns a chunk of keys of one batch element and walks over all its queries:
 // gradients of keys and values are complete inside the task, those of queries and weights leave it as partial sums,
 // which are added up in task order. Work per pair: 6 products of 2·D·M flops and two of 2·H.
 #include "hdim_pairs.h"
@@ -123,11 +123,18 @@ struct Plan {
     }
 };
 
+// Whether query i has no allowed pair.
+template <class T>
+XLAYER_INLINE bool is_empty(const T* statistics, int64_t i) {
+    return statistics[i * kHdimStatistics + 1] == 0;
+}
+
 // ∂L/∂logit for one query's pairs, and their probabilities. Where the tile holds the whole row, delta comes from these
 // very probabilities, so that the row's gradients sum to 0.
 template <class T>
-XLAYER_INLINE void softmax_backward(T* logit, T* grad, int64_t n, bool whole_row, T logsumexp, T delta, T grad_entropy,
-                                    T entropy, T* probability) {
+XLAYER_INLINE void softmax_backward(T* logit, T* grad, int64_t n, bool whole_row, const T* statistics, T delta,
+                                    T grad_entropy, T* probability) {
+    const T top = statistics[0], inverse = 1 / statistics[1], mean = statistics[2];
     for (int64_t t = n; t < kPairTile; ++t) {
         logit[t] = -HUGE_VAL;
         grad[t] = 0;
@@ -135,17 +142,17 @@ XLAYER_INLINE void softmax_backward(T* logit, T* grad, int64_t n, bool whole_row
     if (whole_row) {
         Vec<T> sum = {}, moment = {};
         for (int64_t t = 0; t < n; t += lanes<T>) {
-            const Vec<T> p = exponential(load(logit + t) - logsumexp);
-            sum += p;
-            moment += p * load(grad + t);
+            const Vec<T> weight = exponential(load(logit + t) - top);
+            sum += weight;
+            moment += weight * load(grad + t);
         }
         delta = sum_lanes<T>(moment) / sum_lanes<T>(sum);
     }
     for (int64_t t = 0; t < n; t += lanes<T>) {
-        const Vec<T> log_p = load(logit + t) - logsumexp;
-        const Vec<T> p = exponential(log_p);
+        const Vec<T> shifted = load(logit + t) - top;
+        const Vec<T> p = exponential(shifted) * inverse;
         Vec<T> g = p * (load(grad + t) - delta);
-        if (grad_entropy != 0) g -= p > Vec<T>{} ? p * (log_p + entropy) * grad_entropy : p;
+        if (grad_entropy != 0) g -= p > Vec<T>{} ? p * (shifted - mean) * grad_entropy : p;
         store<T>(grad + t, p < splat<T>(1) ? g : p * 0);  // alone in its row: exactly 0
         store<T>(probability + t, p);
     }
@@ -225,8 +232,7 @@ void backward_chunk(const HdimBackward& args, const Plan<T>& plan, Worker<T>& w,
     const T* keys = plan.keys.packed + (b * in.keys + begin) * s.Dp;
     const T* key_hidden = plan.keys.hidden + (b * in.keys + begin) * s.Mp;
     const T* grad_context = plan.grad_context + b * in.queries * in.value_dim;
-    const T* logsumexp = static_cast<const T*>(args.logsumexp) + b * in.queries;
-    const T* entropy = static_cast<const T*>(args.row_entropy) + b * in.queries;
+    const T* statistics = static_cast<const T*>(args.statistics) + b * in.queries * kHdimStatistics;
     const T* grad_entropy =
         args.grad_row_entropy == nullptr ? nullptr : static_cast<const T*>(args.grad_row_entropy) + b * in.queries;
     const S* value = static_cast<const S*>(in.value) + b * in.value_stride[0];
@@ -255,8 +261,7 @@ void backward_chunk(const HdimBackward& args, const Plan<T>& plan, Worker<T>& w,
         for (int64_t r = 0; r < rows; ++r) {
             const int64_t i = first + r;
             T* probability = w.probability + i * plan.chunk;
-            const bool empty = logsumexp[i] == -HUGE_VAL;
-            const int64_t pairs = empty ? 0 : allowed_pairs(in, index, b, i, 0, n, w.position);
+            const int64_t pairs = is_empty(statistics, i) ? 0 : allowed_pairs(in, index, b, i, 0, n, w.position);
             T* query = w.queries.packed + r * s.Dp;
             if (pairs == 0) {
                 clear(probability, n);
@@ -271,9 +276,9 @@ void backward_chunk(const HdimBackward& args, const Plan<T>& plan, Worker<T>& w,
                 tile.gather(s, query, keys, count);
                 tile.template score<Activation, true>(s, plan.weights, w.queries.hidden + r * s.Mp, key_hidden, count);
                 softmax_backward<T>(tile.logit, w.grad_logit, count,
-                                    plan.keys.count[b] <= kPairTile && n == plan.keys.count[b], logsumexp[i],
-                                    plan.delta[b * in.queries + i], grad_entropy == nullptr ? T(0) : grad_entropy[i],
-                                    entropy[i], tile.logit);
+                                    plan.keys.count[b] <= kPairTile && n == plan.keys.count[b],
+                                    statistics + i * kHdimStatistics, plan.delta[b * in.queries + i],
+                                    grad_entropy == nullptr ? T(0) : grad_entropy[i], tile.logit);
                 for (int64_t k = 0; k < count; ++k) probability[tile.position[k]] = tile.logit[k];
                 hidden_backward<Activation, T>(s, tile, w.grad_logit, count, plan.weights.weight2, w.block.weight2,
                                                w.grad_query_hidden + r * s.Mp, w.grad_key_hidden);
@@ -310,7 +315,7 @@ void backward_chunk(const HdimBackward& args, const Plan<T>& plan, Worker<T>& w,
     gemm_streamed(
         n, in.value_dim, in.queries, w.probability, 1, plan.chunk, w.packed, w.grad_value,
         [&](int64_t i, int64_t column, int64_t count, T* to) XLAYER_FLATTEN {
-            if (logsumexp[i] == -HUGE_VAL) return clear(to, count);
+            if (is_empty(statistics, i)) return clear(to, count);
             std::memcpy(to, grad_context + i * in.value_dim + column, count * sizeof(T));
         },
         [&](int64_t column, int64_t count, T* g, int64_t g_row) XLAYER_FLATTEN {

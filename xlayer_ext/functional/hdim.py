@@ -119,14 +119,14 @@ def hdim_attention(
 
     wide = query.device.type == "cuda" and query.shape[-1] > CUDA_MOST_COLUMNS
     if use_native("hdim_attention", query, beyond=f"D > {CUDA_MOST_COLUMNS} on {query.device}" if wide else None):
-        context, logsumexp, row_entropy = torch.ops.xlayer.hdim_attention(
+        context, statistics, row_entropy = torch.ops.xlayer.hdim_attention(
             query, key, value, weight1, bias1, weight2, key_mask, pair_mask, temperature, activation == "gelu",
             query.dtype == torch.float32 and tf32_allowed(),
         )  # fmt: skip
         if not return_entropy:
             return context
         # In two steps: a sum over everything at once would be split by the number of threads.
-        return context, row_entropy.sum(1).sum() / (logsumexp != -torch.inf).sum().clamp(min=1)
+        return context, row_entropy.sum(1).sum() / (statistics[..., 1] != 0).sum().clamp(min=1)
     context, entropy = reference.hdim_attention(
         query, key, value, weight1, bias1, weight2,
         key_mask=key_mask, pair_mask=pair_mask, temperature=temperature, activation=activation,
@@ -289,7 +289,7 @@ def _fake(
     statistics = torch.promote_types(query.dtype, torch.float32)
     return (
         query.new_empty((*rows, value.shape[2])),
-        query.new_empty(rows, dtype=statistics),
+        query.new_empty((*rows, 3), dtype=statistics),
         query.new_empty(rows, dtype=statistics),
     )
 
@@ -304,13 +304,13 @@ def _fake_backward(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.temperature, ctx.gelu, ctx.tf32 = inputs
-    ctx.save_for_backward(*tensors, *output)
+    ctx.save_for_backward(*tensors, *output[:2])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _backward(
-    ctx: Any, grad_context: Tensor | None, grad_logsumexp: Tensor | None, grad_row_entropy: Tensor | None
+    ctx: Any, grad_context: Tensor | None, grad_statistics: Tensor | None, grad_row_entropy: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     if grad_context is None:
