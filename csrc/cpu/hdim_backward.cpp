@@ -123,22 +123,38 @@ struct Plan {
     }
 };
 
+// Σ_h grad_h · (value_h − context_h), the first without `value`; in double, one sum per lane, so that none waits.
+template <class T, class S, class G>
+XLAYER_INLINE T centered_product(const G* grad, const S* value, int64_t value_stride, const S* context, int64_t width) {
+    double residue[lanes<T>] = {};
+    for (int64_t h = 0; h < width; h += lanes<T>) {
+        for (int64_t l = 0; l < lesser<int64_t>(lanes<T>, width - h); ++l) {
+            const double from = value == nullptr ? 0 : widen(value[(h + l) * value_stride]);
+            residue[l] += static_cast<double>(widen(grad[h + l])) * (from - widen(context[h + l]));
+        }
+    }
+    double sum = 0;
+    for (int64_t l = 0; l < lanes<T>; ++l) sum += residue[l];
+    return static_cast<T>(sum);
+}
+
 // Whether query i has no allowed pair.
 template <class T>
 XLAYER_INLINE bool is_empty(const T* statistics, int64_t i) {
     return statistics[i * kHdimStatistics + 1] == 0;
 }
 
-// ∂L/∂logit for one query's pairs, and their probabilities. Where the tile holds the whole row, delta comes from these
-// very probabilities, so that the row's gradients sum to 0.
+// ∂L/∂logit for one query's pairs, and their probabilities, from `grad`, ∂L/∂P less its mean under P. What rounding has
+// left of that mean is taken off where the tile holds the whole row, so that the row's gradients sum to 0.
 template <class T>
-XLAYER_INLINE void softmax_backward(T* logit, T* grad, int64_t n, bool whole_row, const T* statistics, T delta,
-                                    T grad_entropy, T* probability) {
+XLAYER_INLINE void softmax_backward(T* logit, T* grad, int64_t n, bool whole_row, const T* statistics, T grad_entropy,
+                                    T* probability) {
     const T top = statistics[0], inverse = 1 / statistics[1], mean = statistics[2];
     for (int64_t t = n; t < kPairTile; ++t) {
         logit[t] = -HUGE_VAL;
         grad[t] = 0;
     }
+    T rest = 0;
     if (whole_row) {
         Vec<T> sum = {}, moment = {};
         for (int64_t t = 0; t < n; t += lanes<T>) {
@@ -146,12 +162,12 @@ XLAYER_INLINE void softmax_backward(T* logit, T* grad, int64_t n, bool whole_row
             sum += weight;
             moment += weight * load(grad + t);
         }
-        delta = sum_lanes<T>(moment) / sum_lanes<T>(sum);
+        rest = sum_lanes<T>(moment) / sum_lanes<T>(sum);
     }
     for (int64_t t = 0; t < n; t += lanes<T>) {
         const Vec<T> shifted = load(logit + t) - top;
         const Vec<T> p = exponential(shifted) * inverse;
-        Vec<T> g = p * (load(grad + t) - delta);
+        Vec<T> g = p * (load(grad + t) - rest);
         if (grad_entropy != 0) g -= p > Vec<T>{} ? p * (shifted - mean) * grad_entropy : p;
         store<T>(grad + t, p < splat<T>(1) ? g : p * 0);  // alone in its row: exactly 0
         store<T>(probability + t, p);
@@ -232,6 +248,8 @@ void backward_chunk(const HdimBackward& args, const Plan<T>& plan, Worker<T>& w,
     const T* keys = plan.keys.packed + (b * in.keys + begin) * s.Dp;
     const T* key_hidden = plan.keys.hidden + (b * in.keys + begin) * s.Mp;
     const T* grad_context = plan.grad_context + b * in.queries * in.value_dim;
+    const S* context = static_cast<const S*>(args.context) + b * in.queries * in.value_dim;
+    const bool whole_row = plan.keys.count[b] <= kPairTile && n == plan.keys.count[b];
     const T* statistics = static_cast<const T*>(args.statistics) + b * in.queries * kHdimStatistics;
     const T* grad_entropy =
         args.grad_row_entropy == nullptr ? nullptr : static_cast<const T*>(args.grad_row_entropy) + b * in.queries;
@@ -261,6 +279,8 @@ void backward_chunk(const HdimBackward& args, const Plan<T>& plan, Worker<T>& w,
         for (int64_t r = 0; r < rows; ++r) {
             const int64_t i = first + r;
             T* probability = w.probability + i * plan.chunk;
+            const T* row = statistics + i * kHdimStatistics;
+            const T delta = plan.delta[b * in.queries + i];
             const int64_t pairs = is_empty(statistics, i) ? 0 : allowed_pairs(in, index, b, i, 0, n, w.position);
             T* query = w.queries.packed + r * s.Dp;
             if (pairs == 0) {
@@ -272,12 +292,18 @@ void backward_chunk(const HdimBackward& args, const Plan<T>& plan, Worker<T>& w,
                 const int64_t count = lesser(kPairTile, pairs - t);
                 HdimTile<T>& tile = w.tile;
                 std::memcpy(tile.position, w.position + t, count * sizeof(int32_t));
-                for (int64_t k = 0; k < count; ++k) w.grad_logit[k] = probability[tile.position[k]];
+                for (int64_t k = 0; k < count; ++k) w.grad_logit[k] = probability[tile.position[k]] - delta;
                 tile.gather(s, query, keys, count);
                 tile.template score<Activation, true>(s, plan.weights, w.queries.hidden + r * s.Mp, key_hidden, count);
-                softmax_backward<T>(tile.logit, w.grad_logit, count,
-                                    plan.keys.count[b] <= kPairTile && n == plan.keys.count[b],
-                                    statistics + i * kHdimStatistics, plan.delta[b * in.queries + i],
+                // A pair that has most of its row: ∂L/∂P and its mean are nearly equal, each with a rounding of its
+                // own.
+                for (int64_t k = 0; !whole_row && row[1] < 2 && k < count; ++k) {
+                    if (tile.logit[k] != row[0]) continue;
+                    const S* from = value + index[tile.position[k]] * in.value_stride[1];
+                    w.grad_logit[k] = centered_product<T>(grad_context + i * in.value_dim, from, in.value_stride[2],
+                                                          context + i * in.value_dim, in.value_dim);
+                }
+                softmax_backward<T>(tile.logit, w.grad_logit, count, whole_row, row,
                                     grad_entropy == nullptr ? T(0) : grad_entropy[i], tile.logit);
                 for (int64_t k = 0; k < count; ++k) probability[tile.position[k]] = tile.logit[k];
                 hidden_backward<Activation, T>(s, tile, w.grad_logit, count, plan.weights.weight2, w.block.weight2,
@@ -386,14 +412,7 @@ void backward(const HdimBackward& args) {
         const S* context = static_cast<const S*>(args.context) + i * in.value_dim;
         if constexpr (!std::is_same_v<S, T>)
             read_row(from, 1, in.value_dim, const_cast<T*>(plan.grad_context) + i * in.value_dim);
-        // In double: an error here would shift the whole row's gradient. One sum per lane, so that none waits.
-        double residue[lanes<T>] = {};
-        for (int64_t h = 0; h < in.value_dim; h += lanes<T>)
-            for (int64_t l = 0; l < lesser<int64_t>(lanes<T>, in.value_dim - h); ++l)
-                residue[l] += static_cast<double>(widen(from[h + l])) * widen(context[h + l]);
-        double sum = 0;
-        for (int64_t l = 0; l < lanes<T>; ++l) sum += residue[l];
-        plan.delta[i] = static_cast<T>(sum);
+        plan.delta[i] = -centered_product<T, S>(from, nullptr, 0, context, in.value_dim);
     });
     parallel_tasks(args.pool, in.batch * plan.chunks, [&](int64_t index, int64_t task) {
         Worker<T> worker;
