@@ -145,7 +145,8 @@ XLAYER_INLINE bool is_empty(const T* statistics, int64_t i) {
 }
 
 // ∂L/∂logit for one query's pairs, and their probabilities, from `grad`, ∂L/∂P less its mean under P. What rounding has
-// left of that mean is taken off where the tile holds the whole row, so that the row's gradients sum to 0.
+// left of that mean, and of the entropy's, is taken off where the tile holds the whole row, so that the row's gradients
+// sum to 0.
 template <class T>
 XLAYER_INLINE void softmax_backward(T* logit, T* grad, int64_t n, bool whole_row, const T* statistics, T grad_entropy,
                                     T* probability) {
@@ -154,23 +155,20 @@ XLAYER_INLINE void softmax_backward(T* logit, T* grad, int64_t n, bool whole_row
         logit[t] = -HUGE_VAL;
         grad[t] = 0;
     }
-    T rest = 0;
-    if (whole_row) {
-        Vec<T> sum = {}, moment = {};
-        for (int64_t t = 0; t < n; t += lanes<T>) {
-            const Vec<T> weight = exponential(load(logit + t) - top);
-            sum += weight;
-            moment += weight * load(grad + t);
-        }
-        rest = sum_lanes<T>(moment) / sum_lanes<T>(sum);
-    }
+    Vec<T> sum = {}, moment = {};
     for (int64_t t = 0; t < n; t += lanes<T>) {
-        const Vec<T> shifted = load(logit + t) - top;
-        const Vec<T> p = exponential(shifted) * inverse;
-        Vec<T> g = p * (load(grad + t) - rest);
-        if (grad_entropy != 0) g -= p > Vec<T>{} ? p * (shifted - mean) * grad_entropy : p;
+        const Vec<T> shifted = load(logit + t) - top, weight = exponential(shifted);
+        Vec<T> g = load(grad + t);
+        if (grad_entropy != 0) g -= weight > Vec<T>{} ? (shifted - mean) * grad_entropy : weight;
+        sum += weight;
+        moment += weight * g;
+        store<T>(grad + t, g);
+        store<T>(probability + t, weight * inverse);
+    }
+    const T rest = whole_row ? sum_lanes<T>(moment) / sum_lanes<T>(sum) : 0;
+    for (int64_t t = 0; t < n; t += lanes<T>) {
+        const Vec<T> p = load(probability + t), g = p * (load(grad + t) - rest);
         store<T>(grad + t, p < splat<T>(1) ? g : p * 0);  // alone in its row: exactly 0
-        store<T>(probability + t, p);
     }
 }
 
