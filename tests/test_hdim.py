@@ -76,10 +76,9 @@ def test_oracle_rule(native: str, dtype: torch.dtype, masks: dict[str, bool], ac
     check_oracle_rule(make, dtype, draws=6)
 
 
-# What sharpens a softmax, and how many draws of it make two equally good implementations differ by less than the rule
-# allows. The sharper, the fewer rows an error comes from, and the more draws it takes: bootstrapped from 160 draws, the
-# rule says no by luck with a probability below 0.002 everywhere, and an implementation of the plain formula's accuracy
-# in the logits is all that it takes.
+# What sharpens a softmax, and of how many draws the errors are pooled. The sharper it is, the fewer rows most of the
+# error comes from, and the more draws it takes for luck to even out: resampled from 160 draws, the rule says no by luck
+# with a probability below 0.004. Beyond that, one column's logits are as exact as the formula's, but not more.
 SHARP: dict[str, tuple[int, dict[str, Any]]] = {
     "weights x 3": (16, {"sharpness": 3.0}),
     "weights x 10": (24, {"sharpness": 10.0}),

@@ -215,10 +215,11 @@ def test_deviations_from_a_large_mean_keep_their_digits(native: str, offset: flo
     the smaller offset, over 100 eps at the larger.
 
     Each coefficient, and each number t that a gradient adds up, is a dot product of d = 96 numbers and a few roundings.
-    A chain of n additions is off by about eps/2 · √(1/3) · √(n/2) of its result's size, 2 eps for n = 96: so 5 eps bound
-    the coefficients, and grad_weight, whose 40 products are rounded as well. grad_bias and grad_scale add 40 numbers t of
-    either sign, which may cancel, so what bounds their error is Σ|t|: |δΣt| ≤ Σ|δt| + 40 · eps/2 · max|partial sum| in
-    the worst case, and as √40 rather than 40 where roundings are independent: 2·√40/(0.8·40) + 1 < 2 eps of Σ|t|.
+    A chain of n additions is off by about eps/2 · √(1/3) · √(n/2) of its result's size, 2 eps for n = 96: so 5 eps
+    bound the coefficients, and grad_weight, whose 40 products are rounded as well. grad_bias and grad_scale add 40
+    numbers t of either sign, which may cancel, so what bounds their error is Σ|t|: |δΣt| ≤ Σ|δt| + 40 · eps/2 ·
+    max|partial sum| in the worst case, and as √40 rather than 40 where roundings are independent: 2·√40/(0.8·40) + 1
+    < 2 eps of Σ|t|.
     """
     case = hyper_case(fresh_generator(), "pre", "dhc", d=96, device=native, offset=offset).to(torch.float32)
     exact, actual = evaluate_formula(case.to(torch.float64)), evaluate_native(case)
