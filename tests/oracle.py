@@ -91,10 +91,11 @@ def hdim_case(
     pair_mask: bool = False,
     grad_entropy: float | None = None,
     scale: float = 1.0,
+    sharpness: float = 1.0,
     **options: Any,
 ) -> HdimCase:
     """Normal inputs of sizes (B, Sq, Sk, D, M, H). Some dimensions of some queries equal those of a key (ties), and
-    with masks the last batch element's first row has no allowed pair."""
+    with masks the last batch element's first row has no allowed pair. ``sharpness`` multiplies the logits."""
     b, sq, sk, d, m, h = sizes
 
     def draw(*shape: int, gain: float = 1.0) -> Tensor:
@@ -108,7 +109,7 @@ def hdim_case(
     query[:, :tied, ::2] = key[:, :tied, ::2]
     floats = {"query": query, "key": key, "value": draw(b, sk, h)}
     floats |= {"weight1": draw(m, 4 * d, gain=(4 * d) ** -0.5), "bias1": draw(m)}
-    floats |= {"weight2": draw(m, gain=2 * max(m, 1) ** -0.5), "bias2": draw(1)}
+    floats |= {"weight2": draw(m, gain=2 * sharpness * max(m, 1) ** -0.5), "bias2": draw(1)}
     masks: dict[str, Tensor | None] = {"key_mask": mask(b, sk) if key_mask else None, "pair_mask": None}
     if pair_mask:
         masks["pair_mask"] = mask(b, sq, sk)

@@ -77,7 +77,7 @@ def launch_hdim(
     floats = [torch.zeros(shape, dtype=dtype) for shape in shapes]
     masks = [torch.ones(1, keys, dtype=torch.bool), None]
     outputs = torch.ops.xlayer_emulated.hdim_attention(*floats, *masks, 1.0, gelu, tf32)
-    torch.ops.xlayer_emulated.hdim_attention_backward(outputs[0], None, *floats, *masks, *outputs, 1.0, gelu, tf32)
+    torch.ops.xlayer_emulated.hdim_attention_backward(outputs[0], None, *floats, *masks, *outputs[:2], 1.0, gelu, tf32)
 
 
 def launch_hyper(dtype: torch.dtype, n: int, width: int, norm: int, shared: bool) -> None:

@@ -38,13 +38,13 @@ def run(case: HdimCase, namespace: str, tf32: bool = False) -> Results:
     floats = [case.floats[name] for name in FLOATS[:6]]
     masks = (case.masks["key_mask"], case.masks["pair_mask"])
     options = (case.options.get("temperature", 1.0), case.options.get("activation", "relu") == "gelu", tf32)
-    context, logsumexp, row_entropy = operators.hdim_attention(*floats, *masks, *options)
+    context, statistics, row_entropy = operators.hdim_attention(*floats, *masks, *options)
     grad_entropy = None
     if case.grad_entropy is not None:
-        rows = (logsumexp != -torch.inf).to(row_entropy.dtype)
+        rows = (statistics[..., 1] != 0).to(row_entropy.dtype)
         grad_entropy = case.grad_entropy * rows / rows.sum().clamp(min=1)
     grads = operators.hdim_attention_backward(
-        case.grad_context, grad_entropy, *floats, *masks, context, logsumexp, row_entropy, *options
+        case.grad_context, grad_entropy, *floats, *masks, context, statistics, *options
     )
     return {"context": context} | {f"grad_{name}": grad for name, grad in zip(FLOATS[:6], grads, strict=True)}
 

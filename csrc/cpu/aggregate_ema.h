@@ -30,6 +30,13 @@ struct GroupRows {
     XLAYER_INLINE T* operator[](int g) const { return first + g * stride; }
 };
 
+// Calls f(begin, end) for short runs of columns: a sum of short sums rounds less than one long chain.
+constexpr int64_t kRun = 32;  // additions in a chain
+template <class T, class F>
+XLAYER_INLINE void for_runs(int64_t width, const F& f) {
+    for (int64_t e = 0; e < width; e += kRun * lanes<T>) f(e, lesser(width, e + kRun * lanes<T>));
+}
+
 // Means of the rows of a group, one row after the other: it is here that they come from memory, and a run of addresses
 // is what the prefetchers follow.
 template <class T, int Group>
@@ -55,12 +62,19 @@ template <class T, int Group>
 XLAYER_INLINE void inverse_deviations(const GroupRows<const T>& x, int64_t width, double eps, int64_t ahead,
                                       const T* mean, T* rest, T* scale) {
     Vec<T> sum[Group] = {}, square[Group] = {};
-    for_vectors<T>(0, width, [&](int64_t e, auto io) XLAYER_FLATTEN {
+    for_runs<T>(width, [&](int64_t begin, int64_t end) XLAYER_FLATTEN {
+        Vec<T> run_sum[Group] = {}, run_square[Group] = {};
+        for_vectors<T>(begin, end, [&](int64_t e, auto io) XLAYER_FLATTEN {
+            XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
+                if (g < Group / 2) prefetch_near(x[g] + e + ahead);
+                const Vec<T> centered = io.keep(io.load(x[g] + e) - mean[g]);
+                run_sum[g] += centered;
+                run_square[g] += centered * centered;
+            }
+        });
         XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
-            if (g < Group / 2) prefetch_near(x[g] + e + ahead);
-            const Vec<T> centered = io.keep(io.load(x[g] + e) - mean[g]);
-            sum[g] += centered;
-            square[g] += centered * centered;
+            sum[g] += run_sum[g];
+            square[g] += run_square[g];
         }
     });
     sum_each_lanes<T, Group>(sum, rest);

@@ -28,16 +28,17 @@ class Backward {
     void run() const {
         const EmaScan& scan = args_.scan;
         parallel_tasks(scan.pool, chunks_, [&](int64_t worker, int64_t chunk) {
-            const Worker with(*this, static_cast<char*>(args_.workspace) + worker * worker_size());
+            Worker with(*this, static_cast<char*>(args_.workspace) + worker * worker_size());
             const Partial sums(*this, chunk);
             const int64_t begin = chunk * chunk_, end = lesser(scan.tokens, begin + chunk_);
             for (int64_t l = 0; l < scan.layers; ++l) sums.gate[l] = 0;
-            for (int64_t e = 0; e < 2 * scan_.row; ++e) sums.weight[e] = 0;
+            for (int64_t e = 0; e < 2 * scan_.row; ++e) sums.weight[e] = 0, with.weight[e] = 0;
             for (int64_t first = begin; first < end; first += scan_.tile) {
                 const int64_t count = lesser(scan_.tile, end - first);
                 up(with, first, count);
                 down(with, sums, first, count);
             }
+            add_norm(with, sums);
             if (past_) finish_past_caches();
         });
         finish();
@@ -46,17 +47,18 @@ class Backward {
   private:
     int64_t rows_of_layers() const { return args_.scan.layers * scan_.tile; }
     int64_t worker_size() const {
-        const int64_t rows = 2 * rows_of_layers() + 2 * scan_.tile + 2 * kGroup;
+        const int64_t rows = 2 * rows_of_layers() + 2 * scan_.tile + 2 * kGroup + 2;
         return round_up((rows * scan_.row + rows_of_layers()) * static_cast<int64_t>(sizeof(T)), 64);
     }
     int64_t partial_size() const {
-        return round_up(args_.scan.layers * 8, 64) + round_up(2 * scan_.row * static_cast<int64_t>(sizeof(T)), 64);
+        return round_up((args_.scan.layers + 2 * scan_.row) * static_cast<int64_t>(sizeof(double)), 64);
     }
 
     // Scratch of a worker, rows of a tile: x̂ of each layer, S before each and after the last, ∂L/∂S of the layer above;
-    // rows to widen and to narrow in; the norm's 1/deviation.
+    // rows to widen and to narrow in; the norm's gradients of a few tokens; the norm's 1/deviation.
     struct Worker {
-        T *normal, *state, *grad, *wide, *narrow, *scale;
+        T *normal, *state, *grad, *wide, *narrow, *weight, *bias, *scale;
+        int64_t added = 0;  // to weight and bias, one after another
 
         Worker(const Backward& of, char* memory) {
             const int64_t row = of.scan_.row, tile = of.scan_.tile, layers = of.rows_of_layers();
@@ -65,20 +67,21 @@ class Backward {
             grad = state + (layers + tile) * row;
             wide = grad + tile * row;
             narrow = wide + kGroup * row;
-            scale = narrow + kGroup * row;
+            weight = narrow + kGroup * row;
+            bias = weight + row;
+            scale = bias + row;
         }
     };
 
-    // Sums over a chunk's tokens: per layer in double, since a gate's gradient is one number of all tokens and columns.
+    // Sums over a chunk's tokens, which may be many, in double.
     struct Partial {
-        double* gate;
-        T *weight, *bias;
+        double *gate, *weight, *bias;
 
         Partial(const Backward& of, int64_t chunk) {
             char* memory = static_cast<char*>(of.args_.workspace) + of.args_.scan.pool.threads * of.worker_size() +
                            chunk * of.partial_size();
             gate = reinterpret_cast<double*>(memory);
-            weight = reinterpret_cast<T*>(memory + round_up(of.args_.scan.layers * 8, 64));
+            weight = gate + of.args_.scan.layers;
             bias = weight + of.scan_.row;
         }
     };
@@ -106,7 +109,7 @@ class Backward {
                                          });
     }
 
-    void down(const Worker& with, const Partial& sums, int64_t first, int64_t count) const {
+    void down(Worker& with, const Partial& sums, int64_t first, int64_t count) const {
         const EmaScan& scan = args_.scan;
         for (int64_t t = 0; t < count; ++t) {
             T* grad = with.grad + t * scan_.row;
@@ -123,12 +126,13 @@ class Backward {
                 constexpr int kTokens = decltype(group)::value;
                 const Layer<kTokens> layer(*this, with, l, first, t, gate, decay);
                 if (past_)
-                    scan.last_only ? down_group<kTokens, true, true>(layer, sums, product)
-                                   : down_group<kTokens, true, false>(layer, sums, product);
+                    scan.last_only ? down_group<kTokens, true, true>(layer, product)
+                                   : down_group<kTokens, true, false>(layer, product);
                 else
-                    scan.last_only ? down_group<kTokens, false, true>(layer, sums, product)
-                                   : down_group<kTokens, false, false>(layer, sums, product);
+                    scan.last_only ? down_group<kTokens, false, true>(layer, product)
+                                   : down_group<kTokens, false, false>(layer, product);
                 scan_.template finish<kTokens>(layer.to, args_.grad_x, layer.offset);
+                if (++with.added >= kRun) add_norm(with, sums);
             });
             sums.gate[l] += sum_lanes<T>(product);
             decay = 1 - gate;
@@ -143,6 +147,16 @@ class Backward {
         }
     }
 
+    // Moves the norm's gradients on, from the short sums of a few tokens to the long ones.
+    void add_norm(Worker& with, const Partial& sums) const {
+        with.added = 0;
+        if (!args_.scan.normalize) return;
+        for (int64_t e = 0; e < 2 * scan_.row; ++e) {
+            sums.weight[e] += with.weight[e];
+            with.weight[e] = 0;
+        }
+    }
+
     // One layer of a group of tokens on the way down.
     template <int Group>
     struct Layer {
@@ -152,6 +166,7 @@ class Backward {
         GroupRows<T> to, grad;     // ∂L/∂x; ∂L/∂S, of the layer above until this one's takes its place
         GroupRows<const T> normal, state;
         const T* scale;
+        T *weight, *bias;  // to add the norm's gradients to
 
         XLAYER_INLINE Layer(const Backward& of, const Worker& with, int64_t layer, int64_t first, int64_t t, T gate,
                             T decay)
@@ -163,6 +178,7 @@ class Backward {
             normal = {with.normal + at * row, row};
             state = {with.state + at * row, row};
             scale = with.scale + at;
+            weight = with.weight, bias = with.bias;
             to = of.scan_.target(of.args_.grad_x, offset, with.narrow);
             given = {nullptr, 0};
             if (!scan.last_only) given = of.scan_.template read<Group>(of.args_.grad, layer, first + t, with.wide);
@@ -190,48 +206,62 @@ class Backward {
 
     // Through S_l and the LayerNorm of a group of tokens to ∂L/∂x_l, and ⟨∂L/∂S_l, n_l − S_{l−1}⟩.
     template <int Group, bool Past, bool Last>
-    XLAYER_INLINE void down_group(const Layer<Group>& with, const Partial& sums, Vec<T>& products) const {
+    XLAYER_INLINE void down_group(const Layer<Group>& with, Vec<T>& products) const {
         const EmaScan& scan = args_.scan;
         Vec<T> product[Group] = {};
         if (!scan.normalize) {
-            for_vectors<T>(0, scan.width, [&](int64_t e, auto io) XLAYER_FLATTEN {
-                XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
-                    if constexpr (!Last) prefetch_near(with.given[g] + e + with.ahead);
-                    const Vec<T> now = with.template arrived<Last>(g, e, io);
-                    product[g] += io.keep(now * (load(with.normal[g] + e) - load(with.state[g] + e)));
-                    with.template give<Past>(g, e, io, with.gate * now);
-                    store(with.grad[g] + e, now);
-                }
+            for_runs<T>(scan.width, [&](int64_t begin, int64_t end) XLAYER_FLATTEN {
+                Vec<T> run[Group] = {};
+                for_vectors<T>(begin, end, [&](int64_t e, auto io) XLAYER_FLATTEN {
+                    XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
+                        if constexpr (!Last) prefetch_near(with.given[g] + e + with.ahead);
+                        const Vec<T> now = with.template arrived<Last>(g, e, io);
+                        run[g] += io.keep(now * (load(with.normal[g] + e) - load(with.state[g] + e)));
+                        with.template give<Past>(g, e, io, with.gate * now);
+                        store(with.grad[g] + e, now);
+                    }
+                });
+                XLAYER_UNROLL for (int g = 0; g < Group; ++g) product[g] += run[g];
             });
         } else {
-            norm_backward<Group, Past, Last>(with, sums, product);
+            norm_backward<Group, Past, Last>(with, product);
         }
-        XLAYER_UNROLL for (int g = 0; g < Group; ++g) products += product[g];
+        for (int half = Group / 2; half > 0; half /= 2)
+            for (int g = 0; g < half; ++g) product[g] += product[g + half];
+        products += product[0];
     }
 
     template <int Group, bool Past, bool Last>
-    XLAYER_INLINE void norm_backward(const Layer<Group>& with, const Partial& sums, Vec<T>* product) const {
+    XLAYER_INLINE void norm_backward(const Layer<Group>& with, Vec<T>* product) const {
         const int64_t width = args_.scan.width;
         const T* weight = static_cast<const T*>(args_.scan.norm_weight);
         const T* bias = static_cast<const T*>(args_.scan.norm_bias);
         Vec<T> sum[Group] = {}, along[Group] = {};
-        for_vectors<T>(0, width, [&](int64_t e, auto io) XLAYER_FLATTEN {
-            const Vec<T> slope = io.load(weight + e), gated = with.gate * slope;
-            const Vec<T> offset = bias == nullptr ? Vec<T>{} : io.load(bias + e);
-            Vec<T> of_weight = {}, of_bias = {};
+        for_runs<T>(width, [&](int64_t begin, int64_t end) XLAYER_FLATTEN {
+            Vec<T> run_product[Group] = {}, run_sum[Group] = {}, run_along[Group] = {};
+            for_vectors<T>(begin, end, [&](int64_t e, auto io) XLAYER_FLATTEN {
+                const Vec<T> slope = io.load(weight + e), gated = with.gate * slope;
+                const Vec<T> offset = bias == nullptr ? Vec<T>{} : io.load(bias + e);
+                Vec<T> of_weight = {}, of_bias = {};
+                XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
+                    if (!Last && g < Group / 2) prefetch_near(with.given[g] + e + with.ahead);
+                    const Vec<T> now = with.template arrived<Last>(g, e, io), unit = load(with.normal[g] + e);
+                    store(with.grad[g] + e, now);
+                    run_product[g] += io.keep(now * (unit * slope + offset - load(with.state[g] + e)));
+                    const Vec<T> scaled = now * gated;
+                    run_sum[g] += scaled;
+                    run_along[g] += scaled * unit;
+                    of_weight += now * unit;
+                    of_bias += now;
+                }
+                store(with.weight + e, load(with.weight + e) + with.gate * of_weight);
+                store(with.bias + e, load(with.bias + e) + with.gate * of_bias);
+            });
             XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
-                if (!Last && g < Group / 2) prefetch_near(with.given[g] + e + with.ahead);
-                const Vec<T> now = with.template arrived<Last>(g, e, io), unit = load(with.normal[g] + e);
-                store(with.grad[g] + e, now);
-                product[g] += io.keep(now * (unit * slope + offset - load(with.state[g] + e)));
-                const Vec<T> scaled = now * gated;
-                sum[g] += scaled;
-                along[g] += scaled * unit;
-                of_weight += now * unit;
-                of_bias += now;
+                product[g] += run_product[g];
+                sum[g] += run_sum[g];
+                along[g] += run_along[g];
             }
-            store(sums.weight + e, load(sums.weight + e) + with.gate * of_weight);
-            store(sums.bias + e, load(sums.bias + e) + with.gate * of_bias);
         });
         T mean[Group], tilt[Group];
         sum_each_lanes<T, Group>(sum, mean);
@@ -263,13 +293,13 @@ class Backward {
         T* weight = static_cast<T*>(args_.grad_norm_weight);
         T* bias = static_cast<T*>(args_.grad_norm_bias);
         for (int64_t e = 0; e < scan.width; ++e) {
-            T of_weight = 0, of_bias = 0;
+            double of_weight = 0, of_bias = 0;
             for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
                 const Partial sums(*this, chunk);
                 of_weight += sums.weight[e], of_bias += sums.bias[e];
             }
-            weight[e] = of_weight;
-            if (bias != nullptr) bias[e] = of_bias;
+            weight[e] = static_cast<T>(of_weight);
+            if (bias != nullptr) bias[e] = static_cast<T>(of_bias);
         }
     }
 

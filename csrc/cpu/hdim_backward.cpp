@@ -1,5 +1,5 @@
-// hdim backward: scores are computed again and probabilities rebuilt from the saved logsumexp, so nothing of size
-// Sq × Sk × anything is kept. A task owns a chunk of keys of one batch element and walks over all its queries:
+// hdim backward: scores are computed again and probabilities rebuilt from each row's statistics, so nothing of
+// size Sq × Sk × anything is kept. A task owns a chunk of keys of one batch element and walks over all its queries:
 // gradients of keys and values are complete inside the task, those of queries and weights leave it as partial sums,
 // which are added up in task order. Work per pair: 6 products of 2·D·M flops and two of 2·H.
 #include "hdim_pairs.h"
@@ -123,31 +123,52 @@ struct Plan {
     }
 };
 
-// ∂L/∂logit for one query's pairs, and their probabilities. Where the tile holds the whole row, delta comes from these
-// very probabilities, so that the row's gradients sum to 0.
+// Σ_h grad_h · (value_h − context_h), the first without `value`; in double, one sum per lane, so that none waits.
+template <class T, class S, class G>
+XLAYER_INLINE T centered_product(const G* grad, const S* value, int64_t value_stride, const S* context, int64_t width) {
+    double residue[lanes<T>] = {};
+    for (int64_t h = 0; h < width; h += lanes<T>) {
+        for (int64_t l = 0; l < lesser<int64_t>(lanes<T>, width - h); ++l) {
+            const double from = value == nullptr ? 0 : widen(value[(h + l) * value_stride]);
+            residue[l] += static_cast<double>(widen(grad[h + l])) * (from - widen(context[h + l]));
+        }
+    }
+    double sum = 0;
+    for (int64_t l = 0; l < lanes<T>; ++l) sum += residue[l];
+    return static_cast<T>(sum);
+}
+
+// Whether query i has no allowed pair.
 template <class T>
-XLAYER_INLINE void softmax_backward(T* logit, T* grad, int64_t n, bool whole_row, T logsumexp, T delta, T grad_entropy,
-                                    T entropy, T* probability) {
+XLAYER_INLINE bool is_empty(const T* statistics, int64_t i) {
+    return statistics[i * kHdimStatistics + 1] == 0;
+}
+
+// ∂L/∂logit for one query's pairs, and their probabilities, from `grad`, ∂L/∂P less its mean under P. What rounding has
+// left of that mean, and of the entropy's, is taken off where the tile holds the whole row, so that the row's gradients
+// sum to 0.
+template <class T>
+XLAYER_INLINE void softmax_backward(T* logit, T* grad, int64_t n, bool whole_row, const T* statistics, T grad_entropy,
+                                    T* probability) {
+    const T top = statistics[0], inverse = 1 / statistics[1], mean = statistics[2];
     for (int64_t t = n; t < kPairTile; ++t) {
         logit[t] = -HUGE_VAL;
         grad[t] = 0;
     }
-    if (whole_row) {
-        Vec<T> sum = {}, moment = {};
-        for (int64_t t = 0; t < n; t += lanes<T>) {
-            const Vec<T> p = exponential(load(logit + t) - logsumexp);
-            sum += p;
-            moment += p * load(grad + t);
-        }
-        delta = sum_lanes<T>(moment) / sum_lanes<T>(sum);
-    }
+    Vec<T> sum = {}, moment = {};
     for (int64_t t = 0; t < n; t += lanes<T>) {
-        const Vec<T> log_p = load(logit + t) - logsumexp;
-        const Vec<T> p = exponential(log_p);
-        Vec<T> g = p * (load(grad + t) - delta);
-        if (grad_entropy != 0) g -= p > Vec<T>{} ? p * (log_p + entropy) * grad_entropy : p;
+        const Vec<T> shifted = load(logit + t) - top, weight = exponential(shifted);
+        Vec<T> g = load(grad + t);
+        if (grad_entropy != 0) g -= weight > Vec<T>{} ? (shifted - mean) * grad_entropy : weight;
+        sum += weight;
+        moment += weight * g;
+        store<T>(grad + t, g);
+        store<T>(probability + t, weight * inverse);
+    }
+    const T rest = whole_row ? sum_lanes<T>(moment) / sum_lanes<T>(sum) : 0;
+    for (int64_t t = 0; t < n; t += lanes<T>) {
+        const Vec<T> p = load(probability + t), g = p * (load(grad + t) - rest);
         store<T>(grad + t, p < splat<T>(1) ? g : p * 0);  // alone in its row: exactly 0
-        store<T>(probability + t, p);
     }
 }
 
@@ -225,8 +246,9 @@ void backward_chunk(const HdimBackward& args, const Plan<T>& plan, Worker<T>& w,
     const T* keys = plan.keys.packed + (b * in.keys + begin) * s.Dp;
     const T* key_hidden = plan.keys.hidden + (b * in.keys + begin) * s.Mp;
     const T* grad_context = plan.grad_context + b * in.queries * in.value_dim;
-    const T* logsumexp = static_cast<const T*>(args.logsumexp) + b * in.queries;
-    const T* entropy = static_cast<const T*>(args.row_entropy) + b * in.queries;
+    const S* context = static_cast<const S*>(args.context) + b * in.queries * in.value_dim;
+    const bool whole_row = plan.keys.count[b] <= kPairTile && n == plan.keys.count[b];
+    const T* statistics = static_cast<const T*>(args.statistics) + b * in.queries * kHdimStatistics;
     const T* grad_entropy =
         args.grad_row_entropy == nullptr ? nullptr : static_cast<const T*>(args.grad_row_entropy) + b * in.queries;
     const S* value = static_cast<const S*>(in.value) + b * in.value_stride[0];
@@ -255,8 +277,9 @@ void backward_chunk(const HdimBackward& args, const Plan<T>& plan, Worker<T>& w,
         for (int64_t r = 0; r < rows; ++r) {
             const int64_t i = first + r;
             T* probability = w.probability + i * plan.chunk;
-            const bool empty = logsumexp[i] == -HUGE_VAL;
-            const int64_t pairs = empty ? 0 : allowed_pairs(in, index, b, i, 0, n, w.position);
+            const T* row = statistics + i * kHdimStatistics;
+            const T delta = plan.delta[b * in.queries + i];
+            const int64_t pairs = is_empty(statistics, i) ? 0 : allowed_pairs(in, index, b, i, 0, n, w.position);
             T* query = w.queries.packed + r * s.Dp;
             if (pairs == 0) {
                 clear(probability, n);
@@ -267,13 +290,19 @@ void backward_chunk(const HdimBackward& args, const Plan<T>& plan, Worker<T>& w,
                 const int64_t count = lesser(kPairTile, pairs - t);
                 HdimTile<T>& tile = w.tile;
                 std::memcpy(tile.position, w.position + t, count * sizeof(int32_t));
-                for (int64_t k = 0; k < count; ++k) w.grad_logit[k] = probability[tile.position[k]];
+                for (int64_t k = 0; k < count; ++k) w.grad_logit[k] = probability[tile.position[k]] - delta;
                 tile.gather(s, query, keys, count);
                 tile.template score<Activation, true>(s, plan.weights, w.queries.hidden + r * s.Mp, key_hidden, count);
-                softmax_backward<T>(tile.logit, w.grad_logit, count,
-                                    plan.keys.count[b] <= kPairTile && n == plan.keys.count[b], logsumexp[i],
-                                    plan.delta[b * in.queries + i], grad_entropy == nullptr ? T(0) : grad_entropy[i],
-                                    entropy[i], tile.logit);
+                // A pair that has most of its row: ∂L/∂P and its mean are nearly equal, each with a rounding of its
+                // own.
+                for (int64_t k = 0; !whole_row && row[1] < 2 && k < count; ++k) {
+                    if (tile.logit[k] != row[0]) continue;
+                    const S* from = value + index[tile.position[k]] * in.value_stride[1];
+                    w.grad_logit[k] = centered_product<T>(grad_context + i * in.value_dim, from, in.value_stride[2],
+                                                          context + i * in.value_dim, in.value_dim);
+                }
+                softmax_backward<T>(tile.logit, w.grad_logit, count, whole_row, row,
+                                    grad_entropy == nullptr ? T(0) : grad_entropy[i], tile.logit);
                 for (int64_t k = 0; k < count; ++k) probability[tile.position[k]] = tile.logit[k];
                 hidden_backward<Activation, T>(s, tile, w.grad_logit, count, plan.weights.weight2, w.block.weight2,
                                                w.grad_query_hidden + r * s.Mp, w.grad_key_hidden);
@@ -310,7 +339,7 @@ void backward_chunk(const HdimBackward& args, const Plan<T>& plan, Worker<T>& w,
     gemm_streamed(
         n, in.value_dim, in.queries, w.probability, 1, plan.chunk, w.packed, w.grad_value,
         [&](int64_t i, int64_t column, int64_t count, T* to) XLAYER_FLATTEN {
-            if (logsumexp[i] == -HUGE_VAL) return clear(to, count);
+            if (is_empty(statistics, i)) return clear(to, count);
             std::memcpy(to, grad_context + i * in.value_dim + column, count * sizeof(T));
         },
         [&](int64_t column, int64_t count, T* g, int64_t g_row) XLAYER_FLATTEN {
@@ -381,14 +410,7 @@ void backward(const HdimBackward& args) {
         const S* context = static_cast<const S*>(args.context) + i * in.value_dim;
         if constexpr (!std::is_same_v<S, T>)
             read_row(from, 1, in.value_dim, const_cast<T*>(plan.grad_context) + i * in.value_dim);
-        // In double: an error here would shift the whole row's gradient. One sum per lane, so that none waits.
-        double residue[lanes<T>] = {};
-        for (int64_t h = 0; h < in.value_dim; h += lanes<T>)
-            for (int64_t l = 0; l < lesser<int64_t>(lanes<T>, in.value_dim - h); ++l)
-                residue[l] += static_cast<double>(widen(from[h + l])) * widen(context[h + l]);
-        double sum = 0;
-        for (int64_t l = 0; l < lanes<T>; ++l) sum += residue[l];
-        plan.delta[i] = static_cast<T>(sum);
+        plan.delta[i] = -centered_product<T, S>(from, nullptr, 0, context, in.value_dim);
     });
     parallel_tasks(args.pool, in.batch * plan.chunks, [&](int64_t index, int64_t task) {
         Worker<T> worker;

@@ -59,11 +59,9 @@ void find_finite_values(const HdimInputs& in, const int32_t* index, int64_t n, i
     }
 }
 
-// Turns n logits into probabilities in place (row is padded to whole vectors). They are the exp(logit − logsumexp) that
-// backward computes again, normalized: with the same weights behind both, Σ_j ∂L/∂logit_ij stays 0 as it should,
-// however logsumexp was rounded.
+// Turns n ≥ 1 logits into probabilities in place (row is padded to whole vectors).
 template <class T>
-XLAYER_INLINE void softmax_row(T* row, int64_t n, T* logsumexp, T* entropy) {
+XLAYER_INLINE void softmax_row(T* row, int64_t n, T* statistics, T* entropy) {
     T top = row[0];
     for (int64_t t = 1; t < n; ++t) top = greater(top, row[t]);
     const int64_t padded = round_up(n, lanes<T>);
@@ -74,17 +72,11 @@ XLAYER_INLINE void softmax_row(T* row, int64_t n, T* logsumexp, T* entropy) {
         const Vec<T> weight = exponential(shifted);
         sum += weight;
         moment += weight > Vec<T>{} ? weight * shifted : weight;
+        store<T>(row + t, weight);
     }
-    const T total = sum_lanes<T>(sum), log_total = std::log(total);
-    *logsumexp = top + log_total;
-    *entropy = log_total - sum_lanes<T>(moment) / total;
-    sum = Vec<T>{};
-    for (int64_t t = 0; t < padded; t += lanes<T>) {
-        const Vec<T> p = exponential(load(row + t) - *logsumexp);
-        sum += p;
-        store<T>(row + t, p);
-    }
-    const T inverse = 1 / sum_lanes<T>(sum);
+    const T total = sum_lanes<T>(sum), mean = sum_lanes<T>(moment) / total, inverse = 1 / total;
+    statistics[0] = top, statistics[1] = total, statistics[2] = mean;
+    *entropy = std::log(total) - mean;
     for (int64_t t = 0; t < padded; t += lanes<T>) store<T>(row + t, load(row + t) * inverse);
 }
 
@@ -108,16 +100,16 @@ void forward_block(const HdimForward& args, const Plan<T>& plan, Worker<T>& w, i
             std::memcpy(w.row + t, w.tile.logit, count * sizeof(T));
         }
         const int64_t at = b * in.queries + first + r;
-        T& logsumexp = static_cast<T*>(args.logsumexp)[at];
+        T* statistics = static_cast<T*>(args.statistics) + at * kHdimStatistics;
         T& entropy = static_cast<T*>(args.row_entropy)[at];
         T* probability = w.probability + r * in.keys;
         clear(probability, n);
         if (pairs == 0) {
-            logsumexp = -HUGE_VAL;
-            entropy = 0;
+            statistics[0] = -HUGE_VAL;
+            statistics[1] = statistics[2] = entropy = 0;
             continue;
         }
-        softmax_row(w.row, pairs, &logsumexp, &entropy);
+        softmax_row(w.row, pairs, statistics, &entropy);
         for (int64_t t = 0; t < pairs; ++t) probability[w.position[t]] = w.row[t];
     }
 

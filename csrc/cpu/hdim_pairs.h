@@ -208,7 +208,9 @@ struct HdimTile {
                         const T* w = key_hidden + position[row + r] * s.Mp + begin;
                         Vec<T> sum = {};
                         XLAYER_UNROLL for (int v = 0; v < kWidth; ++v) {
-                            const Vec<T> pre = acc[r][v] + u[v] + load(w + v * lanes<T>);
+                            // The small ones first: with few columns it is the features, products of two, that are
+                            // large.
+                            const Vec<T> pre = acc[r][v] + (u[v] + load(w + v * lanes<T>));
                             Vec<T> act, derivative;
                             if constexpr (Activation::kKeepsSlope) {
                                 gelu(pre, &act, &derivative);

@@ -22,6 +22,25 @@ __device__ __forceinline__ A add_over_warps(A own, A* shared) {
     return sum;
 }
 
+// Σ number(r) over each kWarps-th r of [first, end), in chains side by side: they round less than one, and do not wait.
+template <class A, class F>
+__device__ __forceinline__ A sum_in_chains(int64_t first, int64_t end, const F& number) {
+    constexpr int kChains = 4;
+    A sum[kChains] = {};
+#pragma unroll 2
+    for (int64_t r = first; r < end; r += kChains * kWarps) {
+#pragma unroll
+        for (int i = 0; i < kChains; ++i)
+            if (r + i * kWarps < end) sum[i] += number(r + i * kWarps);
+    }
+#pragma unroll
+    for (int half = kChains / 2; half > 0; half /= 2) {
+#pragma unroll
+        for (int i = 0; i < half; ++i) sum[i] += sum[i + half];
+    }
+    return sum[0];
+}
+
 // A lane per column; every warp takes each kWarps-th row.
 // resources: aggregate_finish_kernel threads 256, registers 64, shared 2048, occupancy 0.5
 // sass: aggregate_finish_kernel LDG
@@ -33,9 +52,8 @@ __global__ void __launch_bounds__(kThreads, 4) aggregate_finish_kernel(ColumnSum
          first += static_cast<int64_t>(gridDim.x) * kWarp) {
         const int64_t c = first + lane;
         const A* const from = static_cast<const A*>(args.partials) + c;
-        A sum = 0;
-#pragma unroll 8
-        for (int64_t r = warp; r < args.rows && c < args.columns; r += kWarps) sum += from[r * args.pitch];
+        A sum =
+            sum_in_chains<A>(warp, c < args.columns ? args.rows : 0, [&](int64_t r) { return from[r * args.pitch]; });
         sum = add_over_warps(sum, shared_memory<A>());
         if (warp > 0 || c >= args.columns) continue;
         if (args.logits != nullptr) {
@@ -65,9 +83,8 @@ __global__ void __launch_bounds__(kThreads, 4) aggregate_column_kernel(Partials 
          first += static_cast<int64_t>(gridDim.x) * kWarp) {
         const int64_t c = first + lane;
         const T* const from = static_cast<const T*>(args.x) + c;
-        A sum = 0;
-#pragma unroll 8
-        for (int64_t r = begin + warp; r < end && c < args.columns; r += kWarps) sum += widen(from[r * args.columns]);
+        A sum = sum_in_chains<A>(begin + warp, c < args.columns ? end : 0,
+                                 [&](int64_t r) { return widen(from[r * args.columns]); });
         sum = add_over_warps(sum, shared_memory<A>());
         if (warp == 0 && c < args.columns) static_cast<A*>(args.out)[blockIdx.y * args.columns + c] = sum;
     }

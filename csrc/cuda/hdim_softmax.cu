@@ -3,8 +3,8 @@
 // caches. Bound by memory: forward reads a logit and writes a probability a pair, backward reads a logit and ∂L/∂P and
 // writes as much.
 //
-// Backward makes the same probabilities again rather than from the saved logsumexp: with the same weights behind P and
-// Σ_j P_ij ∂L/∂P_ij, the gradient of a row of logits keeps its sum of zero however logsumexp was rounded.
+// Backward sums a row's weights again instead of reading the statistics: it goes over the row for Σ_j P_ij ∂L/∂P_ij
+// anyway.
 #include "hdim_backward.cuh"
 
 namespace xlayer::cuda {
@@ -48,7 +48,7 @@ struct Softmax {
     using A = Accumulator<T>;
     const A* logits;
     T* probability;
-    A *logsumexp, *row_entropy;
+    A *statistics, *row_entropy;
     int64_t rows, pitch;
 };
 
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks) hdim_softmax_kernel(S
         }
         total = add_over_lanes(total);
         moment = add_over_lanes(moment);
-        const A inverse = empty ? A(0) : A(1) / total;
+        const A inverse = empty ? A(0) : A(1) / total, mean = moment * inverse;
         for (int64_t j = lane_id() * kTogether<A>; j < args.pitch; j += kWarp * kTogether<A>) {
             const Vector<A, kTogether<A>> some = load<kTogether<A>>(logits + j);
             Vector<T, kTogether<A>> out;
@@ -88,8 +88,9 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks) hdim_softmax_kernel(S
             store_global(probability + j, out);
         }
         if (lane_id() == 0) {
-            args.logsumexp[row] = empty ? top : top + log(total);
-            args.row_entropy[row] = empty ? A(0) : log(total) - moment / total;
+            A* const statistics = args.statistics + row * kHdimStatistics;
+            statistics[0] = top, statistics[1] = total, statistics[2] = mean;
+            args.row_entropy[row] = empty ? A(0) : log(total) - mean;
         }
     }
 }
@@ -133,7 +134,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks) hdim_softmax_backward
             }
             mean += add_over_lanes(rest) * inverse;
         }
-        const A log_total = log(total), entropy = log_total - add_over_lanes(moment) * inverse;
+        const A center = add_over_lanes(moment) * inverse;  // of logit − top
         const A grad_entropy = args.grad_row_entropy == nullptr ? A(0) : args.grad_row_entropy[row];
         sync_warp();  // logits change hands: other lanes have read what this one overwrites
         for (int64_t j = lane_id(); j < args.pitch; j += kWarp) {
@@ -142,7 +143,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks) hdim_softmax_backward
             if (logit != -infinity<A>()) {
                 p = exp(logit - top) * inverse;
                 grad = p * (widen(probability[j]) - mean);
-                if (grad_entropy != 0 && p > 0) grad -= p * (logit - top - log_total + entropy) * grad_entropy;
+                if (grad_entropy != 0 && p > 0) grad -= p * (logit - top - center) * grad_entropy;
                 if (p >= 1) grad = 0;  // alone in its row
             }
             logits[j] = grad;
@@ -179,7 +180,7 @@ void hdim_softmax(const HdimSoftmax& args, void* stream) {
         using A = Accumulator<T>;
         const Softmax<T> rows{static_cast<const A*>(args.logits),
                               static_cast<T*>(args.probability),
-                              static_cast<A*>(args.logsumexp),
+                              static_cast<A*>(args.statistics),
                               static_cast<A*>(args.row_entropy),
                               s.batch * s.queries,
                               s.pitch};

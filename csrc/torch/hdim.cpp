@@ -12,24 +12,24 @@ HdimOutputs hdim_attention_cpu(const Tensor& query, const Tensor& key, const Ten
     const HdimTensors in(query, key, value, weight1, bias1, weight2, key_mask, pair_mask, temperature, gelu, tf32);
     const int64_t B = in.args.batch, Sq = in.args.queries;
     Tensor context = allocate(query, {B, Sq, in.args.value_dim}, "context");
-    Tensor logsumexp = allocate(query, {B, Sq}, in.accumulation(), "logsumexp");
+    Tensor statistics = allocate(query, {B, Sq, kHdimStatistics}, in.accumulation(), "statistics");
     Tensor row_entropy = allocate(query, {B, Sq}, in.accumulation(), "row_entropy");
     HdimForward args{
-        in.args,     context.mutable_data_ptr(), logsumexp.mutable_data_ptr(), row_entropy.mutable_data_ptr(), nullptr,
+        in.args,     context.mutable_data_ptr(), statistics.mutable_data_ptr(), row_entropy.mutable_data_ptr(), nullptr,
         torch_pool()};
     const Tensor workspace = new_workspace(query, cpu::hdim_forward_workspace(args), &args.workspace);
     cpu::hdim_forward(args);
-    return {context, logsumexp, row_entropy};
+    return {context, statistics, row_entropy};
 }
 
 HdimGradients hdim_attention_backward_cpu(const Tensor& grad_context, const OptionalTensor& grad_row_entropy,
                                           const Tensor& query, const Tensor& key, const Tensor& value,
                                           const Tensor& weight1, const Tensor& bias1, const Tensor& weight2,
                                           const OptionalTensor& key_mask, const OptionalTensor& pair_mask,
-                                          const Tensor& context, const Tensor& logsumexp, const Tensor& row_entropy,
-                                          double temperature, bool gelu, bool tf32) {
+                                          const Tensor& context, const Tensor& statistics, double temperature,
+                                          bool gelu, bool tf32) {
     const HdimTensors in(query, key, value, weight1, bias1, weight2, key_mask, pair_mask, temperature, gelu, tf32);
-    const HdimSaved saved(in, query, grad_context, grad_row_entropy, context, logsumexp, row_entropy);
+    const HdimSaved saved(in, query, grad_context, grad_row_entropy, context, statistics);
     HdimGradTensors out(in, query);
     Tensor grad_value = allocate(query, {in.args.batch, in.args.keys, in.args.value_dim}, "grad_value");
     HdimBackward args{};
@@ -37,8 +37,7 @@ HdimGradients hdim_attention_backward_cpu(const Tensor& grad_context, const Opti
     args.grad_context = saved.grad_context.const_data_ptr();
     args.grad_row_entropy = saved.grad_entropy_data();
     args.context = saved.context.const_data_ptr();
-    args.logsumexp = saved.logsumexp.const_data_ptr();
-    args.row_entropy = saved.row_entropy.const_data_ptr();
+    args.statistics = saved.statistics.const_data_ptr();
     args.grad_query = out.query.mutable_data_ptr();
     args.grad_key = out.key.mutable_data_ptr();
     args.grad_value = grad_value.mutable_data_ptr();
@@ -58,11 +57,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(XLAYER_OPS, m) {
     m.def(
         "hdim_attention(Tensor query, Tensor key, Tensor value, Tensor weight1, Tensor bias1, Tensor weight2, "
         "Tensor? key_mask, Tensor? pair_mask, float temperature, bool gelu, bool tf32) "
-        "-> (Tensor context, Tensor logsumexp, Tensor row_entropy)");
+        "-> (Tensor context, Tensor statistics, Tensor row_entropy)");
     m.def(
         "hdim_attention_backward(Tensor grad_context, Tensor? grad_row_entropy, Tensor query, Tensor key, "
         "Tensor value, Tensor weight1, Tensor bias1, Tensor weight2, Tensor? key_mask, Tensor? pair_mask, "
-        "Tensor context, Tensor logsumexp, Tensor row_entropy, float temperature, bool gelu, bool tf32) "
+        "Tensor context, Tensor statistics, float temperature, bool gelu, bool tf32) "
         "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_weight1, Tensor grad_bias1, "
         "Tensor grad_weight2)");
 }

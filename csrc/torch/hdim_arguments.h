@@ -80,12 +80,11 @@ struct HdimTensors {
 
 // What the backward operators take besides: contiguous, of the right shape and dtype, and where the query is.
 struct HdimSaved {
-    Tensor grad_context, context, logsumexp, row_entropy;
+    Tensor grad_context, context, statistics;
     OptionalTensor grad_row_entropy;
 
     HdimSaved(const HdimTensors& in, const Tensor& query, const Tensor& grad_context_,
-              const OptionalTensor& grad_row_entropy_, const Tensor& context_, const Tensor& logsumexp_,
-              const Tensor& row_entropy_) {
+              const OptionalTensor& grad_row_entropy_, const Tensor& context_, const Tensor& statistics_) {
         const int64_t B = in.args.batch, Sq = in.args.queries, H = in.args.value_dim;
         auto checked = [&](const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape,
                            ScalarType dtype) {
@@ -96,8 +95,7 @@ struct HdimSaved {
         };
         grad_context = checked(grad_context_, "grad_context", {B, Sq, H}, query.scalar_type());
         context = checked(context_, "context", {B, Sq, H}, query.scalar_type());
-        logsumexp = checked(logsumexp_, "logsumexp", {B, Sq}, in.accumulation());
-        row_entropy = checked(row_entropy_, "row_entropy", {B, Sq}, in.accumulation());
+        statistics = checked(statistics_, "statistics", {B, Sq, kHdimStatistics}, in.accumulation());
         if (grad_row_entropy_)
             grad_row_entropy = checked(*grad_row_entropy_, "grad_row_entropy", {B, Sq}, in.accumulation());
     }
@@ -120,7 +118,7 @@ struct HdimGradTensors {
     }
 };
 
-using HdimOutputs = std::tuple<Tensor, Tensor, Tensor>;  // context, logsumexp, row_entropy
+using HdimOutputs = std::tuple<Tensor, Tensor, Tensor>;  // context, statistics, row_entropy
 using HdimGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 }  // namespace xlayer

@@ -56,25 +56,25 @@ HdimOutputs hdim_attention_cuda(const Tensor& query, const Tensor& key, const Te
 
     const bool in_place = in.accumulation() == query.scalar_type();
     Tensor probability = in_place ? scores.logits : allocate(query, {B, Sq, scores.logits.size(2)}, "probability");
-    Tensor logsumexp = allocate(query, {B, Sq}, in.accumulation(), "logsumexp");
+    Tensor statistics = allocate(query, {B, Sq, kHdimStatistics}, in.accumulation(), "statistics");
     Tensor row_entropy = allocate(query, {B, Sq}, in.accumulation(), "row_entropy");
     cuda::hdim_softmax({in.args, scores.logits.const_data_ptr(), probability.mutable_data_ptr(),
-                        logsumexp.mutable_data_ptr(), row_entropy.mutable_data_ptr()},
+                        statistics.mutable_data_ptr(), row_entropy.mutable_data_ptr()},
                        scope.stream());
     const Tensor context = allocate(query, {B, Sq, in.args.value_dim}, "context");
     multiply(narrow(probability, 2, 0, in.args.keys), scores.value, context);
-    return {context, logsumexp, row_entropy};
+    return {context, statistics, row_entropy};
 }
 
 HdimGradients hdim_attention_backward_cuda(const Tensor& grad_context, const OptionalTensor& grad_row_entropy,
                                            const Tensor& query, const Tensor& key, const Tensor& value,
                                            const Tensor& weight1, const Tensor& bias1, const Tensor& weight2,
                                            const OptionalTensor& key_mask, const OptionalTensor& pair_mask,
-                                           const Tensor& context, const Tensor& logsumexp, const Tensor& row_entropy,
-                                           double temperature, bool gelu, bool tf32) {
+                                           const Tensor& context, const Tensor& statistics, double temperature,
+                                           bool gelu, bool tf32) {
     const CudaScope scope(query);
     const HdimTensors in(query, key, value, weight1, bias1, weight2, key_mask, pair_mask, temperature, gelu, tf32);
-    const HdimSaved saved(in, query, grad_context, grad_row_entropy, context, logsumexp, row_entropy);
+    const HdimSaved saved(in, query, grad_context, grad_row_entropy, context, statistics);
     HdimGradTensors out(in, query);
     cuda::HdimGradPairs args{};
     args.in = in.args;

@@ -132,14 +132,14 @@ def hdim_attention(
         return with_zero_gradients(query.new_empty(shape), query, key, value, weight1, bias1, weight2)
     wide = query.device.type == "cuda" and query.shape[-1] > CUDA_MOST_COLUMNS
     if use_native("hdim_attention", query, beyond=f"D > {CUDA_MOST_COLUMNS} on {query.device}" if wide else None):
-        context, logsumexp, row_entropy = call(
+        context, statistics, row_entropy = call(
             "hdim_attention", query, key, value, weight1, bias1, weight2, key_mask, pair_mask,
             temperature, activation == "gelu", query.dtype == torch.float32 and tf32_allowed(),
         )  # fmt: skip
         if not return_entropy:
             return context
         # In two steps: a sum over everything at once would be split by the number of threads.
-        return context, row_entropy.sum(1).sum() / (logsumexp != -torch.inf).sum().clamp(min=1)
+        return context, row_entropy.sum(1).sum() / (statistics[..., 1] != 0).sum().clamp(min=1)
     context, entropy = reference.hdim_attention(
         query, key, value, weight1, bias1, weight2,
         key_mask=key_mask, pair_mask=pair_mask, temperature=temperature, activation=activation,
@@ -318,7 +318,7 @@ def _fake(
     statistics = accumulation(query)
     return (
         query.new_empty((batch, queries, value.shape[2])),
-        query.new_empty((batch, queries), dtype=statistics),
+        query.new_empty((batch, queries, 3), dtype=statistics),
         query.new_empty((batch, queries), dtype=statistics),
     )
 
@@ -327,10 +327,9 @@ def _fake_backward(
     grad_context: Tensor, grad_row_entropy: Tensor | None, *arguments: Tensor | float | bool | None
 ) -> tuple[Tensor, ...]:
     check_one_device(grad_context, grad_row_entropy, *arguments)
-    inputs, outputs, options = arguments[:8], arguments[8:11], arguments[11:]
+    inputs, outputs, options = arguments[:8], arguments[8:10], arguments[10:]
     fake = _fake(*inputs, *options)  # type: ignore[arg-type]
-    names = ("context", "logsumexp", "row_entropy")
-    for name, output, wanted in zip(names, outputs, fake, strict=True):
+    for name, output, wanted in zip(("context", "statistics"), outputs, fake, strict=False):
         check_fake_as(wanted.dtype, **{name: (cast(Tensor, output), wanted.shape)})
     check_fake_as(fake[0].dtype, grad_context=(grad_context, fake[0].shape))
     check_fake_as(fake[2].dtype, grad_row_entropy=(grad_row_entropy, fake[2].shape))
@@ -340,13 +339,13 @@ def _fake_backward(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.temperature, ctx.gelu, ctx.tf32 = inputs
-    ctx.save_for_backward(*tensors, *output)
+    ctx.save_for_backward(*tensors, *output[:2])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _backward(
-    ctx: Any, grad_context: Tensor | None, grad_logsumexp: Tensor | None, grad_row_entropy: Tensor | None
+    ctx: Any, grad_context: Tensor | None, grad_statistics: Tensor | None, grad_row_entropy: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     if grad_context is None:

@@ -17,7 +17,7 @@ Papers: Zhu et al., Hyper-Connections, ICLR 2025, arXiv 2409.19606; the manifold
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor

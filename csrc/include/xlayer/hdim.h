@@ -3,7 +3,7 @@
 //   pre_ijm = W1[m] · [q_i; k_j; q_i∘k_j; |q_i−k_j|] + b1[m]
 //   logit_ij = w2 · act(pre_ij) / temperature,   P_i = softmax_j(logit_i),   context_i = Σ_j P_ij v_j
 //
-// over the allowed pairs only; a row without one gets context 0, logsumexp −inf, entropy 0 and no gradient.
+// over the allowed pairs only; a row without one gets context 0, entropy 0 and no gradient.
 // A pair that is not allowed is never computed with, so NaN and inf in its key or value stay there.
 //
 // Shapes: q [B,Sq,D], k [B,Sk,D], v [B,Sk,H], W1 [M,4D], b1 [M], w2 [M], key_mask [B,Sk], pair_mask [B,Sq,Sk].
@@ -13,6 +13,12 @@
 #include "xlayer/types.h"
 
 namespace xlayer {
+
+// What forward keeps of a row of logits for backward: the largest, M; Σ_j exp(logit_j − M), which is 0 where no pair is
+// allowed and else at least 1; and the mean of logit − M under P. Apart from each other, because their sum, the
+// logsumexp, rounded to one number, would put all of a row's probabilities off by the rounding of the largest logit.
+// With them P_j = exp(logit_j − M) / Σ, and the entropy's derivative P_j·(mean − (logit_j − M)) cancels nothing.
+constexpr int64_t kHdimStatistics = 3;
 
 struct HdimInputs {
     DType dtype;
@@ -35,7 +41,7 @@ struct HdimInputs {
 struct HdimForward {
     HdimInputs in;
     void* context;      // [B,Sq,H], contiguous, dtype
-    void* logsumexp;    // [B,Sq], contiguous, accumulation type
+    void* statistics;   // [B,Sq,kHdimStatistics], contiguous, accumulation type
     void* row_entropy;  // [B,Sq], contiguous, accumulation type
     void* workspace;    // hdim_forward_workspace() bytes, aligned to 64
     ThreadPool pool;
@@ -46,8 +52,7 @@ struct HdimBackward {
     const void* grad_context;      // [B,Sq,H], contiguous, dtype
     const void* grad_row_entropy;  // [B,Sq], contiguous, accumulation type; null: zero
     const void* context;           // the forward's outputs
-    const void* logsumexp;
-    const void* row_entropy;
+    const void* statistics;
     void* grad_query;  // all contiguous, dtype
     void* grad_key;
     void* grad_value;
@@ -96,8 +101,8 @@ struct HdimSoftmax {
     HdimInputs in;
     const void* logits;
     void* probability;  // [B,Sq,pitch], dtype: out; may be the logits' own memory if the types are the same
-    void* logsumexp;    // [B,Sq], accumulation type, like row_entropy: out
-    void* row_entropy;
+    void* statistics;   // [B,Sq,kHdimStatistics], accumulation type: out
+    void* row_entropy;  // [B,Sq], accumulation type: out
 };
 
 struct HdimGradPairs {
