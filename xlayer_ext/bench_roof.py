@@ -25,7 +25,7 @@ MOVES = (*COPIES, "read", *WRITES)
 
 # A block of multiply-adds takes tens of microseconds, so that the clock beside it is the one that it ran at, and the
 # chain is long against the time that reading a clock takes. The first blocks are left out: wide vectors start slowly.
-STEPS, ADDITIONS, BLOCKS, FIRST = 8192, 16384, 160, 32
+STEPS, ADDITIONS, BLOCKS, FIRST = 8192, 16384, 64, 16
 NEAR = 8  # blocks before and after the best one whose chains tell its clock: one chain alone may have been disturbed
 
 
@@ -48,14 +48,16 @@ def isas() -> list[str]:
 
 
 def widest(threads: int) -> Roof:
-    """Returns the roof of the instruction set with the highest float32 rate; raises `IndexError` if there is none."""
-    found: list[tuple[float, Roof]] = []
-    for isa in isas():
-        work = MultiplyAdds(_native.Roof(isa, threads), "float32")
-        for _ in range(3):
-            work()
-        found.append((work.rate, work.roof))
-    return max(found, key=lambda pair: pair[0])[1] if len(found) > 1 else found[0][1]
+    """Returns the roof of the instruction set whose float32 rate is the highest, on one thread.
+
+    Raises `IndexError` where there is none.
+    """
+    works = [MultiplyAdds(_native.Roof(isa, 1), "float32") for isa in isas()]
+    for work in [*works, *works, *works]:
+        work()
+    best = sorted(works, key=lambda work: work.rate)[-1]
+    roof: Roof = _native.Roof(best.roof.isa, threads)
+    return roof
 
 
 # ---- multiply-adds and the clock -----------------------------------------------------------------------------------
@@ -123,6 +125,14 @@ class Moves:
         return max(self.rates.values())
 
 
+def rates(multiply_adds: MultiplyAdds, moves: Moves) -> dict[str, Any]:
+    """Keys of a row: the rates of a limit, and where they were measured."""
+    roof = multiply_adds.roof
+    level = level_of(moves.footprint, roof.threads)
+    found = {"fma_rate": multiply_adds.rate, "clock": multiply_adds.clock, **moves.facts(), "byte_rate": moves.rate}
+    return found | {"bytes_level": level, "machine": machine(roof.isa, roof.threads).facts()}
+
+
 MEMORY = "memory"
 
 
@@ -171,12 +181,6 @@ def memory_footprint(threads: int) -> tuple[int, bool]:
     return min(wanted, free // 4), wanted <= free // 4
 
 
-def level_footprints(threads: int) -> dict[str, int]:
-    """A footprint for each level: half of each cache, and `memory_footprint`."""
-    caches = {level: size // 2 for level, size in capacities(threads).items()}
-    return caches | {MEMORY: memory_footprint(threads)[0]}
-
-
 # ---- the machine ---------------------------------------------------------------------------------------------------
 
 
@@ -209,12 +213,37 @@ def machine(isa: str, threads: int) -> Machine:
     return Machine(processor_name(), isa, cores, threads, caches)
 
 
-def of_all(threads: Sequence[int], dtypes: Sequence[str] = ("float32", "float64"), calls: int = 4) -> list[MultiplyAdds]:
-    """Multiply-adds of every instruction set, element type and number of threads."""
+# ---- all limits of a machine ---------------------------------------------------------------------------------------
+
+
+def multiply_adds_of_all(threads: Sequence[int], calls: int = 4) -> list[dict[str, Any]]:
+    """Facts of multiply-adds with every instruction set, element type and number of threads."""
     works = [
-        MultiplyAdds(_native.Roof(isa, count), dtype) for isa in isas() for count in threads for dtype in dtypes
+        MultiplyAdds(_native.Roof(isa, count), dtype)
+        for isa in isas()
+        for dtype in ("float32", "float64")
+        for count in threads
     ]
     for _ in range(calls):
         for work in works:
             work()
-    return works
+    return [work.facts() for work in works]
+
+
+def moves_of_all(roof: Roof, most_bytes: int = 0, calls: int = 4) -> list[dict[str, Any]]:
+    """Facts of moving bytes in every cache and in memory.
+
+    `enough` is false of the memory's where its buffers are smaller than four times the largest cache, as memory is
+    short or `most_bytes` says so.
+    """
+    footprint, enough = memory_footprint(roof.threads)
+    sizes = {level: size // 2 for level, size in capacities(roof.threads).items()} | {MEMORY: footprint}
+    found = []
+    for level, size in sizes.items():
+        work = Moves(roof, min(size, most_bytes or size))
+        for _ in range(calls if work.footprint < 1 << 28 else 3):
+            work()
+        whole = level != MEMORY or (enough and work.footprint == size)
+        measured = {"level": level, "footprint": work.footprint, **work.facts(), "byte_rate": work.rate}
+        found.append(measured | {"enough": whole})
+    return found
