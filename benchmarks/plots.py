@@ -131,27 +131,29 @@ def roofline(figure: Any, native: Mapping[str, Sequence[Row]], limits: Mapping[s
         for case in dict.fromkeys((row.case, row.dtype) for row in rows):
             group = sorted((row for row in rows if (row.case, row.dtype) == case), key=lambda row: row.pass_)
             spots = [(intensity(row), achieved(row)[1] / 1e9) for row in group]
-            color = f"C{index % 10}"
+            color = COLORS[index % len(COLORS)]
             axis.plot(*zip(*spots, strict=True), color=color, linewidth=0.7)
             for row, spot in zip(group, spots, strict=True):
                 axis.plot(*spot, color=color, marker=MARKERS[row.pass_], markersize=5, linestyle="none")
             name = op if len({row.case for row in rows}) == 1 else f"{op} {case[0]}"
             found.append((name if len(dtypes) == 1 else f"{name} {case[1]}", color, spots))
     axis.set(xlabel="operations per byte, of the least work", ylabel="GFLOP/s")
+    axis.set_title("○ forward   □ backward   ◇ both", fontsize=SMALL)
     _plain(axis.xaxis, axis.yaxis)
     _finish(axis)
     figure.draw_without_rendering()  # labels are laid out where the points are
     for _, _, spots in found:
         labels.keep_free(spots)
     for level, rate in levels.items():
-        height = min(max(flops.values()) / 2.5, rate * right / 4)
-        name = f"{level}: {rate:.0f} GB/s"
-        labels.add(name, "black" if level == MEMORY else "0.4", [(height / rate, height)])
+        labels.along(
+            f"{level}: {rate:.0f} GB/s", "black" if level == MEMORY else "0.4", rate, max(flops.values()) / 1.2
+        )
     for name, color, spots in found:
         labels.add(name, color, spots)
 
 
 MEMORY = "memory"
+COLORS = [f"C{index}" for index in range(10)] + ["#2f4f4f", "#8b0000", "#b8860b", "#6a5acd", "#006400", "#c71585"]
 
 
 class Labels:
@@ -169,6 +171,16 @@ class Labels:
         half = 4 * DOTS / 72
         for x, y in self._axis.transData.transform(spots):
             self._taken.append(Bbox.from_extents(x - half, y - half, x + half, y + half))
+
+    def along(self, text: str, color: str, slope: float, top: float) -> None:
+        """Writes a text above the line y = slope · x, up to the height `top`."""
+        (x0, y0), (x1, y1) = self._axis.transData.transform([(top / slope / 10, top / 10), (top / slope, top)])
+        turned = {"rotation": np.degrees(np.arctan2(y1 - y0, x1 - x0)), "rotation_mode": "anchor"}
+        self._axis.annotate(
+            text, (top / slope, top), (-2, 1), color=color, fontsize=SMALL, ha="right", va="bottom", **turned, **_POINTS
+        )
+        for at in np.geomspace(1 / 6, 1, 8):  # where the letters are
+            self.keep_free([(at * top / slope, at * top)])
 
     def add(self, text: str, color: str, spots: Sequence[Pair]) -> None:
         """Writes a text beside one of the spots, with a line to it where it is far; leaves it out where all is full."""
@@ -233,8 +245,10 @@ Bars = dict[str, dict[str, float]]  # per case: how many times the native kernel
 def speedups(rows: Sequence[Row]) -> Bars:
     """Time of every other implementation ÷ the native one's, case by case."""
     times: dict[str, dict[str, float]] = {}
+    several = len({row.dtype for row in rows}) > 1
     for row in rows:
-        times.setdefault(f"{row.op} {row.case} {row.pass_} {row.dtype}", {})[row.impl] = row.ms_median
+        case = f"{row.op} {row.case}, {row.pass_}" + (f", {row.dtype}" if several else "")
+        times.setdefault(case, {})[row.impl] = row.ms_median
     bars = {
         case: {impl: taken / by_impl["native"] for impl, taken in by_impl.items() if impl != "native"}
         for case, by_impl in times.items()
@@ -264,9 +278,11 @@ def bar_chart(figure: Any, bars: Bars) -> None:
     axis.set(xscale="log", xlabel="time ÷ that of the native kernel")
     axis.set_yticks(ticks, list(bars), fontsize=7)
     axis.set_ylim(at - 0.5, -1.5)
-    axis.margins(x=0.1)
+    low, high = axis.get_xlim()
+    axis.set(xlim=(low, high * (high / low) ** 0.15), axisbelow=True)  # room for the numbers
     _plain(axis.xaxis)
     _finish(axis)
+    axis.legend(fontsize=SMALL, loc="lower left", bbox_to_anchor=(0, 1), ncols=min(3, len(impls)))
 
 
 _POINTS = {"textcoords": "offset points"}
@@ -289,6 +305,8 @@ def curve_chart(figure: Any, curves: Sequence[Mapping[str, Any]]) -> None:
         axis.set_title(f"{curve['family']}: {curve['what']}", fontsize=9)
         axis.set_xticks(curve["points"], [str(point) for point in curve["points"]])
         axis.minorticks_off()
+        low, high = axis.get_ylim()
+        axis.set_ylim(low, high * (high / low) ** 0.3)  # the legend's room
         _plain(axis.yaxis)
         _finish(axis)
     for axis in axes[len(curves) :]:
