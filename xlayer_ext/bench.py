@@ -136,15 +136,14 @@ class LimitProbe:
 
     def works(self, footprint: int) -> dict[str, Work]:
         """Those of a case that touches so many bytes, made anew: what they found before is forgotten."""
+        found: dict[str, Work]
         if torch.device(self._device).type == "cuda":
             found = {PROBE + "copy": partial(self._target.copy_, self._source), PROBE + "gemm": self._gemm}
             return found if self._alu_work is None else found | {PROBE + "alu": self._alu_work}
         footprint = max(1, min(footprint, self._most_bytes or bench_roof.memory_footprint(self._roof.threads)[0]))
-        if footprint // 8 > self._source.numel():
-            self._source, self._target = torch.ones(footprint // 8), torch.zeros(footprint // 8)
         self._copied = max(1, footprint // 8)  # float32 numbers, of source and target each
-        if not self._source.numel():
-            self._source, self._target = torch.ones(1), torch.zeros(1)
+        if self._copied > self._source.numel():
+            self._source, self._target = torch.ones(self._copied), torch.zeros(self._copied)
         copy = partial(self._target[: self._copied].copy_, self._source[: self._copied])
         dtype = "float64" if self._dtype == torch.float64 else "float32"
         self._multiply_adds = bench_roof.MultiplyAdds(self._roof, dtype)

@@ -6,6 +6,7 @@ Rates are the best of all blocks that ran: a busy host can only lower a rate, an
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 import os
 import platform
@@ -14,10 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+_native: Any
 try:
-    from xlayer_ext import _native
+    _native = importlib.import_module("xlayer_ext._native")
 except ImportError:  # not built
-    _native = None  # type: ignore[assignment]
+    _native = None
 
 CPU = Path("/sys/devices/system/cpu/cpu0/cache")
 COPIES, WRITES = ("copy", "streaming copy", "library copy"), ("write", "streaming write")
@@ -26,7 +28,7 @@ MOVES = (*COPIES, "read", *WRITES)
 # A block of multiply-adds takes tens of microseconds, so that the clock beside it is the one that it ran at, and the
 # chain is long against the time that reading a clock takes. The first blocks are left out: wide vectors start slowly.
 STEPS, ADDITIONS, BLOCKS, FIRST = 8192, 16384, 64, 16
-NEAR = 8  # blocks before and after the best one whose chains tell its clock: one chain alone may have been disturbed
+NEAR = 4  # blocks before and after the best one whose chains tell its clock: one chain alone may have been disturbed
 
 
 class Roof(Protocol):
@@ -72,7 +74,8 @@ class MultiplyAdds:
         self.clock = 0.0  # Hz, while they ran at that rate
 
     def __call__(self) -> None:
-        blocks = self.roof.multiply_adds(self.dtype, STEPS, ADDITIONS, FIRST + BLOCKS)[FIRST:]
+        blocks = self.roof.multiply_adds(self.dtype, STEPS, ADDITIONS, FIRST + BLOCKS)
+        blocks = blocks[FIRST:] or blocks  # few on a busy machine, which wastes no time on them
         seconds, best = min((seconds, at) for at, (seconds, _) in enumerate(blocks))
         rate = STEPS * self.roof.flops_per_step(self.dtype) / seconds
         if rate > self.rate:

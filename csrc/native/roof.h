@@ -51,9 +51,9 @@ class Roof {
     // Operations of all threads in one step of `multiply_adds`: two for each multiply-add.
     int64_t flops_per_step(const std::string& dtype) const;
 
-    // Seconds of `steps` of multiply-adds, all threads together, and of `additions` that need one another, of the thread
-    // that was disturbed least, block after block.
-    // The additions tell the clock at which the multiply-adds beside them ran: one takes one cycle.
+    // Seconds of `steps` of multiply-adds, all threads together, and of `additions` that need one another, of the
+    // thread that was disturbed least, block after block. The additions tell the clock at which the multiply-adds
+    // beside them ran: one takes one cycle.
     std::vector<std::pair<double, double>> multiply_adds(const std::string& dtype, int64_t steps, int64_t additions,
                                                          int blocks);
 

@@ -78,8 +78,8 @@ template <bool kPastCaches>
 XLAYER_INLINE void copy_vectors(char* to, const char* from, int64_t bytes) {
     float* target = reinterpret_cast<float*>(to);
     const float* source = reinterpret_cast<const float*>(from);
-    for_each_vector(
-        bytes, [=](int64_t at) XLAYER_FLATTEN { store<kPastCaches>(target + at, simd::load(source + at)); });
+    for_each_vector(bytes,
+                    [=](int64_t at) XLAYER_FLATTEN { store<kPastCaches>(target + at, simd::load(source + at)); });
     simd::finish_past_caches();
 }
 
@@ -98,23 +98,16 @@ void write_past_caches(char* to, int64_t bytes) { write_vectors<true>(to, bytes)
 
 void read(const char* from, int64_t bytes) {
     const float* source = reinterpret_cast<const float*>(from);
-    for_each_vector(
-        bytes, [=](int64_t at) XLAYER_FLATTEN {
-            const Vec value = simd::load(source + at);
-            XLAYER_TAKES(value);
-        });
+    for_each_vector(bytes, [=](int64_t at) XLAYER_FLATTEN {
+        const Vec value = simd::load(source + at);
+        XLAYER_TAKES(value);
+    });
 }
 
 }  // namespace
 
-extern const Kernels kKernels = {simd::kVectorBytes,
-                                 kChains,
-                                 &multiply_adds_float,
-                                 &multiply_adds_double,
-                                 &copy,
-                                 &copy_past_caches,
-                                 &read,
-                                 &write,
-                                 &write_past_caches};
+extern const Kernels kKernels = {
+    simd::kVectorBytes, kChains, &multiply_adds_float, &multiply_adds_double, &copy, &copy_past_caches, &read, &write,
+    &write_past_caches};
 
 }  // namespace xlayer::roof::XLAYER_ISA
