@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
+import statistics
 
 from benchmarks import bench_hdim, bench_hyper_model, bench_quantize, bench_systems
 from benchmarks import bounds as promises
 from benchmarks import readme_tables as tables
 from benchmarks import systems as shapes
-from benchmarks.readme_tables import block, milliseconds, named, table
+from benchmarks.readme_tables import block, milliseconds, named, table, without_empty
 from xlayer_ext import bench, bench_training
 
-EPYC, XEON = "epyc-avx512-2core", "xeon-avx512-2core"
 PACKAGES = {"hyper": "hyper-connections", "quantize": "vector-quantize-pytorch"}
 
 
@@ -36,7 +36,7 @@ class Rows:
 
     def fraction(self, *key: str) -> str:
         row = self.get(*key)
-        return "" if row is None else f"{row.fraction_of_limit:.2f}"
+        return "" if row is None or not promises.has_limit(row) else f"{row.fraction_of_limit:.2f}"
 
     def memory(self, *key: str) -> str:
         row = self.get(*key)
@@ -59,7 +59,7 @@ def megabytes(size: int) -> str:
 
 @block
 def hdim() -> str:
-    rows = Rows(XEON)
+    rows = Rows(tables.CPU)
     lines = []
     for case in ("S128", "S512", "S1024"):
         shape = " × ".join(str(size) for size in bench_hdim.CPU_SIZES[case][1:3])
@@ -72,12 +72,12 @@ def hdim() -> str:
     head = (
         "B × S, pass | native | eager | `torch.compile` | ÷ eager | ÷ compile | of the limit | memory: native | eager"
     )
-    return table(head, lines)
+    return without_empty(head, lines)
 
 
 @block
 def hyper_boundary() -> str:
-    rows = Rows(EPYC)
+    rows = Rows(tables.CPU)
     lines = []
     for op, name in (("pre+post", "pre and post"), ("boundary", "boundary")):
         for case in ("shc", "dhc"):
@@ -86,32 +86,33 @@ def hyper_boundary() -> str:
                 times = [rows.time(*key, impl) for impl in ("native", "native separate", "eager")]
                 measured = [*times, rows.ratio(*key, "eager"), rows.fraction(*key, "native")]
                 lines.append([f"{case.upper()}, {name}", pass_, *measured])
-    return table(" | pass | native | as two calls | eager | ÷ eager | of the limit", lines)
+    return without_empty(" | pass | native | as two calls | eager | ÷ eager | of the limit", lines)
 
 
 @block
 def hyper_package() -> str:
-    rows, package = Rows(EPYC), PACKAGES["hyper"]
+    rows, package = Rows(tables.CPU), PACKAGES["hyper"]
     impls = ("native", "eager", "compile", package, f"{package} compile")
     lines = []
     for pass_ in ("fwd", "fwd+bwd"):
         key = ("pre+post", "dhc-rms", pass_)
         ratios = [rows.ratio(*key, impl) for impl in impls[3:]]
-        lines.append([pass_, *(rows.time(*key, impl) for impl in impls), *ratios])
-    return table("pass | native | eager | `torch.compile` | package | package compiled | ÷ package | ÷ compiled", lines)
+        lines.append([pass_, *(rows.time(*key, impl) for impl in impls), *ratios, rows.fraction(*key, "native")])
+    head = "pass | native | eager | `torch.compile` | package | package compiled | ÷ package | ÷ compiled"
+    return without_empty(f"{head} | of the limit", lines)
 
 
 @block
 def hyper_model() -> str:
-    runs = Rows(EPYC).runs("training step", "L12-d768")
+    runs = Rows(tables.CPU).runs("training step", "L12-d768")
     lines = []
     for kind in ("shc", "dhc", "mhc"):
         times = [run for run in runs if f"{kind} native" in run][-1]
         shares = [times.get(f"{kind} {impl}") for impl in ("native", "reference", "compile")]
         lines.append([f"{kind.upper()}", *("" if t is None else f"{t / times['plain']:.3f}" for t in shares)])
-    plain = next(run for run in reversed(runs) if "plain compile" in run)
-    lines.append(["plain residuals", "", "1", f"{plain['plain compile'] / plain['plain']:.3f}"])
-    return table(" | native | plain PyTorch | `torch.compile`", lines).replace("MHC", "mHC")
+    plain = next((run["plain compile"] / run["plain"] for run in reversed(runs) if "plain compile" in run), None)
+    lines.append(["plain residuals", "", "1", "" if plain is None else f"{plain:.3f}"])
+    return without_empty(" | native | plain PyTorch | `torch.compile`", lines).replace("MHC", "mHC")
 
 
 SYSTEMS = {
@@ -124,7 +125,7 @@ SYSTEMS = {
 
 @block
 def systems() -> str:
-    rows = Rows(EPYC)
+    rows = Rows(tables.CPU)
     lines = []
     for system, name in SYSTEMS.items():
         size = shapes.CPU[system]
@@ -135,7 +136,7 @@ def systems() -> str:
     keys = [("training step", "L12-d768", "fwd+bwd", f"dhc {how}") for how in ("native", "reference")]
     lines.append(["hyper-connections, DHC", *_step(rows, shape[0] * shape[1], *keys), bench_hyper_model.scale(shape)])
     head = " | native | plain PyTorch | ÷ native | tokens/s: native | plain | memory: native | plain"
-    return table(f"{head} | smaller than the paper's shape", lines)
+    return without_empty(f"{head} | smaller than the paper's shape", lines)
 
 
 def _step(rows: Rows, tokens: int, native: tuple[str, ...], plain: tuple[str, ...]) -> list[str]:
@@ -149,7 +150,7 @@ def _step(rows: Rows, tokens: int, native: tuple[str, ...], plain: tuple[str, ..
 
 @block
 def quantize() -> str:
-    rows, package = Rows(EPYC), PACKAGES["quantize"]
+    rows, package = Rows(tables.CPU), PACKAGES["quantize"]
     sizes = {case: named(**dict(zip("NKD", s.size, strict=True))) for case, s in bench_quantize.settings(False).items()}
     lines_of = (
         ("nearest code, euclidean", "nearest", "K4096-D256", "fwd"),
@@ -169,16 +170,18 @@ def quantize() -> str:
     large = ("nearest", "K65536-D64", "fwd", "native")
     n, k, _ = bench_quantize.settings(False)["K65536-D64"].size
     scores = 4 * n * k / 2**30
+    head = " | native | eager | `torch.compile` | GEMM alone | package | ÷ package | of the limit"
+    memory = rows.memory(*large)
+    beyond = f",\nwith {memory} beyond inputs and outputs" if memory else ""
     return (
-        table(" | native | eager | `torch.compile` | GEMM alone | package | ÷ package | of the limit", lines)
-        + f"\n{sizes['K65536-D64']}, where the scores alone would take {scores:.0f} GiB: {rows.time(*large)}, "
-        f"{rows.fraction(*large)} of the measured GEMM\nrate, with {rows.memory(*large)} beyond inputs and outputs.\n"
+        f"{without_empty(head, lines)}\n{sizes['K65536-D64']}, where the scores alone would take {scores:.0f} GiB: "
+        f"{rows.time(*large)}, {rows.fraction(*large)} of the limit{beyond}.\n"
     )
 
 
 @block
 def aggregate() -> str:
-    rows = Rows(EPYC)
+    rows = Rows(tables.CPU)
     lines = []
     for op, name in (("ema", "EMA scan"), ("ema-last", "EMA, last state"), ("gru", "GRU"), ("attention", "attention")):
         for case in ("L24-d128", "L24-d512"):
@@ -190,13 +193,31 @@ def aggregate() -> str:
                 ratios = [rows.ratio(*key, impl) for impl in ("eager", "compile", "cell")]
                 lines.append([f"{name}, d = {case[5:]}", pass_, *times, *ratios, rows.fraction(*key, "native")])
     head = " | pass | native | eager | `torch.compile` | `nn.GRUCell` | products alone"
-    return table(head + " | ÷ eager | ÷ compile | ÷ cell | of the limit", lines)
+    return without_empty(head + " | ÷ eager | ÷ compile | ÷ cell | of the limit", lines)
+
+
+@block
+def limits() -> str:
+    """The roof of the machine, as it was measured beside the cases, and what torch reaches of it."""
+    rows = [row for row in Rows(tables.CPU).all if promises.has_limit(row) and row.dtype == "float32"]
+    lines = []
+    if rows:
+        fma, gemm = (max(row.extra[key] for row in rows) / 1e9 for key in ("fma_rate", "torch_gemm_rate"))
+        lines.append(["multiply-adds, float32", f"{fma:.0f} GFLOP/s", f"{gemm:.0f} GFLOP/s (GEMM)"])
+    for level in ("L1", "L2", "L3", "memory"):
+        here = [row.extra for row in rows if row.extra["bytes_level"] == level]
+        if here:
+            keys = ("byte_rate", "copy_rate", "torch_copy_rate")
+            moved, copied, torch = (statistics.median(extra[key] for extra in here) / 1e9 for key in keys)
+            name = f"bytes of cases that {'only memory' if level == 'memory' else level} can hold"
+            lines.append([name, f"{moved:.0f} GB/s, copies {copied:.0f} GB/s", f"{torch:.0f} GB/s (`copy_`)"])
+    return table(" | limit | torch", lines)
 
 
 @block
 def bounds() -> str:
     """How many hold, and those that do not."""
-    verdicts = promises.judged(Rows(EPYC).all)
+    verdicts = promises.judged(Rows(tables.CPU).all)
     missed = [verdict.cells[:-1] for verdict in verdicts if not verdict.holds]
     shown = f"\n{table(' | '.join(promises.HEAD[:-1]), missed)}" if missed else ""
     return f"{promises.summary(verdicts)}\n{shown}"

@@ -8,25 +8,16 @@ from functools import partial
 
 from benchmarks import readme_tables as tables
 from benchmarks.readme_facts import quick
-from benchmarks.readme_kernels import EPYC, XEON, Rows
+from benchmarks.readme_kernels import Rows
 from benchmarks.readme_tables import BLOCKS, block, interval, percent, power, study
 
 
-def machine(device: str) -> str:
-    last = Rows(device).all[-1]
+@block
+def machine() -> str:
+    last = Rows(tables.CPU).all[-1]
     name = last.device.removesuffix(" AVX512").removesuffix(" Processor")
     torch = ".".join(last.extra["versions"]["torch"].split(".")[:2])
     return f"{last.extra['threads']} cores of an {name} with AVX-512, torch {torch}"
-
-
-@block
-def xeon() -> str:
-    return machine(XEON)
-
-
-@block
-def epyc() -> str:
-    return machine(EPYC)
 
 
 def minutes(seconds: float) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+CPU = "xeon-amx-avx512-2core"  # the file of the rows that the tables of kernels are made of
 BLOCKS: dict[str, Callable[[], str]] = {}
 
 
@@ -44,6 +45,14 @@ def table(head: str, rows: Iterable[Sequence[str]]) -> str:
     lines = [f"| {head} |", "|---" * (head.count("|") + 1) + "|"]
     lines += [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join(lines).replace("|  |", "| |").replace("|  |", "| |") + "\n"
+
+
+def without_empty(head: str, rows: Iterable[Sequence[str]]) -> str:
+    """``table`` of the columns in which any row has something: of what was measured."""
+    lines = [list(row) for row in rows]
+    names = [name.strip() for name in head.split("|")]
+    kept = [at for at in range(len(names)) if at == 0 or any(line[at] for line in lines)]
+    return table(" | ".join(names[at] for at in kept), ([line[at] for at in kept] for line in lines))
 
 
 def percent(value: float, digits: int = 1) -> str:

@@ -69,6 +69,7 @@ def facts(rows: Sequence[bench.Row], found: Mapping[str, Any]) -> dict[str, str]
 
 def _tables(rows: Sequence[bench.Row], found: Mapping[str, Any]) -> Iterable[Table]:
     yield limits(found.get("limits"))
+    yield multiply_adds(found.get("limits", {}).get("multiply_adds", []))
     yield steps(rows)
     for family in dict.fromkeys(row.family for row in rows):
         yield times([row for row in rows if row.family == family], family)
@@ -80,12 +81,41 @@ def _tables(rows: Sequence[bench.Row], found: Mapping[str, Any]) -> Iterable[Tab
 
 
 def limits(found: Mapping[str, Any] | None) -> Table:
+    """Rates by level of a CPU's caches, and torch's beside them."""
     if found is None:
         return Table("Limits", "", (), ())
-    lines = [["copy, read + written", f"{found['copy_rate'] / 1e9:.1f} GB/s"]]
-    lines += [[f"GEMM, {dtype}", f"{rate / 1e9:.0f} GFLOP/s"] for dtype, rate in found["gemm_rates"].items()]
+    lines = []
+    for level in found.get("levels", []):
+        size = f"{level['level']}, {_size(level['footprint'])}"
+        size += "" if level["enough"] else ", less than four times the largest cache: memory is short"
+        for what in ("copy", "read", "write"):
+            lines.append([f"{what}, {size}", f"{level[f'{what}_rate'] / 1e9:.1f} GB/s"])
+    lines.append(["torch's copy_, read + written", f"{found['torch_copy_rate'] / 1e9:.1f} GB/s"])
+    lines += [[f"torch's GEMM, {dtype}", f"{rate / 1e9:.0f} GFLOP/s"] for dtype, rate in found["gemm_rates"].items()]
     lines += [[f"one call of {name} on 8 numbers", f"{1e6 * time:.1f} µs"] for name, time in found["launches"].items()]
-    return Table("Limits of the machine", "Measured before all else.", ("what", "rate"), lines)
+    about = (
+        "Measured before all else, and again beside every case, whose row has the rates of its own rounds. Copies "
+        "count bytes read and written, and are the best of streaming stores, stores into the cache and memcpy."
+    )
+    return Table("Limits of the machine", about, ("what", "rate"), lines)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:g} MiB" if count >= 1 << 20 else f"{count / 2**10:g} KiB"
+
+
+def multiply_adds(found: Sequence[Mapping[str, Any]]) -> Table:
+    lines = []
+    for one in found:
+        what = [one["isa"], one["dtype"], str(one["threads"])]
+        rates = [f"{one['rate'] / 1e9:.1f}", f"{one['clock'] / 1e9:.3f}", f"{one['pipes']:g}"]
+        lines.append([*what, *rates, f"{one['of_pipes']:.3f}"])
+    about = (
+        "Independent multiply-adds in registers. The clock is that of a chain of dependent additions, one cycle each, "
+        "in the same millisecond; the last column is the rate ÷ (2 · numbers in a vector · pipes · clock · threads)."
+    )
+    head = ("instruction set", "dtype", "threads", "GFLOP/s", "clock, GHz", "pipes", "of pipes × clock")
+    return Table("Multiply-adds", about, head, lines)
 
 
 STEPS = (
@@ -150,8 +180,15 @@ def _time(row: bench.Row) -> list[str]:
     speed = row.extra.get("speedup_over_eager")
     what = [row.op, row.case, row.pass_, row.dtype, row.impl, f"{row.ms_median:.4g}", f"{row.ms_min:.4g}"]
     spread = f"{row.extra['spread']:.2f}" if "spread" in row.extra else "-"
-    what += [spread, "-" if speed is None else f"{speed:.2f}", f"{row.fraction_of_limit:.3f}"]
-    return [*what, row.extra.get("bound", "-"), _megabytes(row.peak_bytes)]
+    fraction = f"{row.fraction_of_limit:.3f}" + (" BEYOND" if row.extra.get("beyond_limit") else "")
+    what += [spread, "-" if speed is None else f"{speed:.2f}", fraction]
+    return [*what, _bound(row), _megabytes(row.peak_bytes)]
+
+
+def _bound(row: bench.Row) -> str:
+    """What the limit is of; bytes with the level that could hold them."""
+    bound = str(row.extra.get("bound", "-"))
+    return f"{bound}, {row.extra['bytes_level']}" if bound == "bytes" and "bytes_level" in row.extra else bound
 
 
 def promises(rows: Sequence[bench.Row]) -> Table:

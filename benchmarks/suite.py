@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks import numerics, peers, report, scaling
-from xlayer_ext import bench, bench_suite, functional
+from xlayer_ext import bench, bench_roof, bench_suite, functional
 from xlayer_ext._backend import use_native
 
 FAMILIES = ("hdim", "routing", "hyper", "quantize", "aggregate", "hyper_model", "systems")
@@ -124,6 +124,8 @@ def main(argv: Sequence[str]) -> int:
     run = Run(options, PLANS[options.suite], out)
     try:
         measure(run, argv)
+    except bench.Unavailable as reason:  # no limits: no case was measured
+        made.error(str(reason))
     except KeyboardInterrupt:
         run.note("stopped by hand")
     run.found["minutes"] = (time.monotonic() - run.start) / 60
@@ -167,24 +169,41 @@ def _name(module: ModuleType) -> str:
 
 
 def measure_limits(run: Run) -> dict[str, bench.LimitProbe]:
-    """Copy bandwidth, GEMM rates and the latency of a launch; returns the probes of the dtypes asked for."""
+    """All limits of the machine, and what a call costs; returns the probes of the dtypes asked for."""
     device, plan = run.options.device, run.plan
+    cpu = torch.device(device).type == "cpu"
+    found: dict[str, Any] = measure_roof(plan) if cpu else {}
     probes, copies, gemms = {}, [], {}
     for dtype in bench_suite.DTYPES:
         element = getattr(torch, dtype)
         if dtype not in run.options.dtype:
             gemms[dtype] = gemm_rate(device, element)
             continue
-        sizes = plan.gemm_sizes if torch.device(device).type == "cpu" else None
+        sizes = plan.gemm_sizes if cpu else None
         amount: dict[str, Any] = {"seconds": plan.limit_seconds, "buffer_bytes": plan.buffer_bytes}
         probe = bench.LimitProbe(device, element, gemm_sizes=sizes, **amount)
-        limits = probe.limits(bench.compare(probe.works, device=device, seconds=plan.limit_seconds, min_rounds=3))
-        probes[dtype], gemms[dtype] = probe, limits.gemm_rate
-        copies.append(limits.copy_rate)
-    run.found["limits"] = {"copy_rate": statistics.median(copies), "gemm_rates": gemms, "launches": launches(device)}
-    run.say(f"copy {run.found['limits']['copy_rate'] / 1e9:.1f} GB/s; " + _rates(gemms))
+        works = probe.works(plan.buffer_bytes or 1 << 28)
+        facts = probe.limits(bench.compare(works, device=device, seconds=plan.limit_seconds, min_rounds=3)).facts
+        prefix = "torch_" if cpu else ""
+        probes[dtype], gemms[dtype] = probe, facts[prefix + "gemm_rate"]
+        copies.append(facts[prefix + "copy_rate"])
+    found |= {"torch_copy_rate": statistics.median(copies), "gemm_rates": gemms, "launches": launches(device)}
+    run.found["limits"] = found
+    run.say(f"torch: copy {found['torch_copy_rate'] / 1e9:.1f} GB/s; {_rates(gemms)}")
     run.save()
     return probes
+
+
+def measure_roof(plan: Plan) -> dict[str, Any]:
+    """A CPU's own limits: multiply-adds of every instruction set, moving bytes on every level."""
+    threads = torch.get_num_threads()
+    roof = bench_roof.widest(threads)
+    calls = 8 if plan.shrink == 1 else 2
+    return {
+        "machine": bench_roof.machine(roof.isa, threads).facts(),
+        "multiply_adds": bench_roof.multiply_adds_of_all(sorted({1, threads}), calls),
+        "levels": bench_roof.moves_of_all(roof, plan.buffer_bytes, calls),
+    }
 
 
 def gemm_rate(device: str, dtype: torch.dtype) -> float:
@@ -270,6 +289,8 @@ def measure_cases(run: Run, cases: Cases, probes: dict[str, bench.LimitProbe]) -
         rows = measure_case(run, module, case, probes[case.dtype], compiled)
         bench.write_rows(run.out / "rows.jsonl", rows)
         run.rows += rows
+        for row in bench_suite.beyond(rows):
+            run.fail(bench_suite.said_beyond(row))
         run.say(f"{at}/{len(cases)} {name}: {_brief(rows)}")
     if left_out:
         run.note(f"{len(left_out)} cases left out, as the time was up: {', '.join(left_out)}")

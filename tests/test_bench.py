@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from benchmarks import bench_hdim, bench_routing
-from xlayer_ext import bench, bench_suite
+from xlayer_ext import bench, bench_roof, bench_suite
 
-LIMITS = bench.Limits(copy_rate=100.0, gemm_rate=1000.0)
+LIMITS = bench.Limits(byte_rate=100.0, flop_rate=1000.0)
+needs_roof = pytest.mark.skipif(not bench_roof.isas(), reason="no _native")
 
 
 def make_row(**changes):
@@ -40,13 +41,38 @@ def make_row(**changes):
 # ---- limits --------------------------------------------------------------------------------------------------------
 
 
+@needs_roof
 def test_limits_come_from_the_rounds_of_a_comparison():
-    probe = bench.LimitProbe("cpu", torch.float64, seconds=0.02, buffer_bytes=32 << 20)
-    times = bench.compare(probe.works | {"other": lambda: time.sleep(0.001)}, seconds=0.1)
+    probe = bench.LimitProbe("cpu", torch.float64, seconds=0.02, buffer_bytes=32 << 20, gemm_sizes=(64, 128))
+    works = probe.works(1 << 40)
+    times = bench.compare(works | {"other": lambda: time.sleep(0.001)}, seconds=0.1)
     limits = probe.limits(times)
-    assert limits.copy_rate == pytest.approx(2 * (32 << 20) / times["limit: copy"].median)
-    assert limits.gemm_rate > 1e8
-    assert probe.best_gemm_rate > 1e8
+    assert limits.facts["torch_copy_rate"] == pytest.approx((32 << 20) / times["limit: copy"].minimum)
+    assert limits.facts["torch_gemm_rate"] > 1e6
+    assert limits.flop_rate == works["limit: multiply-add"].rate == limits.facts["fma_rate"] > 1e8
+    assert limits.byte_rate == max(works["limit: bytes"].rates.values()) == limits.facts["byte_rate"] > 1e7
+    assert limits.facts["machine"]["threads"] == torch.get_num_threads()
+    probe.works(1 << 20)
+    assert probe._multiply_adds.rate == 0  # a case's limits are those of its own rounds
+
+
+@needs_roof
+def test_16_bits_have_the_limit_of_matrix_units_that_torch_shows():
+    probe = bench.LimitProbe("cpu", torch.bfloat16, seconds=0.01, gemm_sizes=(32, 64))
+    works = probe.works(1 << 16)
+    probe._multiply_adds.rate, probe._multiply_adds.clock = 1e9, 1e9
+    probe._moves.rates["read"] = 1e9
+    times = dict.fromkeys(works, bench.Timing([1.0]))
+    probe.best_gemm_rate = 5e9
+    assert probe.limits(times).flop_rate == 5e9
+    probe.best_gemm_rate = 5e8
+    assert probe.limits(times).flop_rate == 1e9
+
+
+def test_without_the_extension_a_cpu_has_no_limits(monkeypatch):
+    monkeypatch.setattr(bench_roof, "isas", list)
+    with pytest.raises(bench.Unavailable, match="limits need"):
+        bench.LimitProbe("cpu", torch.float32, seconds=0.01, gemm_sizes=(32, 64))
 
 
 def test_fraction_is_the_slower_of_bytes_and_flops_over_time():
@@ -56,7 +82,7 @@ def test_fraction_is_the_slower_of_bytes_and_flops_over_time():
 
 
 def test_the_slowest_of_three_bounds():
-    limits = bench.Limits(copy_rate=100.0, gemm_rate=1000.0, alu_rate=10.0)
+    limits = bench.Limits(byte_rate=100.0, flop_rate=1000.0, alu_rate=10.0)
     assert limits.fraction(50, 100, seconds=1.0, alu=8) == pytest.approx(0.8)
     assert limits.bound(50, 100, alu=8) == "alu"
     assert limits.bound(50, 100, alu=4) == "bytes"
@@ -64,6 +90,7 @@ def test_the_slowest_of_three_bounds():
     assert LIMITS.bound(50, 100, alu=10**9) == "bytes"  # where the rate is unknown, it never bounds
 
 
+@needs_roof
 def test_float32_rate_of_a_gpu_without_a_run_time_compiler(monkeypatch, capsys):
     class Answer:
         stdout = "1980\n1980\n"
@@ -71,13 +98,14 @@ def test_float32_rate_of_a_gpu_without_a_run_time_compiler(monkeypatch, capsys):
     def lacking(device):
         raise RuntimeError("no NVRTC")
 
-    probe = bench.LimitProbe("cpu", torch.float32, seconds=0.01, buffer_bytes=1 << 20)
-    assert probe.alu_source is None and "limit: alu" not in probe.works  # CPUs have no such limit
+    probe = bench.LimitProbe("cpu", torch.float32, seconds=0.01, gemm_sizes=(32, 64))
+    assert probe.alu_source is None and "limit: alu" not in probe.works(1)  # CPUs have no such limit
     monkeypatch.setattr(bench, "multiply_add_chains", lacking)
     monkeypatch.setattr(bench.subprocess, "run", lambda *arguments, **options: Answer)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
     probe._probe_alu("cuda")
-    times = dict.fromkeys(probe.works, bench.Timing([1.0]))
+    probe._device = "cuda"
+    times = dict.fromkeys(probe.works(1), bench.Timing([1.0]))
     assert probe.alu_source == "nominal"
     assert probe.limits(times).alu_rate == 132 * 128 * 1980e6
     assert "no NVRTC" in capsys.readouterr().err
@@ -90,6 +118,148 @@ class Properties:
 def test_the_chain_is_read_as_one_function():
     """The part of torch that compiles it on a GPU takes it apart with a pattern first."""
     assert torch.cuda.jiterator._create_jit_fn(bench._CHAIN, a=0.5, b=1.0).kernel_name == "chain"
+
+
+# ---- a processor's roof --------------------------------------------------------------------------------------------
+
+
+class FakeRoof:
+    """A processor of known speed whose host takes it away in some blocks: 2 pipes of 8 numbers at 1 GHz, 2 threads."""
+
+    isa, threads = "avx2", 2
+
+    def __init__(self, disturbed=lambda block: False):
+        self.disturbed, self.calls = disturbed, 0
+
+    def lanes(self, dtype):
+        return {"float32": 8, "float64": 4}[dtype]
+
+    def flops_per_step(self, dtype):
+        return 2 * self.lanes(dtype) * 12 * self.threads
+
+    def multiply_adds(self, dtype, steps, additions, blocks):
+        times = (steps * 6e-9, additions * 1e-9)  # 12 multiply-adds in 6 cycles of 1 ns
+        return [tuple(9 * t if self.disturbed(block) else t for t in times) for block in range(blocks)]
+
+    def move(self, kind, footprint, blocks):
+        self.calls += 1
+        rate = {
+            "copy": 3e9,
+            "streaming copy": 5e9,
+            "library copy": 4e9,
+            "read": 6e9,
+            "write": 1e9,
+            "streaming write": 2e9,
+        }
+        return footprint, [footprint / rate[kind] * (1 if self.calls > 6 else 2)] * blocks
+
+
+def test_rates_are_those_of_the_best_blocks():
+    work = bench_roof.MultiplyAdds(FakeRoof(lambda block: block % 7), "float32")
+    work()
+    assert work.rate == pytest.approx(2 * 2 * 8 * 2 * 1e9)
+    assert work.clock == pytest.approx(1e9)
+    assert work.facts() == pytest.approx(
+        {"isa": "avx2", "dtype": "float32", "threads": 2, "rate": 64e9, "clock": 1e9, "pipes": 2, "of_pipes": 1.0}
+    )
+    work.roof = FakeRoof(lambda block: True)  # a slow round takes nothing back
+    work()
+    assert work.rate == pytest.approx(64e9) and work.clock == pytest.approx(1e9)
+
+
+def test_the_clock_is_that_of_the_best_multiply_adds():
+    """A clock that rises while narrow work runs must not count against the wide vectors."""
+
+    class Rising(FakeRoof):
+        def multiply_adds(self, dtype, steps, additions, blocks):
+            early = super().multiply_adds(dtype, steps, additions, blocks)
+            return [
+                (5 * wide, chain / 1.2) if block > 80 else (wide, chain) for block, (wide, chain) in enumerate(early)
+            ]
+
+    work = bench_roof.MultiplyAdds(Rising(), "float64")
+    work()
+    assert work.clock == pytest.approx(1e9) and work.rate == pytest.approx(32e9)
+
+
+def test_bytes_take_the_best_way_of_the_best_round():
+    moves = bench_roof.Moves(FakeRoof(), 1 << 20)
+    moves()
+    assert moves.facts() == pytest.approx({"copy_rate": 2.5e9, "read_rate": 3e9, "write_rate": 1e9})
+    moves()
+    assert moves.facts() == pytest.approx({"copy_rate": 5e9, "read_rate": 6e9, "write_rate": 2e9})
+    assert moves.rate == 6e9
+
+
+def test_the_level_is_that_of_all_threads_caches(monkeypatch):
+    caches = {"L1": (32 << 10, 1), "L2": (1 << 20, 1), "L3": (32 << 20, 8)}
+    monkeypatch.setattr(bench_roof, "cache_levels", lambda: caches)
+    assert bench_roof.capacities(2) == {"L1": 64 << 10, "L2": 2 << 20, "L3": 32 << 20}
+    assert bench_roof.capacities(16)["L3"] == 64 << 20
+    found = [bench_roof.level_of(size, 2) for size in (60_000, 2 << 20, 3 << 20, 1 << 30)]
+    assert found == ["L1", "L2", "L3", "memory"]
+    footprint, enough = bench_roof.memory_footprint(2)
+    assert footprint == 256 << 20 or not enough
+    assert [bench_roof._count(text) for text in ("0", "0-3", "0-1,8-9", "")] == [1, 4, 4, 1]
+
+
+@needs_roof
+@pytest.mark.parametrize("isa", bench_roof.isas())
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_multiply_adds_are_explained_by_pipes_and_clock(isa, dtype):
+    """On this machine, busy or not: no more than the pipes can do at the clock of the same blocks."""
+    work = bench_roof.MultiplyAdds(bench_roof._native.Roof(isa, 1), dtype)
+    for _ in range(4):
+        work()
+    lanes = {"avx512": 64, "avx2": 32, "baseline": 16}[isa] // (4 if dtype == "float32" else 8)
+    assert work.roof.lanes(dtype) == lanes
+    assert 0 < work.rate <= 1.02 * 2 * lanes * work.pipes * work.clock
+    assert work.pipes <= 4 and 1e8 < work.clock < 1e10
+
+
+@needs_roof
+def test_every_way_of_moving_counts_what_it_moves():
+    roof = bench_roof._native.Roof("baseline", 2)
+    for kind in bench_roof.MOVES:
+        moved, seconds = roof.move(kind, 1 << 20, 3)
+        assert moved % (1 << 20) == 0 and moved >= 4 << 20 and len(seconds) == 3
+        assert 1e6 < moved / min(seconds) < 1e14
+    moved, _ = roof.move("copy", 24 << 20, 1)
+    assert moved == 24 << 20  # half of them read, half of them written
+    assert bench_roof.Moves(roof, 24 << 20).blocks >= 1
+
+
+@needs_roof
+def test_the_roof_refuses_what_it_cannot_measure():
+    make = bench_roof._native.Roof
+    for arguments, says in ((("mmx", 1), "isa: this processor cannot run mmx"), (("baseline", 0), "threads: expected")):
+        with pytest.raises(ValueError, match=says):
+            make(*arguments)
+    roof = make("baseline", 1)
+    for call, says in (
+        (lambda: roof.lanes("float16"), "dtype: expected float32 or float64, got float16"),
+        (lambda: roof.move("push", 1, 1), "kind: got unknown push"),
+        (lambda: roof.move("copy", 1 << 50, 1), "at most 2\\^46 bytes"),
+        (lambda: roof.multiply_adds("float32", 0, 64, 1), "expected at least 1"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            call()
+
+
+def build_nothing(impl):
+    return lambda: None
+
+
+@needs_roof
+def test_a_row_beyond_the_limit_is_an_error(capsys):
+    """Something that claims to move a terabyte in no time."""
+    arguments = ("hdim", "sum", "toy", "fwd", "float32", 10**12, 0, build_nothing, {})
+    case = bench_suite.Case(*arguments, suite="toy")
+    assert bench_suite.main("", lambda options: [case], ["--quick", "--no-memory", "--impl", "native"]) == 1
+    out, err = capsys.readouterr()
+    assert "BEYOND THE LIMIT" in out
+    assert "error: sum toy fwd float32 native: " in err and "nothing can exceed" in err
+    assert [row.case for row in bench_suite.beyond([make_row(extra={"beyond_limit": True}), make_row()])] == ["S128"]
 
 
 # ---- timing --------------------------------------------------------------------------------------------------------
@@ -151,11 +321,11 @@ def test_times_of_a_gpu():
     sizes = {"small": 1 << 28, "large": 3 << 28}
     works = {name: torch.zeros(size, dtype=torch.int8, device="cuda").zero_ for name, size in sizes.items()}
     probe = bench.LimitProbe("cuda", torch.bfloat16, seconds=0.1)
-    times = bench.compare(works | probe.works, device="cuda", seconds=0.5)
+    times = bench.compare(works | probe.works(1), device="cuda", seconds=0.5)
     assert times["large"].median == pytest.approx(3 * times["small"].median, rel=0.3)
     limits = probe.limits(times)
     assert probe.alu_source == "probe"
-    assert limits.gemm_rate > limits.alu_rate > limits.copy_rate > 1e10
+    assert limits.flop_rate > limits.alu_rate > limits.byte_rate > 1e10
     nominal = bench.nominal_alu_rate("cuda")
     assert nominal is None or 0.3 < limits.alu_rate / nominal < 1.2
 
@@ -333,24 +503,37 @@ def test_run_skips_what_is_unavailable_and_says_so(capsys):
 def build_of_batch(impl, batch):
     if impl == "eager" and batch > 4:
         raise torch.OutOfMemoryError("Tried to allocate 20.00 GiB\nand more words")
-    return partial(time.sleep, 0.004 * batch if impl == "eager" else 0.004)
+    return partial(time.sleep, 0)
 
 
 def halved(arguments):
     return None if arguments["batch"] % 2 else {"batch": arguments["batch"] // 2}
 
 
-def test_where_eager_does_not_fit_a_part_of_the_batch_tells_its_speed(capsys):
+def test_where_eager_does_not_fit_a_part_of_the_batch_tells_its_speed(capsys, monkeypatch):
+    taken = {"native": 0.004, "eager on a part": 0.016}
+    given = {name: bench.Timing([seconds] * 2) for name, seconds in taken.items()}
+    monkeypatch.setattr(bench_suite, "compare", lambda works, **_: {name: given[name] for name in works})
     case = bench_suite.Case(
         "hdim", "sum", "B16", "fwd", "float32", 4000, 1000, build_of_batch, {"batch": 16}, halve=halved
     )
-    rows = bench_suite.run(
-        [case], ["native", "eager"], seconds=0.05, limit_seconds=0.02, buffer_bytes=1 << 20, memory=False
-    )
+    said = []
+    options = {"memory": False, "note": said.append}
+    rows = bench_suite.measure(case, ["native", "eager"], FakeProbe(), **options)
     assert [row.impl for row in rows] == ["native"]
     assert rows[0].extra["eager_parts"] == 4
-    assert rows[0].extra["speedup_over_eager"] == pytest.approx(16, rel=0.3)
-    assert "note: B16 fwd float32 eager: out of memory: Tried to allocate 20.00 GiB\n" in capsys.readouterr().err
+    assert rows[0].extra["speedup_over_eager"] == pytest.approx(16)
+    assert said == ["B16 fwd float32 eager: out of memory: Tried to allocate 20.00 GiB"]
+
+
+class FakeProbe:
+    alu_source = None
+
+    def works(self, footprint):
+        return {}
+
+    def limits(self, times):
+        return LIMITS
 
 
 def test_rows_are_kept_when_a_later_case_fails(tmp_path):
@@ -416,14 +599,25 @@ def test_script_prints_and_keeps_valid_rows(script, memory, tmp_path, capsys):
         assert row.case == "toy"
         assert (row.peak_bytes is None) == bool(memory)
         assert row.fraction_of_limit > 0
-        assert row.extra.keys() >= {"date", "commit", "versions", "threads", "spread", "copy_rate", "gemm_rate"}
+        assert row.extra.keys() >= {"date", "commit", "versions", "threads", "spread", "machine"}
+        rates = {"fma_rate", "clock", "copy_rate", "read_rate", "write_rate", "byte_rate"}
+        assert row.extra.keys() >= rates | {"torch_copy_rate", "torch_gemm_rate", "bytes_level", "beyond_limit"}
+        assert row.extra["machine"].keys() == {"cpu", "isa", "cores", "threads", "caches"}
+
+
+CPU_FACTS = {"spread": 0.1, "threads": 2, "fma_rate": 4e11, "byte_rate": 5e10, "bytes_level": "L3", "copy_rate": 4e10}
+CPU_FACTS |= {"torch_gemm_rate": 3e11, "torch_copy_rate": 3e10}
 
 
 def test_table_tells_operators_apart():
-    rows = [make_row(op=op, extra={"spread": 0.1, "threads": 2, "copy_rate": 1e9, "gemm_rate": 1e12}) for op in "ab"]
+    rows = [make_row(op=op, extra=CPU_FACTS) for op in "ab"]
     first, second = bench_suite.format_table(rows).split("\n\n")
     assert first.splitlines()[0] == "a" and second.splitlines()[0] == "b"
     assert "S128" in first and "S128" in second
+    limits = "limits: L3 50 GB/s, multiply-adds float32 400 GFLOP/s; torch: copy 30 GB/s, GEMM float32 300 GFLOP/s"
+    assert limits in first
+    gpu = make_row(extra={"spread": 0.1, "threads": 2, "copy_rate": 1e9, "gemm_rate": 1e12})
+    assert "copy 1 GB/s, GEMM float32 1e+03 GFLOP/s" in bench_suite.format_table([gpu])
 
 
 def build_named(impl):

@@ -13,12 +13,13 @@ from benchmarks.bounds import LIMIT, MEMORY, SPEED, TIME, Bound
 from xlayer_ext import bench, bench_suite
 
 WHERE = ("f", "op", "case", "fwd")
+MACHINE = {"cpu": "a", "isa": "avx2", "cores": 2, "threads": 2, "caches": {}}
 
 
 def row(impl: str = "native", ms: float = 2.0, **changes: Any) -> bench.Row:
     values = {"family": "f", "op": "op", "case": "case", "pass_": "fwd", "dtype": "float32", "device": "cpu"}
     values |= {"impl": impl, "ms_median": ms, "ms_min": ms, "bytes": 1, "flops": 1, "peak_bytes": 1_000_000}
-    return bench.Row(**(values | {"fraction_of_limit": 0.5, "extra": {"threads": 2}} | changes))
+    return bench.Row(**(values | {"fraction_of_limit": 0.5, "extra": {"threads": 2, "machine": MACHINE}} | changes))
 
 
 @pytest.mark.parametrize(
@@ -57,8 +58,10 @@ def test_without_its_rows_a_bound_is_not_measured() -> None:
     "changes",
     [
         {"dtype": "bfloat16"},
-        {"extra": {"threads": 4}},
-        {"extra": {"threads": 2, "alu": 0}},
+        {"extra": {"threads": 4, "machine": MACHINE}},
+        {"extra": {"threads": 2, "machine": MACHINE, "alu": 0}},
+        {"extra": {"threads": 2}},  # its limit was what torch reached
+        {"extra": {"threads": 2, "machine": MACHINE, "beyond_limit": True}},
         {"device": "emulator"},
         {"pass_": "bwd"},
     ],
@@ -72,6 +75,31 @@ def test_only_what_ran_together_is_compared_and_the_last_run_counts() -> None:
     rows = [row(ms=1.0), row("eager", 9.0), row(ms=2.0), row("eager", 8.0), row(ms=4.0)]
     assert bounds.measured(asked, rows) == 4.0
     assert bounds.measured(Bound(*WHERE, TIME, 1, "eager"), rows) == 0.25
+
+
+def test_rows_of_two_machines_are_not_compared() -> None:
+    asked = Bound(*WHERE, SPEED, 3, "eager")
+    other = {"threads": 2, "machine": MACHINE | {"cpu": "b"}}
+    assert bounds.measured(asked, [row(ms=1.0), row("eager", 9.0, extra=other)]) is None
+    assert bounds.measured(asked, [row(ms=1.0), row("eager", 9.0, device="other")]) is None
+    rows = [row(ms=1.0, extra=other), row("eager", 5.0, extra=other), row(ms=1.0), row("eager", 4.0)]
+    assert bounds.measured(asked, rows) == 4.0
+
+
+def test_a_ratio_has_the_room_that_the_limit_leaves() -> None:
+    rows = [row("eager", 9.0, fraction_of_limit=0.2)]
+    assert bounds.possible(Bound(*WHERE, SPEED, 3, "eager"), rows) == pytest.approx(5)
+    assert bounds.possible(Bound(*WHERE, LIMIT, 0.5), rows) == 1
+    assert bounds.possible(Bound(*WHERE, SPEED, 3, "compile"), rows) is None
+    assert bounds.possible(Bound(*WHERE, TIME, 3, "eager"), rows) is None
+
+
+def test_no_bound_is_beyond_the_limit() -> None:
+    rows = bench.read_rows(bounds.ROWS) if bounds.ROWS.exists() else []
+    for bound in bounds.BOUNDS:
+        most = bounds.possible(bound, rows)
+        assert most is None or 0 < bound.value <= most, (bound, most)
+    assert not bench_suite.beyond(rows)
 
 
 def test_a_bound_says_what_it_promises() -> None:
@@ -117,4 +145,4 @@ def test_a_report_shows_the_bounds_of_its_own_rows() -> None:
     named = {"family": asked.family, "op": asked.op, "case": asked.case}
     assert report.promises([row()]).rows == []
     table = report.promises([row(**named, peak_bytes=70_000_000)])
-    assert table.rows == [[asked.op, asked.case, asked.pass_, "≤ 64 MB", "70.0 MB", "✗"]]
+    assert [asked.op, asked.case, asked.pass_, "≤ 64 MB", "70.0 MB", "✗"] in table.rows

@@ -40,7 +40,20 @@ ROWS = [
     make_row(family="quantize", op="fsq", case="<toy>", flops=0),
     make_row(family="quantize", op="fsq", case="<toy>", flops=0, impl="peer & co", ms_median=3.0),
 ]
-LIMITS = {"copy_rate": 1e10, "gemm_rates": {"float32": 1e11}, "launches": {"torch.neg": 2e-6}}
+RATES = {"copy_rate": 1e10, "read_rate": 2e10, "write_rate": 1e10, "byte_rate": 2e10}
+LIMITS = {
+    "torch_copy_rate": 1e10,
+    "gemm_rates": {"float32": 1e11, "bfloat16": 1e12},
+    "launches": {"torch.neg": 2e-6},
+    "levels": [
+        {"level": level, "footprint": size, "enough": level == "L1", **RATES}
+        for level, size in (("L1", 1 << 15), ("memory", 1 << 30))
+    ],
+    "multiply_adds": [
+        {"isa": "avx2", "dtype": dtype, "threads": 2, "rate": rate, "clock": 2e9, "pipes": 2, "of_pipes": 0.98}
+        for dtype, rate in (("float32", 2e11), ("float64", 1e11))
+    ],
+}
 
 
 def make_found(**changes: Any) -> dict[str, Any]:
@@ -113,7 +126,7 @@ def test_report_is_one_file_that_holds_every_row(folder: Path) -> None:
 
 def test_report_shows_every_picture(folder: Path) -> None:
     files = {path.name for path in folder.glob("*.png")}
-    assert files == {"roofline.png", "speedup-hdim.png", "speedup-quantize.png", "time.png", "memory.png"}
+    assert files == {"roofline.png", "bytes.png", "speedup-hdim.png", "speedup-quantize.png", "time.png", "memory.png"}
     assert all((folder / name).read_bytes()[:4] == b"\x89PNG" for name in files)
     pictures = [address for address in Page((folder / "report.html").read_text()).addresses if "png" in address]
     assert len(pictures) == len(files)
@@ -150,13 +163,59 @@ def test_roofline_by_hand() -> None:
     assert plots.achieved(row) == (2e9, 4e10)
     assert plots.roof(20, 1e10, 1e11) == 1e11  # beyond the ridge at 10 flop per byte
     assert plots.roof(2, 1e10, 1e11) == 2e10
+    assert plots.byte_roofs(LIMITS) == {"L1": 2e10, "memory": 2e10}
+    found = [plots.flop_roof(LIMITS, dtype) for dtype in ("float32", "float64", "bfloat16")]
+    assert found == [2e11, 1e11, 1e12]  # in 16 bits torch shows matrix units
+    gpu = {"torch_copy_rate": 3e12, "gemm_rates": {"float32": 5e13}}
+    assert plots.byte_roofs(gpu) == {"memory": 3e12} and plots.flop_roof(gpu, "float32") == 5e13
+
+
+def test_labels_of_the_roofline_overlap_neither_points_nor_one_another() -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    near = [make_row(op=f"operator {i}", ms_median=2.0 + i / 10, flops=80_000_000 + i * 10**6) for i in range(12)]
+    figure = Figure(figsize=(plots.WIDTH, 5.2), dpi=plots.DOTS, layout="constrained")
+    FigureCanvasAgg(figure)
+    plots.roofline(figure, plots.kernels(near), LIMITS)
+    figure.draw_without_rendering()
+    axis, renderer = figure.axes[0], figure._get_renderer()
+    boxes = [Text.get_window_extent(t, renderer) for t in axis.texts if t.get_text().startswith("operator")]
+    assert len(boxes) >= 10
+    for index, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:index])
+        points = axis.transData.transform([(plots.intensity(row), plots.achieved(row)[1] / 1e9) for row in near])
+        assert not any(box.contains(x, y) for x, y in points)
+    for ticks in (axis.xaxis, axis.yaxis):
+        assert all(re.fullmatch(r"[\d.]+", text) for tick in ticks.get_ticklabels() if (text := tick.get_text()))
+
+
+def test_the_tables_of_limits_name_what_is_short() -> None:
+    lines = dict(report.limits(LIMITS).rows)
+    assert lines["copy, L1, 32 KiB"] == "10.0 GB/s" and lines["torch's GEMM, bfloat16"] == "1000 GFLOP/s"
+    assert lines["read, memory, 1024 MiB, less than four times the largest cache: memory is short"] == "20.0 GB/s"
+    (first, _) = report.multiply_adds(LIMITS["multiply_adds"]).rows
+    assert first == ["avx2", "float32", "2", "200.0", "2.000", "2", "0.980"]
+
+
+def test_a_row_beyond_the_limit_is_seen_and_fails_the_run(tmp_path: Path, monkeypatch) -> None:
+    wrong = make_row(fraction_of_limit=1.2, extra={"beyond_limit": True, "bound": "bytes", "bytes_level": "L3"})
+    assert report.times([wrong], "hdim").rows[0][9:11] == ["1.200 BEYOND", "bytes, L3"]
+    options = suite.parser().parse_args([])
+    run = suite.Run(options, suite.PLANS["toy"], tmp_path, {"notes": [], "failures": []})
+    monkeypatch.setattr(suite, "measure_case", lambda *_: [wrong])
+    monkeypatch.setattr(run, "late", lambda: False)
+    case = bench_quantize.make_cases(argparse.Namespace(device="cpu", dtype=["float32"]))[0]
+    suite.measure_cases(run, [(bench_quantize, case)], {"float32": None})  # type: ignore[dict-item]
+    assert "1.20 of the limit, which nothing can exceed" in run.found["failures"][0]
 
 
 def test_speedups_are_ratios_to_the_native_kernel() -> None:
     bars = plots.speedups(ROWS)
     assert bars == {
-        "hdim_attention S128 fwd float32": {"eager": 4.0},
-        "fsq <toy> fwd float32": {"peer & co": 1.5},
+        "hdim_attention S128, fwd": {"eager": 4.0},
+        "fsq <toy>, fwd": {"peer & co": 1.5},
     }
     assert plots.speedups([ROWS[1]]) == {}  # nothing to compare with
 
@@ -289,7 +348,8 @@ def test_a_whole_run(tmp_path: Path, capsys) -> None:
     rows = bench.read_rows(tmp_path / "run" / "rows.jsonl")
     assert {row.op for row in rows} == {"masked_mean"} and {row.pass_ for row in rows} == {"fwd", "fwd+bwd"}
     found = json.loads((tmp_path / "run" / "found.json").read_text())
-    assert found["limits"]["copy_rate"] > 1e8 and set(found["limits"]["gemm_rates"]) == set(bench_suite.DTYPES)
+    assert [level["level"] for level in found["limits"]["levels"]][-1] == "memory"
+    assert found["limits"]["torch_copy_rate"] > 1e6 and set(found["limits"]["gemm_rates"]) == set(bench_suite.DTYPES)
     assert found["failures"] == [] and "torch.neg" in found["limits"]["launches"]
     assert "masked_mean" in (tmp_path / "run" / "report.html").read_text()
     assert "toy" in capsys.readouterr().out

@@ -89,10 +89,47 @@ def test_times_and_tables() -> None:
     assert readme_tables.table(" | a", [["x", ""], ["", "y"]]) == "| | a |\n|---|---|\n| x | |\n| | y |\n"
 
 
+def test_columns_of_what_was_not_measured_are_left_out() -> None:
+    lines = [["x", "1", "", ""], ["y", "2", "", "3"]]
+    assert (
+        readme_tables.without_empty(" | a | b | c", lines) == "| | a | c |\n|---|---|---|\n| x | 1 | |\n| y | 2 | 3 |\n"
+    )
+    assert readme_tables.without_empty("p | a", [["", ""]]).startswith("| p |\n")
+
+
+def measured(tmp_path, monkeypatch, *changes) -> readme_kernels.Rows:
+    monkeypatch.setattr(readme_tables, "RESULTS", tmp_path)
+    row = {"family": "f", "op": "o", "case": "c", "pass": "fwd", "dtype": "float32", "device": "d", "impl": "native"}
+    row |= {"bytes": 1, "flops": 1, "peak_bytes": None, "fraction_of_limit": 0.5, "ms_median": 2.0, "ms_min": 2.0}
+    bench.write_rows(
+        tmp_path / f"{readme_tables.CPU}.jsonl", [bench.Row.from_json(json.dumps(row | one)) for one in changes]
+    )
+    return readme_kernels.Rows(readme_tables.CPU)
+
+
+def test_fractions_of_what_torch_reached_are_not_shown(tmp_path, monkeypatch) -> None:
+    found = measured(tmp_path, monkeypatch, {}, {"case": "new", "machine": {}})
+    assert found.fraction("o", "c", "fwd", "native") == ""
+    assert found.fraction("o", "new", "fwd", "native") == "0.50"
+
+
+def test_the_limits_are_told_beside_what_torch_reaches(tmp_path, monkeypatch) -> None:
+    row = {"machine": {}, "fma_rate": 4e11, "torch_gemm_rate": 3e11, "byte_rate": 5e10, "copy_rate": 4e10}
+    row |= {"torch_copy_rate": 3e10, "bytes_level": "L3"}
+    measured(
+        tmp_path, monkeypatch, row, row | {"fma_rate": 3e11, "bytes_level": "memory"}, row | {"dtype": "float64"}, {}
+    )
+    assert readme_kernels.limits().splitlines()[2:] == [
+        "| multiply-adds, float32 | 400 GFLOP/s | 300 GFLOP/s (GEMM) |",
+        "| bytes of cases that L3 can hold | 50 GB/s, copies 40 GB/s | 30 GB/s (`copy_`) |",
+        "| bytes of cases that only memory can hold | 50 GB/s, copies 40 GB/s | 30 GB/s (`copy_`) |",
+    ]
+
+
 def test_of_equal_rows_the_last_counts(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(readme_tables, "RESULTS", tmp_path)
     row = {"family": "f", "op": "o", "case": "c", "pass": "fwd", "dtype": "float32", "device": "d", "impl": "native"}
-    numbers = {"bytes": 1, "flops": 1, "peak_bytes": 2_000_000, "fraction_of_limit": 0.5}
+    numbers = {"bytes": 1, "flops": 1, "peak_bytes": 2_000_000, "fraction_of_limit": 0.5, "machine": {}}
     rows = [
         bench.Row.from_json(json.dumps({**row, **numbers, "impl": impl, "ms_median": t, "ms_min": t}))
         for impl, t in (("native", 9.0), ("eager", 8.0), ("native", 2.0), ("eager", 6.0))

@@ -3,11 +3,13 @@
 A time alone says little. Each row therefore counts the fewest bytes that must move and the fewest operations that must
 be done, and reports how near the machine's measured limit the implementation came:
 
-    fraction_of_limit = max(bytes / copy_rate, flops / gemm_rate, alu / alu_rate) / median time
+    fraction_of_limit = max(bytes / byte rate, flops / flop rate, alu / alu_rate) / median time
 
-1 means that nothing faster is possible by that count; a value above 1 means that a cache beat the memory's copy rate.
-The third term, float32 operations outside GEMMs, is measured and counts on GPUs alone, whose matrix units are so fast
-that the rest can bound.
+1 means that nothing faster is possible by that count. On a CPU the rates are its roof, by `bench_roof`: independent
+multiply-adds, and the fastest of copying, reading and writing within as many bytes as the case touches. Nothing can be
+faster, so a fraction above `BEYOND` is an error of the benchmark. torch's GEMM and copy are rivals there, beside the
+others. On a GPU they are the limits, and the third term, float32 operations outside GEMMs, counts too: matrix units are
+so fast that the rest can bound.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xlayer_ext import bench_roof
 from xlayer_ext.bench_oracle import check_oracle as check_oracle
 from xlayer_ext.bench_oracle import relative_error as relative_error
 
@@ -46,20 +49,25 @@ class Unavailable(RuntimeError):
 # ---- the machine's limits ------------------------------------------------------------------------------------------
 
 
+BEYOND = 1.03  # a fraction above it is beyond the limit: clocks and rates differ by less from round to round
+
+
 @dataclass(frozen=True)
 class Limits:
-    """Rates of one device for one dtype: `copy_rate` in bytes/s (read + written), `gemm_rate` in flop/s.
+    """Rates of one device for one dtype: `byte_rate` in bytes/s (read + written), `flop_rate` in flop/s.
 
-    `alu_rate` is in float32 operations/s, a fused multiply-add being one; infinite where it was not measured.
+    `alu_rate` is in float32 operations/s, a fused multiply-add being one; infinite where it was not measured. `facts`
+    are keys of the rows: the rates, by what was measured.
     """
 
-    copy_rate: float
-    gemm_rate: float
+    byte_rate: float
+    flop_rate: float
     alu_rate: float = math.inf
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     def seconds(self, bytes_moved: float, flops: float, alu: float = 0) -> dict[str, float]:
         """Least time for each of the three alone, by the names that rows have for them."""
-        return {"bytes": bytes_moved / self.copy_rate, "flops": flops / self.gemm_rate, "alu": alu / self.alu_rate}
+        return {"bytes": bytes_moved / self.byte_rate, "flops": flops / self.flop_rate, "alu": alu / self.alu_rate}
 
     def bound(self, bytes_moved: float, flops: float, alu: float = 0) -> str:
         """Which of the three needs the most time."""
@@ -71,19 +79,24 @@ class Limits:
         return max(self.seconds(bytes_moved, flops, alu).values()) / seconds
 
 
+PROBE = "limit: "  # begins the names of the works that show limits
+
+
 class LimitProbe:
-    """The works that show a device's limits: a copy far larger than its caches, and the GEMM that it does fastest.
+    """The works that show a device's limits, and what torch reaches of them.
 
     `works` go into `compare` beside what is measured, and `limits` reads the rates off its result. A processor's clock
     and a shared host's load drift within seconds, so only rates from the same rounds are those of the same machine.
 
     Args:
         device: where to measure, with all of torch's threads.
-        dtype: of the GEMM.
+        dtype: of the GEMM, and of the multiply-adds; 16-bit types are computed in float32.
         seconds: spent here on finding the fastest GEMM shape; which one that is differs between machines and dtypes.
-        buffer_bytes: size of each copy buffer; the default is twice the largest cache, in 256 MiB … 1 GiB, and 1 GiB on
-            CUDA, where a smaller copy does not reach the memory's full rate.
+        buffer_bytes: most bytes that the probes touch on a CPU, four times its largest cache by default; on CUDA the
+            size of each copy buffer, 1 GiB by default, as a smaller copy does not reach the memory's full rate.
         gemm_sizes: two edges of the matrices that are tried; small ones save time, and may miss the best rate.
+
+    Raises `Unavailable` on a CPU without the extension `_native`, which measures its limits.
     """
 
     def __init__(
@@ -96,8 +109,8 @@ class LimitProbe:
         gemm_sizes: tuple[int, int] | None = None,
     ) -> None:
         cuda = torch.device(device).type == "cuda"
-        size = buffer_bytes or (1 << 30 if cuda else min(max(2 * cache_bytes(device), 1 << 28), 1 << 30))
-        source = torch.ones(size // 4, device=device)
+        self._device, self._dtype = device, dtype
+        self._most_bytes = buffer_bytes
         sizes = gemm_sizes or ((4096, 8192) if cuda else (1024, 2048))
         if dtype == torch.float16 and not cuda:
             sizes = (256, 512)  # most processors do these products one number at a time
@@ -106,15 +119,54 @@ class LimitProbe:
         for m, n, k in shapes:
             work = partial(torch.mm, *(torch.randn(shape, device=device).to(dtype) for shape in ((m, k), (k, n))))
             gemms[2 * m * n * k / _fastest(work, device, seconds / len(shapes))] = (work, 2 * m * n * k)
-        self.best_gemm_rate = max(gemms)  # the fastest single call: what the machine can do at its best moment
-        gemm, self._flops = gemms[self.best_gemm_rate]
-        self._bytes = 2 * source.nbytes
-        self.works: dict[str, Work] = {"limit: copy": partial(torch.zeros_like(source).copy_, source)}
-        self.works["limit: gemm"] = gemm
+        self.best_gemm_rate = max(gemms)  # the fastest single call: what torch can do at its best moment
+        self._gemm, self._flops = gemms[self.best_gemm_rate]
+        self._source = self._target = torch.empty(0)
         self.alu_source: str | None = None  # where limits().alu_rate comes from: "probe", "nominal", or nowhere
-        self._alu_rate = math.inf
+        self._alu_work: Work | None = None
+        self._alu, self._alu_rate = 0, math.inf
         if cuda:
+            self._source = torch.ones((buffer_bytes or 1 << 30) // 4, device=device)
+            self._target = torch.zeros_like(self._source)
             self._probe_alu(device)
+        elif not bench_roof.isas():
+            raise Unavailable("a CPU's limits need xlayer_ext._native: pip install -e . --no-build-isolation")
+        else:
+            self._roof = bench_roof.widest(torch.get_num_threads())
+
+    def works(self, footprint: int) -> dict[str, Work]:
+        """Those of a case that touches so many bytes, made anew: what they found before is forgotten."""
+        found: dict[str, Work]
+        if torch.device(self._device).type == "cuda":
+            found = {PROBE + "copy": partial(self._target.copy_, self._source), PROBE + "gemm": self._gemm}
+            return found if self._alu_work is None else found | {PROBE + "alu": self._alu_work}
+        footprint = max(1, min(footprint, self._most_bytes or bench_roof.memory_footprint(self._roof.threads)[0]))
+        self._copied = max(1, footprint // 8)  # float32 numbers, of source and target each
+        if self._copied > self._source.numel():
+            self._source, self._target = torch.ones(self._copied), torch.zeros(self._copied)
+        copy = partial(self._target[: self._copied].copy_, self._source[: self._copied])
+        dtype = "float64" if self._dtype == torch.float64 else "float32"
+        self._multiply_adds = bench_roof.MultiplyAdds(self._roof, dtype)
+        self._moves = bench_roof.Moves(self._roof, footprint)
+        found = {PROBE + "multiply-add": self._multiply_adds, PROBE + "bytes": self._moves}
+        return found | {PROBE + "copy": copy, PROBE + "gemm": self._gemm}
+
+    def limits(self, times: Mapping[str, Timing]) -> Limits:
+        """The rates that the last `works` showed in `compare`: the best of a CPU, the median ones of a GPU."""
+        copy, gemm = times[PROBE + "copy"], times[PROBE + "gemm"]
+        if torch.device(self._device).type == "cuda":
+            copy_rate, gemm_rate = 2 * self._source.nbytes / copy.median, self._flops / gemm.median
+            probed = self.alu_source == "probe"
+            alu_rate = self._alu / times[PROBE + "alu"].median if probed else self._alu_rate
+            facts = {"copy_rate": copy_rate, "gemm_rate": gemm_rate, "best_gemm_rate": self.best_gemm_rate}
+            return Limits(copy_rate, gemm_rate, alu_rate, facts)
+        facts = bench_roof.rates(self._multiply_adds, self._moves)
+        torch_gemm_rate = self._flops / gemm.minimum
+        facts |= {"torch_copy_rate": 8 * self._copied / copy.minimum, "torch_gemm_rate": torch_gemm_rate}
+        flop_rate = self._multiply_adds.rate
+        if self._dtype.itemsize == 2:  # matrix units of 16-bit numbers, where torch shows that there are some
+            flop_rate = max(flop_rate, torch_gemm_rate, self.best_gemm_rate)
+        return Limits(self._moves.rate, flop_rate, facts=facts)
 
     def _probe_alu(self, device: str) -> None:
         try:
@@ -125,12 +177,7 @@ class LimitProbe:
             rate = nominal_alu_rate(device)
             self.alu_source, self._alu_rate = ("nominal", rate) if rate else (None, math.inf)
         else:
-            self.works["limit: alu"], self.alu_source = work, "probe"
-
-    def limits(self, times: Mapping[str, Timing]) -> Limits:
-        """The median rates of `works` in the result of `compare`."""
-        alu_rate = self._alu / times["limit: alu"].median if self.alu_source == "probe" else self._alu_rate
-        return Limits(self._bytes / times["limit: copy"].median, self._flops / times["limit: gemm"].median, alu_rate)
+            self._alu_work, self.alu_source = work, "probe"
 
 
 def _fastest(work: Work, device: str, seconds: float) -> float:
@@ -167,8 +214,7 @@ def cache_bytes(device: str) -> int:
     """Size of the largest cache in front of the device's memory; 64 MiB where the system does not tell."""
     if torch.device(device).type == "cuda":
         return int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 64 << 20))
-    found = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
-    return max((int(path.read_text().strip().removesuffix("K")) << 10 for path in found), default=64 << 20)
+    return max((size for size, _ in bench_roof.cache_levels().values()), default=64 << 20)
 
 
 # ---- timing --------------------------------------------------------------------------------------------------------
@@ -438,8 +484,4 @@ def device_name(device: str) -> str:
     """The name that rows carry: the GPU's, or the processor's with the instruction set that torch uses."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    model = platform.processor() or platform.machine()
-    if (info := Path("/proc/cpuinfo")).exists():
-        names = (line.partition(":")[2] for line in info.read_text().splitlines() if line.startswith("model name"))
-        model = next(names, model).replace("(R)", "").strip()
-    return f"{model} {torch.backends.cpu.get_cpu_capability()}"
+    return f"{bench_roof.processor_name()} {torch.backends.cpu.get_cpu_capability()}"

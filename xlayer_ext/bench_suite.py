@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 from xlayer_ext.bench import (
+    BEYOND,
     PASSES,
+    PROBE,
     Builder,
     LimitProbe,
     Row,
@@ -140,8 +142,18 @@ def measure(
     _forget_compiled()
     works, peaks = _prepare(case, [*impls, *case.peers], device, memory, check, note)
     smaller, parts = _smaller_eager(case, device) if works and "eager" in set(impls) - works.keys() else ({}, 1)
-    times = compare(works | smaller | probe.works, device=device, seconds=seconds) if works else {}
+    probes = probe.works(footprint(case)) if works else {}
+    times = compare(works | smaller | probes, device=device, seconds=seconds) if works else {}
     return list(_rows(case, times, peaks, probe, label or device_name(device), provenance(), parts))
+
+
+def footprint(case: Case) -> int:
+    """Bytes that a call touches at least: `case.bytes`, of which a forward with its backward reads some twice.
+
+    With inputs i and outputs o the forward moves i + o and the backward 2·i + o: all inputs, the outputs' gradients,
+    and a gradient for each input. Together these are 2·(i + o) of 3·i + 2·o bytes, at least two thirds.
+    """
+    return case.bytes * 2 // 3 if case.pass_ == "fwd+bwd" else case.bytes
 
 
 def _prepare(
@@ -209,8 +221,7 @@ def _rows(
         return
     limits = probe.limits(times)
     least = (case.bytes, case.flops)
-    facts: dict[str, Any] = {"bound": limits.bound(*least, case.alu)}
-    facts |= {"copy_rate": limits.copy_rate, "gemm_rate": limits.gemm_rate, "best_gemm_rate": probe.best_gemm_rate}
+    facts: dict[str, Any] = {"bound": limits.bound(*least, case.alu), **limits.facts}
     if probe.alu_source:
         facts |= {"alu": case.alu, "alu_rate": limits.alu_rate, "alu_rate_source": probe.alu_source}
     eager = times["eager"].median if "eager" in times else None
@@ -218,7 +229,7 @@ def _rows(
         eager = parts * times[_SMALLER].median
         facts["eager_parts"] = parts
     for impl, timing in times.items():
-        if impl in probe.works or impl == _SMALLER:
+        if impl.startswith(PROBE) or impl == _SMALLER:
             continue
         extra = {"spread": timing.spread, **facts, **case.facts, **origin}
         if case.tokens:
@@ -226,6 +237,8 @@ def _rows(
         if eager:
             extra["speedup_over_eager"] = eager / timing.median
         fraction = limits.fraction(*least, timing.median, case.alu)
+        if "machine" in facts:  # a CPU, whose limit is one
+            extra["beyond_limit"] = fraction > BEYOND
         what = (case.family, case.op, case.name, case.pass_, case.dtype, device, impl)
         ms = (timing.median * 1e3, timing.minimum * 1e3)
         yield Row(*what, *ms, case.bytes, case.flops, peaks.get(impl), fraction, extra)
@@ -279,9 +292,25 @@ def main(
     quick = {"seconds": 0.1, "limit_seconds": 0.02, "buffer_bytes": 32 << 20}
     amount: dict[str, Any] = quick if options.quick else {"seconds": options.seconds}
     amount |= {"memory": not options.no_memory, "check": check, "out": options.out, "label": options.label}
-    rows = run(chosen, impls, device=options.device, **amount)
+    try:
+        rows = run(chosen, impls, device=options.device, **amount)
+    except Unavailable as reason:  # no limits
+        parser.error(str(reason))
     print("\n".join(row.to_json() for row in rows) if options.json else (table or format_table)(rows))
-    return 0
+    wrong = beyond(rows)
+    for row in wrong:
+        print(f"error: {said_beyond(row)}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def beyond(rows: Sequence[Row]) -> list[Row]:
+    """Rows that are faster than the machine's limit allows: what they, or the limit, count is wrong."""
+    return [row for row in rows if row.extra.get("beyond_limit")]
+
+
+def said_beyond(row: Row) -> str:
+    what = f"{row.op} {row.case} {row.pass_} {row.dtype} {row.impl}"
+    return f"{what}: {row.fraction_of_limit:.2f} of the limit, which nothing can exceed: the benchmark is wrong"
 
 
 def _chosen(parser: argparse.ArgumentParser, options: argparse.Namespace, cases: list[Case]) -> list[Case]:
@@ -327,15 +356,36 @@ def format_table(rows: Sequence[Row]) -> str:
         lines.append(
             f"{row.case:<14}{row.pass_:<9}{row.dtype:<10}{row.impl:<{wide}}{row.ms_median:>10.3f}{row.ms_min:>10.3f}"
             f"{row.extra['spread']:>8.2f}{peak:>10}{speedup:>9}{row.fraction_of_limit:>10.3f} {bound}"
+            f"{' BEYOND THE LIMIT' if row.extra.get('beyond_limit') else ''}"
         )
     if rows:
-        extra = rows[-1].extra
-        rates: dict[str, list[float]] = {}
-        for row in rows:
-            rates.setdefault(row.dtype, []).append(row.extra["gemm_rate"] / 1e9)
-        gemm = ", ".join(f"{name} {min(found):.0f} to {max(found):.0f} GFLOP/s" for name, found in rates.items())
-        limits = f"copy {extra['copy_rate'] / 1e9:.1f} GB/s, GEMM {gemm}"
-        if "alu_rate" in extra:
-            limits += f", float32 {extra['alu_rate'] / 1e12:.1f} T operations/s ({extra['alu_rate_source']})"
-        lines.insert(0, f"{rows[-1].device}, {extra['threads']} threads; {limits}")
+        lines.insert(0, f"{rows[-1].device}, {rows[-1].extra['threads']} threads; {format_limits(rows)}")
     return "\n".join(lines)
+
+
+def format_limits(rows: Sequence[Row]) -> str:
+    """The rates of the limits in some rows of one device, and torch's beside them."""
+
+    def span(key: str, unit: float, name: str, rows: Sequence[Row] = rows) -> str:
+        found = sorted(row.extra[key] / unit for row in rows if key in row.extra)
+        ends = dict.fromkeys(f"{value:.3g}" for value in (found[0], found[-1])) if found else ["-"]
+        return f"{' to '.join(ends)} {name}"
+
+    cpu = "fma_rate" in rows[-1].extra
+    gemm, copy = ("torch_gemm_rate", "torch_copy_rate") if cpu else ("gemm_rate", "copy_rate")
+    dtypes: dict[str, list[Row]] = {}
+    for row in rows:
+        dtypes.setdefault(row.dtype, []).append(row)
+    gemms = ", ".join(f"{dtype} {span(gemm, 1e9, 'GFLOP/s', some)}" for dtype, some in dtypes.items())
+    rivals = f"copy {span(copy, 1e9, 'GB/s')}, GEMM {gemms}"
+    if cpu:
+        levels: dict[str, list[Row]] = {}
+        for row in rows:
+            levels.setdefault(row.extra["bytes_level"], []).append(row)
+        moved = ", ".join(f"{level} {span('byte_rate', 1e9, 'GB/s', some)}" for level, some in levels.items())
+        flops = ", ".join(f"{dtype} {span('fma_rate', 1e9, 'GFLOP/s', some)}" for dtype, some in dtypes.items())
+        return f"limits: {moved}, multiply-adds {flops}; torch: {rivals}"
+    if "alu_rate" in rows[-1].extra:
+        alu = rows[-1].extra
+        rivals += f", float32 {alu['alu_rate'] / 1e12:.1f} T operations/s ({alu['alu_rate_source']})"
+    return rivals

@@ -1,5 +1,5 @@
-// xlayer_ext._native: facts about the build and this machine. Knows no torch; what libxlayer knows, it is asked for
-// through the plain C functions of csrc/torch/facts.h, once torch has loaded it.
+// xlayer_ext._native: facts about the build and this machine, and what its processor can do at most. Knows no torch;
+// what libxlayer knows, it is asked for through the plain C functions of csrc/torch/facts.h, once torch has loaded it.
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -9,6 +9,8 @@
 #include <sstream>
 #include <string>
 #include <vector>
+
+#include "roof.h"
 
 namespace py = pybind11;
 
@@ -95,4 +97,23 @@ PYBIND11_MODULE(_native, m) {
         "registers (per thread), shared_bytes (with what its source says that a launch asks for), stack_bytes, "
         "spill_store_bytes, spill_load_bytes, occupancy (resident threads over the most possible; 0 if not known), and "
         "register_ceiling and occupancy_floor, which its source promises (0 if it does not).");
+
+    using xlayer::roof::Roof;
+    const auto without_gil = py::call_guard<py::gil_scoped_release>();
+    m.def("roof_isas", &xlayer::roof::supported_isas,
+          "Instruction sets of this processor that `Roof` knows, the widest first; libxlayer need not be loaded.");
+    py::class_<Roof>(m, "Roof", "Times what a processor can do at most, with one instruction set and some threads.")
+        .def(py::init<const std::string&, int>(), py::arg("isa"), py::arg("threads"))
+        .def_property_readonly("isa", &Roof::isa)
+        .def_property_readonly("threads", &Roof::threads)
+        .def("lanes", &Roof::lanes, py::arg("dtype"), "Numbers in one vector; dtype is float32 or float64.")
+        .def("flops_per_step", &Roof::flops_per_step, py::arg("dtype"),
+             "Operations of all threads in one step of `multiply_adds`, two for each multiply-add.")
+        .def("multiply_adds", &Roof::multiply_adds, py::arg("dtype"), py::arg("steps"), py::arg("additions"),
+             py::arg("blocks"), without_gil,
+             "Seconds of so many steps of independent multiply-adds, and of so many additions (a multiple of 64) that "
+             "need one another, one cycle each: a pair for each block, fewer where the machine is busy.")
+        .def("move", &Roof::move, py::arg("kind"), py::arg("footprint"), py::arg("blocks"), without_gil,
+             "Bytes read and written in a block, and the seconds of each; kind is copy, streaming copy, library copy, "
+             "read, write or streaming write. About `footprint` bytes are touched, and kept for the next call.");
 }
