@@ -147,8 +147,7 @@ def _hdim_extras(d: Draw, forward: Arguments) -> Arguments:
         "grad_context": d.float(d.B, d.Sq, d.H),
         "grad_row_entropy": d.maybe(d.wide(d.B, d.Sq)),
         "context": d.float(d.B, d.Sq, d.H),
-        "logsumexp": d.wide(d.B, d.Sq),
-        "row_entropy": d.wide(d.B, d.Sq),
+        "statistics": d.wide(d.B, d.Sq, 3),
     }
 
 
@@ -304,7 +303,7 @@ OPERATORS = {
         _hdim_formula,
         gradients=("query", "key", "value", "weight1", "bias1", "weight2"),
         upstream=(("grad_context", 0),),
-        kept=(("context", 0), ("logsumexp", 1), ("row_entropy", 2)),
+        kept=(("context", 0), ("statistics", 1)),
         extras=_hdim_extras,
         smooth=lambda given: given["gelu"],  # rounding chooses a side of relu's kink
     ),
