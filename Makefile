@@ -1,19 +1,23 @@
 # `make demo` trains and compares two models; `make test` checks everything. Both make .venv, install into it what
-# constraints.txt pins, build, and start from what is already there the next time.
+# constraints.txt pins, build, and start from what is already there the next time. Both end with the minutes of each part.
 #
 #   PYTHON       the Python to make .venv from (3.10 or newer)
 #   TORCH_INDEX  a package index to take torch from, for example PyTorch's own index of CPU builds, which spares a
 #                machine without a GPU the CUDA build: make demo TORCH_INDEX=URL
+#   SEEDS        how many fresh seeds `make soak` takes
 #   XLAYER_CUDA=0, XLAYER_CUDA_ARCHS, MAX_JOBS   see setup.py
 
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 TORCH_INDEX ?=
+SEEDS ?= 30
 PYTEST_ARGS ?=
 # A process per core; the tests of a file stay together, because they share what is slow to make.
 PARALLEL ?= -n auto --dist loadfile
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+PYTEST := $(BIN)/python -m pytest $(PARALLEL)
+TIMED := MAKE='$(MAKE)' tools/timed.sh
 INSTALLED := .venv/installed
 CPP := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/include/xlayer/*.h \
 	tests/emulator/*.h tests/emulator/*.cpp tests/emulator/faults/*.h tests/emulator/faults/*.cu)
@@ -22,42 +26,66 @@ OPERATOR_TESTS := $(addprefix tests/,test_aggregate.py test_aggregate_torch.py t
 	test_hdim_modules.py test_hdim_torch.py test_hyper.py test_hyper_modules.py test_hyper_torch.py test_quantize.py \
 	test_quantize_torch.py test_routing.py)
 
-.PHONY: demo test lint format build emulator results clean
+.PHONY: demo test soak nightly packages build quick-build emulator train-demo lint test-emulated test-cpu format results clean
 
-demo: build
-	$(BIN)/xlayer sweep xlrb --presets plain,H9 --seeds 0 --quick --out runs/demo-$$(date +%Y%m%d-%H%M%S)
+demo:
+	@$(TIMED) packages quick-build train-demo
 
-test: lint emulator
-	$(BIN)/python -m pytest $(PARALLEL) --device emulated $(OPERATOR_TESTS)
-	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
+test:
+	@$(TIMED) packages build emulator lint test-emulated test-cpu
 
-lint: build
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(CPP)
+# Looks for new faults: the tests that draw inputs, with fresh seeds.
+soak: build emulator
+	$(PYTEST) --seeds $(SEEDS) $(OPERATOR_TESTS)
+	$(PYTEST) --seeds $(SEEDS) --device emulated $(OPERATOR_TESTS)
 
-format: $(INSTALLED)
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CPP)
+# All that takes too long for every commit.
+nightly: test soak
 
-# Compiles what changed in csrc; the install below has configured the folder.
+packages: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install --constraint constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(PIP) install --constraint constraints.txt cmake ninja pybind11 setuptools wheel
+	XLAYER_NATIVE=0 $(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+# Compiles what changed in csrc, for the CPU, and for CUDA if nvcc is there.
 build: $(INSTALLED)
-	@$(BIN)/cmake --build build/native
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+
+# The same, but a first build on a machine without a GPU leaves out the CUDA kernels, which take minutes to compile.
+quick-build: $(INSTALLED)
+	@if [ -f build/native/build.ninja ]; then $(BIN)/cmake --build build/native; \
+	elif nvidia-smi -L >/dev/null 2>&1; then $(MAKE) --no-print-directory build; \
+	else XLAYER_CUDA=$${XLAYER_CUDA:-0} $(MAKE) --no-print-directory build; fi
 
 # Compiles the CUDA kernels as C++, with the emulator that the tests run them on (tests/emulator).
 emulator: build
 	@$(BIN)/cmake --build build/native --target emulator
 
-$(INSTALLED): pyproject.toml constraints.txt setup.py | $(BIN)/python
-	$(PIP) install --constraint constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
-	$(PIP) install --constraint constraints.txt cmake ninja pybind11 setuptools wheel
-	$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[dev]'
-	@touch $@
+train-demo: quick-build
+	$(BIN)/xlayer sweep xlrb --presets plain,H9 --seeds 0 --quick --out runs/demo-$$(date +%Y%m%d-%H%M%S)
 
-$(BIN)/python:
-	$(PYTHON) -m venv .venv
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+test-emulated: emulator
+	$(PYTEST) --device emulated $(OPERATOR_TESTS)
+
+test-cpu: emulator
+	$(PYTEST) $(PYTEST_ARGS)
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
 
 # Writes the README's numbers from benchmarks/results.
 results: $(INSTALLED)

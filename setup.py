@@ -1,7 +1,7 @@
 """Drives CMake, which alone knows what is built (CMakeLists.txt).
 
-XLAYER_CUDA=0 builds the CPU kernels only; XLAYER_CUDA_ARCHS names CUDA architectures in the form 80-real;90a-real;
-XLAYER_NVTX=1 marks kernel launches; MAX_JOBS bounds the parallel compilations.
+XLAYER_NATIVE=0 builds nothing; XLAYER_CUDA=0 builds the CPU kernels only; XLAYER_CUDA_ARCHS names CUDA architectures in
+the form 80-real;90a-real; XLAYER_NVTX=1 marks kernel launches; MAX_JOBS bounds the parallel compilations.
 """
 
 from __future__ import annotations
@@ -51,4 +51,5 @@ class CMakeBuild(build_ext):
         return {}
 
 
-setup(ext_modules=[Extension("xlayer_ext._native", sources=[])], cmdclass={"build_ext": CMakeBuild})
+native = os.environ.get("XLAYER_NATIVE") != "0"
+setup(ext_modules=[Extension("xlayer_ext._native", sources=[])] if native else [], cmdclass={"build_ext": CMakeBuild})

@@ -320,7 +320,10 @@ def test_examples_in_the_docstrings() -> None:
         (lambda: TapProjector(0, MODEL, D), "layers must be at least 1, got 0"),
         (lambda: TapProjector(L, MODEL, D, pooling="cls"), "pooling must be one of mean, first, last, attention; got"),
         (lambda: TapProjector(L, MODEL, D)(torch.ones(L, B, S, D)), r"taps must have shape \[5, B, S, 12\], got"),
-        (lambda: TapProjector(L, MODEL, D)(torch.ones(L, B, S, MODEL), torch.ones(B, S)), "mask must be bool"),
+        (
+            lambda: TapProjector(L, MODEL, D)(torch.ones(L, B, S, MODEL), torch.ones(B, 1).bool()),
+            "mask must have shape",
+        ),
         (lambda: EMAAggregator(L, 0), "d_side must be at least 1"),
         (lambda: EMAAggregator(L, D, expansion=0), "expansion must be at least 1"),
         (lambda: EMAAggregator(L, D, tree_checkpoint=6), "tree_checkpoint must be between 0 and layers = 5, got 6"),

@@ -17,6 +17,7 @@ from xlayer_ext import _library
 from xlayer_ext._backend import native_available
 
 PACKAGE = Path(xlayer_ext.__file__).parent
+ROOT = Path(__file__).parents[1]
 
 needs_library = pytest.mark.skipif(not _library.LOADED, reason=f"no native library: {_library.REASON}")
 
@@ -26,6 +27,15 @@ def test_the_suite_has_its_native_library() -> None:
     assert _library.LOADED, _library.REASON
     for op in ("hdim_attention", "hdim_attention_backward", "masked_mean", "masked_mean_backward"):
         assert native_available(op), op
+
+
+def test_the_suite_has_its_cuda_kernels() -> None:
+    """Tests of machine code skip where there is none; where it can be built, they must not."""
+    if shutil.which("nvcc") is None or os.environ.get("XLAYER_CUDA") == "0":
+        pytest.skip("no nvcc, or a build that leaves the CUDA kernels out")
+    from xlayer_ext import _native
+
+    assert _native.cuda_built(), "built without CUDA, though nvcc is there: make build"
 
 
 def run_python(code: str, path: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -64,6 +74,20 @@ def report(folder: Path) -> list[str]:
     file, *lines = result.stdout.splitlines()
     assert Path(file).is_relative_to(folder)
     return lines
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_cuda_kernels_are_added_to_a_build_without_them(tmp_path: Path) -> None:
+    """`make demo` leaves them out on a machine without a GPU; `make build` adds them in the same folder."""
+    tool = Path(sys.executable).with_name
+    configure = [str(tool("cmake")), "-S", str(ROOT), "-B", str(tmp_path), "-G", "Ninja"]
+    configure += [f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", f"-DPython_EXECUTABLE={sys.executable}"]
+    has_cuda = []
+    for switch in ("-DXLAYER_CUDA=0", "-UXLAYER_CUDA"):
+        subprocess.run([*configure, f"-DXLAYER_OUTPUT_DIR={tmp_path}/out", switch], check=True, capture_output=True)
+        has_cuda.append("xlayer_cuda.dir" in (tmp_path / "build.ninja").read_text())
+    assert has_cuda == [False, True]
 
 
 @needs_library

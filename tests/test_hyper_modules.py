@@ -404,16 +404,16 @@ def test_repr_tells_the_options() -> None:
 @pytest.mark.parametrize(
     ("make_it", "told"),
     [
-        (lambda: HyperConnection(0), "hidden_size and expansion_rate must be at least 1, got 0 and 4"),
-        (lambda: HyperConnection(D, 0), "hidden_size and expansion_rate must be at least 1"),
+        (lambda: HyperConnection(0), "hidden_size must be at least 1, got 0"),
+        (lambda: HyperConnection(D, 0), "expansion_rate must be at least 1, got 0"),
         (lambda: HyperConnection(D, norm="batch"), "norm must be one of layer, rms; got 'batch'"),
         (lambda: ManifoldHyperConnection(D, coefficients="x"), "coefficients must be one of paper, per_stream"),
         (lambda: ManifoldHyperConnection(D, iterations=0), "iterations must be at least 1"),
         (lambda: reduce_streams(torch.ones(2, 4, D), reduce="max"), "reduce must be one of sum, mean"),
         (lambda: reduce_streams(torch.ones(8, D), packed=True), "expansion_rate must be given"),
         (lambda: HyperConnection(D, packed=True)(torch.ones(7, 3, D)), r"streams must have shape \[\(b n\), ..., d\]"),
-        (lambda: HyperConnection(D, 4)(torch.ones(2, 3, D)), "for n = 3"),
-        (lambda: HyperConnection(D, 4)(torch.ones(2, 4, D + 1)), f"d = {D + 1}"),
+        (lambda: HyperConnection(D, 4)(torch.ones(2, 3, D)), r"streams must have shape \[..., 4, "),
+        (lambda: HyperConnection(D, 4)(torch.ones(2, 4, D + 1)), f"got .2, 4, {D + 1}"),
         (lambda: HyperConnection(D, 4, branch=lambda x: x[..., 1:])(torch.ones(2, 4, D)), "branch_output must have"),
     ],
 )

@@ -158,3 +158,94 @@ def test_autocast_changes_nothing(name: str) -> None:
         inside = loss(x)
     torch.testing.assert_close(inside, loss(x), rtol=1e-6, atol=1e-6)
     assert inside.dtype == torch.float32
+
+
+# ---- edges: nothing, not a number, numbers out of range --------------------------------------------------------------
+
+
+def empty_calls() -> dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]]:
+    """Each loss as a function of its floating-point tensors, and shapes in which nothing counts."""
+    ids = torch.zeros(0, 3, dtype=torch.int64)
+    return {
+        "lm": (lambda x: XF.language_modeling_loss(x, ids, first_k=1), [(0, 3, 4)]),
+        "lm-one-token": (lambda x: XF.language_modeling_loss(x, torch.zeros(2, 1, dtype=torch.int64)), [(2, 1, 4)]),
+        "lm-no-token": (lambda x: XF.language_modeling_loss(x, torch.zeros(2, 0, dtype=torch.int64)), [(2, 0, 4)]),
+        "anchor": (XF.cosine_anchor_loss, [(0, 2, 4), (0, 5, 4)]),
+        "info_nce": (XF.info_nce_loss, [(0, 2, 4)]),
+        "info_nce-positives": (XF.info_nce_loss, [(0, 2, 4), (0, 4)]),
+        "reconstruction": (XF.reconstruction_loss, [(0, 2, 4), (0, 5, 4)]),
+        "reconstruction-no-width": (XF.reconstruction_loss, [(3, 2, 0), (3, 5, 0)]),
+        "bag_of_words": (lambda x: XF.bag_of_words_loss(x, ids), [(0, 9)]),
+        "batch_diversity": (XF.batch_diversity_loss, [(0, 2, 4)]),
+        "batch_diversity-no-token": (XF.batch_diversity_loss, [(3, 0, 4)]),
+        "variance_diversity": (XF.variance_diversity_loss, [(0, 2, 4)]),
+        "variance_diversity-no-width": (XF.variance_diversity_loss, [(2, 0)]),
+    }
+
+
+@pytest.mark.parametrize("name", empty_calls())
+def test_a_batch_of_nothing_has_loss_0_and_gradient_0(name: str) -> None:
+    loss, shapes = empty_calls()[name]
+    given = [torch.ones(shape, dtype=torch.bfloat16).requires_grad_() for shape in shapes]
+    value = loss(*given)
+    assert value == 0 and value.shape == () and value.dtype == torch.float32
+    for x, grad in zip(given, torch.autograd.grad(value, given), strict=True):
+        assert grad.shape == x.shape and not grad.any()
+
+
+def test_the_mean_of_no_vectors_is_0() -> None:
+    soft, none = torch.ones(3, 2, 4, requires_grad=True), torch.ones(3, 0, 4, requires_grad=True)
+    assert XF.cosine_anchor_loss(soft, none) == 1 and XF.cosine_anchor_loss(none, soft) == 1
+    assert XF.cosine_anchor_loss(soft, soft, torch.zeros(3, 2, dtype=torch.bool)) == 1
+    assert XF.reconstruction_loss(soft, none) == 1
+    assert math.isclose(float(XF.info_nce_loss(none.detach())), math.log(3), rel_tol=1e-6)
+    for grad in torch.autograd.grad(XF.cosine_anchor_loss(soft, none), (soft, none)):
+        assert not grad.any()
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_not_finite_does_not_pass_for_a_loss(name: str, poison: float) -> None:
+    loss, x = calls(fresh_generator(), torch.float32)[name]
+    x[0, 0, 0] = poison
+    assert not loss(x).isfinite()
+
+
+def test_what_does_not_count_may_hold_anything() -> None:
+    generator = fresh_generator()
+    logits, labels = draw(generator, 2, 4, 5), torch.tensor([[IGNORED, 1, 2, IGNORED], [3, IGNORED, 0, IGNORED]])
+    value = XF.language_modeling_loss(logits, labels)
+    logits[:, 2:] = float("nan")  # predict labels that are ignored, or nothing
+    logits[1, 0] = float("inf")
+    assert torch.equal(XF.language_modeling_loss(logits, labels), value)
+    words, mask = draw(generator, 2, 6), torch.tensor([[True, True, False], [True, False, False]])
+    ids = torch.tensor([[1, 1, IGNORED], [0, 99, -1]])
+    expected = XF.bag_of_words_loss(words, ids.masked_fill(~mask, 0), mask)
+    assert torch.equal(XF.bag_of_words_loss(words, ids, mask), expected)
+
+
+def test_labels_are_looked_at_only_where_that_is_free() -> None:
+    """Compiled and exported graphs, fake tensors and vmap go around the check of values."""
+    logits, labels = torch.ones(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64)
+    compiled = torch.compile(XF.language_modeling_loss, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(logits, labels), XF.language_modeling_loss(logits, labels))
+    meta = XF.language_modeling_loss(logits.to("meta"), labels.to("meta"))
+    assert meta.is_meta and meta.shape == ()
+    with torch._subclasses.FakeTensorMode():
+        fake = XF.bag_of_words_loss(torch.ones(2, 4), torch.zeros(2, 3, dtype=torch.int64))
+    assert fake.shape == ()
+    each = torch.func.vmap(XF.language_modeling_loss)(logits.unsqueeze(1), labels.unsqueeze(1))
+    torch.testing.assert_close(each.mean(), XF.language_modeling_loss(logits, labels))
+
+
+def test_dtypes_may_differ() -> None:
+    generator = fresh_generator()
+    soft, anchor = draw(generator, 3, 2, 4, dtype=torch.bfloat16), draw(generator, 3, 5, 4)
+    for loss, other in (
+        (XF.cosine_anchor_loss, anchor),
+        (XF.reconstruction_loss, anchor),
+        (XF.info_nce_loss, anchor[:, 0]),
+    ):
+        value = loss(soft, other)
+        assert value.dtype == torch.float64
+        torch.testing.assert_close(value, loss(soft.double(), other))

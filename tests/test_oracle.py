@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from oracle import Draw, check_oracle_rule, draw, fresh_generator, hdim_case, without_kinks
+from oracle import POOLED, Draw, check_oracle_rule, draw, fresh_generator, hdim_case, without_kinks
 from xlayer_ext.reference.hdim import pair_features
 
 
@@ -30,16 +30,17 @@ def test_smaller_errors_pass_and_three_times_the_error_does_not(numbers: int) ->
         check_oracle_rule(maker(3.0, numbers), torch.float32, draws=6)
 
 
-def test_float64_gets_no_second_chance() -> None:
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.float64, 3), (torch.float32, 3 * POOLED)])
+def test_the_number_of_draws_is_fixed(dtype: torch.dtype, expected: int) -> None:
     calls = []
 
     def make() -> Draw:
         calls.append(1)
-        return maker(1.0, 5)()
+        return maker(3.0, 5)()
 
     with pytest.raises(AssertionError):
-        check_oracle_rule(make, torch.float64, draws=3)
-    assert len(calls) == 3
+        check_oracle_rule(make, dtype, draws=3)
+    assert len(calls) == expected
 
 
 def test_not_a_number_does_not_pass() -> None:

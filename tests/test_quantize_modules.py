@@ -375,12 +375,12 @@ def test_fsq_module(bound: str) -> None:
     ("call", "told"),
     [
         (lambda: VectorQuantizer(8, 4, metric="dot"), "metric must be one of euclidean, cosine"),
-        (lambda: VectorQuantizer(8, 0), "dim, codebook_size and codebooks must be at least 1"),
+        (lambda: VectorQuantizer(8, 0), "codebook_size must be at least 1, got 0"),
         (lambda: VectorQuantizer(8, 4, codebooks=3), "dim must be a multiple of codebooks, 3"),
         (lambda: VectorQuantizer(8, 4, decay=1.0), "decay must be between 0 and 1, got 1.0"),
         (lambda: VectorQuantizer(8, 4, ema=False, threshold_dead=1.0), "threshold_dead needs ema=True"),
         (lambda: VectorQuantizer(8, 4)(torch.ones(2, 7)), r"x must have shape \[..., 8\], got \[2, 7\]"),
-        (lambda: VectorQuantizer(8, 4)(torch.ones(2, 8), torch.ones(3).bool()), r"mask must be bool \[2\]"),
+        (lambda: VectorQuantizer(8, 4)(torch.ones(2, 8), torch.ones(3).bool()), r"mask must have shape \[2\]"),
         (lambda: FSQ([1]), "levels must be between 2"),
     ],
 )

@@ -6,8 +6,12 @@
 
 from __future__ import annotations
 
+import functools
+import re
 import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -53,6 +57,37 @@ def _try_load() -> str | None:
     return None
 
 
+# How torch, and libxlayer where torch keeps its message to itself, say that a device is full.
+_FULL = re.compile(r"(CUDA|HIP) out of memory|not enough memory for ")
+
+
+def _raising_out_of_memory(op: Callable[..., Any]) -> Callable[..., Any]:
+    """Raises `torch.OutOfMemoryError` where ``op`` raises its message as a plain `RuntimeError`."""
+
+    @functools.wraps(op)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return op(*args, **kwargs)
+        except RuntimeError as error:
+            if type(error) is RuntimeError and _FULL.match(str(error)):
+                raise torch.OutOfMemoryError(str(error)) from None
+            raise
+
+    return call
+
+
+def _translate_out_of_memory(packets: Iterable[Any]) -> None:
+    """Makes operators raise `torch.OutOfMemoryError`, which the stable ABI cannot: errors cross it as messages."""
+    for packet in packets:
+        for op in (packet, packet.default):
+            op._op = _raising_out_of_memory(op._op)
+
+
+def _operators() -> list[Any]:
+    names = torch._C._dispatch_get_all_op_names()
+    return [getattr(torch.ops.xlayer, name.split("::")[1]) for name in names if name.startswith("xlayer::")]
+
+
 def load() -> None:
     """Loads the operators if they are there and fit; otherwise warns once and leaves the reference backend in use."""
     global LOADED, REASON
@@ -60,6 +95,8 @@ def load() -> None:
         return
     REASON = _try_load()
     LOADED = REASON is None
+    if LOADED and (torch.version.cuda or torch.version.hip):  # the CPU's allocator raises RuntimeError, as elsewhere
+        _translate_out_of_memory(_operators())
     if not LOADED:
         warnings.warn(f"xlayer_ext uses its reference backend (plain PyTorch): {REASON}", RuntimeWarning, stacklevel=3)
 

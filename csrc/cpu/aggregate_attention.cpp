@@ -17,13 +17,13 @@ class Forward {
           to_query_(with_.width, inner_, scratch_),
           to_state_(inner_, with_.width, scratch_),
           tiles_(with_.tokens, most_tile(), with_.pool.threads) {
-        workers_ = scratch_.template take<T>(with_.pool.threads * worker_size());
+        workers_ = scratch_.take<T>(with_.pool.threads, worker_size());
     }
 
     static int64_t workspace(const DepthAttentionForward& args) {
         DepthAttentionForward sizes = args;
         sizes.workspace = nullptr;
-        return Forward(sizes).scratch_.bytes();
+        return Forward(sizes).scratch_.used;
     }
 
     void run() const {
@@ -74,7 +74,7 @@ class Forward {
     const DepthAttentionForward& args_;
     const DepthAttention& with_;
     int64_t inner_;
-    Scratch scratch_;
+    Arena scratch_;
     PackedWeight<T> to_query_, to_state_;
     TokenTiles tiles_;
     T* workers_;

@@ -22,17 +22,17 @@ class Backward {
           grad_query_weight_(with_.dtype, with_.tokens, with_.width, inner_, scratch_),
           grad_out_weight_(with_.dtype, with_.tokens, inner_, with_.width, scratch_),
           tiles_(with_.tokens, most_tile(), with_.pool.threads) {
-        zeros_ = scratch_.template take<T>(with_.width);
-        carry_ = scratch_.template take<T>(with_.tokens * state_row());
-        grad_query_ = scratch_.template take<T>(with_.tokens * inner_row());
-        ring_ = scratch_.template take<T>(is_own() ? 0 : with_.tokens * most_taps(with_) * 2 * inner_);
-        workers_ = scratch_.template take<T>(with_.pool.threads * worker_size());
+        zeros_ = scratch_.take<T>(with_.width);
+        carry_ = scratch_.take<T>(with_.tokens, state_row());
+        grad_query_ = scratch_.take<T>(with_.tokens, inner_row());
+        ring_ = scratch_.take<T>(is_own() ? 0 : with_.tokens, most_taps(with_), 2, inner_);
+        workers_ = scratch_.take<T>(with_.pool.threads, worker_size());
     }
 
     static int64_t workspace(const DepthAttentionBackward& args) {
         DepthAttentionBackward sizes = args;
         sizes.workspace = nullptr;
-        return Backward(sizes).scratch_.bytes();
+        return Backward(sizes).scratch_.used;
     }
 
     void run() const {
@@ -191,7 +191,7 @@ class Backward {
     const DepthAttentionBackward& args_;
     const DepthAttention& with_;
     int64_t inner_;
-    Scratch scratch_;
+    Arena scratch_;
     PackedWeight<T> to_query_, from_query_, from_state_;  // W_qᵀ, W_q, W_o
     WeightGradient<T> grad_query_weight_, grad_out_weight_;
     TokenTiles tiles_;

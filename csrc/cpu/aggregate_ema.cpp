@@ -94,7 +94,7 @@ class Forward {
 int64_t ema_scan_forward_workspace(const EmaScanForward& args) {
     const int64_t size =
         args.scan.dtype == DType::float64 ? Forward<double>(args).worker_size() : Forward<float>(args).worker_size();
-    return args.scan.pool.threads * size;
+    return product_of_sizes(args.scan.pool.threads, size);
 }
 
 void ema_scan_forward(const EmaScanForward& args) {

@@ -5,6 +5,7 @@
 
 #include "rows.h"
 #include "xlayer/aggregate.h"
+#include "xlayer/arena.h"
 
 namespace xlayer::cpu::XLAYER_ISA {
 

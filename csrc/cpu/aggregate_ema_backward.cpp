@@ -20,7 +20,10 @@ class Backward {
         chunks_ = ceil_div(args.scan.tokens, chunk_);
     }
 
-    int64_t workspace() const { return args_.scan.pool.threads * worker_size() + chunks_ * partial_size(); }
+    int64_t workspace() const {
+        return sum_of_sizes(product_of_sizes(args_.scan.pool.threads, worker_size()),
+                            product_of_sizes(chunks_, partial_size()));
+    }
 
     void run() const {
         const EmaScan& scan = args_.scan;

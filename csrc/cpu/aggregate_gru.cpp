@@ -41,15 +41,15 @@ class Forward {
           padded_(panels_ * lanes<T>),
           tiles_(gru_.tokens, most_tile(), gru_.pool.threads),
           scratch_(args.workspace) {
-        weights_ = scratch_.template take<T>(panels_ * panel_size());
-        biases_ = scratch_.template take<T>(panels_ * kBiases * lanes<T>);
-        workers_ = scratch_.template take<T>(gru_.pool.threads * worker_size());
+        weights_ = scratch_.take<T>(panels_, panel_size());
+        biases_ = scratch_.take<T>(panels_, kBiases, lanes<T>);
+        workers_ = scratch_.take<T>(gru_.pool.threads, worker_size());
     }
 
     static int64_t workspace(const DepthGruForward& args) {
         DepthGruForward sizes = args;
         sizes.workspace = nullptr;
-        return Forward(sizes).scratch_.bytes();
+        return Forward(sizes).scratch_.used;
     }
 
     void run() const {
@@ -168,7 +168,7 @@ class Forward {
     const DepthGru& gru_;
     int64_t panels_, padded_;
     TokenTiles tiles_;
-    Scratch scratch_;
+    Arena scratch_;
     T *weights_, *biases_, *workers_;
 };
 

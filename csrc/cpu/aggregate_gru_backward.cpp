@@ -25,16 +25,16 @@ class Backward {
           weight_h_(kGates * gru_.width, gru_.width, scratch_),
           grad_i_{gradient(gru_.input), gradient(gru_.input), gradient(gru_.input)},
           grad_h_{gradient(gru_.width), gradient(gru_.width), gradient(gru_.width)} {
-        zeros_ = scratch_.template take<T>(gru_.width);
-        carry_ = scratch_.template take<T>(gru_.tokens * padded_);
-        inner_ = scratch_.template take<T>(gru_.tokens * inner_size());
-        workers_ = scratch_.template take<T>(gru_.pool.threads * worker_size());
+        zeros_ = scratch_.take<T>(gru_.width);
+        carry_ = scratch_.take<T>(gru_.tokens, padded_);
+        inner_ = scratch_.take<T>(gru_.tokens, inner_size());
+        workers_ = scratch_.take<T>(gru_.pool.threads, worker_size());
     }
 
     static int64_t workspace(const DepthGruBackward& args) {
         DepthGruBackward sizes = args;
         sizes.workspace = nullptr;
-        return Backward(sizes).scratch_.bytes();
+        return Backward(sizes).scratch_.used;
     }
 
     void run() const {
@@ -153,7 +153,7 @@ class Backward {
     const DepthGru& gru_;
     int64_t padded_;
     TokenTiles tiles_;
-    Scratch scratch_;
+    Arena scratch_;
     PackedWeight<T> weight_i_, weight_h_;
     WeightGradient<T> grad_i_[kGates], grad_h_[kGates];
     T *zeros_, *carry_, *inner_, *workers_;

@@ -1,10 +1,11 @@
-// What the recurrent aggregators share: their scratch, tiles of tokens, weights packed once per call for products with
+// What the recurrent aggregators share: tiles of tokens, weights packed once per call for products with
 // rows of tokens, and sums over tokens of products of two rows, which are the weights' gradients.
 #pragma once
 
 #include "gemm.h"
 #include "rows.h"
 #include "xlayer/aggregate.h"
+#include "xlayer/arena.h"
 
 namespace xlayer::cpu::XLAYER_ISA {
 
@@ -14,23 +15,6 @@ constexpr int64_t kProductSlice = 256;
 #else
 constexpr int64_t kProductSlice = 16;
 #endif
-
-// Cuts the caller's scratch memory into aligned pieces; from null it tells their size.
-class Scratch {
-  public:
-    explicit Scratch(void* memory) : memory_(static_cast<char*>(memory)) {}
-    template <class T>
-    T* take(int64_t count) {
-        char* piece = memory_ == nullptr ? nullptr : memory_ + bytes_;
-        bytes_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
-        return reinterpret_cast<T*>(piece);
-    }
-    int64_t bytes() const { return bytes_; }
-
-  private:
-    char* memory_;
-    int64_t bytes_ = 0;
-};
 
 // Tokens cut into tiles of nearly equal size, a multiple of kUnit but for the last, as many as suit the threads. No
 // token's result depends on the cut: every tile of registers begins at a multiple of its rows.
@@ -94,11 +78,11 @@ XLAYER_INLINE void write_vector(DType dtype, Vec<T> value, void* data, int64_t o
 template <class T>
 class PackedWeight {
   public:
-    PackedWeight(int64_t depth, int64_t columns, Scratch& scratch)
+    PackedWeight(int64_t depth, int64_t columns, Arena& scratch)
         : depth_(depth),
           columns_(columns),
           panels_(ceil_div(columns, lanes<T>)),
-          data_(scratch.template take<T>(depth * padded())) {}
+          data_(scratch.take<T>(depth, padded())) {}
 
     int64_t padded() const { return panels_.vectors * lanes<T>; }  // columns of C
 
@@ -147,14 +131,14 @@ class WeightGradient {
     static constexpr int64_t kTokens = 128;  // of a slice
     static constexpr int64_t kGroup = 3;     // panels of a task, which meet a slice of x together
 
-    WeightGradient(DType dtype, int64_t tokens, int64_t depth, int64_t columns, Scratch& scratch)
+    WeightGradient(DType dtype, int64_t tokens, int64_t depth, int64_t columns, Arena& scratch)
         : dtype_(dtype),
           tokens_(tokens),
           depth_(depth),
           columns_(columns),
           panels_(ceil_div(columns, lanes<T>)),
-          total_(scratch.template take<T>(depth * padded())),
-          bias_(scratch.template take<double>(padded())) {}
+          total_(scratch.take<T>(depth, padded())),
+          bias_(scratch.take<double>(padded())) {}
 
     int64_t tasks() const { return ceil_div(panels_.count, kGroup); }
     // What a worker needs: sums, slices of ∂L/∂y and, for dtypes other than T, of x.

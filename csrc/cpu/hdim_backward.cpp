@@ -22,9 +22,9 @@ struct Partial {
     T *query_weight, *key_weight, *pair_weight, *bias1, *weight2;  // [M][Dp], [M][Dp], [M][Fp], [Mp], [Mp]
 
     void allocate(Arena& arena, const HdimSizes& s) {
-        query_weight = arena.take<T>(s.M * s.Dp);
-        key_weight = arena.take<T>(s.M * s.Dp);
-        pair_weight = arena.take<T>(s.M * s.Fp);
+        query_weight = arena.take<T>(s.M, s.Dp);
+        key_weight = arena.take<T>(s.M, s.Dp);
+        pair_weight = arena.take<T>(s.M, s.Fp);
         bias1 = arena.take<T>(s.Mp);
         weight2 = arena.take<T>(s.Mp);
     }
@@ -49,14 +49,14 @@ struct Worker {
         queries.allocate(arena, s);
         tile.allocate(arena, s, true, in.gelu);
         block.allocate(arena, s);
-        probability = arena.take<T>(in.queries * chunk);
+        probability = arena.take<T>(in.queries, chunk);
         grad_logit = arena.take<T>(kPairTile);
         grad_feature = arena.take<T>((kPairTile + 1) * s.Fp + 2 * lanes<T>);
-        grad_query_hidden = arena.take<T>(kQueryBlock * s.Mp);
-        grad_key_hidden = arena.take<T>(chunk * s.Mp);
-        grad_key = arena.take<T>(chunk * s.Dp);
+        grad_query_hidden = arena.take<T>(kQueryBlock, s.Mp);
+        grad_key_hidden = arena.take<T>(chunk, s.Mp);
+        grad_key = arena.take<T>(chunk, s.Dp);
         packed = arena.take<T>(packed_size<T>);
-        grad_value = arena.take<T>(chunk * kPanelColumns<T>);
+        grad_value = arena.take<T>(chunk, kPanelColumns<T>);
         position = arena.take<int32_t>(chunk);
     }
 };
@@ -81,21 +81,21 @@ struct Plan {
         chunks = ceil_div(in.keys, chunk);
         Arena arena{static_cast<char*>(args.workspace)}, one{nullptr}, two{nullptr};
         weights.allocate(arena, s);
-        query_back = arena.take<T>(s.M * s.Dp);
-        key_back = arena.take<T>(s.M * s.Dp);
-        pair_back = arena.take<T>(s.M * s.Fp);
+        query_back = arena.take<T>(s.M, s.Dp);
+        key_back = arena.take<T>(s.M, s.Dp);
+        pair_back = arena.take<T>(s.M, s.Fp);
         keys.allocate(arena, in, s);
         const bool copy = element_size(in.dtype) != sizeof(T);
-        const T* copied = arena.take<T>(copy ? in.batch * in.queries * in.value_dim : 0);
+        const T* copied = arena.take<T>(copy ? in.batch : 0, in.queries, in.value_dim);
         grad_context = copy ? copied : static_cast<const T*>(args.grad_context);
-        delta = arena.take<T>(in.batch * in.queries);
-        grad_query = arena.take<T>(in.batch * chunks * in.queries * s.Dp);
+        delta = arena.take<T>(in.batch, in.queries);
+        grad_query = arena.take<T>(in.batch, chunks, in.queries, s.Dp);
         Partial<T>{}.allocate(one, s);
         partial_bytes = one.used;
-        partials = arena.take<char>(partial_bytes * in.batch * chunks);
+        partials = arena.take<char>(partial_bytes, in.batch, chunks);
         Worker<T>{}.allocate(two, in, s, chunk);
         worker_bytes = two.used;
-        workers = arena.take<char>(worker_bytes * threads);
+        workers = arena.take<char>(worker_bytes, threads);
         bytes = arena.used;
     }
 

@@ -18,11 +18,11 @@ struct Worker {
     void allocate(Arena& arena, const HdimInputs& in, const HdimSizes& s) {
         queries.allocate(arena, s);
         tile.allocate(arena, s, false, false);
-        probability = arena.take<T>(kQueryBlock * in.keys);
+        probability = arena.take<T>(kQueryBlock, in.keys);
         row = arena.take<T>(round_up(in.keys, kPairTile));
         position = arena.take<int32_t>(in.keys);
         packed = arena.take<T>(packed_size<T>);
-        context = arena.take<T>(kQueryBlock * kPanelColumns<T>);
+        context = arena.take<T>(kQueryBlock, kPanelColumns<T>);
     }
 };
 
@@ -39,10 +39,10 @@ struct Plan {
         Arena arena{static_cast<char*>(workspace)}, one{nullptr};
         weights.allocate(arena, sizes);
         keys.allocate(arena, in, sizes);
-        finite = arena.take<bool>(in.pair_mask == nullptr ? 0 : in.batch * in.keys);
+        finite = arena.take<bool>(in.pair_mask == nullptr ? 0 : in.batch, in.keys);
         Worker<T>{}.allocate(one, in, sizes);
         worker_bytes = one.used;
-        workers = arena.take<char>(worker_bytes * threads);
+        workers = arena.take<char>(worker_bytes, threads);
         bytes = arena.used;
     }
 };
@@ -136,8 +136,8 @@ void forward_block(const HdimForward& args, const Plan<T>& plan, Worker<T>& w, i
                 if (finite[p]) continue;
                 const S* from = value + index[p] * in.value_stride[1] + column * in.value_stride[2];
                 for (int64_t r = 0; r < rows; ++r) {
-                    if (!in.pair_mask[b * in.pair_mask_stride[0] + (first + r) * in.pair_mask_stride[1] +
-                                      index[p] * in.pair_mask_stride[2]])
+                    if (in.pair_mask[b * in.pair_mask_stride[0] + (first + r) * in.pair_mask_stride[1] +
+                                     index[p] * in.pair_mask_stride[2]] == 0)
                         continue;
                     const T weight = w.probability[r * in.keys + p];
                     for (int64_t h = 0; h < count; ++h)

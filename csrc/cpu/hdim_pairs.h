@@ -9,6 +9,7 @@
 
 #include "element.h"
 #include "gemm.h"
+#include "xlayer/arena.h"
 #include "xlayer/hdim.h"
 
 namespace xlayer::cpu::XLAYER_ISA {
@@ -26,19 +27,6 @@ struct HdimSizes {
     }
 };
 
-// Cuts one allocation into 64-byte aligned arrays; with no memory behind it, only counts.
-struct Arena {
-    char* base;
-    int64_t used = 0;
-
-    template <class T>
-    XLAYER_INLINE T* take(int64_t count) {
-        T* array = reinterpret_cast<T*>(base + used);
-        used += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
-        return base == nullptr ? nullptr : array;
-    }
-};
-
 template <class T>
 XLAYER_INLINE void clear(T* array, int64_t count) {
     std::memset(static_cast<void*>(array), 0, count * sizeof(T));
@@ -50,9 +38,9 @@ struct HdimWeights {
     T *query, *key, *pair, *bias1, *weight2;
 
     XLAYER_INLINE void allocate(Arena& arena, const HdimSizes& s) {
-        query = arena.take<T>(s.D * s.Mp);
-        key = arena.take<T>(s.D * s.Mp);
-        pair = arena.take<T>(2 * s.D * s.Mp);
+        query = arena.take<T>(s.D, s.Mp);
+        key = arena.take<T>(s.D, s.Mp);
+        pair = arena.take<T>(2, s.D, s.Mp);
         bias1 = arena.take<T>(s.Mp);
         weight2 = arena.take<T>(s.Mp);
     }
@@ -88,20 +76,20 @@ struct HdimKeys {
     XLAYER_INLINE void allocate(Arena& arena, const HdimInputs& in, const HdimSizes& s) {
         capacity = in.keys;
         count = arena.take<int32_t>(in.batch);
-        index = arena.take<int32_t>(in.batch * in.keys);
-        packed = arena.take<T>(in.batch * in.keys * s.Dp);
-        hidden = arena.take<T>(in.batch * in.keys * s.Mp);
+        index = arena.take<int32_t>(in.batch, in.keys);
+        packed = arena.take<T>(in.batch, in.keys, s.Dp);
+        hidden = arena.take<T>(in.batch, in.keys, s.Mp);
     }
 
     // usable[j] = 1 if some query may use key j, else 0.
     static void mark_usable(const HdimInputs& in, int64_t b, int32_t* usable) {
         for (int64_t j = 0; j < in.keys; ++j) usable[j] = in.pair_mask == nullptr;
         for (int64_t i = 0; in.pair_mask != nullptr && i < in.queries; ++i) {
-            const bool* row = in.pair_mask + b * in.pair_mask_stride[0] + i * in.pair_mask_stride[1];
-            for (int64_t j = 0; j < in.keys; ++j) usable[j] |= row[j * in.pair_mask_stride[2]];
+            const uint8_t* row = in.pair_mask + b * in.pair_mask_stride[0] + i * in.pair_mask_stride[1];
+            for (int64_t j = 0; j < in.keys; ++j) usable[j] |= row[j * in.pair_mask_stride[2]] != 0;
         }
         for (int64_t j = 0; in.key_mask != nullptr && j < in.keys; ++j)
-            usable[j] &= in.key_mask[b * in.key_mask_stride[0] + j * in.key_mask_stride[1]];
+            usable[j] &= in.key_mask[b * in.key_mask_stride[0] + j * in.key_mask_stride[1]] != 0;
     }
 
     template <class S>
@@ -127,8 +115,8 @@ struct HdimQueries {
     T *packed, *hidden;  // [kQueryBlock][Dp], [kQueryBlock][Mp]
 
     XLAYER_INLINE void allocate(Arena& arena, const HdimSizes& s) {
-        packed = arena.take<T>(kQueryBlock * s.Dp);
-        hidden = arena.take<T>(kQueryBlock * s.Mp);
+        packed = arena.take<T>(kQueryBlock, s.Dp);
+        hidden = arena.take<T>(kQueryBlock, s.Mp);
     }
 
     template <class S>
@@ -151,10 +139,10 @@ XLAYER_INLINE int64_t allowed_pairs(const HdimInputs& in, const int32_t* index, 
         for (int64_t p = first; p < last; ++p) position[p - first] = static_cast<int32_t>(p);
         return last - first;
     }
-    const bool* row = in.pair_mask + b * in.pair_mask_stride[0] + i * in.pair_mask_stride[1];
+    const uint8_t* row = in.pair_mask + b * in.pair_mask_stride[0] + i * in.pair_mask_stride[1];
     int64_t n = 0;
     for (int64_t p = first; p < last; ++p)
-        if (row[index[p] * in.pair_mask_stride[2]]) position[n++] = static_cast<int32_t>(p);
+        if (row[index[p] * in.pair_mask_stride[2]] != 0) position[n++] = static_cast<int32_t>(p);
     return n;
 }
 
@@ -177,11 +165,11 @@ struct HdimTile {
 
     XLAYER_INLINE void allocate(Arena& arena, const HdimSizes& s, bool keep, bool keep_slope) {
         features = arena.take<T>((kPairTile + 1) * s.Fp + 2 * lanes<T>);
-        partial = arena.take<T>(kPairTile * lanes<T>);
+        partial = arena.take<T>(kPairTile, lanes<T>);
         logit = arena.take<T>(kPairTile);
         position = arena.take<int32_t>(kPairTile);
-        value = keep ? arena.take<T>(kPairTile * s.Mp) : nullptr;
-        slope = keep && keep_slope ? arena.take<T>(kPairTile * s.Mp) : nullptr;
+        value = keep ? arena.take<T>(kPairTile, s.Mp) : nullptr;
+        slope = keep && keep_slope ? arena.take<T>(kPairTile, s.Mp) : nullptr;
     }
 
     // Call once before the first tile: columns that no row writes stay zero.

@@ -7,6 +7,7 @@
 // sizes alone, then over the runs in order: the bits do not depend on the threads.
 #include "hyper_coefficients.h"
 #include "hyper_gradients.h"
+#include "xlayer/arena.h"
 
 namespace xlayer::cpu::XLAYER_ISA {
 namespace {
@@ -495,8 +496,10 @@ void backward(const HyperBackward& args) {
 template <class T>
 int64_t backward_workspace(const HyperBackward& args) {
     const Runs<T> runs(args);
-    return args.pool.threads * worker_size<T>(args) + runs.count * run_size<T>(runs) +
-           runs.weights * static_cast<int64_t>(sizeof(T));
+    const int64_t workers = product_of_sizes(args.pool.threads, worker_size<T>(args));
+    const int64_t sums = product_of_sizes(runs.count, run_size<T>(runs)),
+                  weight = product_of_sizes(runs.weights, sizeof(T));
+    return sum_of_sizes(workers, sum_of_sizes(sums, weight));
 }
 
 }  // namespace

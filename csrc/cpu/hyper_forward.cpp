@@ -2,6 +2,7 @@
 // n (+1); 2n+2 for the boundary. A token's rows stay in the caches between the steps: mix, norm and products, x. Tokens
 // do not depend on each other, so neither do the bits on how they fall on threads.
 #include "hyper_coefficients.h"
+#include "xlayer/arena.h"
 
 namespace xlayer::cpu::XLAYER_ISA {
 namespace {
@@ -245,7 +246,7 @@ void forward(const HyperForward& args) {
 
 int64_t hyper_forward_workspace(const HyperForward& args) {
     const int64_t worker = args.size.dtype == DType::float64 ? worker_size<double>(args) : worker_size<float>(args);
-    return args.pool.threads * worker;
+    return product_of_sizes(args.pool.threads, worker);
 }
 
 void hyper_forward(const HyperForward& args) {

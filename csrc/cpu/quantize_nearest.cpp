@@ -5,6 +5,7 @@
 // they stand, and the first of them wins, whatever the split into tiles and tasks.
 #include "gemm.h"
 #include "rows.h"
+#include "xlayer/arena.h"
 #include "xlayer/quantize.h"
 
 namespace xlayer::cpu::XLAYER_ISA {
@@ -48,20 +49,17 @@ template <class T>
 class Nearest {
   public:
     explicit Nearest(const VqNearest& args) : args_(args), cut_(args) {
-        char* memory = static_cast<char*>(args.workspace);
-        auto take = [&](int64_t bytes) {
-            char* from = memory;
-            memory += round_up(bytes, 64);
-            return from;
-        };
-        terms_ = reinterpret_cast<T*>(take(args.books * args.codes * sizeof(T)));
-        partial_ = reinterpret_cast<Best<T>*>(take(partial_size() * sizeof(Best<T>)));
-        workers_ = take(0);
+        Arena arena(args.workspace);
+        terms_ = arena.take<T>(args.books, args.codes);
+        partial_ = arena.take<Best<T>>(args.books, cut_.blocks, cut_.spans, cut_.panels);
+        workers_ = arena.take<char>(args.pool.threads, worker_size());
+        bytes_ = arena.used;
     }
 
     static int64_t workspace(const VqNearest& args) {
-        const Nearest layout(args);
-        return layout.workers_ - static_cast<char*>(args.workspace) + args.pool.threads * layout.worker_size();
+        VqNearest sizes = args;
+        sizes.workspace = nullptr;
+        return Nearest(sizes).bytes_;
     }
 
     void run() const {
@@ -76,7 +74,6 @@ class Nearest {
     }
 
   private:
-    int64_t partial_size() const { return args_.books * cut_.blocks * cut_.spans * cut_.panels; }
     int64_t row_size() const { return round_up(args_.width, lanes<T>); }
     // A worker's scratch: a block of packed rows; a strip of codes, and two rows, for dtypes other than T.
     int64_t worker_size() const {
@@ -238,6 +235,7 @@ class Nearest {
     T* terms_;
     Best<T>* partial_;
     char* workers_;
+    int64_t bytes_;
 };
 
 }  // namespace

@@ -1,6 +1,7 @@
 // CPU kernel of vq_statistics (xlayer/quantize.h): rows are sorted by their code, each code's keeping their order, and
 // then every code adds its own, by halves. Reads x once, N·D elements, and writes K·D.
 #include "rows.h"
+#include "xlayer/arena.h"
 #include "xlayer/quantize.h"
 
 namespace xlayer::cpu::XLAYER_ISA {
@@ -17,14 +18,17 @@ class Statistics {
   public:
     explicit Statistics(const VqStatistics& args) : args_(args) {
         sorters_ = greater<int64_t>(1, lesser(lesser(args.pool.threads, kMostSorters), args.rows / kSortedRows));
-        first_ = static_cast<int64_t*>(args.workspace);
-        row_ = first_ + args.books * sorters_ * (args.codes + 1);
-        end_ = row_ + args.books * args.rows;
+        Arena arena(args.workspace);
+        first_ = arena.take<int64_t>(args.books, sorters_, args.codes + 1);
+        code_ = arena.take<int64_t>(args.books, args.rows);
+        row_ = arena.take<int64_t>(args.books, args.rows);
+        bytes_ = arena.used;
     }
 
     static int64_t workspace(const VqStatistics& args) {
-        const Statistics layout(args);
-        return reinterpret_cast<char*>(layout.end_) - static_cast<char*>(args.workspace);
+        VqStatistics sizes = args;
+        sizes.workspace = nullptr;
+        return Statistics(sizes).bytes_;
     }
 
     void run() const {
@@ -47,16 +51,19 @@ class Statistics {
     int64_t* places_of(int64_t book, int64_t sorter) const {
         return first_ + (book * sorters_ + sorter) * (args_.codes + 1);
     }
-    // A row's code, or `codes` for one that counts nowhere.
+    // A row's code, or `codes` for one that counts nowhere. Read once per call: another thread may write to the
+    // indices meanwhile, and what was counted is what must be placed.
     int64_t code_of(int64_t book, int64_t n) const {
-        const int64_t code = args_.indices[book * args_.index_book_stride + n * args_.index_row_stride];
+        const int64_t* from = args_.indices + book * args_.index_book_stride + n * args_.index_row_stride;
+        const int64_t code = __atomic_load_n(from, __ATOMIC_RELAXED);
         return code < 0 || code > args_.codes ? args_.codes : code;
     }
 
     void count(int64_t book, int64_t sorter) const {
         int64_t* places = places_of(book, sorter);
+        int64_t* codes = code_ + book * args_.rows;
         std::memset(places, 0, (args_.codes + 1) * sizeof(int64_t));
-        for (int64_t n = begin_of(sorter); n < begin_of(sorter + 1); ++n) ++places[code_of(book, n)];
+        for (int64_t n = begin_of(sorter); n < begin_of(sorter + 1); ++n) ++places[codes[n] = code_of(book, n)];
     }
 
     void find_places(int64_t book) const {
@@ -73,8 +80,9 @@ class Statistics {
 
     void place(int64_t book, int64_t sorter) const {
         int64_t* places = places_of(book, sorter);
+        const int64_t* codes = code_ + book * args_.rows;
         int64_t* rows = row_ + book * args_.rows;
-        for (int64_t n = begin_of(sorter); n < begin_of(sorter + 1); ++n) rows[places[code_of(book, n)]++] = n;
+        for (int64_t n = begin_of(sorter); n < begin_of(sorter + 1); ++n) rows[places[codes[n]]++] = n;
     }
 
     void finish(int64_t book, int64_t k, int64_t slice) const {
@@ -108,8 +116,8 @@ class Statistics {
     }
 
     const VqStatistics& args_;
-    int64_t sorters_;
-    int64_t *first_, *row_, *end_;
+    int64_t sorters_, bytes_;
+    int64_t *first_, *code_, *row_;
 };
 
 }  // namespace

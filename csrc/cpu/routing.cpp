@@ -18,7 +18,7 @@ template <class T>
 using Accumulator = typename Accumulation<T>::Type;
 
 bool allowed(const TokenMask& mask, int64_t b, int64_t s) {
-    return mask.data == nullptr || mask.data[b * mask.batch_stride + s * mask.token_stride];
+    return mask.data == nullptr || mask.data[b * mask.batch_stride + s * mask.token_stride] != 0;
 }
 
 int64_t count_allowed(const TokenMask& mask, int64_t b, int64_t tokens) {

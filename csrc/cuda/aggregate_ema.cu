@@ -209,7 +209,7 @@ void scan(Forward call, void* stream) {
 int64_t ema_scan_forward_workspace(const EmaScanForward& args) {
     const EmaScan& s = args.scan;
     if (!s.normalize || s.width <= kMostTeamWidth) return 0;
-    return s.layers * s.tokens * kStatistics * (s.dtype == DType::float64 ? 8 : 4);
+    return product_of_sizes(s.layers, s.tokens, kStatistics, s.dtype == DType::float64 ? 8 : 4);
 }
 
 void ema_scan_forward(const EmaScanForward& args, void* stream) {

@@ -218,8 +218,8 @@ EmaBackward plan(const EmaScanBackward& args, Arena& arena) {
             with.runs = at_most(ceil_div(kEnoughBlocks, tiles), s.tokens);
             with.run_tokens = ceil_div(s.tokens, with.runs);
             with.runs = ceil_div(s.tokens, with.run_tokens);
-            with.statistics = arena.take<A>(s.layers * s.tokens * kStatistics);
-            with.row_means = arena.take<A>(s.layers * s.tokens * 2);
+            with.statistics = arena.take<A>(s.layers, s.tokens, kStatistics);
+            with.row_means = arena.take<A>(s.layers, s.tokens, 2);
         }
         with.blocks = at_most(tiles * with.runs, kEnoughBlocks);
         with.shared_bytes = round_up((kWarps + 2) * s.layers + 1, 16) * sizeof(A);
@@ -227,12 +227,12 @@ EmaBackward plan(const EmaScanBackward& args, Arena& arena) {
         if (static_cast<int64_t>(with.shared_bytes) + adjoints <= most_shared("ema_scan_backward")) {
             with.shared_bytes += adjoints;
         } else {
-            with.adjoints = arena.take<char>(with.blocks * adjoints);
+            with.adjoints = arena.take<char>(with.blocks, adjoints);
             if (arena.base == nullptr) with.adjoints = nullptr;
         }
     }
-    with.gate_partials = arena.take<A>(with.blocks * s.layers);
-    if (s.normalize) with.norm_partials = arena.take<A>(with.runs * 2 * s.width);
+    with.gate_partials = arena.take<A>(with.blocks, s.layers);
+    if (s.normalize) with.norm_partials = arena.take<A>(with.runs, 2, s.width);
     return with;
 }
 

@@ -114,7 +114,7 @@ void aggregate::finish_columns(const ColumnSums& args, void* stream) {
 
 int64_t sum_columns_workspace(const SumColumns& args) {
     const int64_t runs = ceil_div(args.rows, run_of(args.rows, args.columns));
-    return runs * args.columns * (args.dtype == DType::float64 ? 8 : 4);
+    return product_of_sizes(runs, args.columns, args.dtype == DType::float64 ? 8 : 4);
 }
 
 void sum_columns(const SumColumns& args, void* stream) {

@@ -23,13 +23,13 @@ GradPlan make_plan(const PairSizes& s) {
 template <class T>
 GradPartials<T> take_partials(Arena& arena, const PairSizes& s, const GradPlan& plan) {
     using A = Accumulator<T>;
-    const int64_t width = 8 * s.groups, parts = s.batch * plan.weight_chunks * plan.weight_slices;
+    const int64_t width = 8 * s.groups, chunks = plan.weight_chunks, slices = plan.weight_slices;
     GradPartials<T> to;
-    to.query_of_pairs = arena.take<A>(s.batch * plan.keys.tiles * s.queries * width);
-    to.query_of_weights = arena.take<A>(s.batch * plan.weight_chunks * plan.weight_tiles * s.queries * width);
-    to.key = arena.take<A>(s.batch * plan.keys.slices * s.keys * width);
-    to.weight = arena.take<A>(parts * s.hidden * 4 * width);
-    to.hidden = arena.take<A>(parts * s.hidden * 2);
+    to.query_of_pairs = arena.take<A>(s.batch, plan.keys.tiles, s.queries, width);
+    to.query_of_weights = arena.take<A>(s.batch, chunks, plan.weight_tiles, s.queries, width);
+    to.key = arena.take<A>(s.batch, plan.keys.slices, s.keys, width);
+    to.weight = arena.take<A>(s.batch, chunks, slices, s.hidden, 4, width);
+    to.hidden = arena.take<A>(s.batch, chunks, slices, s.hidden, 2);
     return to;
 }
 

@@ -44,13 +44,13 @@ __device__ __forceinline__ A not_a_number() {
     return infinity<A>() - infinity<A>();
 }
 
-// A boolean mask [B,S], true: may be used.
+// A mask [B,S], any byte but 0: may be used.
 struct TokenFlags {
-    const bool* data;  // null: all
+    const uint8_t* data;  // null: all
     int64_t stride[2];
 
     __device__ __forceinline__ bool allows(int64_t b, int64_t s) const {
-        return data == nullptr || data[b * stride[0] + s * stride[1]];
+        return data == nullptr || data[b * stride[0] + s * stride[1]] != 0;
     }
 };
 
@@ -95,15 +95,15 @@ template <class T>
 Packed<T> take_packed(Arena& arena, const PairSizes& s) {
     using A = Accumulator<T>;
     Packed<T> p;
-    p.query = arena.take<T>(s.batch * s.queries * 8 * s.groups);
-    p.key = arena.take<T>(s.batch * s.keys * 8 * s.groups);
-    p.weight = arena.take<T>(s.hidden * kWeightBlocks * 8 * s.groups);
-    p.query_weight = arena.take<A>(8 * s.groups * s.hidden);
+    p.query = arena.take<T>(s.batch, s.queries, 8, s.groups);
+    p.key = arena.take<T>(s.batch, s.keys, 8, s.groups);
+    p.weight = arena.take<T>(s.hidden, kWeightBlocks, 8, s.groups);
+    p.query_weight = arena.take<A>(8, s.groups, s.hidden);
     p.bias1 = arena.take<A>(s.hidden);
     p.weight2 = arena.take<A>(s.hidden);
-    p.query_hidden = arena.take<A>(s.batch * s.queries * s.hidden);
-    p.query_bias = arena.take<A>(s.batch * s.queries);
-    p.key_bias = arena.take<A>(s.batch * s.keys);
+    p.query_hidden = arena.take<A>(s.batch, s.queries, s.hidden);
+    p.query_bias = arena.take<A>(s.batch, s.queries);
+    p.key_bias = arena.take<A>(s.batch, s.keys);
     return p;
 }
 

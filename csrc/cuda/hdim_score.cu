@@ -19,7 +19,7 @@ template <class T>
 struct Score {
     Packed<T> packed;
     PairSizes sizes;
-    const bool* pair_mask;
+    const uint8_t* pair_mask;
     int64_t pair_mask_stride[3];
     Accumulator<T>* logits;
     Walk walk;
@@ -37,7 +37,7 @@ __device__ __forceinline__ void write(const Score<T>& args, int64_t b, int64_t i
         const int64_t* const stride = args.pair_mask_stride;
         const bool allowed =
             key_bias != -infinity<A>() &&
-            (args.pair_mask == nullptr || args.pair_mask[b * stride[0] + i * stride[1] + j * stride[2]]);
+            (args.pair_mask == nullptr || args.pair_mask[b * stride[0] + i * stride[1] + j * stride[2]] != 0);
         sum += key_bias + args.packed.query_bias[row];
         sum = !allowed ? -infinity<A>() : sum == -infinity<A>() ? lowest<A>() : sum;
     }

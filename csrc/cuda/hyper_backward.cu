@@ -13,22 +13,6 @@ constexpr int64_t kMostRunsOfAll = 32;   // of rms_all's weight, which is large
 
 int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Hands out the workspace in pieces.
-class Pieces {
-  public:
-    explicit Pieces(void* begin) : begin_(static_cast<char*>(begin)) {}
-    void* take(int64_t bytes) {
-        void* const piece = begin_ + used_;
-        used_ += round_up(bytes, 64);
-        return piece;
-    }
-    int64_t used() const { return used_; }
-
-  private:
-    char* begin_;
-    int64_t used_ = 0;
-};
-
 template <class T, int N>
 void plan_runs(Backward& with) {
     using A = Accumulator<T>;
@@ -62,21 +46,21 @@ int64_t plan(const HyperBackward& args, Backward& with) {
         using T = decltype(element);
         with_streams(n, [&](auto streams) { plan_runs<T, decltype(streams)::value>(with); });
     });
-    Pieces pieces(args.workspace);
+    Arena arena(args.workspace);
     const int64_t element = size.dtype == DType::float64 ? 8 : 4;
     if (args.pre) {
-        with.dots = pieces.take(element * tokens * n);
-        with.records = pieces.take(element * tokens * record_size(n));
-        with.weight_sum = pieces.take(element * size.columns());
-        with.number_partials = pieces.take(8 * with.number_runs * 3 * with.numbers);
-        with.histories = pieces.take(with.histories_bytes);
+        with.dots = arena.take<char>(element, tokens, n);
+        with.records = arena.take<char>(element, tokens, record_size(n));
+        with.weight_sum = arena.take<char>(element, size.columns());
+        with.number_partials = arena.take<char>(8, with.number_runs, 3, with.numbers);
+        with.histories = arena.take<char>(with.histories_bytes);
     }
     if (with.post) {
-        const int64_t places = (args.post.shared ? with.runs : tokens) * with.tiles;
-        with.post_partials = pieces.take(element * places * n * (n + 1));
+        const int64_t places = args.post.shared ? with.runs : tokens;
+        with.post_partials = arena.take<char>(element, places, with.tiles, n, n + 1);
     }
-    if (with.dynamic) with.weight_partials = pieces.take(element * with.weight_runs * args.connection.weights(size));
-    return pieces.used();
+    if (with.dynamic) with.weight_partials = arena.take<char>(element, with.weight_runs, args.connection.weights(size));
+    return arena.used;
 }
 
 }  // namespace

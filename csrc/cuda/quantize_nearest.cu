@@ -157,9 +157,9 @@ struct Plan {
         shared = static_cast<size_t>(bytes > last ? bytes : last);
 
         Arena arena{static_cast<char*>(workspace)};
-        terms = arena.take<Terms<A>>(args.books * padded);
-        scores = arena.take<A>(splits * args.books * args.rows);
-        found = arena.take<int>(splits * args.books * args.rows);
+        terms = arena.take<Terms<A>>(args.books, padded);
+        scores = arena.take<A>(splits, args.books, args.rows);
+        found = arena.take<int>(splits, args.books, args.rows);
         bytes_ = arena.used;
     }
     int64_t bytes() const { return bytes_; }

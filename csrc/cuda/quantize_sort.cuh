@@ -1,8 +1,11 @@
 // The sort of vq_statistics (quantize_statistics.cu): numbers of rows by the codes that the rows fall to, stable, 8
 // bits in a pass. A pass counts the digits of every 1024 rows, adds the counts up, and scatters.
 //
-// Bound by memory: a pass reads 2·8 and writes 8 bytes a row (the first reads indices), and 1 KB per 1024 rows of
-// counts each way. Other operations: 8 votes a row for the digits, twice.
+// Indices are read once, by the first count, which leaves entries: whoever writes to them meanwhile cannot make a pass
+// place other rows than it counted.
+//
+// Bound by memory: a pass reads 3·8 and writes 8 bytes a row (the first 16), and 1 KB per 1024 rows of counts each way.
+// Other operations: 8 votes a row for the digits, twice.
 #pragma once
 
 #include "quantize.cuh"
@@ -26,15 +29,15 @@ struct Entry {
 struct Pass {
     int64_t books, rows, codes, chunks;
     int shift;               // of the digit of this pass
-    const int64_t* indices;  // the first pass reads these, and no entries
+    const int64_t* indices;  // the first count makes entries of these; null: it was done
     int64_t index_book_stride, index_row_stride;
-    const Entry* from;  // [books][rows]
+    Entry* from;  // [books][rows]
     Entry* to;
     uint32_t* counts;  // [books][kDigits][chunks]: first how many rows, then how many in the chunks before
     uint32_t* totals;  // [books][kDigits]
 
     __device__ __forceinline__ Entry entry(int64_t book, int64_t at) const {
-        if (indices == nullptr) return load<1>(from + book * rows + at).at[0];
+        if (indices == nullptr) return load<1>(static_cast<const Entry*>(from) + book * rows + at).at[0];
         const int64_t index = indices[book * index_book_stride + at * index_row_stride];
         const bool counted = index >= 0 && index < codes;
         return {static_cast<uint32_t>(counted ? index : codes), static_cast<uint32_t>(at)};
@@ -84,8 +87,10 @@ __global__ void __launch_bounds__(kThreads) vq_count_kernel(Pass args) {
         for (int warp = 0; warp < kWarps; ++warp) counts[warp * kDigits + thread] = 0;
         sync_block();
         uint32_t* const mine = counts + thread / kWarp * kDigits;
-        for_my_rows(args, book, chunk, [&](const Entry&, int digit, unsigned same, bool real) {
+        for_my_rows(args, book, chunk, [&](const Entry& entry, int digit, unsigned same, bool real) {
             if (real && is_first_of(same)) mine[digit] += count_ones(same);
+            if (real && args.indices != nullptr)
+                store(args.from + book * args.rows + entry.row, Vector<Entry, 1>{{entry}});
         });
         sync_block();
         uint32_t sum = 0;

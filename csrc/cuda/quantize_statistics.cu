@@ -206,11 +206,11 @@ struct Plan {
     explicit Plan(const VqStatistics& args)
         : chunks(ceil_div(args.rows, kChunkRows)), windows(ceil_div(args.rows, kPiece)) {
         Arena arena{static_cast<char*>(args.workspace)};
-        for (Entry*& some : entries) some = arena.take<Entry>(args.books * args.rows);
-        counts = arena.take<uint32_t>(args.books * kDigits * chunks);
-        totals = arena.take<uint32_t>(args.books * kDigits);
-        starts = arena.take<uint32_t>(args.books * (args.codes + 1));
-        pieces = arena.take<A>(args.books * windows * args.width);
+        for (Entry*& some : entries) some = arena.take<Entry>(args.books, args.rows);
+        counts = arena.take<uint32_t>(args.books, kDigits, chunks);
+        totals = arena.take<uint32_t>(args.books, kDigits);
+        starts = arena.take<uint32_t>(args.books, args.codes + 1);
+        pieces = arena.take<A>(args.books, windows, args.width);
         bytes = arena.used;
     }
 };
@@ -231,7 +231,7 @@ const Entry* sort(const VqStatistics& args, const Plan<A>& plan, void* stream) {
               args.indices,
               args.index_book_stride,
               args.index_row_stride,
-              nullptr,
+              plan.entries[1],
               plan.entries[0],
               plan.counts,
               plan.totals};
@@ -239,9 +239,9 @@ const Entry* sort(const VqStatistics& args, const Plan<A>& plan, void* stream) {
     for (; pass.shift == 0 || args.codes >> pass.shift != 0; pass.shift += kBits) {
         const int64_t blocks = blocks_of(args.books * plan.chunks, 1);
         launch("vq_count", vq_count_kernel, {blocks, kThreads, stream, shared}, pass);
+        pass.indices = nullptr;
         launch("vq_scan", vq_scan_kernel, {blocks_of(args.books * kDigits, 1), kThreads, stream, sums}, pass);
         launch("vq_scatter", vq_scatter_kernel, {blocks, kThreads, stream, shared + sums}, pass);
-        pass.indices = nullptr;
         pass.from = pass.to;
         pass.to = plan.entries[pass.from == plan.entries[0]];
     }

@@ -28,7 +28,7 @@ __device__ Tile tile_of(int64_t index, int64_t width) {
 }
 
 __device__ bool allowed(const TokenMask& mask, int64_t b, int64_t s, int64_t tokens) {
-    return s < tokens && (mask.data == nullptr || mask.data[b * mask.batch_stride + s * mask.token_stride]);
+    return s < tokens && (mask.data == nullptr || mask.data[b * mask.batch_stride + s * mask.token_stride] != 0);
 }
 
 // What the forward keeps in shared memory; the backward has the counts alone.

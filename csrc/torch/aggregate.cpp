@@ -36,6 +36,10 @@ Five ema_scan_backward(const Tensor& grad, const Tensor& x, const Tensor& gate_l
     const Tensor grads = given.checked_grad(grad);
     args.grad = given.grad_rows(grads);
     Five out = given.new_grads();
+    if (x.numel() == 0) {
+        given.write_empty_grads(out, grads);
+        return out;
+    }
     args.grad_x = std::get<0>(out).mutable_data_ptr();
     args.grad_gate_logits = std::get<1>(out).mutable_data_ptr();
     args.grad_initial = initial ? std::get<2>(out).mutable_data_ptr() : nullptr;
@@ -72,6 +76,11 @@ Six depth_gru_backward(const Tensor& grad, const Tensor& states, const Tensor& g
     const Tensor kept_states = given.checked_states(states), kept_gates = given.checked_gates(gates);
     args.states = kernel_input(kept_states, "states"), args.gates = kernel_input(kept_gates, "gates");
     Six out = given.new_grads();
+    if (states.numel() == 0) {
+        auto& [grad_x, grad_ih, grad_hh, grad_bias_ih, grad_bias_hh, grad_initial] = out;
+        zero_all({grad_x, grad_ih, grad_hh, grad_bias_ih, grad_bias_hh, grad_initial});
+        return out;
+    }
     args.grad_x = std::get<0>(out).mutable_data_ptr();
     args.grad_weight_ih = std::get<1>(out).mutable_data_ptr();
     args.grad_weight_hh = std::get<2>(out).mutable_data_ptr();
@@ -91,7 +100,8 @@ Two depth_attention(const Tensor& keys, const Tensor& values, const Tensor& weig
     Two out = given.new_states(keep);
     args.states = std::get<0>(out).mutable_data_ptr();
     args.attended = keep ? std::get<1>(out).mutable_data_ptr() : nullptr;
-    if (std::get<0>(out).numel() > 0) {
+    // States without a width attend too: to all taps alike.
+    if (std::get<0>(out).numel() > 0 || std::get<1>(out).numel() > 0) {
         run_cpu(keys, args, cpu::depth_attention_forward_workspace, cpu::depth_attention_forward);
     }
     return out;
@@ -109,6 +119,11 @@ Five depth_attention_backward(const Tensor& grad, const Tensor& states, const Te
     const Tensor kept_states = given.checked_states(states), kept_attended = given.checked_attended(attended);
     args.states = kernel_input(kept_states, "states"), args.attended = kernel_input(kept_attended, "attended");
     Five out = given.new_grads();
+    if (states.numel() == 0) {
+        auto& [grad_keys, grad_values, grad_weight_query, grad_weight_out, grad_initial] = out;
+        zero_all({grad_keys, grad_values, grad_weight_query, grad_weight_out, grad_initial});
+        return out;
+    }
     args.grad_keys = std::get<0>(out).mutable_data_ptr();
     args.grad_values = std::get<1>(out).mutable_data_ptr();
     args.grad_weight_query = std::get<2>(out).mutable_data_ptr();

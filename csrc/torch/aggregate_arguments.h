@@ -28,6 +28,10 @@ inline Tensor new_grad(const Tensor& like, const Optional& given, const char* na
     return allocate(like, shape, given->scalar_type(), name);
 }
 
+inline void zero_all(std::initializer_list<Tensor> tensors) {
+    for (Tensor tensor : tensors) torch::stable::zero_(tensor);
+}
+
 inline Tensor checked_like(const Tensor& tensor, const char* name, const Tensor& first, const char* first_name,
                            std::initializer_list<int64_t> shape) {
     check_shape(tensor, name, shape);
@@ -58,7 +62,7 @@ class EmaArguments {
         scan.x = layer_rows(x_, "x");
         scan.gate_logits = wide_vector(gate_logits, "gate_logits", scan.layers, &gates_);
         if (initial) {
-            start_ = torch::stable::contiguous(checked_like(*initial, "initial", x, "x", {scan.tokens, scan.width}));
+            start_ = as_contiguous(checked_like(*initial, "initial", x, "x", {scan.tokens, scan.width}));
             scan.initial = kernel_input(*start_, "initial");
         }
         if (norm_weight) scan.norm_weight = wide_vector(*norm_weight, "norm_weight", scan.width, &weight_);
@@ -90,13 +94,19 @@ class EmaArguments {
                 new_grad(given_x_, given_weight_, "grad_norm_weight"),
                 new_grad(given_x_, given_bias_, "grad_norm_bias")};
     }
+    // Where x has no elements: zeros, but the last state of no layers is `initial` itself.
+    void write_empty_grads(const Five& out, const Tensor& grad) const {
+        auto [x, gates, initial, weight, bias] = out;
+        zero_all({gates, initial, weight, bias});
+        if (given_initial_ && scan.last_only && scan.layers == 0) torch::stable::copy_(initial, grad);
+    }
 
   private:
     const void* wide_vector(const Tensor& vector, const char* name, int64_t size, Optional* kept) {
         check_shape(vector, name, {size});
         check_dtype(vector, name, scan.dtype == DType::float64 ? ScalarType::Double : ScalarType::Float);
         check_same_device(vector, name, given_x_, "x");
-        *kept = torch::stable::contiguous(vector);
+        *kept = as_contiguous(vector);
         return kernel_input(**kept, name);
     }
 
@@ -116,15 +126,13 @@ class GruArguments {
         check_shape(x, "x", {-1, -1, -1});
         gru.dtype = kernel_dtype(x, "x");
         gru.layers = x.size(0), gru.tokens = x.size(1), gru.input = x.size(2);
-        STD_TORCH_CHECK(weight_hh.dim() == 2, "weight_hh must have shape [3·d, d], got ", shape_string(weight_hh));
+        check_shape(weight_hh, "weight_hh", {-1, -1});  // [3·d, d]
         gru.width = weight_hh.size(1);
-        weight_hh_ =
-            torch::stable::contiguous(checked_like(weight_hh, "weight_hh", x, "x", {3 * gru.width, gru.width}));
-        weight_ih_ =
-            torch::stable::contiguous(checked_like(weight_ih, "weight_ih", x, "x", {3 * gru.width, gru.input}));
+        weight_hh_ = as_contiguous(checked_like(weight_hh, "weight_hh", x, "x", {3 * gru.width, gru.width}));
+        weight_ih_ = as_contiguous(checked_like(weight_ih, "weight_ih", x, "x", {3 * gru.width, gru.input}));
         gru.weight_ih = kernel_input(weight_ih_, "weight_ih"), gru.weight_hh = kernel_input(weight_hh_, "weight_hh");
         if (initial) {
-            start_ = torch::stable::contiguous(checked_like(*initial, "initial", x, "x", {gru.tokens, gru.width}));
+            start_ = as_contiguous(checked_like(*initial, "initial", x, "x", {gru.tokens, gru.width}));
             gru.initial = kernel_input(*start_, "initial");
         }
         x_ = unit_stride_last(x);
@@ -132,18 +140,16 @@ class GruArguments {
     }
 
     Tensor checked_bias(const Tensor& bias, const char* name) const {
-        return torch::stable::contiguous(checked_like(bias, name, given_x_, "x", {3 * gru.width}));
+        return as_contiguous(checked_like(bias, name, given_x_, "x", {3 * gru.width}));
     }
     Tensor checked_grad(const Tensor& grad) const {
         return unit_stride_last(checked_like(grad, "grad", given_x_, "x", {gru.layers, gru.tokens, gru.width}));
     }
     Tensor checked_states(const Tensor& states) const {
-        return torch::stable::contiguous(
-            checked_like(states, "states", given_x_, "x", {gru.layers, gru.tokens, gru.width}));
+        return as_contiguous(checked_like(states, "states", given_x_, "x", {gru.layers, gru.tokens, gru.width}));
     }
     Tensor checked_gates(const Tensor& gates) const {
-        return torch::stable::contiguous(
-            checked_like(gates, "gates", given_x_, "x", {gru.layers, gru.tokens, 4, gru.width}));
+        return as_contiguous(checked_like(gates, "gates", given_x_, "x", {gru.layers, gru.tokens, 4, gru.width}));
     }
 
     // States, and the gates where they are kept.
@@ -187,23 +193,22 @@ class AttentionArguments {
         attention.dtype = kernel_dtype(keys, "keys");
         attention.layers = keys.size(0), attention.tokens = keys.size(1);
         const int64_t inner = keys.size(2);
-        STD_TORCH_CHECK(heads >= 1 && inner % heads == 0, "heads must divide the width of the keys, ", inner, ", got ",
-                        heads);
+        STD_TORCH_CHECK(heads >= 1 && heads <= (inner > 1 ? inner : 1) && inner % heads == 0,
+                        "heads must divide the width of the keys, ", inner, ", got ", heads);
         STD_TORCH_CHECK(memory >= 1, "memory must be at least 1, got ", memory);
         attention.heads = heads, attention.head_width = inner / heads;
         attention.memory = memory, attention.scale = scale;
-        STD_TORCH_CHECK(weight_out.dim() == 2, "weight_out must have shape [d, e], got ", shape_string(weight_out));
+        check_shape(weight_out, "weight_out", {-1, inner});
         attention.width = weight_out.size(0);
         checked_like(values, "values", keys, "keys", {attention.layers, attention.tokens, inner});
-        weight_query_ = torch::stable::contiguous(
-            checked_like(weight_query, "weight_query", keys, "keys", {inner, attention.width}));
-        weight_out_ =
-            torch::stable::contiguous(checked_like(weight_out, "weight_out", keys, "keys", {attention.width, inner}));
+        weight_query_ =
+            as_contiguous(checked_like(weight_query, "weight_query", keys, "keys", {inner, attention.width}));
+        weight_out_ = as_contiguous(checked_like(weight_out, "weight_out", keys, "keys", {attention.width, inner}));
         attention.weight_query = kernel_input(weight_query_, "weight_query");
         attention.weight_out = kernel_input(weight_out_, "weight_out");
         if (initial) {
-            start_ = torch::stable::contiguous(
-                checked_like(*initial, "initial", keys, "keys", {attention.tokens, attention.width}));
+            start_ =
+                as_contiguous(checked_like(*initial, "initial", keys, "keys", {attention.tokens, attention.width}));
             attention.initial = kernel_input(*start_, "initial");
         }
         keys_ = unit_stride_last(keys), values_ = unit_stride_last(values);
@@ -215,11 +220,11 @@ class AttentionArguments {
             checked_like(grad, "grad", given_keys_, "keys", {attention.layers, attention.tokens, attention.width}));
     }
     Tensor checked_states(const Tensor& states) const {
-        return torch::stable::contiguous(
+        return as_contiguous(
             checked_like(states, "states", given_keys_, "keys", {attention.layers, attention.tokens, attention.width}));
     }
     Tensor checked_attended(const Tensor& attended) const {
-        return torch::stable::contiguous(
+        return as_contiguous(
             checked_like(attended, "attended", given_keys_, "keys", {attention.layers, attention.tokens, inner()}));
     }
 

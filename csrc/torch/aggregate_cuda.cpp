@@ -18,9 +18,9 @@ using torch::stable::view;
 void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
     using torch::stable::detail::from, torch::stable::detail::to;
     std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
-    STD_TORCH_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION) == AOTI_TORCH_SUCCESS,
-                    "a product of states or taps and a weight, or of their gradients, failed in aten::mm (out of "
-                    "memory, or deterministic algorithms without CUBLAS_WORKSPACE_CONFIG=:4096:8)");
+    call_torch("aten::mm", "out", stack.data(),
+               "a product of states or taps and a weight, or of their gradients, failed in aten::mm (out of memory, or "
+               "deterministic algorithms without CUBLAS_WORKSPACE_CONFIG=:4096:8)");
     to<Tensor>(stack[0]);  // the result's handle is ours to release
 }
 
@@ -43,10 +43,6 @@ Optional state_before(const Tensor& states, const Optional& initial, int64_t lay
     return select(states, 0, layer - 1);
 }
 const void* data_of(const Optional& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
-
-void zero_all(std::initializer_list<Tensor> tensors) {
-    for (Tensor tensor : tensors) torch::stable::zero_(tensor);
-}
 
 // out = first + second + third, rows [tokens, width]; all but the first contiguous, all but the first optional.
 void add(const Tensor& first, const Optional& second, const Optional& third, const Tensor& out, void* stream) {
@@ -99,8 +95,7 @@ Five ema_scan_backward_cuda(const Tensor& grad, const Tensor& x, const Tensor& g
     Five out = given.new_grads();
     auto& [grad_x, grad_gates, grad_initial, grad_weight, grad_bias] = out;
     if (x.numel() == 0) {
-        zero_all({grad_gates, grad_initial, grad_weight, grad_bias});
-        if (initial && last_only) torch::stable::copy_(grad_initial, grads);  // of no layers the last state is this
+        given.write_empty_grads(out, grads);
         return out;
     }
     args.grad_x = grad_x.mutable_data_ptr();
@@ -130,8 +125,7 @@ Two depth_gru_cuda(const Tensor& x, const Tensor& weight_ih, const Tensor& weigh
 
     const Tensor from_input =
         keep ? part_of(view(gates, {L * N, 4 * d}), 1, 0, 3 * d) : allocate(x, {L * N, 3 * d}, "W_i x");
-    multiply(view(torch::stable::contiguous(given.x()), {L * N, given.gru.input}), turned(given.weight_ih()),
-             from_input);
+    multiply(view(as_contiguous(given.x()), {L * N, given.gru.input}), turned(given.weight_ih()), from_input);
     const Tensor from_state = allocate(x, {N, 3 * d}, "W_h h");
     cuda::GruStep step{};
     step.dtype = given.gru.dtype, step.tokens = N, step.width = d;
@@ -189,7 +183,7 @@ Six depth_gru_backward_cuda(const Tensor& grad, const Tensor& states_, const Ten
     Tensor of_n = part_of(turned_weight, 0, 0, d), of_rest = part_of(turned_weight, 0, d, 2 * d);
     torch::stable::copy_(of_n, part_of(given.weight_ih(), 0, 2 * d, d));
     torch::stable::copy_(of_rest, part_of(given.weight_ih(), 0, 0, 2 * d));
-    const Tensor rows = view(torch::stable::contiguous(given.x()), {L * N, i});
+    const Tensor rows = view(as_contiguous(given.x()), {L * N, i});
     multiply(part_of(inside, 1, 0, 3 * d), turned_weight, view(grad_x, {L * N, i}));
     multiply(turned(part_of(inside, 1, 0, d)), rows, part_of(grad_ih, 0, 2 * d, d));
     multiply(turned(part_of(inside, 1, d, 2 * d)), rows, part_of(grad_ih, 0, 0, 2 * d));
@@ -225,7 +219,7 @@ Two depth_attention_cuda(const Tensor& keys, const Tensor& values, const Tensor&
     AttentionArguments given(keys, values, weight_query, weight_out, initial, heads, memory, scale);
     Two out = given.new_states(keep);
     auto& [states, kept] = out;
-    if (states.numel() == 0) return out;
+    if (states.numel() == 0 && kept.numel() == 0) return out;
     const int64_t L = given.attention.layers, N = given.attention.tokens, e = given.inner();
 
     const Tensor query = allocate(keys, {N, e}, "query");

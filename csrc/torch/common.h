@@ -13,8 +13,10 @@
 #include <exception>
 #include <initializer_list>
 #include <optional>
+#include <stdexcept>
 #include <string>
 
+#include "xlayer/arena.h"
 #include "xlayer/profiler.h"
 #include "xlayer/types.h"
 
@@ -38,6 +40,8 @@
 // CPU builds too, where the address is null.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
                                                                                    void** ret_stream);
+// Since torch 2.13: the message of this thread's last error in torch. Weak, as above.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
 namespace xlayer {
 
@@ -50,6 +54,22 @@ inline std::string shape_string(const Tensor& tensor) {
     return text + "]";
 }
 
+// The most elements of a tensor, its empty dimensions counted as 1: more than any memory holds, but a tensor without
+// elements, or one that is expanded, can have the shape. Sizes below it can be multiplied by what the kernels know of.
+constexpr int64_t kMostElements = int64_t{1} << 50;
+
+inline void check_elements(torch::headeronly::IntHeaderOnlyArrayRef shape, const char* name) {
+    int64_t elements = 1;
+    for (int64_t length : shape) elements = product_of_sizes(elements, length > 1 ? length : 1);
+    if (elements <= kMostElements) return;
+    std::string text;
+    for (int64_t length : shape) text += (text.empty() ? "" : ", ") + std::to_string(length);
+    STD_TORCH_CHECK(false, name, " must have at most 2^50 elements (empty dimensions count as 1), got shape [", text,
+                    "]");
+}
+
+inline void check_elements(const Tensor& tensor, const char* name) { check_elements(tensor.sizes(), name); }
+
 // The tensor has exactly this shape; -1 accepts any length.
 inline void check_shape(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
     bool fits = tensor.dim() == static_cast<int64_t>(shape.size());
@@ -61,6 +81,7 @@ inline void check_shape(const Tensor& tensor, const char* name, std::initializer
         ++d;
     }
     STD_TORCH_CHECK(fits, name, " must have shape [", wanted, "], got ", shape_string(tensor));
+    check_elements(tensor, name);
 }
 
 inline void check_dtype(const Tensor& tensor, const char* name, ScalarType dtype) {
@@ -92,17 +113,43 @@ inline DType kernel_dtype(const Tensor& tensor, const char* name) {
     __builtin_unreachable();
 }
 
+// Calls f, which calls torch. The stable ABI keeps torch's own message for itself, which matters when memory is full:
+// it is thrown on where torch has it to give, and else in words of ours.
+template <class F>
+auto with_message_of_torch(const char* otherwise, const F& f) {
+    try {
+        return f();
+    } catch (const std::runtime_error&) {
+        const bool keeps_messages = torch_exception_get_what_without_backtrace != nullptr;
+        const char* message = keeps_messages ? torch_exception_get_what_without_backtrace() : nullptr;
+        throw std::runtime_error(message != nullptr && *message != '\0' ? message : otherwise);
+    }
+}
+
+inline void call_torch(const char* op, const char* overload, StableIValue* stack, const char* otherwise) {
+    with_message_of_torch(otherwise, [&] {
+        if (torch_call_dispatcher(op, overload, stack, TORCH_ABI_VERSION) != AOTI_TORCH_SUCCESS)
+            throw std::runtime_error(otherwise);
+    });
+}
+
+inline Tensor as_contiguous(const Tensor& tensor) {
+    return with_message_of_torch("not enough memory for a contiguous copy of an argument",
+                                 [&] { return torch::stable::contiguous(tensor); });
+}
+
 // The tensor itself if neighbours along its last dimension are neighbours in memory, else a contiguous copy.
 inline Tensor unit_stride_last(const Tensor& tensor) {
     const int64_t last = tensor.dim() - 1;
-    return tensor.stride(last) == 1 || tensor.size(last) <= 1 ? tensor : torch::stable::contiguous(tensor);
+    return tensor.stride(last) == 1 || tensor.size(last) <= 1 ? tensor : as_contiguous(tensor);
 }
 
 // A new contiguous tensor for a kernel to write to; its contents are arbitrary, for the emulator NaN. `name` is what
 // the emulator calls it when a kernel leaves its bounds.
-inline Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType dtype,
-                       [[maybe_unused]] const char* name) {
-    Tensor tensor = torch::stable::new_empty(like, shape, dtype);
+inline Tensor new_memory(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType dtype,
+                         [[maybe_unused]] const char* name) {
+    Tensor tensor = with_message_of_torch("not enough memory for the operator's results and scratch",
+                                          [&] { return torch::stable::new_empty(like, shape, dtype); });
 #ifdef XLAYER_EMULATED
     const size_t bytes = static_cast<size_t>(tensor.numel()) * tensor.element_size();
     if (bytes > 0) std::memset(tensor.mutable_data_ptr(), 0xFF, bytes);
@@ -111,13 +158,21 @@ inline Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArray
     return tensor;
 }
 
+// The same for a result, whose sizes are checked.
+inline Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType dtype,
+                       const char* name) {
+    check_elements(shape, name);
+    return new_memory(like, shape, dtype, name);
+}
+
 inline Tensor allocate(const Tensor& like, std::initializer_list<int64_t> shape, const char* name) {
     return allocate(like, shape, like.scalar_type(), name);
 }
 
 // Scratch for one call, aligned.
 inline Tensor new_workspace(const Tensor& like, int64_t bytes, void** aligned) {
-    Tensor buffer = allocate(like, {bytes + 64}, ScalarType::Byte, "workspace");
+    STD_TORCH_CHECK(bytes < kTooLarge, "the scratch memory of this call would exceed 2^61 bytes");
+    Tensor buffer = new_memory(like, {bytes + 64}, ScalarType::Byte, "workspace");
     const auto address = reinterpret_cast<uintptr_t>(buffer.mutable_data_ptr());
     *aligned = reinterpret_cast<void*>((address + 63) / 64 * 64);
     return buffer;
@@ -126,9 +181,8 @@ inline Tensor new_workspace(const Tensor& like, int64_t bytes, void** aligned) {
 // The data of a tensor that a kernel reads. The emulator lets it read what the strides reach, and write nothing there.
 inline const void* kernel_input(const Tensor& tensor, [[maybe_unused]] const char* name) {
 #ifdef XLAYER_EMULATED
-    int64_t elements = 1;
-    for (int64_t d = 0; d < tensor.dim(); ++d) elements += (tensor.size(d) - 1) * tensor.stride(d);
-    if (tensor.numel() == 0) elements = 0;
+    int64_t elements = tensor.numel() == 0 ? 0 : 1;
+    for (int64_t d = 0; elements > 0 && d < tensor.dim(); ++d) elements += (tensor.size(d) - 1) * tensor.stride(d);
     emulator::allow_memory(tensor.const_data_ptr(), static_cast<size_t>(elements) * tensor.element_size(), false, name);
 #endif
     return tensor.const_data_ptr();

@@ -18,9 +18,7 @@ struct HdimTensors {
     HdimTensors(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& weight1_,
                 const Tensor& bias1_, const Tensor& weight2_, const OptionalTensor& key_mask,
                 const OptionalTensor& pair_mask, double temperature, bool gelu, bool tf32)
-        : weight1(torch::stable::contiguous(weight1_)),
-          bias1(torch::stable::contiguous(bias1_)),
-          weight2(torch::stable::contiguous(weight2_)) {
+        : weight1(as_contiguous(weight1_)), bias1(as_contiguous(bias1_)), weight2(as_contiguous(weight2_)) {
         args.dtype = kernel_dtype(query, "query");
         args.gelu = gelu;
         args.tf32 = tf32;
@@ -36,6 +34,10 @@ struct HdimTensors {
         args.mlp_dim = bias1.size(0);
         check_shape(weight1, "weight1", {args.mlp_dim, 4 * args.proj_dim});
         check_shape(weight2, "weight2", {args.mlp_dim});
+        const auto at_least_one = [](int64_t size) { return size > 1 ? size : 1; };
+        STD_TORCH_CHECK(product_of_sizes(at_least_one(args.batch), at_least_one(args.queries), at_least_one(args.keys),
+                                         at_least_one(args.mlp_dim)) < kTooLarge,
+                        "query and key must have less than 2^61 hidden units of pairs");
         STD_TORCH_CHECK(args.keys <= INT32_MAX, "key must have at most 2^31 - 1 tokens, got ", args.keys);
         const std::pair<const Tensor*, const char*> floats[] = {
             {&key, "key"}, {&value, "value"}, {&weight1, "weight1"}, {&bias1, "bias1"}, {&weight2, "weight2"}};
@@ -56,12 +58,12 @@ struct HdimTensors {
         }
         if (key_mask) {
             check_mask(*key_mask, "key_mask", query, {args.batch, args.keys});
-            args.key_mask = static_cast<const bool*>(kernel_input(*key_mask, "key_mask"));
+            args.key_mask = static_cast<const uint8_t*>(kernel_input(*key_mask, "key_mask"));
             for (int64_t d = 0; d < 2; ++d) args.key_mask_stride[d] = key_mask->stride(d);
         }
         if (pair_mask) {
             check_mask(*pair_mask, "pair_mask", query, {args.batch, args.queries, args.keys});
-            args.pair_mask = static_cast<const bool*>(kernel_input(*pair_mask, "pair_mask"));
+            args.pair_mask = static_cast<const uint8_t*>(kernel_input(*pair_mask, "pair_mask"));
             for (int64_t d = 0; d < 3; ++d) args.pair_mask_stride[d] = pair_mask->stride(d);
         }
     }
@@ -75,14 +77,6 @@ struct HdimTensors {
 
     ScalarType accumulation() const { return args.dtype == DType::float64 ? ScalarType::Double : ScalarType::Float; }
 };
-
-// Scratch for one call; `bytes` past the first 64-byte boundary.
-inline Tensor allocate_workspace(int64_t bytes, const Tensor& like, void** aligned) {
-    Tensor buffer = allocate(like, {bytes + 64}, ScalarType::Byte, "workspace");
-    const auto address = reinterpret_cast<uintptr_t>(buffer.mutable_data_ptr());
-    *aligned = reinterpret_cast<void*>((address + 63) / 64 * 64);
-    return buffer;
-}
 
 // What the backward operators take besides: contiguous, of the right shape and dtype, and where the query is.
 struct HdimSaved {
@@ -98,7 +92,7 @@ struct HdimSaved {
             check_shape(tensor, name, shape);
             check_dtype(tensor, name, dtype);
             check_same_device(tensor, name, query, "query");
-            return torch::stable::contiguous(tensor);
+            return as_contiguous(tensor);
         };
         grad_context = checked(grad_context_, "grad_context", {B, Sq, H}, query.scalar_type());
         context = checked(context_, "context", {B, Sq, H}, query.scalar_type());

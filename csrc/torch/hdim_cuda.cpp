@@ -18,10 +18,9 @@ using torch::stable::transpose;
 void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
     using torch::stable::detail::from, torch::stable::detail::to;
     std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
-    STD_TORCH_CHECK(
-        torch_call_dispatcher("aten::bmm", "out", stack.data(), TORCH_ABI_VERSION) == AOTI_TORCH_SUCCESS,
-        "the product of probabilities and values, or of their gradients, failed in aten::bmm (out of memory, or "
-        "deterministic algorithms without CUBLAS_WORKSPACE_CONFIG=:4096:8)");
+    call_torch("aten::bmm", "out", stack.data(),
+               "the product of probabilities and values, or of their gradients, failed in aten::bmm (out of memory, or "
+               "deterministic algorithms without CUBLAS_WORKSPACE_CONFIG=:4096:8)");
     to<Tensor>(stack[0]);  // the result's handle is ours to release
 }
 
@@ -52,7 +51,7 @@ HdimOutputs hdim_attention_cuda(const Tensor& query, const Tensor& key, const Te
     const HdimTensors in(query, key, value, weight1, bias1, weight2, key_mask, pair_mask, temperature, gelu, tf32);
     const int64_t B = in.args.batch, Sq = in.args.queries;
     void* aligned = nullptr;
-    const Tensor workspace = allocate_workspace(cuda::hdim_score_workspace(in.args), query, &aligned);
+    const Tensor workspace = new_workspace(query, cuda::hdim_score_workspace(in.args), &aligned);
     Scores scores(in, query, value, aligned, scope.stream());
 
     const bool in_place = in.accumulation() == query.scalar_type();
@@ -79,7 +78,7 @@ HdimGradients hdim_attention_backward_cuda(const Tensor& grad_context, const Opt
     HdimGradTensors out(in, query);
     cuda::HdimGradPairs args{};
     args.in = in.args;
-    const Tensor workspace = allocate_workspace(cuda::hdim_grad_pairs_workspace(in.args), query, &args.workspace);
+    const Tensor workspace = new_workspace(query, cuda::hdim_grad_pairs_workspace(in.args), &args.workspace);
     Scores scores(in, query, value, args.workspace, scope.stream());
 
     // ∂L/∂P, overwritten with P.

@@ -70,7 +70,8 @@ class Call {
     void add_pre(const Connection& from) {
         STD_TORCH_CHECK(from.norm >= 0 && from.norm <= 3, "norm must be 0 to 3, got ", from.norm);
         STD_TORCH_CHECK(from.form >= 0 && from.form <= 3, "form must be 0 to 3, got ", from.form);
-        STD_TORCH_CHECK(from.form < 2 || from.iterations >= 1, "iterations must be at least 1, got ", from.iterations);
+        STD_TORCH_CHECK(from.form < 2 || (from.iterations >= 1 && from.iterations <= kHyperMostIterations),
+                        "iterations must be 1 to ", kHyperMostIterations, ", got ", from.iterations);
         STD_TORCH_CHECK(from.eps >= 0, "eps must not be negative, got ", from.eps);
         connection.norm = static_cast<HyperNorm>(from.norm);
         connection.form = static_cast<HyperForm>(from.form);
@@ -99,7 +100,7 @@ class Call {
         check_shape(tensor, name, shape);
         check_dtype(tensor, name, accumulation());
         check_same_device(tensor, name, streams_, "streams");
-        owner = torch::stable::contiguous(tensor);
+        owner = as_contiguous(tensor);
         return kernel_input(owner, name);
     }
 

@@ -101,12 +101,13 @@ struct Operators {
                      const std::vector<double>& half, const std::vector<double>& middle, bool offset, bool keep) {
         const typename Kernels::Scope scope(z);
         STD_TORCH_CHECK(z.dim() >= 1, "z must have at least one dimension");
+        check_elements(z, "z");
         FsqForward args{};
         const int64_t width = z.size(z.dim() - 1);
         args.dimensions = fsq_dimensions(width, levels, shift, half, middle, offset, &args.digits);
         args.dtype = kernel_dtype(z, "z");
         args.rows = z.numel() / width;
-        const Tensor input = torch::stable::contiguous(z);
+        const Tensor input = as_contiguous(z);
         std::vector<int64_t> shape(z.dim());
         for (int64_t d = 0; d < z.dim(); ++d) shape[d] = z.size(d);
         Tensor codes = allocate(z, shape, z.scalar_type(), "codes");

@@ -11,7 +11,7 @@ TokenMask token_mask(const std::optional<Tensor>& mask, const Tensor& like, cons
     check_dtype(*mask, "mask", ScalarType::Bool);
     check_shape(*mask, "mask", {like.size(0), tokens});
     check_same_device(*mask, "mask", like, like_name);
-    return {static_cast<const bool*>(kernel_input(*mask, "mask")), mask->stride(0), mask->stride(1)};
+    return {static_cast<const uint8_t*>(kernel_input(*mask, "mask")), mask->stride(0), mask->stride(1)};
 }
 
 template <class Kernel>
@@ -26,7 +26,7 @@ Tensor masked_mean(const Tensor& x, const std::optional<Tensor>& mask, const Ker
     args.x_batch_stride = rows.stride(0), args.x_token_stride = rows.stride(1);
     Tensor out = allocate(x, {args.batch, args.width}, "out");
     args.out = out.mutable_data_ptr();
-    kernel(args);
+    if (out.numel() > 0) kernel(args);
     return out;
 }
 
@@ -44,7 +44,7 @@ Tensor masked_mean_backward(const Tensor& grad, const std::optional<Tensor>& mas
     args.grad_batch_stride = rows.stride(0);
     Tensor grad_x = allocate(grad, {args.batch, args.tokens, args.width}, "grad_x");
     args.grad_x = grad_x.mutable_data_ptr();
-    kernel(args);
+    if (grad_x.numel() > 0) kernel(args);
     return grad_x;
 }
 

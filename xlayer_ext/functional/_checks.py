@@ -6,6 +6,7 @@ Every error names the argument, what it got and what it needs.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -131,3 +132,123 @@ def forbid_second_derivative(op: str) -> None:
         raise no_second_derivative(op)
 
     torch.library.register_autograd(f"xlayer::{op}", backward)
+
+
+# ---- what the public functions are given -----------------------------------------------------------------------------
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MAX_INTEGER = 2**63 - 1  # the operators count in int64
+MAX_ITERATIONS = 1000  # of Sinkhorn's algorithm and of k-means: far beyond where either still changes anything
+
+
+def check_floats(**tensors: Tensor) -> None:
+    """Each a dense tensor of a floating-point type that the formulas are written for."""
+    check_floating(**tensors)
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS:
+            raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got one of layout {tensor.layout}")
+
+
+def check_int64(**tensors: Tensor) -> None:
+    """Each a tensor of int64 numbers."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or tensor.dtype != torch.int64:
+            raise TypeError(f"{name} must be an int64 tensor, got {getattr(tensor, 'dtype', type(tensor).__name__)}")
+
+
+def check_device(**tensors: Tensor | None) -> None:
+    """One device for all."""
+    (first_name, first), *rest = ((name, tensor) for name, tensor in tensors.items() if tensor is not None)
+    for name, tensor in rest:
+        if tensor.device != first.device:
+            raise ValueError(f"{name} must be on the device of {first_name}, {first.device}; got {tensor.device}")
+
+
+def check_integer(name: str, value: int, least: int = -MAX_INTEGER - 1, most: int = MAX_INTEGER) -> None:
+    """A whole number in a range, at most that of int64."""
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most}, got {value}")
+
+
+def check_sizes(**sizes: int) -> None:
+    """Each a whole number from 1 on."""
+    for name, size in sizes.items():
+        check_integer(name, size, 1)
+
+
+def check_not_negative(**numbers: float) -> None:
+    """Each a finite number from 0 on."""
+    for name, number in numbers.items():
+        _check_number(name, number)
+        if not 0 <= number <= sys.float_info.max:
+            raise ValueError(f"{name} must not be negative, and finite; got {number}")
+
+
+def check_positive(**numbers: float) -> None:
+    """Each a finite number above 0."""
+    for name, number in numbers.items():
+        _check_number(name, number)
+        if not 0 < number <= sys.float_info.max:
+            raise ValueError(f"{name} must be positive and finite, got {number}")
+
+
+def check_finite(**numbers: float) -> None:
+    """Each a finite number."""
+    for name, number in numbers.items():
+        _check_number(name, number)
+        if not abs(number) <= sys.float_info.max:
+            raise ValueError(f"{name} must be finite, got {number}")
+
+
+def _check_number(name: str, number: float) -> None:
+    if not isinstance(number, (int, float, torch.SymInt, torch.SymFloat)) or isinstance(number, bool):
+        raise TypeError(f"{name} must be a float, got {type(number).__name__}")
+
+
+def check_flag(name: str, flag: bool) -> None:
+    if not isinstance(flag, bool):
+        raise TypeError(f"{name} must be a bool, got {type(flag).__name__}")
+
+
+def check_values(name: str, tensor: Tensor, below: int, besides: int | None = None) -> None:
+    """Whole numbers in [0, below), or equal to ``besides``.
+
+    Only looks where that costs neither a wait for a device nor a break of a graph; elsewhere torch's own kernels raise.
+    """
+    if torch.compiler.is_compiling() or not _readable(tensor):
+        return
+    wrong = (tensor < 0) | (tensor >= below)
+    if besides is not None:
+        wrong &= tensor != besides
+    if wrong.any():
+        exception = "" if besides is None else f", or {besides}"
+        found = int(tensor[wrong][0])
+        raise ValueError(f"{name} must be at least 0 and below {below}{exception}; got {found}")
+
+
+def _readable(tensor: Tensor) -> bool:
+    return (
+        tensor.device.type == "cpu"
+        and type(tensor) is Tensor
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
+def is_empty(shape: Sequence[int]) -> bool:
+    """Whether a tensor of this shape has no elements."""
+    return any(size == 0 for size in shape)
+
+
+def with_zero_gradients(result: Tensor, *inputs: Tensor | None) -> Tensor:
+    """``result``, of which all ``inputs`` have the gradient 0: for results that nothing has to be computed for."""
+    for tensor in inputs:
+        if tensor is not None:
+            result = result + tensor[(slice(0),) * tensor.dim()].sum()
+    return result

@@ -26,12 +26,17 @@ from xlayer_ext.functional._checks import (
     autocast,
     autocasts,
     check_common,
-    check_floating,
+    check_flag,
+    check_floats,
+    check_integer,
     check_kept,
+    check_not_negative,
     check_one_device,
     check_shapes,
     forbid_second_derivative,
+    is_empty,
     needs_grad,
+    with_zero_gradients,
 )
 
 Function = Callable[..., Any]
@@ -81,7 +86,7 @@ def ema_scan(
                 [[1.2500, 2.7500]]])
     """
     given = {"initial": initial, "norm_weight": norm_weight, "norm_bias": norm_bias}
-    check_floating(x=x, gate_logits=gate_logits, **{name: t for name, t in given.items() if t is not None})
+    check_floats(x=x, gate_logits=gate_logits, **{name: t for name, t in given.items() if t is not None})
     if autocasts(x) and x.dtype != torch.float64:
         x = x.float()
         initial = None if initial is None else initial.float()
@@ -98,10 +103,16 @@ def ema_scan(
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} must be on the device of x, {x.device}; got {tensor.device}")
     _check_initial(initial, x, x.shape[1:])
+    check_not_negative(eps=eps)
+    check_flag("last_only", last_only)
     wide = torch.promote_types(x.dtype, torch.float32)
     gate_logits = gate_logits.to(wide)
     norm_weight = None if norm_weight is None else norm_weight.to(wide)
     norm_bias = None if norm_bias is None else norm_bias.to(wide)
+    if is_empty(x.shape):
+        shape = x.shape[1:] if last_only else x.shape
+        kept = initial if last_only and initial is not None else x.new_zeros(shape)
+        return with_zero_gradients(kept, x, gate_logits, initial, norm_weight, norm_bias)
     if not use_native("ema_scan", x):
         return reference.ema_scan(x, gate_logits, initial, norm_weight, norm_bias, eps, last_only)
     taps, start = _flat(x, initial)
@@ -163,6 +174,8 @@ def depth_gru(
     shape = (*x.shape[1:-1], weight_hh.shape[1])
     initial = named.get("initial")
     _check_initial(initial, x, torch.Size(shape))
+    if is_empty((x.shape[0], *shape)):
+        return with_zero_gradients(x.new_empty(x.shape[0], *shape), *named.values())
     taps, start = _flat(x, initial)
     bias_ih, bias_hh = (x.new_zeros(len(weight_ih)) if bias is None else bias for bias in biases.values())
     if use_native("depth_gru", x):
@@ -200,7 +213,7 @@ def depth_attention(
         weight_out: ``[d, e]``.
         initial: :math:`S_{-1}`, ``[..., d]``; zeros by default, which attend to all taps alike.
         heads: number of heads.
-        memory: number of taps to attend to, at least 1.
+        memory: number of taps to attend to, at least 1; more than there are layers is as many as there are.
 
     Returns:
         States S, ``[L, ..., d]``.
@@ -219,15 +232,19 @@ def depth_attention(
     weight_query, weight_key, weight_value, weight_out = named.values()
     if weight_key.shape[1] != x.shape[-1]:
         raise ValueError(f"weight_key must have shape [e, {x.shape[-1]}] for this x, got {list(weight_key.shape)}")
-    if heads < 1 or weight_query.shape[0] % heads:
-        raise ValueError(f"heads must divide e = {weight_query.shape[0]}, got {heads}")
-    if memory < 1:
-        raise ValueError(f"memory must be at least 1, got {memory}")
+    width = weight_query.shape[0]
+    check_integer("heads", heads)
+    if not 1 <= heads <= max(width, 1) or width % heads:
+        raise ValueError(f"heads must divide e = {width}, got {heads}")
+    check_integer("memory", memory, 1)
     shape = (*x.shape[1:-1], weight_out.shape[0])
     _check_initial(initial, x, torch.Size(shape))
+    if is_empty((x.shape[0], *shape)):
+        return with_zero_gradients(x.new_empty(x.shape[0], *shape), x, *named.values(), initial)
+    memory = min(memory, x.shape[0])
     taps, start = _flat(x, initial)
     keys, values = linear(taps, weight_key), linear(taps, weight_value)
-    head_width = weight_query.shape[0] // heads
+    head_width = width // heads
     scale = head_width**-0.5 if head_width else 1.0
     if use_native("depth_attention", x):
         keep = needs_grad(keys, values, weight_query, weight_out, start)
@@ -246,7 +263,7 @@ def depth_attention(
 
 def _cast_together(named: dict[str, Tensor]) -> dict[str, Tensor]:
     """Checked, and in one dtype on one device."""
-    check_floating(**named)
+    check_floats(**named)
     named = dict(zip(named, autocast(*named.values()), strict=True))
     check_common(**named)
     return named

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,13 +15,15 @@ from xlayer_ext.functional._checks import (
     autocast,
     check_choice,
     check_common,
-    check_floating,
+    check_floats,
     check_mask,
     check_one_device,
+    check_positive,
     check_shapes,
-    check_temperature,
     forbid_second_derivative,
+    is_empty,
     tf32_allowed,
+    with_zero_gradients,
 )
 from xlayer_ext.reference._masking import isolate
 from xlayer_ext.reference.hdim import unit
@@ -104,7 +107,7 @@ def hdim_attention(
         torch.Size([2, 5, 64])
     """
     floats = {"query": query, "key": key, "value": value, "weight1": weight1, "bias1": bias1, "weight2": weight2}
-    check_floating(**floats, bias2=bias2)
+    check_floats(**floats, bias2=bias2)
     query, key, value, weight1, bias1, weight2, bias2 = autocast(*floats.values(), bias2)
     if weight2.dim() == 2 and weight2.shape[0] == 1:
         weight2 = weight2.squeeze(0)
@@ -117,6 +120,9 @@ def hdim_attention(
     # Keeps bias2 in the graph, with gradient 0 and no way for its value to act, not even NaN.
     bias1 = bias1 + bias2.reshape(1).masked_fill(torch.ones_like(bias2, dtype=torch.bool).reshape(1), 0)
 
+    shape = (*query.shape[:2], value.shape[2])
+    if is_empty(shape) and not return_entropy:
+        return with_zero_gradients(query.new_empty(shape), query, key, value, weight1, bias1, weight2)
     wide = query.device.type == "cuda" and query.shape[-1] > CUDA_MOST_COLUMNS
     if use_native("hdim_attention", query, beyond=f"D > {CUDA_MOST_COLUMNS} on {query.device}" if wide else None):
         context, logsumexp, row_entropy = torch.ops.xlayer.hdim_attention(
@@ -158,7 +164,7 @@ def bilinear_attention(
     Returns:
         Context ``[B, Sq, H]``, or (context, entropy).
     """
-    check_floating(query=query, key=key, value=value, weight=weight)
+    check_floats(query=query, key=key, value=value, weight=weight)
     query, key, value, weight = autocast(query, key, value, weight)
     floats = {"query": query, "key": key, "value": value, "weight": weight}
     _check_attention(floats, key_mask, pair_mask, temperature)
@@ -190,7 +196,7 @@ def cosine_attention(
     Returns:
         Context ``[B, Sq, H]``, or (context, entropy).
     """
-    check_floating(query=query, key=key, value=value)
+    check_floats(query=query, key=key, value=value)
     query, key, value = autocast(query, key, value)
     _check_attention({"query": query, "key": key, "value": value}, key_mask, pair_mask, temperature)
     if return_entropy:
@@ -222,11 +228,13 @@ def value_fusion(context: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor |
         ValueError: shapes disagree, an unknown mode.
     """
     tensors = {"context": context, "hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
-    check_floating(**tensors)
+    check_floats(**tensors)
     check_choice("mode", mode, tuple(FUSIONS))
     tensors = dict(zip(tensors, autocast(*tensors.values()), strict=True))
     check_common(**tensors)
     context, hidden, weight, bias = tensors["context"], tensors["hidden"], tensors["weight"], tensors.get("bias")
+    if context.dim() < 1:
+        raise ValueError(f"context must have shape [..., H], got {list(context.shape)}")
     width = context.shape[-1]
     if hidden.shape != context.shape:
         raise ValueError(f"hidden must have the shape of context, {list(context.shape)}; got {list(hidden.shape)}")
@@ -237,14 +245,16 @@ def value_fusion(context: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor |
         raise ValueError(f"bias must have shape {list(weight.shape[:1])}, got {list(bias.shape)}")
     # Built one by one, so that no two product blocks live at once unless autograd keeps them. `split` rather than
     # slices: its backward writes the weight's gradient once, not once a block.
-    columns = weight.split(width, dim=1)
-    out = F.linear(context, columns[0], bias).flatten(0, -2)
-    out = torch.addmm(out, hidden.flatten(0, -2), columns[1].t())
+    columns = weight.split(width, dim=1) if width else (weight,) * FUSIONS[mode]
+    lead = context.shape[:-1]
+    context, hidden = (t.reshape(math.prod(lead), width) for t in (context, hidden))
+    out = F.linear(context, columns[0], bias)
+    out = torch.addmm(out, hidden, columns[1].t())
     if mode == "concat_diff_hadam":
-        out = torch.addmm(out, (context - hidden).abs().flatten(0, -2), columns[2].t())
+        out = torch.addmm(out, (context - hidden).abs(), columns[2].t())
     if mode != "concat_only":
-        out = torch.addmm(out, (context * hidden).flatten(0, -2), columns[-1].t())
-    return out.unflatten(0, context.shape[:-1])
+        out = torch.addmm(out, context * hidden, columns[-1].t())
+    return out.reshape(*lead, len(weight))
 
 
 def _check_attention(
@@ -254,7 +264,7 @@ def _check_attention(
     check_mask("key_mask", key_mask, floats["query"])
     check_mask("pair_mask", pair_mask, floats["query"])
     check_shapes(_LAYOUTS, **floats, key_mask=key_mask, pair_mask=pair_mask)
-    check_temperature(temperature)
+    check_positive(temperature=temperature)
 
 
 def _dot_product_attention(
@@ -267,6 +277,9 @@ def _dot_product_attention(
     scale: float,
 ) -> Tensor:
     """The fused attention, with the family's rules for masks; cosine where there is no bilinear weight."""
+    shape = (*query.shape[:2], value.shape[2])
+    if is_empty(shape):
+        return with_zero_gradients(query.new_empty(shape), query, key, value, weight)
     inputs = isolate(query, key, value, key_mask, pair_mask)
     query, key = (unit(inputs.query), unit(inputs.key)) if weight is None else (inputs.query @ weight, inputs.key)
     mask = inputs.allowed

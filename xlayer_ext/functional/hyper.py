@@ -25,8 +25,11 @@ from torch import Tensor
 from xlayer_ext import reference
 from xlayer_ext._backend import native_available, use_native
 from xlayer_ext.functional._checks import (
+    MAX_ITERATIONS,
     check_choice,
-    check_floating,
+    check_floats,
+    check_integer,
+    check_not_negative,
     check_one_device,
     forbid_second_derivative,
 )
@@ -58,8 +61,8 @@ def hyper_pre(streams: Tensor, connection: Connection) -> tuple[Tensor, Tensor]:
         weight, in float32 (float64 for float64).
 
     Raises:
-        TypeError: a tensor is not floating point.
-        ValueError: shapes or devices disagree, n or d is 0, an unknown norm or form.
+        TypeError: a tensor is not floating point, or ``connection`` no :class:`Connection`.
+        ValueError: shapes or devices disagree, n or d is 0, an unknown norm or form, more than 1000 iterations.
 
     Example::
 
@@ -130,16 +133,16 @@ def hyper_post_pre(
 
 def _checked_connection(streams: Tensor, connection: Connection) -> Connection:
     """The connection with its tensors in the accumulation type; one without a weight in its plainest form."""
-    check_floating(streams=streams)
+    check_floats(streams=streams)
     n, d = _streams_shape(streams)
+    if not isinstance(connection, Connection):
+        raise TypeError(f"connection must be a Connection, got {type(connection).__name__}")
     base, weight, bias, scale, norm, form, iterations, eps = connection
     check_choice("norm", norm, NORMS[1:])
     check_choice("form", form, FORMS)
     constrained = form.startswith("sinkhorn")
-    if constrained and iterations < 1:
-        raise ValueError(f"iterations must be at least 1, got {iterations}")
-    if not eps >= 0:
-        raise ValueError(f"eps must not be negative, got {eps}")
+    check_integer("iterations", iterations, 1 if constrained else 0, MAX_ITERATIONS)
+    check_not_negative(eps=eps)
     if weight is None and (bias is not None or scale is not None):
         raise ValueError("bias and scale belong to a weight, and there is none")
     if weight is not None and scale is None:
@@ -149,8 +152,8 @@ def _checked_connection(streams: Tensor, connection: Connection) -> Connection:
     weight_shape = (n * (n + 2), n * d) if norm == "rms_all" else (n + 2, d)
     shapes = {"base": (n, n + 2), "weight": weight_shape, "bias": (n + 2,), "scale": (n + 2,)}
     for (name, shape), tensor in zip(shapes.items(), (base, weight, bias, scale), strict=True):
-        if tensor is not None:
-            _check_tensor(name, tensor, shape, streams)
+        if tensor is not None or name == "base":
+            _check_tensor(name, cast(Tensor, tensor), shape, streams)
     wide = _accumulation(streams)
     base = base.to(wide)
     weight, bias, scale = (None if tensor is None else tensor.to(wide) for tensor in (weight, bias, scale))
@@ -161,7 +164,7 @@ def _checked_connection(streams: Tensor, connection: Connection) -> Connection:
 
 
 def _checked_post(streams: Tensor, branch_output: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
-    check_floating(streams=streams)
+    check_floats(streams=streams)
     n, d = _streams_shape(streams)
     lead = tuple(streams.shape[:-2])
     _check_tensor("branch_output", branch_output, (*lead, d), streams)
@@ -182,7 +185,7 @@ def _streams_shape(streams: Tensor) -> tuple[int, int]:
 
 
 def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], streams: Tensor) -> None:
-    check_floating(**{name: tensor})
+    check_floats(**{name: tensor})
     if tensor.shape != shape:
         n, d = streams.shape[-2:]
         raise ValueError(f"{name} must have shape {list(shape)} for n = {n}, d = {d}; got {list(tensor.shape)}")

@@ -1,7 +1,13 @@
 r"""Losses for soft tokens that one language model speaks to another with: what they must say, and that they differ.
 
-All of them are float32 (float64 for float64), also under autocast, and have finite gradients where a batch has one
-element, a vector is zero or every label is ignored. Soft tokens are ``[B, K, d]``: B messages of K vectors.
+All of them are float32 (float64 where a tensor is), also under autocast, and have finite gradients where a batch has
+one element, a vector is zero or every label is ignored. Soft tokens are ``[B, K, d]``: B messages of K vectors.
+
+At the edges: a batch of nothing has loss 0 and gradient 0, and the mean of no vectors is 0. A NaN or an infinity in a
+number that counts makes the loss NaN or infinite; what a mask leaves out may hold anything.
+
+Errors: TypeError where an argument is of the wrong type (floating-point tensors of the four usual dtypes, int64 labels
+and ids, bool masks), ValueError where shapes or devices disagree or a number is out of range.
 
 Papers: InfoNCE: van den Oord et al., 2018, arXiv 1807.03748.
 """
@@ -12,6 +18,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xlayer_ext.functional._checks import (
+    check_device,
+    check_floats,
+    check_int64,
+    check_integer,
+    check_mask,
+    check_not_negative,
+    check_positive,
+    check_shapes,
+    check_values,
+    is_empty,
+    with_zero_gradients,
+)
 from xlayer_ext.reference._precision import no_autocast
 
 IGNORED = -100
@@ -35,22 +54,37 @@ def language_modeling_loss(
 
     Args:
         logits: ``[B, T, V]``; those at t predict the label at t + 1.
-        labels: int64 ``[B, T]``; −100 is not predicted.
+        labels: int64 ``[B, T]``, each below V; −100 is not predicted.
         first_k, first_weight: each row's first k predicted tokens weigh ``first_weight`` (:func:`first_k_weights`): a
             later one can be guessed from those before it, the first only from the message.
 
     Returns:
         A scalar; 0 where nothing is predicted.
     """
+    check_floats(logits=logits)
+    check_int64(labels=labels)
+    check_shapes({"logits": "B T V", "labels": "B T"}, logits=logits, labels=labels)
+    check_device(logits=logits, labels=labels)
+    if first_k is not None:
+        check_integer("first_k", first_k, 0)
+    check_not_negative(first_weight=first_weight)
+    check_values("labels", labels, below=logits.shape[2], besides=IGNORED)
     logits, labels = logits[:, :-1], labels[:, 1:]
-    weights = first_k_weights(labels, first_k or 0, first_weight).to(_wide(logits).dtype)
-    loss = F.cross_entropy(_wide(logits).transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+    if is_empty(logits.shape):
+        return _nothing(logits)
+    (logits,) = _wide(logits)
+    weights = first_k_weights(labels, first_k or 0, first_weight).to(logits.dtype)
+    loss = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
     return (loss * weights).sum() / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
 
 
 def first_k_weights(labels: Tensor, k: int, weight: float) -> Tensor:
     """Weights ``[B, T]`` of the labels ``[B, T]``: ``weight`` for each row's first k that are predicted, 1 for the
     others, 0 for those that are −100."""
+    check_int64(labels=labels)
+    check_shapes({"labels": "B T"}, labels=labels)
+    check_integer("k", k, 0)
+    check_not_negative(weight=weight)
     predicted = labels != IGNORED
     place = predicted.cumsum(1)
     return torch.where(place <= k, weight, 1.0) * predicted
@@ -64,7 +98,15 @@ def cosine_anchor_loss(soft: Tensor, anchor: Tensor, anchor_mask: Tensor | None 
         anchor: ``[B, T, d]``, embeddings that the message should point to.
         anchor_mask: bool ``[B, T]``, True = counts; what is masked may hold anything.
     """
-    cosine = F.cosine_similarity(_wide(soft).mean(1), _masked_mean(_wide(anchor), anchor_mask), dim=-1)
+    check_floats(soft=soft, anchor=anchor)
+    check_device(soft=soft, anchor=anchor)
+    check_mask("anchor_mask", anchor_mask, soft)
+    layouts = {"soft": "B K d", "anchor": "B T d", "anchor_mask": "B T"}
+    check_shapes(layouts, soft=soft, anchor=anchor, anchor_mask=anchor_mask)
+    if not soft.shape[0]:
+        return _nothing(soft, anchor)
+    soft, anchor = _wide(soft, anchor)
+    cosine = F.cosine_similarity(_masked_mean(soft, None), _masked_mean(anchor, anchor_mask), dim=-1)
     return (1 - cosine).mean()
 
 
@@ -77,10 +119,17 @@ def info_nce_loss(soft: Tensor, positives: Tensor | None = None, *, temperature:
         soft: ``[B, K, d]``.
         positives: ``[B, d]``; None takes the messages themselves, whose cosine with their own is 1: then the loss only
             drives messages apart.
-        temperature: τ.
+        temperature: τ > 0.
     """
-    features = F.normalize(_wide(soft).mean(1), dim=-1)
-    other = features if positives is None else F.normalize(_wide(positives), dim=-1)
+    check_floats(soft=soft, **({} if positives is None else {"positives": positives}))
+    check_shapes({"soft": "B K d", "positives": "B d"}, soft=soft, positives=positives)
+    check_device(soft=soft, positives=positives)
+    check_positive(temperature=temperature)
+    if not soft.shape[0]:
+        return _nothing(soft, positives)
+    wide = _wide(soft, *(() if positives is None else (positives,)))
+    features = F.normalize(_masked_mean(wide[0], None), dim=-1)
+    other = features if positives is None else F.normalize(wide[1], dim=-1)
     with no_autocast(features):
         cosines = features @ other.T
     return F.cross_entropy(cosines / temperature, torch.arange(len(soft), device=soft.device))
@@ -89,7 +138,15 @@ def info_nce_loss(soft: Tensor, positives: Tensor | None = None, *, temperature:
 def reconstruction_loss(projected: Tensor, source: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean squared difference between the means of ``projected [B, K, d]`` over K and of ``source [B, T, d]`` over the
     tokens of ``mask`` (bool ``[B, T]``, True = counts): can the source be told from the message?"""
-    return F.mse_loss(_wide(projected).mean(1), _masked_mean(_wide(source), mask))
+    check_floats(projected=projected, source=source)
+    check_device(projected=projected, source=source)
+    check_mask("mask", mask, projected)
+    layouts = {"projected": "B K d", "source": "B T d", "mask": "B T"}
+    check_shapes(layouts, projected=projected, source=source, mask=mask)
+    if is_empty((projected.shape[0], projected.shape[2])):
+        return _nothing(projected, source)
+    projected, source = _wide(projected, source)
+    return F.mse_loss(_masked_mean(projected, None), _masked_mean(source, mask))
 
 
 def bag_of_words_loss(logits: Tensor, input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -97,10 +154,20 @@ def bag_of_words_loss(logits: Tensor, input_ids: Tensor, mask: Tensor | None = N
 
     Args:
         logits: ``[B, V]``, one per token of the vocabulary.
-        input_ids: int64 ``[B, T]``; one that occurs twice counts once.
+        input_ids: int64 ``[B, T]``, each that counts at least 0 and below V; one that occurs twice counts once.
         mask: bool ``[B, T]``, True = counts.
     """
-    logits = _wide(logits)
+    check_floats(logits=logits)
+    check_int64(input_ids=input_ids)
+    check_device(logits=logits, input_ids=input_ids)
+    check_mask("mask", mask, logits)
+    check_shapes({"logits": "B V", "input_ids": "B T", "mask": "B T"}, logits=logits, input_ids=input_ids, mask=mask)
+    if mask is not None:
+        input_ids = input_ids.masked_fill(~mask, 0)
+    if is_empty(logits.shape):
+        return _nothing(logits)
+    check_values("input_ids", input_ids, below=logits.shape[1])
+    (logits,) = _wide(logits)
     counted = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
     present = torch.zeros(*logits.shape, dtype=logits.dtype, device=logits.device)
     present.scatter_reduce_(1, input_ids, counted.to(logits.dtype), "amax")
@@ -112,7 +179,9 @@ def batch_diversity_loss(soft: Tensor) -> Tensor:
 
     0 for a batch of one.
     """
-    flat = F.normalize(_wide(soft).flatten(1), dim=-1)
+    check_floats(soft=soft)
+    check_shapes({"soft": "B K d"}, soft=soft)
+    flat = F.normalize(_wide(soft)[0].flatten(1), dim=-1)
     b = len(flat)
     total = flat.sum(0).square().sum() - flat.square().sum()  # of all pairs, without the B × B matrix
     return total / max(1, b * (b - 1))
@@ -123,17 +192,39 @@ def variance_diversity_loss(z: Tensor, eps: float = 1e-8) -> Tensor:
     numbers over batch and tokens: large where all codes have become the same.
 
     Unlike a count of different codes it has a gradient, through a straight-through estimator too.
+
+    Args:
+        z: ``[..., d]``, of at least two dimensions.
+        eps: ε > 0.
     """
-    variance = _wide(z).flatten(0, -2).var(0, unbiased=False)
+    check_floats(z=z)
+    check_positive(eps=eps)
+    if z.dim() < 2:
+        raise ValueError(f"z must have shape [..., d] of at least two dimensions, got {list(z.shape)}")
+    if is_empty(z.shape):
+        return _nothing(z)
+    variance = _wide(z)[0].flatten(0, -2).var(0, unbiased=False)
     return -(variance.mean() + eps).log()
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def _wide(*tensors: Tensor) -> list[Tensor]:
+    """All in the widest of their dtypes, float32 at least."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return [tensor.to(dtype) for tensor in tensors]
+
+
+def _nothing(*tensors: Tensor | None) -> Tensor:
+    """The loss of a batch of nothing."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    (first, *_) = _wide(*given)
+    return with_zero_gradients(first.new_zeros(()), *given)
 
 
 def _masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
+    """``[B, T, d]`` to ``[B, d]``; 0 where nothing counts."""
     if mask is None:
-        return x.mean(1)
+        return x.mean(1) if x.shape[1] else x.sum(1)
     kept = torch.where(mask.unsqueeze(-1), x, torch.zeros_like(x))
     return kept.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)

@@ -20,12 +20,17 @@ from torch import Tensor
 from xlayer_ext import reference
 from xlayer_ext._backend import native_available, use_native
 from xlayer_ext.functional._checks import (
+    FLOATS,
     autocasts,
     check_choice,
     check_common,
-    check_floating,
+    check_device,
+    check_floats,
+    check_int64,
+    check_integer,
     check_kept,
     check_one_device,
+    is_empty,
     needs_grad,
     no_second_derivative,
     tf32_allowed,
@@ -36,6 +41,7 @@ METRICS = ("euclidean", "cosine")
 BOUNDS = ("tanh", "offset")
 VARIANTS = ("package", "paper")
 MOST_DIMENSIONS, MOST_LEVELS = 64, 2**20
+MAX_CODES = 2**31 - 1  # no codebook comes near it, and a search of more would never end
 Function = Callable[..., Any]
 
 __all__ = ["fsq", "fsq_codes_to_indices", "fsq_indices_to_codes", "vq_nearest", "vq_statistics"]
@@ -60,7 +66,7 @@ def vq_nearest(x: Tensor, codebook: Tensor, *, metric: str = "euclidean") -> tup
 
     Raises:
         TypeError: a tensor is not floating point, or dtypes differ.
-        ValueError: shapes or devices disagree, no codes, an unknown metric.
+        ValueError: shapes or devices disagree, no codes or more than 2³¹ − 1, an unknown metric.
 
     Example::
 
@@ -68,7 +74,7 @@ def vq_nearest(x: Tensor, codebook: Tensor, *, metric: str = "euclidean") -> tup
         >>> indices, distance
         (tensor([0]), tensor([0.0200]))
     """
-    check_floating(x=x, codebook=codebook)
+    check_floats(x=x, codebook=codebook)
     check_choice("metric", metric, METRICS)
     if autocasts(x):
         x, codebook = (t if t.dtype == torch.float64 else t.float() for t in (x, codebook))
@@ -83,7 +89,12 @@ def vq_nearest(x: Tensor, codebook: Tensor, *, metric: str = "euclidean") -> tup
         raise ValueError(f"codebook must have the width of x, {x.shape[-1]}; got {list(codebook.shape)}")
     if codebook.shape[-2] == 0 or codebook.shape[-1] == 0:
         raise ValueError(f"codebook must have at least one code and one column, got {list(codebook.shape)}")
+    if codebook.shape[-2] > MAX_CODES:
+        raise ValueError(f"codebook must have at most {MAX_CODES} codes, got {list(codebook.shape)}")
     x, codebook = x.detach(), codebook.detach()
+    rows = x.shape[:-1]
+    if is_empty(rows):
+        return x.new_empty(rows, dtype=torch.int64), x.new_empty(rows, dtype=_accumulation(x))
     if not use_native("vq_nearest", x):
         return reference.vq_nearest(x, codebook, metric)
     batched = (t.unsqueeze(0) if lead == 0 else t for t in (x, codebook))
@@ -109,20 +120,17 @@ def vq_statistics(x: Tensor, indices: Tensor, codes: int) -> tuple[Tensor, Tenso
 
     Raises:
         TypeError: ``x`` is not floating point, or ``indices`` not int64.
-        ValueError: shapes or devices disagree, or ``codes`` is below 1.
+        ValueError: shapes or devices disagree, or ``codes`` is below 1 or above 2³¹ − 1.
     """
-    check_floating(x=x)
-    if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
-        raise TypeError(f"indices must be an int64 tensor, got {getattr(indices, 'dtype', type(indices).__name__)}")
+    check_floats(x=x)
+    check_int64(indices=indices)
     if x.dim() not in (2, 3) or indices.shape != x.shape[:-1]:
         raise ValueError(
             f"x and indices must have shapes [N, D] and [N], or [h, N, D] and [h, N]; got {list(x.shape)} and "
             f"{list(indices.shape)}"
         )
-    if indices.device != x.device:
-        raise ValueError(f"indices must be on the device of x, {x.device}; got {indices.device}")
-    if codes < 1:
-        raise ValueError(f"codes must be at least 1, got {codes}")
+    check_device(x=x, indices=indices)
+    check_integer("codes", codes, 1, MAX_CODES)
     x = x.detach()
     if not use_native("vq_statistics", x):
         return reference.vq_statistics(x, indices, codes)
@@ -168,10 +176,10 @@ def fsq(z: Tensor, levels: Sequence[int], *, bound: str = "tanh", variant: str =
         >>> fsq(torch.tensor([[0.0, 10.0]]), [3, 2])
         (tensor([[0., 1.]]), tensor([4]))
     """
-    check_floating(z=z)
-    levels = _checked_levels(levels, bound, variant)
+    check_floats(z=z)
+    levels = checked_levels(levels, bound, variant)
     if z.dim() < 1 or z.shape[-1] != len(levels):
-        raise ValueError(f"z must have shape [..., {len(levels)}], a column per level; got {list(z.shape)}")
+        raise ValueError(f"z must have shape [..., {len(levels)}], a column for each of levels; got {list(z.shape)}")
     if autocasts(z) and z.dtype != torch.float64:
         z = z.float()
     if not use_native("fsq", z, beyond=_beyond(levels)):
@@ -182,10 +190,12 @@ def fsq(z: Tensor, levels: Sequence[int], *, bound: str = "tanh", variant: str =
 
 def fsq_codes_to_indices(codes: Tensor, levels: Sequence[int], *, bound: str = "tanh") -> Tensor:
     """The indices of codes ``[..., c]``, as :func:`fsq` numbers them; a code between two is taken for the nearest."""
-    check_floating(codes=codes)
-    levels = _checked_levels(levels, bound)
+    check_floats(codes=codes)
+    levels = checked_levels(levels, bound)
     if codes.dim() < 1 or codes.shape[-1] != len(levels):
-        raise ValueError(f"codes must have shape [..., {len(levels)}], a column per level; got {list(codes.shape)}")
+        raise ValueError(
+            f"codes must have shape [..., {len(levels)}], a column for each of levels; got {list(codes.shape)}"
+        )
     return reference.fsq_codes_to_indices(codes, levels, bound=bound)
 
 
@@ -194,9 +204,10 @@ def fsq_indices_to_codes(
 ) -> Tensor:
     """The codes ``[..., c]`` of indices ``[...]`` that :func:`fsq` gave (of digits ``[..., c]`` where the product of
     levels exceeds 2⁶³): the same bits as its own."""
-    levels = _checked_levels(levels, bound)
-    if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
-        raise TypeError(f"indices must be an int64 tensor, got {getattr(indices, 'dtype', type(indices).__name__)}")
+    levels = checked_levels(levels, bound)
+    check_int64(indices=indices)
+    if dtype not in FLOATS:
+        raise TypeError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype}")
     if fsq_basis(levels) is None and (indices.dim() < 1 or indices.shape[-1] != len(levels)):
         raise ValueError(f"indices must be digits, [..., {len(levels)}], for so many levels; got {list(indices.shape)}")
     return reference.fsq_indices_to_codes(indices, levels, bound=bound, dtype=dtype)
@@ -205,9 +216,17 @@ def fsq_indices_to_codes(
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 
-def _checked_levels(levels: Sequence[int], bound: str, variant: str = VARIANTS[0]) -> list[int]:
+def checked_levels(levels: Sequence[int], bound: str, variant: str = VARIANTS[0]) -> list[int]:
+    """The levels as a list.
+
+    Raises:
+        TypeError: they are no sequence of whole numbers.
+        ValueError: there are none, one is out of range, an unknown bound or variant.
+    """
     check_choice("bound", bound, BOUNDS)
     check_choice("variant", variant, VARIANTS)
+    if not isinstance(levels, Sequence):
+        raise TypeError(f"levels must be a sequence of whole numbers, got {type(levels).__name__}")
     found = list(levels)
     least = 2 if bound == "tanh" else 3
     if not found:

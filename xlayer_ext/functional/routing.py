@@ -10,11 +10,14 @@ from torch import Tensor
 from xlayer_ext import reference
 from xlayer_ext._backend import native_available, use_native
 from xlayer_ext.functional._checks import (
-    check_floating,
+    check_device,
+    check_floats,
     check_mask,
     check_one_device,
     check_shapes,
     forbid_second_derivative,
+    is_empty,
+    with_zero_gradients,
 )
 
 
@@ -41,9 +44,13 @@ def masked_mean(x: Tensor, mask: Tensor | None = None) -> Tensor:
         >>> masked_mean(torch.tensor([[[1.0], [3.0], [8.0]]]), torch.tensor([[True, True, False]]))
         tensor([[2.]])
     """
-    check_floating(x=x)
+    check_floats(x=x)
+    if isinstance(mask, Tensor):
+        check_device(x=x, mask=mask)
     check_mask("mask", mask, x)
     check_shapes({"x": "B S H", "mask": "B S"}, x=x, mask=mask)
+    if is_empty((x.shape[0], x.shape[2])):
+        return with_zero_gradients(x.new_empty(x.shape[0], x.shape[2]), x)
     if use_native("masked_mean", x):
         return torch.ops.xlayer.masked_mean(x, mask)
     return reference.masked_mean(x, mask)

@@ -1,4 +1,9 @@
-"""Modules built from the functional API."""
+"""Modules built from the functional API.
+
+All of them may be made on the meta device; ``to_empty(device=...)`` and ``reset_parameters()`` then give them their
+start, the same as the constructor's after the same seed. ``reset_parameters()`` resets a module whole, with the parts
+that it made, but not a ``branch`` that it was given; calling it on every submodule, as FSDP does, serves too.
+"""
 
 from xlayer_ext.nn.aggregate import DepthAttentionAggregator, EMAAggregator, GRUAggregator, TapProjector
 from xlayer_ext.nn.bridge import PerceiverResampler, RMSScale, StatisticalNormalizer, TanhScale

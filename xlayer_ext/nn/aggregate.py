@@ -10,7 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xlayer_ext import functional as XF
-from xlayer_ext.functional._checks import check_choice
+from xlayer_ext.functional._checks import (
+    check_choice,
+    check_floats,
+    check_integer,
+    check_mask,
+    check_not_negative,
+    check_sizes,
+)
+from xlayer_ext.nn._reset import reset
 
 POOLINGS = ("mean", "first", "last", "attention")
 START_LOGIT = -2.0  # of every gate: σ(−2) = 0.119
@@ -61,7 +69,8 @@ class TapProjector(nn.Module):
         eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        _check_sizes(layers=layers, d_model=d_model, d_side=d_side)
+        check_sizes(layers=layers, d_model=d_model, d_side=d_side)
+        check_not_negative(eps=eps)
         if pooling is not None:
             check_choice("pooling", pooling, POOLINGS)
         self.layers, self.d_model, self.d_side, self.pooling, self.eps = layers, d_model, d_side, pooling, eps
@@ -73,7 +82,7 @@ class TapProjector(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Every layer's projection as a fresh ``nn.Linear``."""
+        """Starts every layer's projection as a fresh ``nn.Linear``, and the query of ``"attention"`` at 0."""
         bound = 1 / math.sqrt(self.d_model)
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
@@ -81,17 +90,27 @@ class TapProjector(nn.Module):
             nn.init.zeros_(self.query)
 
     def forward(self, taps: Tensor | Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
-        x = taps if isinstance(taps, Tensor) else torch.stack(list(taps))
+        x = taps if isinstance(taps, Tensor) else self._stacked(taps)
+        check_floats(taps=x)
+        check_mask("mask", mask, x)
         if x.dim() != 4 or x.shape[0] != self.layers or x.shape[3] != self.d_model:
             raise ValueError(f"taps must have shape [{self.layers}, B, S, {self.d_model}], got {list(x.shape)}")
         if mask is not None:
-            if mask.dtype != torch.bool or mask.shape != x.shape[1:3]:
-                raise ValueError(f"mask must be bool {list(x.shape[1:3])}, got {mask.dtype} {list(mask.shape)}")
+            if mask.shape != x.shape[1:3]:
+                raise ValueError(f"mask must have shape {list(x.shape[1:3])}, got {list(mask.shape)}")
             x = x.masked_fill(~mask[..., None], 0)
         rows = self._pool(x, mask).flatten(1, -2)
         z = torch.baddbmm(self.bias.unsqueeze(1), rows, self.weight.transpose(1, 2))
         pooled = x.shape[1:3] if self.pooling is None else x.shape[1:2]
         return self.dropout(z.reshape(self.layers, *pooled, self.d_side))
+
+    def _stacked(self, taps: Sequence[Tensor]) -> Tensor:
+        if not isinstance(taps, Sequence) or not all(isinstance(tap, Tensor) for tap in taps):
+            raise TypeError(f"taps must be a tensor or a sequence of tensors, got {type(taps).__name__}")
+        if len(taps) != self.layers or any(tap.shape != taps[0].shape for tap in taps):
+            shapes = ", ".join(str(list(tap.shape)) for tap in taps)
+            raise ValueError(f"taps must be {self.layers} tensors [B, S, {self.d_model}] of one shape, got {shapes}")
+        return torch.stack(list(taps))
 
     def _pool(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Normalized taps ``[L, B, d_model]``, or ``[L, B, S, d_model]`` without a pooling."""
@@ -146,6 +165,7 @@ class _Aggregator(nn.Module):
         return l1 * gates.sum() + l2 * gates.square().sum()
 
     def forward(self, taps: Tensor, last_only: bool = False) -> Tensor:
+        check_floats(taps=taps)
         if taps.dim() < 2 or taps.shape[0] != self.layers or taps.shape[-1] != self.d_side:
             raise ValueError(f"taps must have shape [{self.layers}, ..., {self.d_side}], got {list(taps.shape)}")
         return self._aggregate(taps, last_only)
@@ -197,7 +217,9 @@ class EMAAggregator(_Aggregator):
         self, layers: int, d_side: int, *, expansion: int = 4, tree_checkpoint: int = 0, eps: float = 1e-5
     ) -> None:
         super().__init__()
-        _check_sizes(layers=layers, d_side=d_side, expansion=expansion)
+        check_sizes(layers=layers, d_side=d_side, expansion=expansion)
+        check_not_negative(eps=eps)
+        check_integer("tree_checkpoint", tree_checkpoint)
         if not 0 <= tree_checkpoint <= layers:
             raise ValueError(f"tree_checkpoint must be between 0 and layers = {layers}, got {tree_checkpoint}")
         self.layers, self.d_side, self.tree_checkpoint, self.eps = layers, d_side, tree_checkpoint, eps
@@ -205,10 +227,23 @@ class EMAAggregator(_Aggregator):
         self.phi = nn.Sequential(
             nn.Linear(d_side, inner), nn.GELU(), nn.LayerNorm(inner, eps), nn.Linear(inner, d_side)
         )
-        self.norm_weight, self.norm_bias = nn.Parameter(torch.ones(d_side)), nn.Parameter(torch.zeros(d_side))
-        self.gate_logits = nn.Parameter(torch.full((layers,), START_LOGIT))
+        self.norm_weight, self.norm_bias = nn.Parameter(torch.empty(d_side)), nn.Parameter(torch.empty(d_side))
+        self.gate_logits = nn.Parameter(torch.empty(layers))
         if tree_checkpoint:
-            self.tree_gate_logits = nn.Parameter(torch.full((layers // tree_checkpoint,), START_LOGIT))
+            self.tree_gate_logits = nn.Parameter(torch.empty(layers // tree_checkpoint))
+        self._reset_own()
+
+    def reset_parameters(self) -> None:
+        """Draws the layers of φ anew; its norms start as the identity, the gates at σ(−2)."""
+        reset(self.phi)
+        self._reset_own()
+
+    def _reset_own(self) -> None:
+        nn.init.ones_(self.norm_weight)
+        nn.init.zeros_(self.norm_bias)
+        nn.init.constant_(self.gate_logits, START_LOGIT)
+        if self.tree_checkpoint:
+            nn.init.constant_(self.tree_gate_logits, START_LOGIT)
 
     @property
     def gates(self) -> Tensor:
@@ -261,7 +296,7 @@ class GRUAggregator(_Aggregator):
 
     def __init__(self, layers: int, d_side: int) -> None:
         super().__init__()
-        _check_sizes(layers=layers, d_side=d_side)
+        check_sizes(layers=layers, d_side=d_side)
         self.layers, self.d_side = layers, d_side
         self.weight_ih = nn.Parameter(torch.empty(3 * d_side, d_side))
         self.weight_hh = nn.Parameter(torch.empty(3 * d_side, d_side))
@@ -269,7 +304,7 @@ class GRUAggregator(_Aggregator):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As a fresh ``nn.GRUCell``."""
+        """Draws all parameters as a fresh ``nn.GRUCell``."""
         bound = 1 / math.sqrt(self.d_side)
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
@@ -316,7 +351,7 @@ class DepthAttentionAggregator(_Aggregator):
 
     def __init__(self, layers: int, d_side: int, *, heads: int = 4, memory: int = 4) -> None:
         super().__init__()
-        _check_sizes(layers=layers, d_side=d_side, heads=heads, memory=memory)
+        check_sizes(layers=layers, d_side=d_side, heads=heads, memory=memory)
         if d_side % heads:
             raise ValueError(f"d_side must be a multiple of heads = {heads}, got {d_side}")
         self.layers, self.d_side, self.heads, self.memory = layers, d_side, heads, memory
@@ -326,7 +361,7 @@ class DepthAttentionAggregator(_Aggregator):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Xavier's uniform start."""
+        """Draws all four weights by Xavier's uniform rule."""
         for parameter in self.parameters():
             nn.init.xavier_uniform_(parameter)
 
@@ -337,9 +372,3 @@ class DepthAttentionAggregator(_Aggregator):
         weights = (self.weight_query, self.weight_key, self.weight_value, self.weight_out)
         states = XF.depth_attention(taps, *weights, heads=self.heads, memory=self.memory)
         return states[-1] if last_only else states
-
-
-def _check_sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")

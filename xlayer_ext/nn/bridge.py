@@ -16,6 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xlayer_ext.functional._checks import (
+    check_finite,
+    check_floats,
+    check_mask,
+    check_not_negative,
+    check_positive,
+    check_shapes,
+    check_sizes,
+)
+from xlayer_ext.nn._reset import draw_normal, reset
+
 
 class StatisticalNormalizer(nn.Module):
     r"""Whitens each feature of the source and gives it the target's mean and deviation.
@@ -37,17 +48,32 @@ class StatisticalNormalizer(nn.Module):
 
     def __init__(self, source_dim: int, target_dim: int, learnable: bool = False, eps: float = 1e-6) -> None:
         super().__init__()
+        check_sizes(source_dim=source_dim, target_dim=target_dim)
+        check_not_negative(eps=eps)
         self.eps = eps
         target = source_dim if source_dim == target_dim else 1
         for name, size in (("source", source_dim), ("target", target)):
-            for suffix, value in (("mean", torch.zeros(size)), ("std", torch.ones(size))):
+            for suffix in ("mean", "std"):
+                value = torch.empty(size)
                 if learnable:
                     self.register_parameter(f"{name}_{suffix}", nn.Parameter(value))
                 else:
                     self.register_buffer(f"{name}_{suffix}", value)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Forgets what was measured: means 0 and deviations 1, the identity."""
+        for mean in (self.source_mean, self.target_mean):
+            nn.init.zeros_(mean)
+        for deviation in (self.source_std, self.target_std):
+            nn.init.ones_(deviation)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., source_dim]`` to the same shape and dtype; float32 inside."""
+        check_floats(x=x)
+        width = len(self.source_mean)
+        if x.dim() < 1 or x.shape[-1] != width:
+            raise ValueError(f"x must have shape [..., {width}], got {list(x.shape)}")
         whitened = (x.float() - self.source_mean) / (self.source_std + self.eps)
         return (whitened * self.target_std + self.target_mean).to(x.dtype)
 
@@ -107,21 +133,33 @@ class PerceiverResampler(nn.Module):
         dim: int | None = None,
     ) -> None:
         super().__init__()
-        dim = dim or target_dim
+        dim = target_dim if dim is None else dim
+        check_sizes(source_dim=source_dim, target_dim=target_dim, soft_tokens=soft_tokens, heads=heads, dim=dim)
+        check_positive(mlp_ratio=mlp_ratio)
         if dim % heads:
             raise ValueError(f"heads must divide the width {dim}, got {heads}")
-        self.queries = nn.Parameter(torch.randn(soft_tokens, dim) * dim**-0.5)
+        self.queries = nn.Parameter(torch.empty(soft_tokens, dim))
+        self._draw_queries()
         self.project = nn.Linear(source_dim, dim)
         self.source_norm = nn.LayerNorm(dim)
         self.blocks = nn.ModuleList(ResamplerBlock(dim, heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
         self.out = nn.Linear(dim, target_dim)
 
+    def reset_parameters(self) -> None:
+        """Draws the queries anew, each of length near 1, and then all layers as PyTorch does."""
+        self._draw_queries()
+        reset(*self.children())
+
+    def _draw_queries(self) -> None:
+        draw_normal(self.queries, self.queries.shape[1] ** -0.5)
+
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """States ``[B, T, source_dim]`` and bool ``[B, T]``, True = may be read, to ``[B, K, target_dim]``.
 
         A row whose mask allows nothing reads nothing: its soft tokens are the same for all inputs.
         """
+        check_states(x, mask, self.project.in_features)
         if mask is not None:
             x = torch.where(mask.unsqueeze(-1), x, torch.zeros_like(x))  # a masked state may hold NaN
         source = self.source_norm(self.project(x))
@@ -184,11 +222,19 @@ class RMSScale(nn.Module):
 
     def __init__(self, target_rms: float, eps: float = 1e-8) -> None:
         super().__init__()
-        self.eps = eps
-        self.scale = nn.Parameter(torch.tensor([float(target_rms)]))  # one element: FSDP2 refuses 0-dim parameters
+        check_finite(target_rms=target_rms)
+        check_not_negative(eps=eps)
+        self.target_rms, self.eps = target_rms, eps
+        self.scale = nn.Parameter(torch.empty(1))  # one element: FSDP2 refuses 0-dim parameters
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets the scale to ``target_rms``."""
+        nn.init.constant_(self.scale, self.target_rms)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., d]`` to the same shape and dtype."""
+        check_floats(x=x)
         wide = x.float()
         return (wide * (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt() * self.scale).to(x.dtype)
 
@@ -202,11 +248,28 @@ class TanhScale(nn.Module):
 
     def __init__(self, target_rms: float) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.tensor([float(target_rms)]))
+        check_finite(target_rms=target_rms)
+        self.target_rms = target_rms
+        self.scale = nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets the scale to ``target_rms``."""
+        nn.init.constant_(self.scale, self.target_rms)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., d]`` to the same shape and dtype."""
+        check_floats(x=x)
         return (x.float().tanh() * self.scale).to(x.dtype)
+
+
+def check_states(x: Tensor, mask: Tensor | None, width: int) -> None:
+    """States ``[B, T, width]`` and a bool mask ``[B, T]`` or None."""
+    check_floats(x=x)
+    check_mask("mask", mask, x)
+    check_shapes({"x": "B T source_dim", "mask": "B T"}, x=x, mask=mask)
+    if x.shape[2] != width:
+        raise ValueError(f"x must have shape [B, T, {width}], got {list(x.shape)}")
 
 
 def feed_forward(dim: int, ratio: float) -> nn.Sequential:

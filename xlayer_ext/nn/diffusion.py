@@ -15,9 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xlayer_ext.nn.bridge import Attention, feed_forward
+from xlayer_ext.functional._checks import check_choice, check_floats, check_integer, check_positive, check_sizes
+from xlayer_ext.nn._reset import ZeroLinear, draw_normal, reset
+from xlayer_ext.nn.bridge import Attention, check_states, feed_forward
 
 CONDITIONINGS = ("pooled", "cross", "hybrid")
+INIT_DEVIATION = 0.02  # of positions and of the query that pools
+MAX_STEPS = 1000  # of sampling: the embedding of times tells no more apart
 
 
 class DiffusionBridge(nn.Module):
@@ -49,31 +53,52 @@ class DiffusionBridge(nn.Module):
         target_scale: float = 1.0,
     ) -> None:
         super().__init__()
-        if conditioning not in CONDITIONINGS:
-            raise ValueError(f"conditioning must be one of {', '.join(CONDITIONINGS)}; got {conditioning!r}")
+        check_choice("conditioning", conditioning, CONDITIONINGS)
+        check_sizes(source_dim=source_dim, target_dim=target_dim, soft_tokens=soft_tokens, dim=dim, heads=heads)
+        check_positive(target_scale=target_scale)
         if dim % heads or dim % 2:
             raise ValueError(f"dim must be even and a multiple of heads = {heads}, got {dim}")
-        self.soft_tokens, self.target_dim, self.dim, self.conditioning = soft_tokens, target_dim, dim, conditioning
-        self.register_buffer("target_scale", torch.tensor(float(target_scale)))
+        self.source_dim, self.soft_tokens, self.target_dim = source_dim, soft_tokens, target_dim
+        self.dim, self.conditioning = dim, conditioning
+        self.init_target_scale = float(target_scale)
+        self.register_buffer("target_scale", torch.empty(()))
+        nn.init.constant_(self.target_scale, self.init_target_scale)
         self.source = nn.Sequential(nn.Linear(source_dim, dim), nn.LayerNorm(dim))
         self.enter = nn.Linear(target_dim, dim)
-        self.positions = nn.Parameter(torch.randn(soft_tokens, dim) * 0.02)
+        self.positions = nn.Parameter(torch.empty(soft_tokens, dim))
+        draw_normal(self.positions, INIT_DEVIATION)
         self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         if conditioning == "hybrid":
-            self.gist = nn.Parameter(torch.randn(1, dim) * 0.02)
+            self.gist = nn.Parameter(torch.empty(1, dim))
+            draw_normal(self.gist, INIT_DEVIATION)
             self.pool = Attention(dim, heads)
         crosses = conditioning != "pooled"
         self.blocks = nn.ModuleList(DiTBlock(dim, heads, crosses) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, elementwise_affine=False)
-        self.modulation = nn.Linear(dim, 2 * dim)
-        self.leave = nn.Linear(dim, target_dim)
-        for last in (self.modulation, self.leave):  # AdaLN-Zero: the velocity starts as 0
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
+        # AdaLN-Zero: the velocity starts as 0.
+        self.modulation = ZeroLinear(dim, 2 * dim)
+        self.leave = ZeroLinear(dim, target_dim)
+
+    def reset_parameters(self) -> None:
+        """Draws all parts anew, in the constructor's order, and sets the target's scale to that which it was given."""
+        nn.init.constant_(self.target_scale, self.init_target_scale)
+        reset(self.source, self.enter)
+        draw_normal(self.positions, INIT_DEVIATION)
+        reset(self.time)
+        if self.conditioning == "hybrid":
+            draw_normal(self.gist, INIT_DEVIATION)
+            reset(self.pool)
+        reset(self.blocks, self.norm, self.modulation, self.leave)
 
     def forward(self, x: Tensor, mask: Tensor | None, x_t: Tensor, t: Tensor) -> Tensor:
         """The velocity ``[B, K, target_dim]`` at ``x_t [B, K, target_dim]`` and times ``t [B]`` in [0, 1]."""
+        check_floats(x_t=x_t, t=t)
         source, pooled = self._condition(x, mask)
+        if x_t.shape != (len(x), self.soft_tokens, self.target_dim):
+            wanted = f"x_t must have shape {[len(x), self.soft_tokens, self.target_dim]}"
+            raise ValueError(f"{wanted}, got {list(x_t.shape)}")
+        if t.shape != (len(x),):
+            raise ValueError(f"t must have shape {[len(x)]}, got {list(t.shape)}")
         return self._velocity(source, mask, pooled, x_t, t)
 
     def loss(self, x: Tensor, mask: Tensor | None, target: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -85,6 +110,10 @@ class DiffusionBridge(nn.Module):
             target: ``[B, K, target_dim]``.
             generator: of times and noise.
         """
+        check_floats(target=target)
+        if target.dim() != 3 or target.shape[1:] != (self.soft_tokens, self.target_dim):
+            wanted = f"target must have shape [B, {self.soft_tokens}, {self.target_dim}]"
+            raise ValueError(f"{wanted}, got {list(target.shape)}")
         goal = target / self.target_scale
         noise = _noise(goal.shape, goal, generator)
         t = torch.rand(len(goal), generator=generator, device=_device(goal, generator)).to(goal)
@@ -97,7 +126,11 @@ class DiffusionBridge(nn.Module):
         """Soft tokens ``[B, K, target_dim]`` by Euler's method from noise; differentiable.
 
         The same generator state gives the same bits.
+
+        Raises:
+            ValueError: ``steps`` is not between 1 and 1000.
         """
+        check_integer("steps", steps, 1, MAX_STEPS)
         source, pooled = self._condition(x, mask)
         x_t = _noise((len(x), self.soft_tokens, self.target_dim), x, generator)
         for step in range(steps):
@@ -107,6 +140,7 @@ class DiffusionBridge(nn.Module):
 
     def _condition(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The states as blocks read them, and what joins the timestep."""
+        check_states(x, mask, self.source_dim)
         if mask is not None:
             x = torch.where(mask.unsqueeze(-1), x, torch.zeros_like(x))  # a masked state may hold NaN
         source = self.source(x)
@@ -139,9 +173,7 @@ class DiTBlock(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(dim, elementwise_affine=False) for _ in range(2))
         self.attention = Attention(dim, heads)
         self.mlp = feed_forward(dim, 4.0)
-        self.modulation = nn.Linear(dim, 6 * dim)
-        nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.modulation.bias)
+        self.modulation = ZeroLinear(dim, 6 * dim)
         if crosses:
             self.cross_norm, self.cross_attention = nn.LayerNorm(dim), Attention(dim, heads)
 

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from xlayer_ext import functional as XF
+from xlayer_ext.functional._checks import check_floats, check_sizes
+from xlayer_ext.functional.quantize import checked_levels
+from xlayer_ext.nn._reset import reset
 
 
 class FSQOutput(NamedTuple):
@@ -51,15 +54,19 @@ class FSQ(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.levels, self.bound, self.variant = list(levels), bound, variant
+        self.levels, self.bound, self.variant = checked_levels(levels, bound, variant), bound, variant
         width = len(self.levels)
         self.dim = width if dim is None else dim
-        XF.fsq(torch.zeros(1, width), self.levels, bound=bound, variant=variant)  # its checks, before the first batch
+        check_sizes(dim=self.dim)
         self.project_in: nn.Module = nn.Identity()
         self.project_out: nn.Module = nn.Identity()
         if self.dim != width:
             self.project_in = nn.Linear(self.dim, width, device=device, dtype=dtype)
             self.project_out = nn.Linear(width, self.dim, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """Draws the linear maps anew, where there are any; the grid has nothing to reset."""
+        reset(self.project_in, self.project_out)
 
     @property
     def codebook_size(self) -> int:
@@ -67,6 +74,7 @@ class FSQ(nn.Module):
         return math.prod(self.levels)
 
     def forward(self, z: Tensor) -> FSQOutput:
+        check_floats(z=z)
         if z.dim() < 1 or z.shape[-1] != self.dim:
             raise ValueError(f"z must have shape [..., {self.dim}], got {list(z.shape)}")
         codes, indices = XF.fsq(self.project_in(z), self.levels, bound=self.bound, variant=self.variant)

@@ -14,8 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xlayer_ext import functional as XF
-from xlayer_ext.functional._checks import check_choice, check_floating, check_mask, check_shapes, check_temperature
+from xlayer_ext.functional._checks import (
+    check_choice,
+    check_finite,
+    check_floats,
+    check_mask,
+    check_positive,
+    check_shapes,
+    check_sizes,
+)
 from xlayer_ext.functional.hdim import ACTIVATIONS, FUSIONS
+from xlayer_ext.nn._reset import reset
 
 SCORERS = ("4term", "bilinear", "cosine")
 
@@ -84,7 +93,9 @@ class HDIMMessage(nn.Module):
         check_choice("activation", activation, ACTIVATIONS)
         check_choice("value_activation", value_activation, ACTIVATIONS)
         check_choice("fusion", fusion, tuple(FUSIONS))
-        check_temperature(temperature)
+        check_sizes(hidden_size=hidden_size, proj_dim=proj_dim, mlp_dim=mlp_dim)
+        check_positive(temperature=temperature)
+        check_finite(residual_beta=residual_beta, **({} if alpha_init is None else {"alpha_init": alpha_init}))
         self.hidden_size, self.proj_dim, self.mlp_dim = hidden_size, proj_dim, mlp_dim
         self.scorer, self.activation, self.fusion, self.value_activation = scorer, activation, fusion, value_activation
         self.temperature, self.residual_beta, self.alpha_init = temperature, residual_beta, alpha_init
@@ -105,13 +116,16 @@ class HDIMMessage(nn.Module):
         self.beta = nn.Parameter(torch.empty(1)) if value_residual else None
         self.alpha = nn.Parameter(torch.empty(1)) if alpha_init is not None else None
         self.dropout = nn.Dropout(dropout)
-        self.reset_parameters()
+        self._start()
 
     def reset_parameters(self) -> None:
-        """Draws the parameters anew: torch's default for Linear layers, the bilinear form near the scaled identity."""
-        for module in self.children():
-            if isinstance(module, (nn.Linear, nn.LayerNorm)):
-                module.reset_parameters()
+        """Draws the parameters anew: torch's default for Linear layers, Xavier's uniform rule for the bilinear form."""
+        reset(*self.children())  # as their own constructors do
+        self._start()
+
+    def _start(self) -> None:
+        # All layers are drawn for a second time, which no longer has a use, but seeds give the messages that they gave.
+        reset(*self.children())
         if self.scorer == "bilinear":
             nn.init.xavier_uniform_(self.pair_weight)
         if self.beta is not None:
@@ -128,7 +142,7 @@ class HDIMMessage(nn.Module):
         pair_mask: Tensor | None = None,
         return_entropy: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        check_floating(target=target, source=source)
+        check_floats(target=target, source=source)
         check_mask("key_mask", key_mask, source)
         check_mask("pair_mask", pair_mask, source)
         layouts = {"target": "B St H", "source": "B Ss H", "key_mask": "B Ss", "pair_mask": "B St Ss"}
@@ -217,6 +231,7 @@ class QKVMessage(nn.Module):
         self, num_heads: int, head_dim: int, *, dropout: float = 0.1, extra_value_projection: bool = False
     ) -> None:
         super().__init__()
+        check_sizes(num_heads=num_heads, head_dim=head_dim)
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout must be between 0 and 1, got {dropout}")
         self.num_heads, self.head_dim, self.dropout = num_heads, head_dim, dropout
@@ -228,7 +243,7 @@ class QKVMessage(nn.Module):
             self.value_proj.reset_parameters()
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
-        check_floating(query=query, key=key, value=value)
+        check_floats(query=query, key=key, value=value)
         layouts = {"query": "B St H", "key": "B Ss H", "value": "B Ss H", "key_mask": "B Ss"}
         check_mask("key_mask", key_mask, query)
         check_shapes(layouts, query=query, key=key, value=value, key_mask=key_mask)

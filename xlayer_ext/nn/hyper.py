@@ -13,7 +13,15 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from xlayer_ext import functional as XF
 from xlayer_ext.functional import Connection
-from xlayer_ext.functional._checks import check_choice
+from xlayer_ext.functional._checks import (
+    MAX_ITERATIONS,
+    check_choice,
+    check_floats,
+    check_integer,
+    check_not_negative,
+    check_sizes,
+)
+from xlayer_ext.nn._reset import assign
 
 COEFFICIENTS = ("paper", "per_stream")
 NORMS = ("layer", "rms")
@@ -31,10 +39,8 @@ class _StreamConnection(nn.Module):
         self, hidden_size: int, expansion_rate: int, eps: float, branch: Callable[..., Any] | None, packed: bool
     ) -> None:
         super().__init__()
-        if hidden_size < 1 or expansion_rate < 1:
-            raise ValueError(
-                f"hidden_size and expansion_rate must be at least 1, got {hidden_size} and {expansion_rate}"
-            )
+        check_sizes(hidden_size=hidden_size, expansion_rate=expansion_rate)
+        check_not_negative(eps=eps)
         self.hidden_size, self.expansion_rate, self.eps, self.packed = hidden_size, expansion_rate, eps, packed
         self.branch = branch
 
@@ -77,11 +83,16 @@ class _StreamConnection(nn.Module):
     # Packed streams are [(b n), ..., d]; here n becomes the last but one dimension, of the same memory.
 
     def _unpack(self, streams: Tensor) -> Tensor:
+        check_floats(streams=streams)
+        n, d = self.expansion_rate, self.hidden_size
         if not self.packed:
+            if streams.dim() < 2 or streams.shape[-2:] != (n, d):
+                raise ValueError(f"streams must have shape [..., {n}, {d}], got {list(streams.shape)}")
             return streams
-        n = self.expansion_rate
-        if streams.dim() < 2 or streams.shape[0] % n:
-            raise ValueError(f"streams must have shape [(b n), ..., d] with n = {n}, got {list(streams.shape)}")
+        if streams.dim() < 2 or streams.shape[0] % n or streams.shape[-1] != d:
+            raise ValueError(
+                f"streams must have shape [(b n), ..., d] with n = {n}, d = {d}; got {list(streams.shape)}"
+            )
         streams = streams.unflatten(0, (-1, n))
         return streams if streams.dim() == 3 else streams.flatten(2, -2).transpose(1, 2)
 
@@ -160,6 +171,7 @@ class HyperConnection(_StreamConnection):
     ) -> None:
         super().__init__(hidden_size, expansion_rate, eps, branch, packed)
         check_choice("norm", norm, NORMS)
+        check_integer("layer_index", layer_index)
         n, d = expansion_rate, hidden_size
         parameter = partial(_parameter, device, dtype)
         self.layer_index, self.static_weights, self.use_tanh, self.norm = layer_index, static_weights, use_tanh, norm
@@ -174,12 +186,11 @@ class HyperConnection(_StreamConnection):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Back to the residual connection."""
+        """Sets the connection, not its branch, back to the residual connection."""
         n = self.expansion_rate
+        alpha = torch.eye(n, device="cpu")
+        assign(self.static_alpha, torch.cat([alpha[:, self.layer_index % n, None], alpha], 1))
         with torch.no_grad():
-            self.static_alpha.zero_()
-            self.static_alpha[self.layer_index % n, 0] = 1
-            self.static_alpha[:, 1:].fill_diagonal_(1)
             self.static_beta.fill_(1)
             if self.static_weights:
                 return
@@ -286,8 +297,8 @@ class ManifoldHyperConnection(_StreamConnection):
     ) -> None:
         super().__init__(hidden_size, expansion_rate, eps, branch, packed)
         check_choice("coefficients", coefficients, COEFFICIENTS)
-        if iterations < 1:
-            raise ValueError(f"iterations must be at least 1, got {iterations}")
+        check_integer("iterations", iterations, 1, MAX_ITERATIONS)
+        check_integer("layer_index", layer_index)
         n, d = expansion_rate, hidden_size
         parameter = partial(_parameter, device, dtype)
         self.layer_index, self.coefficients, self.iterations = layer_index, coefficients, iterations
@@ -304,35 +315,35 @@ class ManifoldHyperConnection(_StreamConnection):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Back to the residual connection."""
+        """Sets the connection, not its branch, back to the residual connection."""
         n = self.expansion_rate
-        others = (1 - START_READ) / (n - 1) if n > 1 else 0.0
         kept = math.log((n - 1) * START_KEPT / (1 - START_KEPT)) if n > 1 else 0.0
+        mixing = kept * torch.eye(n, dtype=torch.float64, device="cpu")
         with torch.no_grad():
             self.norm_weight.fill_(1)
             for scale in (self.pre_scale, self.residual_scale, self.post_scale):
                 scale.fill_(0.01)
             if self.coefficients == "paper":
                 self.phi.zero_()
-                self._start_reading(self.b_pre, others)
+                assign(self.b_pre, self._start_reading())
                 self.b_post.zero_()
-                self.b_res.zero_().fill_diagonal_(kept)
+                assign(self.b_res, mixing)
             else:
                 self.dynamic_alpha.zero_()
                 self.dynamic_beta.zero_()
-                self.static_alpha.zero_()
-                self._start_reading(self.static_alpha[:, 0], others)
-                self.static_alpha[:, 1:].fill_diagonal_(kept)
+                assign(self.static_alpha, torch.cat([self._start_reading().unsqueeze(1), mixing], 1))
                 self.static_beta.zero_()
 
-    def _start_reading(self, logits: Tensor, others: float) -> None:
-        """pre adds up to 1, and sublayers differ in it: if all streams were alike to all of them, all would get the
-        same gradients and stay copies of each other."""
-        if self.expansion_rate == 1:
-            logits.fill_(20.0)  # σ of it is 1 but for 2e-9
-            return
-        logits.fill_(math.log(others / (1 - others)))
-        logits[self.layer_index % self.expansion_rate] = math.log(START_READ / (1 - START_READ))
+    def _start_reading(self) -> Tensor:
+        """Logits of pre ``[n]`` that add up to 1, and differ between sublayers: if all streams were alike to all of
+        them, all would get the same gradients and stay copies of each other."""
+        n = self.expansion_rate
+        if n == 1:
+            return torch.tensor([20.0], dtype=torch.float64, device="cpu")  # σ of it is 1 but for 2e-9
+        others = (1 - START_READ) / (n - 1)
+        logits = torch.full((n,), math.log(others / (1 - others)), dtype=torch.float64, device="cpu")
+        logits[self.layer_index % n] = math.log(START_READ / (1 - START_READ))
+        return logits
 
     def connection(self) -> Connection:
         n = self.expansion_rate
@@ -390,6 +401,7 @@ def expand_streams(x: Tensor, expansion_rate: int, *, packed: bool = False) -> T
         >>> expand_streams(torch.randn(2, 5, 64), 4).shape, expand_streams(torch.randn(2, 5, 64), 4, packed=True).shape
         (torch.Size([2, 5, 4, 64]), torch.Size([8, 5, 64]))
     """
+    check_sizes(expansion_rate=expansion_rate)
     if packed:
         return x.repeat_interleave(expansion_rate, 0)
     return x.unsqueeze(-2).expand(*x.shape[:-1], expansion_rate, x.shape[-1])
@@ -410,6 +422,10 @@ def reduce_streams(
     if packed:
         if expansion_rate is None:
             raise ValueError("packed streams do not tell their number: expansion_rate must be given")
+        check_sizes(expansion_rate=expansion_rate)
+        if streams.dim() < 1 or streams.shape[0] % expansion_rate:
+            wanted = f"streams must have shape [(b n), ...] with n = {expansion_rate}"
+            raise ValueError(f"{wanted}, got {list(streams.shape)}")
         streams, dim = streams.unflatten(0, (-1, expansion_rate)), 1
     else:
         dim = -2

@@ -13,8 +13,21 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from xlayer_ext import functional as XF
-from xlayer_ext.functional._checks import check_choice
-from xlayer_ext.functional.quantize import METRICS
+from xlayer_ext.functional._checks import (
+    MAX_ITERATIONS,
+    check_choice,
+    check_finite,
+    check_floats,
+    check_int64,
+    check_integer,
+    check_mask,
+    check_not_negative,
+    check_positive,
+    check_sizes,
+    check_values,
+)
+from xlayer_ext.functional.quantize import MAX_CODES, METRICS
+from xlayer_ext.nn._reset import assign, reset
 
 SURVIVED_MISSES = 20  # of a revived code, before it counts as dead again
 MOST_RECORDS = 32  # forwards of one module that may wait for their recomputation
@@ -110,10 +123,16 @@ class VectorQuantizer(nn.Module):
     ) -> None:
         super().__init__()
         check_choice("metric", metric, METRICS)
-        if min(dim, codebook_size, codebooks) < 1:
-            raise ValueError(
-                f"dim, codebook_size and codebooks must be at least 1; got {dim, codebook_size, codebooks}"
-            )
+        check_sizes(dim=dim, codebook_size=codebook_size, codebooks=codebooks)
+        check_integer("codebook_size", codebook_size, 1, MAX_CODES)
+        if codebook_dim is not None:
+            check_sizes(codebook_dim=codebook_dim)
+        check_integer("kmeans_iterations", kmeans_iterations, 0, MAX_ITERATIONS)
+        check_integer("seed", seed)
+        check_positive(epsilon=epsilon, entropy_temperature=entropy_temperature)
+        check_not_negative(commitment_weight=commitment_weight, codebook_weight=codebook_weight)
+        check_not_negative(threshold_dead=threshold_dead)
+        check_finite(entropy_weight=entropy_weight, decay=decay)
         if codebook_dim is None and dim % codebooks:
             raise ValueError(f"dim must be a multiple of codebooks, {codebooks}, without a codebook_dim; got {dim}")
         if not 0 < decay < 1:
@@ -130,27 +149,45 @@ class VectorQuantizer(nn.Module):
         width = codebooks * self.codebook_dim
         self.project_in: nn.Module = nn.Identity() if width == dim else nn.Linear(dim, width)
         self.project_out: nn.Module = nn.Identity() if width == dim else nn.Linear(width, dim)
-        # From the seed alone, so that all processes begin with the same codes.
-        start = torch.randn(
-            codebooks, codebook_size, self.codebook_dim, generator=torch.Generator().manual_seed(seed), device="cpu"
-        )
-        start = F.normalize(start, dim=-1) if metric == "cosine" else start / self.codebook_dim**0.5
+        codes = torch.empty(codebooks, codebook_size, self.codebook_dim)
         if ema:
-            self.register_buffer("codebook", start)
+            self.register_buffer("codebook", codes)
         else:
-            self.codebook = nn.Parameter(start)
-        self.register_buffer("sizes", torch.ones(codebooks, codebook_size))
-        self.register_buffer("sums", start.clone())
-        self.register_buffer("use_counts", torch.zeros(codebooks, codebook_size, dtype=torch.int64))
-        self.register_buffer("initialized", torch.tensor(not kmeans_init))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+            self.codebook = nn.Parameter(codes)
+        self.register_buffer("sizes", torch.empty(codebooks, codebook_size))
+        self.register_buffer("sums", torch.empty_like(codes))
+        self.register_buffer("use_counts", torch.empty(codebooks, codebook_size, dtype=torch.int64))
+        self.register_buffer("initialized", torch.empty((), dtype=torch.bool))
+        self.register_buffer("steps", torch.empty((), dtype=torch.int64))
         self._records: list[_Record] = []
+        self._reset_own()
+
+    def reset_parameters(self) -> None:
+        """Draws the linear maps anew, and the codebook again from ``seed``; forgets all counts and averages."""
+        reset(self.project_in, self.project_out)
+        self._reset_own()
+
+    @torch.no_grad()
+    def _reset_own(self) -> None:
+        # From the seed alone, so that all processes begin with the same codes.
+        generator = torch.Generator().manual_seed(self.seed)
+        codes = torch.randn(self.codebook.shape, generator=generator, device="cpu")
+        codes = F.normalize(codes, dim=-1) if self.metric == "cosine" else codes / self.codebook_dim**0.5
+        assign(self.codebook, codes)
+        assign(self.sums, codes)
+        self.sizes.fill_(1)
+        self.use_counts.zero_()
+        self.initialized.fill_(not self.kmeans_init)
+        self.steps.zero_()
+        self._records = []
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> VQOutput:
+        check_floats(x=x)
+        check_mask("mask", mask, x)
         if x.dim() < 1 or x.shape[-1] != self.dim:
             raise ValueError(f"x must have shape [..., {self.dim}], got {list(x.shape)}")
-        if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:-1]):
-            raise ValueError(f"mask must be bool {list(x.shape[:-1])}, got {mask.dtype} {list(mask.shape)}")
+        if mask is not None and mask.shape != x.shape[:-1]:
+            raise ValueError(f"mask must have shape {list(x.shape[:-1])}, got {list(mask.shape)}")
         if mask is not None:
             x = x.masked_fill(~mask.unsqueeze(-1), 0)  # padding may hold anything, and 0 · NaN is NaN
         vectors = self._split(self.project_in(x))
@@ -170,6 +207,9 @@ class VectorQuantizer(nn.Module):
 
     def set_codebook(self, codebook: Tensor) -> None:
         """Takes over codes ``[K, D]`` or ``[h, K, D]``, each with an average count of 1."""
+        check_floats(codebook=codebook)
+        if codebook.shape[-2:] != self.codebook.shape[1:] or codebook.numel() != self.codebook.numel():
+            raise ValueError(f"codebook must have shape {list(self.codebook.shape)}, got {list(codebook.shape)}")
         codes = codebook.detach().reshape(self.codebook.shape)
         with torch.no_grad():
             self.codebook.copy_(F.normalize(codes.float(), dim=-1) if self.metric == "cosine" else codes)
@@ -179,6 +219,10 @@ class VectorQuantizer(nn.Module):
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """Codes ``[..., h·codebook_dim]`` of indices as the module gives them, before the linear map out; 0 for -1."""
+        check_int64(indices=indices)
+        if self.codebooks > 1 and (indices.dim() < 1 or indices.shape[-1] != self.codebooks):
+            raise ValueError(f"indices must have shape [..., {self.codebooks}], got {list(indices.shape)}")
+        check_values("indices", indices, below=self.codebook_size, besides=-1)
         rows = indices.reshape(-1, self.codebooks).t()
         codes = _look_up(self._codes(self.codebook.detach()), rows).masked_fill((rows < 0).unsqueeze(-1), 0)
         lead = indices.shape if self.codebooks == 1 else indices.shape[:-1]

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from xlayer_ext import functional as XF
-from xlayer_ext.functional._checks import check_choice, check_floating, check_shapes, check_temperature
+from xlayer_ext.functional._checks import check_choice, check_floats, check_positive, check_shapes, check_sizes
+from xlayer_ext.nn._reset import reset
 
 WEIGHTINGS = ("topk_softmax", "full_softmax")
 POOLS = ("mean", "cls")
@@ -60,9 +61,8 @@ class LayerRouter(nn.Module):
         super().__init__()
         check_choice("weighting", weighting, WEIGHTINGS)
         check_choice("pool", pool, POOLS)
-        check_temperature(temperature)
-        if topk < 1:
-            raise ValueError(f"topk must be at least 1, got {topk}")
+        check_positive(temperature=temperature)
+        check_sizes(hidden_size=hidden_size, route_dim=route_dim, topk=topk)
         self.hidden_size, self.route_dim, self.topk = hidden_size, route_dim, topk
         self.temperature, self.weighting, self.pool, self.query_mlp = temperature, weighting, pool, query_mlp
         self.query: nn.Module = nn.Linear(hidden_size, route_dim)
@@ -73,9 +73,9 @@ class LayerRouter(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draws the projections anew."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                module.reset_parameters()
+        if self.query_mlp:  # the constructor makes the layer that the MLP replaces, and its draws come first
+            nn.Linear(self.hidden_size, self.route_dim, device=self.key.weight.device, dtype=self.key.weight.dtype)
+        reset(self.query, self.key)
 
     def forward(self, target_summary: Tensor, source_summaries: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.logits(target_summary, source_summaries)
@@ -85,7 +85,7 @@ class LayerRouter(nn.Module):
 
     def logits(self, target_summary: Tensor, source_summaries: Tensor) -> Tensor:
         """Scores ``[B, n]`` of all n sources, divided by the temperature, float32 at least."""
-        check_floating(target_summary=target_summary, source_summaries=source_summaries)
+        check_floats(target_summary=target_summary, source_summaries=source_summaries)
         width = "4H" if self.query_mlp else "H"
         layouts = {"source_summaries": "n B H", "target_summary": f"B {width}"}
         check_shapes(layouts, source_summaries=source_summaries, target_summary=target_summary)
@@ -108,7 +108,7 @@ class LayerRouter(nn.Module):
         """``[B, S, H] → [B, H]``: mean over the tokens that ``mask [B, S]`` allows, or the first token."""
         if self.pool == "mean":
             return XF.masked_mean(hidden, mask)
-        check_floating(hidden=hidden)
+        check_floats(hidden=hidden)
         check_shapes({"hidden": "B S H"}, hidden=hidden)
         return hidden[:, 0]
 

@@ -27,8 +27,8 @@ struct HdimInputs {
     const void* weight1;  // contiguous, like bias1 and weight2
     const void* bias1;
     const void* weight2;
-    const bool* key_mask;   // null: every key may be used
-    const bool* pair_mask;  // null: every pair may be used
+    const uint8_t* key_mask;   // any byte but 0: may be used; null: every key may be
+    const uint8_t* pair_mask;  // the same of pairs
     int64_t key_mask_stride[2], pair_mask_stride[3];
 };
 

@@ -6,9 +6,10 @@
 
 namespace xlayer {
 
-// A boolean mask [batch, tokens], true = may be used. Strides are in elements and may be 0; data == nullptr allows all.
+// A mask [batch, tokens], any byte but 0 = may be used: a bool in memory need not be 0 or 1. Strides are in elements
+// and may be 0; data == nullptr allows all.
 struct TokenMask {
-    const bool* data;
+    const uint8_t* data;
     int64_t batch_stride;
     int64_t token_stride;
 };
