@@ -89,7 +89,7 @@ class Call:
         return any(math.prod(t.shape) > MANY_ELEMENTS for t in self.arguments.values() if isinstance(t, Tensor))
 
     def description(self) -> str:
-        prefix = "torch.ops.xlayer." if self.target in recipes.operators() else "xlayer_ext.functional."
+        prefix = "xlayer_ext.functional." if self.mode.startswith("functional") else "torch.ops.xlayer."
         given = ", ".join(f"{name}={_told(value)}" for name, value in self.arguments.items())
         return f"{prefix}{self.target}({given})  [{self.mode}, {self.threads} thread(s)]"
 
@@ -306,11 +306,11 @@ class Maker:
         arguments = self._built(drawn, rng)
         values = [arguments[argument.name] for argument in self._schemas[operator]]
         overload = self._overloads[operator]
-        other = {
-            name: _bytes(Spec(list(value.shape), value.dtype, rng.choice(("wild", "special"))).build(self._memory, rng))
-            for name, value in arguments.items()
-            if isinstance(value, Tensor) and value.numel() > 0 and value.is_contiguous()
-        }
+        other = {}
+        for name, value in arguments.items():
+            if isinstance(value, Tensor) and value.numel() > 0 and value.is_contiguous():
+                spec = Spec(list(value.shape), value.dtype, rng.choice(("wild", "special", "valid", "one")))
+                other[name] = _bytes(spec.build(self._memory, rng))
 
         def run() -> str:
             if self._writer is None:  # threads do not survive a fork: every process starts its own

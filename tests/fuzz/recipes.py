@@ -95,16 +95,20 @@ def _depth_gru_extras(d: Draw, forward: Arguments) -> Arguments:
     return {"grad": d.float(*states), "states": d.float(*states), "gates": d.float(d.L, d.N, 4, d.d)}
 
 
+def _heads(d: Draw) -> int:
+    """How many; of width 0 there is only one."""
+    return d.size("h", (1, 1, 2, 3, 8) if d.hostile or d.w else (1,))
+
+
 def _depth_attention(d: Draw) -> Arguments:
-    heads, head_width = d.size("h", (1, 1, 2, 3, 8)), d.w
-    inner = heads * head_width
+    inner = _heads(d) * d.w
     return {
         "keys": d.float(d.L, d.N, inner),
         "values": d.float(d.L, d.N, inner),
         "weight_query": d.float(inner, d.d),
         "weight_out": d.float(d.d, inner),
         "initial": d.maybe(d.float(d.N, d.d)),
-        "heads": _integer(d, heads),
+        "heads": _integer(d, d.h),
         "memory": _integer(d, d.choice(1, 2, 3, 4, 100)),
         "scale": _number(d, 0.125, 1.0),
         "keep": d.flag(),
@@ -397,8 +401,7 @@ def _f_depth_gru(d: Draw) -> Arguments:
 
 
 def _f_depth_attention(d: Draw) -> Arguments:
-    lead, heads = _tokens(d), d.size("h", (1, 1, 2, 3))
-    inner = heads * d.w
+    lead, inner = _tokens(d), _heads(d) * d.w
     return {
         "x": d.float(d.L, *lead, d.i),
         "weight_query": d.float(inner, d.d),
@@ -406,7 +409,7 @@ def _f_depth_attention(d: Draw) -> Arguments:
         "weight_value": d.float(inner, d.i),
         "weight_out": d.float(d.d, inner),
         "initial": d.maybe(d.float(*lead, d.d)),
-        "heads": _integer(d, heads),
+        "heads": _integer(d, d.h),
         "memory": _integer(d, d.choice(1, 2, 4)),
     }
 
