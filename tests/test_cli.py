@@ -98,6 +98,21 @@ BAD_TRAIN = [
     (["--set", "batch_size=0"], "batch_size must be at least 1, got 0"),
     (["--set", "accumulate=3"], "batch_size 8 must be a multiple of processes x accumulate = 1 x 3"),
     (["--set", "max_length=x"], "max_length takes a value of type int, got 'x'"),
+    (["--set", "encoder_lr=inf"], "encoder_lr must be finite and not negative, got inf"),
+    (["--set", "head_lr=nan"], "head_lr must be finite and not negative, got nan"),
+    (["--set", "bridge_lr=-1e-3"], "bridge_lr must be finite and not negative, got -0.001"),
+    (["--set", "weight_decay=-1"], "weight_decay must be finite and not negative, got -1.0"),
+    (["--set", "warmup=1.5"], "warmup must be between 0 and 1, got 1.5"),
+    (["--set", "warmup=nan"], "warmup must be between 0 and 1, got nan"),
+    (["--set", "head_dropout=-0.1"], "head_dropout must be between 0 and 1, got -0.1"),
+    (["--set", "clip=0"], "clip must be finite and more than 0, got 0.0"),
+    (["--set", "stop_below=nan"], "stop_below must be finite, got nan"),
+    (["--seed", "-1"], "a seed must be between 0 and 4294967295, got -1"),
+    (["--seed", str(2**70)], "a seed must be between 0 and 4294967295, got 1180591620717411303424"),
+    (["--seed", "x"], "Invalid value for '--seed'"),
+    (["--preset", ""], "preset must be a name, got ''"),
+    (["--dataset", " "], "dataset must be a name, got ' '"),
+    (["--no-such-option"], "No such option"),
 ]
 
 
@@ -169,6 +184,9 @@ def test_eval_of_what_is_no_finished_run(tmp_path, finished, monkeypatch, capsys
     [
         (["--seeds", "0,x"], "expected seeds such as 0,1,2, got '0,x'"),
         (["--seeds", "1,1"], "a seed is named twice"),
+        (["--seeds", ""], "expected seeds such as 0,1,2, got ''"),
+        (["--seeds", "0,-1"], "a seed must be between 0 and 4294967295, got -1"),
+        (["--presets", ""], "expected presets separated by commas, such as plain,H9, got ''"),
         (["--presets", "H9,H9"], "a preset is named twice"),
         (["--presets", "H9,,A3"], "expected presets separated by commas"),
         (["--presets", "plain,H31"], "unknown preset 'H31'"),

@@ -68,11 +68,9 @@ def test_a_checkpoint_that_fails_half_way_leaves_the_one_before(tmp_path):
     run = make_run(tmp_path / "run")
 
     def save(folder: Path) -> None:
-        folder.mkdir()
         (folder / "weights").write_text("good")
 
     def fail(folder: Path) -> None:
-        folder.mkdir()
         (folder / "weights").write_text("half")
         raise KeyboardInterrupt
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from training_tools import finish, read_metrics, save_backbone, save_rte, start_xlayer
+from training_tools import Line, Numbers, finish, read_metrics, save_backbone, save_rte, start_xlayer
 from xlayer_systems.errors import UserError
 from xlayer_systems.jobs import make_spec, train_run
 from xlayer_systems.options import TrainOptions, apply_overrides
@@ -114,7 +113,7 @@ def test_a_killed_run_resumes_to_the_same_bits(places, tmp_path, preset):
         arguments += ["--set", setting]
     undisturbed = start_xlayer(*arguments, "--run-dir", tmp_path / "undisturbed")
     killed = start_xlayer(*arguments, "--run-dir", tmp_path / "killed")
-    kill_when_logged(killed, tmp_path / "killed" / "metrics.jsonl", lines=12)
+    stop_when_logged(killed, tmp_path / "killed" / "metrics.jsonl", 12, signal.SIGKILL)
     finish(undisturbed)
     assert RunDirectory(tmp_path / "killed").result() is None
     before = (tmp_path / "killed" / "metrics.jsonl").read_bytes()
@@ -124,15 +123,34 @@ def test_a_killed_run_resumes_to_the_same_bits(places, tmp_path, preset):
     assert (tmp_path / "killed" / "metrics.jsonl").read_bytes() == expected
 
 
-def kill_when_logged(process, metrics: Path, lines: int) -> None:
+@pytest.mark.slow
+def test_a_run_ended_by_sigterm_says_so_and_resumes_to_the_same_bits(places, tmp_path):
+    arguments = ["train", "xlrb", "--preset", "H9", "--dataset", places["data"], "--backbone", places["dropout"]]
+    for setting in ("epochs=5", "batch_size=8", "encoder_lr=1e-3", "checkpoint_every=1000", "log_every=3"):
+        arguments += ["--set", setting]
+    undisturbed = start_xlayer(*arguments, "--run-dir", tmp_path / "undisturbed")
+    ended = start_xlayer(*arguments, "--run-dir", tmp_path / "ended")
+    output, errors = stop_when_logged(ended, tmp_path / "ended" / "metrics.jsonl", 6, signal.SIGTERM)
+    finish(undisturbed)
+    last = errors.splitlines()[-1]
+    assert ended.returncode == 143 and output == "" and "Traceback" not in errors
+    assert last.startswith(f"error: {tmp_path / 'ended'}: SIGTERM after step") and "--resume" in last
+    assert RunDirectory(tmp_path / "ended").result() is None
+    finish(start_xlayer(*arguments, "--run-dir", tmp_path / "ended", "--resume"))
+    expected = (tmp_path / "undisturbed" / "metrics.jsonl").read_bytes()
+    assert (tmp_path / "ended" / "metrics.jsonl").read_bytes() == expected
+
+
+def stop_when_logged(process, metrics: Path, lines: int, number: int) -> tuple[str, str]:
     deadline = time.monotonic() + 100
     while not metrics.exists() or metrics.read_bytes().count(b"\n") < lines:
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    process.communicate()
+    os.killpg(process.pid, number)
+    printed = process.communicate(timeout=100)
+    assert process.returncode != 0
+    return printed
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(places, tmp_path):
@@ -173,41 +191,6 @@ def test_the_schedule_rises_then_falls_to_zero():
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates[5:] == pytest.approx([1 - k / 16 for k in range(1, 16)])
     assert schedule.get_last_lr() == [0.0]
-
-
-@dataclass
-class Output:
-    loss: torch.Tensor
-
-
-class Line(nn.Module):
-    """One weight, to be fitted to 3: a model of no system at all."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(()))
-
-    def forward(self, x: torch.Tensor) -> Output:
-        return Output(((self.weight * x - 3 * x) ** 2).mean())
-
-
-class Numbers:
-    """Data of no system at all; the score of an example is 1, so the sum counts examples."""
-
-    def __init__(self, count: int) -> None:
-        self.train = self.validation = [float(number % 5 + 1) for number in range(count)]
-
-    def lengths(self) -> list[int]:
-        return [1] * len(self.train)
-
-    def collate(self, examples):
-        return {"x": torch.tensor(examples)}
-
-    def score(self, output, batch):
-        return torch.ones(len(batch["x"]), 1, dtype=torch.float64)
-
-    def summarize(self, sums):
-        return {"seen": int(sums[0])}
 
 
 def test_the_loop_knows_no_system(tmp_path):

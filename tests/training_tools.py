@@ -7,11 +7,13 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import RobertaConfig, RobertaModel
 
 from xlayer_systems import cli
@@ -107,3 +109,38 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@dataclass
+class Output:
+    loss: torch.Tensor
+
+
+class Line(nn.Module):
+    """One weight, to be fitted to 3: a model of no system at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> Output:
+        return Output(((self.weight * x - 3 * x) ** 2).mean())
+
+
+class Numbers:
+    """Data of no system at all; the score of an example is 1, so the sum counts examples."""
+
+    def __init__(self, count: int) -> None:
+        self.train = self.validation = [float(number % 5 + 1) for number in range(count)]
+
+    def lengths(self) -> list[int]:
+        return [1] * len(self.train)
+
+    def collate(self, examples):
+        return {"x": torch.tensor(examples)}
+
+    def score(self, output, batch):
+        return torch.ones(len(batch["x"]), 1, dtype=torch.float64)
+
+    def summarize(self, sums):
+        return {"seen": int(sums[0])}

@@ -101,7 +101,8 @@ def load_quietly(loader: Any, folder: Path, what: str, expected: str) -> Any:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # "newly initialized pooler": the classifier drops the pooler
     try:
-        return loader.from_pretrained(str(folder))
+        # Code that comes with a model is not run, and not asked about.
+        return loader.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"cannot load {what}; expected {expected} ({reason})") from error

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
-from xlayer_systems.errors import UserError
+from xlayer_systems.errors import CommandError, InterruptionError, UserError
 
-EXIT_USER_ERROR = 2
+# typer has click under a name of its own: BadParameter is a UsageError is a ClickException.
+ClickException: type[Exception] = typer.BadParameter.__mro__[2]
+INTERRUPTED = 130
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -54,7 +56,8 @@ app = typer.Typer(
 
 **Many GPUs**: `accelerate launch -m xlayer_systems.cli train xlrb --preset H9 ...`
 
-Wrong input gives one line that starts with `error:` and exit code 2.""",
+Wrong input gives one line that starts with `error:` and exit code 2; a run that diverges ends with exit code 3. Ctrl-C
+and SIGTERM end a run after a checkpoint, with exit code 130 and 143; a second Ctrl-C ends it at once.""",
 )
 pretrain_app = typer.Typer(no_args_is_help=True, help="Make the small backbone that the other commands start from.")
 app.add_typer(pretrain_app, name="pretrain")
@@ -209,7 +212,9 @@ def sweep(
     common = _with_shortcuts(parse_overrides(settings or []), epochs=epochs, expansion_rate=streams)
     common = {**recipe.sweep_defaults, **common}
     default = f"{PLAIN},{recipe.default_preset}" if PLAIN in recipe.presets() else recipe.default_preset
-    variants = cross_variants(parse_variants(presets or default), bridge=bridge, soft_tokens=soft_tokens)
+    variants = cross_variants(
+        parse_variants(default if presets is None else presets), bridge=bridge, soft_tokens=soft_tokens
+    )
     numbers = parse_seeds(seeds)
     specs = {
         variant.name: [
@@ -365,14 +370,26 @@ def decoder(
 
 
 def main() -> None:
-    """Entry point: wrong input ends in one line on stderr and exit code 2."""
+    """Entry point: what a user can mend ends in one line on stderr and the exit code of its `CommandError`."""
     # Before torch loads its OpenMP: threads that spin while they wait make a step on a busy machine ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        app()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+        code = app(standalone_mode=False)
+        if code == INTERRUPTED:  # outside the training loop, which raises its own error
+            raise InterruptionError("interrupted", INTERRUPTED - 128)
+    except CommandError as error:
+        _fail(error)
+    except ClickException as error:
+        message = error.format_message()  # type: ignore[attr-defined]
+        if message:
+            _fail(UserError(message))
+        error.show()  # type: ignore[attr-defined]  # a command without arguments shows its help
+        sys.exit(UserError.exit_code)
+
+
+def _fail(error: CommandError) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(error.exit_code)
 
 
 def _with_shortcuts(overrides: dict[str, str], **shortcuts: int | str | None) -> dict[str, str]:

@@ -1,12 +1,33 @@
-"""The one exception that a user of the command line is meant to see."""
+"""The exceptions that a user of the command line is meant to see: one line each, and an exit code."""
 
 
-class UserError(Exception):
-    """Wrong input from the user: a name, a path, an option or a data set that cannot be used.
+class CommandError(Exception):
+    """Ends a command with the line ``error: <message>`` and the exit code of its class."""
 
-    The message says in one line what was got and what was expected. The command line prints it as
-    ``error: <message>`` and ends with exit code 2; nothing has been overwritten by then.
-    """
+    exit_code = 1
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
+
+
+class UserError(CommandError):
+    """Wrong input from the user: a name, a path, an option, a data set or a run directory that cannot be used.
+
+    The message says in one line what was got and what was expected. Nothing has been overwritten by then.
+    """
+
+    exit_code = 2
+
+
+class DivergenceError(CommandError):
+    """A loss, a metric or a parameter of a run is infinite or not a number. Its last good checkpoint is kept."""
+
+    exit_code = 3
+
+
+class InterruptionError(CommandError):
+    """SIGINT or SIGTERM ended a run after a checkpoint; the exit code is the one that a shell gives the signal."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

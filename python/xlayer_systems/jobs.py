@@ -12,9 +12,9 @@ from typing import Any
 from torch import nn
 
 from xlayer_systems.errors import UserError
-from xlayer_systems.options import apply_overrides, split_overrides
+from xlayer_systems.options import apply_overrides, check_seed, split_overrides
 from xlayer_systems.recipes import Recipe, get_recipe
-from xlayer_systems.runs import Record, RunDirectory, environment
+from xlayer_systems.runs import Record, RunDirectory, disk_errors, environment
 from xlayer_systems.training import Trainer, evaluate, make_accelerator, seed_everything
 
 
@@ -72,6 +72,10 @@ def make_spec(
 ) -> RunSpec:
     """Defaults of system, preset, data set and backbone, changed by ``overrides`` of options and system config."""
     recipe = get_recipe(system)
+    for name, value in (("preset", preset), ("dataset", dataset), ("backbone", backbone)):
+        if value is not None and not value.strip():
+            raise UserError(f"{name} must be a name, got {value!r}")
+    check_seed(seed)
     preset, dataset = preset or recipe.default_preset, dataset or recipe.default_dataset
     backbone = backbone or recipe.default_backbone
     config = recipe.config(preset, backbone)
@@ -90,20 +94,23 @@ def train_run(spec: RunSpec, path: Path, resume: bool = False) -> Record:
     does not exist yet starts.
     """
     started = time.perf_counter()
-    if path.exists() and not resume:
-        raise UserError(f"run directory {path} exists; choose another --run-dir, or continue it with --resume")
-    stages = getattr(spec.recipe, "stages", None)  # of systems whose runs have parts, each a run of its own
-    if stages is not None and getattr(spec.config, "stage", "both") == "both":
-        return stages(spec, path, resume)
-    accelerator = make_accelerator(spec.options)
-    run = RunDirectory(path, accelerator.is_main_process)
-    resume = resume and path.exists()
+    with disk_errors(path):
+        if path.exists() and not resume:
+            raise UserError(f"run directory {path} exists; choose another --run-dir, or continue it with --resume")
+        stages = getattr(spec.recipe, "stages", None)  # of systems whose runs have parts, each a run of its own
+        if stages is not None and getattr(spec.config, "stage", "both") == "both":
+            return stages(spec, path, resume)
+        accelerator = make_accelerator(spec.options)
+        with RunDirectory(path, accelerator.is_main_process) as run:
+            return _train(spec, accelerator, run, resume and path.exists(), started)
+
+
+def _train(spec: RunSpec, accelerator: Any, run: RunDirectory, resume: bool, started: float) -> Record:
     accelerator.wait_for_everyone()
     data = spec.recipe.objective.prepare(spec)
     description, surroundings = spec.to_dict(), environment(data.fingerprint)
     if resume:
-        run.check_resumable(description, surroundings)
-        finished = run.result()
+        finished = run.hold(description, surroundings)
         if finished is not None:
             return finished
     model = build_model(spec, data)
@@ -117,7 +124,7 @@ def train_run(spec: RunSpec, path: Path, resume: bool = False) -> Record:
         run.create(description, surroundings)
     accelerator.wait_for_everyone()
     last = trainer.train()
-    _save_model(spec, data, trainer, path / "model")
+    _save_model(spec, data, trainer, run.path / "model")
     result = _result(spec, data, last, parameters, time.perf_counter() - started)
     examine = getattr(spec.recipe.objective, "examine", None)
     if accelerator.is_main_process:
@@ -146,6 +153,7 @@ def complete_text(
     path: Path, prompt: str, *, tokens: int = 128, temperature: float = 0.0, top_k: int | None = None, seed: int = 0
 ) -> str:
     """``prompt`` and what the language model of a finished run goes on with."""
+    check_seed(seed)
     spec = finished_spec(path)
     complete = getattr(spec.recipe.objective, "complete", None)
     if complete is None:
@@ -164,13 +172,23 @@ def finished_spec(path: Path) -> RunSpec:
 
 
 def load_model(spec: RunSpec, path: Path) -> nn.Module:
-    """The trained model of a finished run."""
-    return spec.recipe.load(path / "model", spec.recipe.load_backbone(spec.backbone))
+    """The trained model of a finished run; files that are missing, damaged or no data raise `UserError`."""
+    backbone, folder = spec.recipe.load_backbone(spec.backbone), path / "model"
+    try:
+        return spec.recipe.load(folder, backbone)
+    except Exception as error:  # whatever a broken file makes its reader raise
+        if isinstance(error, UserError) and str(folder) in str(error):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"cannot load the model in {folder}: {reason}") from error
 
 
 def format_result(result: Mapping[str, Any]) -> str:
     """The table of one run."""
-    return get_recipe(result["system"]).objective.format(result)
+    try:
+        return get_recipe(result["system"]).objective.format(result)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"this result does not fit this version of xlayer: {type(error).__name__} {error}") from error
 
 
 def build_model(spec: RunSpec, data: Any) -> nn.Module:

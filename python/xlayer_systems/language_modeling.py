@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoTokenizer
 
+from xlayer_systems.backbones import load_quietly
 from xlayer_systems.data.blocks import LanguageModelingData, encode_text
 from xlayer_systems.data.text import load_text
 from xlayer_systems.errors import UserError
@@ -144,7 +145,7 @@ class LanguageModeling:
         self, model: Any, folder: Path, prompt: str, tokens: int, temperature: float, top_k: int | None, seed: int
     ) -> str:
         """``prompt`` and its continuation by ``model``, a `LanguageModel`, with the tokenizer saved in ``folder``."""
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = load_quietly(AutoTokenizer, folder, f"the tokenizer in {folder}", "what the run saved there")
         # Documents begin after an end-of-text token.
         ids = torch.tensor([[tokenizer.eos_token_id, *encode_text(tokenizer, [prompt])[0]]])
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from typing import Any, ClassVar, TypeVar
 
 from xlayer_systems.errors import UserError
 
+MAX_SEED = 2**32 - 1  # what every generator takes
 DTYPES = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # to Accelerate's names for mixed precision
 
 
@@ -54,6 +56,8 @@ class LoopOptions:
         "max_steps", "batch_size", "accumulate", "max_length", "eval_batch_size", "eval_every", "log_every",
         "checkpoint_every",
     )  # fmt: skip
+    rates: ClassVar[tuple[str, ...]] = ("weight_decay",)  # with the learning rates: finite and not negative
+    shares: ClassVar[tuple[str, ...]] = ("warmup",)  # between 0 and 1
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -64,8 +68,18 @@ class LoopOptions:
                 raise UserError(f"{name} must be at least 1, got {value}")
         if self.epochs < 0:
             raise UserError(f"epochs must not be negative, got {self.epochs}")
-        if not 0 <= self.warmup <= 1:
-            raise UserError(f"warmup is a share of all steps between 0 and 1, got {self.warmup}")
+        for name in self.rates:
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise UserError(f"{name} must be finite and not negative, got {value}")
+        for name in self.shares:
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise UserError(f"{name} must be between 0 and 1, got {value}")
+        if not 0 < self.clip < math.inf:
+            raise UserError(f"clip must be finite and more than 0, got {self.clip}")
+        if self.stop_below is not None and not math.isfinite(self.stop_below):
+            raise UserError(f"stop_below must be finite, got {self.stop_below}")
 
     def micro_batch(self, processes: int) -> int:
         """Examples per process and forward pass."""
@@ -90,6 +104,9 @@ class TrainOptions(LoopOptions):
     label_smoothing: float = 0.05
     head_dropout: float = 0.1
 
+    rates: ClassVar[tuple[str, ...]] = (*LoopOptions.rates, "encoder_lr", "head_lr", "bridge_lr")
+    shares: ClassVar[tuple[str, ...]] = (*LoopOptions.shares, "label_smoothing", "head_dropout")
+
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModelOptions(LoopOptions):
@@ -112,6 +129,12 @@ class LanguageModelOptions(LoopOptions):
     eval_every: int | None = 200
 
     counts: ClassVar[tuple[str, ...]] = (*LoopOptions.counts, "eval_blocks")
+    rates: ClassVar[tuple[str, ...]] = (*LoopOptions.rates, "learning_rate")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.beta2 < 1:
+            raise UserError(f"beta2 must be at least 0 and less than 1, got {self.beta2}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +161,7 @@ class TelepathyOptions(LoopOptions):
     baselines: bool = True
 
     counts: ClassVar[tuple[str, ...]] = (*LoopOptions.counts, "eval_examples", "max_new_tokens")
+    rates: ClassVar[tuple[str, ...]] = (*LoopOptions.rates, "learning_rate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +201,7 @@ class BypassOptions(LoopOptions):
     counts: ClassVar[tuple[str, ...]] = (
         *LoopOptions.counts, "reconstruct_steps", "calibration_tokens", "pca_tokens", "eval_blocks", "compare_blocks",
     )  # fmt: skip
+    rates: ClassVar[tuple[str, ...]] = (*LoopOptions.rates, "learning_rate", "reconstruct_rate", "lora_rate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,6 +232,7 @@ class LFormerOptions(LoopOptions):
 
     unused_parameters: ClassVar[bool] = True
     counts: ClassVar[tuple[str, ...]] = (*LoopOptions.counts, "lm_length")
+    rates: ClassVar[tuple[str, ...]] = (*LoopOptions.rates, "learning_rate", "base_lr")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -215,6 +241,12 @@ class LFormerOptions(LoopOptions):
 
 
 Settings = TypeVar("Settings")
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that some random generator would not take."""
+    if not 0 <= seed <= MAX_SEED:
+        raise UserError(f"a seed must be between 0 and {MAX_SEED}, got {seed}")
 
 
 def parse_overrides(items: list[str]) -> dict[str, str]:

@@ -25,9 +25,9 @@ from xlayer_systems.backbones import start_as_average
 from xlayer_systems.data.corpus import Corpus, SourceFile, load_corpus
 from xlayer_systems.data.tasks import words
 from xlayer_systems.errors import UserError
-from xlayer_systems.options import TrainOptions, apply_overrides, split_overrides
+from xlayer_systems.options import TrainOptions, apply_overrides, check_seed, split_overrides
 from xlayer_systems.plots import plot_curves
-from xlayer_systems.runs import Record, RunDirectory, environment
+from xlayer_systems.runs import Record, RunDirectory, disk_errors, environment
 from xlayer_systems.tokenizer import SPECIAL_TOKENS, train_tokenizer
 from xlayer_systems.training import Trainer, make_accelerator, seed_everything
 
@@ -203,46 +203,51 @@ def pretrain_encoder(
 
     Returns the last evaluation, on pairs from the validation files.
     """
-    if out.exists() and not resume:
-        raise UserError(f"run directory {out} exists; choose another one, or continue it with --resume")
+    check_seed(seed)
+    if not 0 <= contrast < math.inf:
+        raise UserError(f"contrast must be finite and not negative, got {contrast}")
+    with disk_errors(out):
+        if out.exists() and not resume:
+            raise UserError(f"run directory {out} exists; choose another one, or continue it with --resume")
     shape, corpus = shape or EncoderShape(), corpus or load_corpus()
     split_overrides(overrides or {}, PRETRAINING)
     options = apply_overrides(PRETRAINING, overrides or {})
     accelerator = make_accelerator(options)
-    run = RunDirectory(out, accelerator.is_main_process)
-    description = {
-        "system": "encoder",
-        "seed": seed,
-        "contrast": contrast,
-        "shape": dataclasses.asdict(shape),
-        "options": dataclasses.asdict(options),
-    }
-    surroundings = environment(corpus.hash)
-    resume = resume and out.exists()
-    if resume:
-        run.check_resumable(description, surroundings)
-    accelerator.wait_for_everyone()
-    texts = (text for file in corpus.of("train") for pair in passages(file) for text in pair if text)
-    tokenizer = train_tokenizer(texts, shape.vocabulary, shape.positions)
-    data = PassagePairs(corpus, tokenizer, options.max_length, seed)
-    seed_everything(seed)
-    # A short pretraining underfits, so it goes without dropout; fine-tuning on far less text needs it.
-    encoder = make_encoder(dataclasses.replace(shape, vocabulary=len(tokenizer)), tokenizer, dropout=0.0)
-    frequencies = data.log_frequencies(len(tokenizer))
-    model = PretrainModel(encoder, len(SPECIAL_TOKENS), tokenizer.mask_token_id, frequencies, contrast)
-    trainer = Trainer(accelerator, model, _groups(model, options), data, options, run, seed, "pretraining")
-    if resume:
-        trainer.resume()
-    else:
-        run.create(description, surroundings)
-    accelerator.wait_for_everyone()
-    result = trainer.train()
-    if accelerator.is_main_process:
-        trained = accelerator.unwrap_model(trainer.model).encoder
-        _save_encoder(trained, tokenizer, out / "encoder", {"run": description, "environment": surroundings})
-        plot_curves({"encoder": [run.metrics()]}, out / "plots" / "curves.png", metric="masked_loss")
-        run.write_json("result.json", result)
-    return result
+    with disk_errors(out), RunDirectory(out, accelerator.is_main_process) as run:
+        description = {
+            "system": "encoder",
+            "seed": seed,
+            "contrast": contrast,
+            "shape": dataclasses.asdict(shape),
+            "options": dataclasses.asdict(options),
+        }
+        surroundings = environment(corpus.hash)
+        resume = resume and out.exists()
+        if resume:
+            run.check_resumable(description, surroundings)
+            run.lock()
+        accelerator.wait_for_everyone()
+        texts = (text for file in corpus.of("train") for pair in passages(file) for text in pair if text)
+        tokenizer = train_tokenizer(texts, shape.vocabulary, shape.positions)
+        data = PassagePairs(corpus, tokenizer, options.max_length, seed)
+        seed_everything(seed)
+        # A short pretraining underfits, so it goes without dropout; fine-tuning on far less text needs it.
+        encoder = make_encoder(dataclasses.replace(shape, vocabulary=len(tokenizer)), tokenizer, dropout=0.0)
+        frequencies = data.log_frequencies(len(tokenizer))
+        model = PretrainModel(encoder, len(SPECIAL_TOKENS), tokenizer.mask_token_id, frequencies, contrast)
+        trainer = Trainer(accelerator, model, _groups(model, options), data, options, run, seed, "pretraining")
+        if resume:
+            trainer.resume()
+        else:
+            run.create(description, surroundings)
+        accelerator.wait_for_everyone()
+        result = trainer.train()
+        if accelerator.is_main_process:
+            trained = accelerator.unwrap_model(trainer.model).encoder
+            _save_encoder(trained, tokenizer, out / "encoder", {"run": description, "environment": surroundings})
+            plot_curves({"encoder": [run.metrics()]}, out / "plots" / "curves.png", metric="masked_loss")
+            run.write_json("result.json", result)
+        return result
 
 
 def make_encoder(shape: EncoderShape, tokenizer: Any, dropout: float) -> nn.Module:

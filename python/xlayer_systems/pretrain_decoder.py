@@ -25,9 +25,9 @@ from xlayer_systems.data.corpus import Corpus, SourceFile, load_corpus
 from xlayer_systems.data.tasks import words
 from xlayer_systems.data.text import TextCorpus
 from xlayer_systems.errors import UserError
-from xlayer_systems.options import LanguageModelOptions, apply_overrides, split_overrides
+from xlayer_systems.options import LanguageModelOptions, apply_overrides, check_seed, split_overrides
 from xlayer_systems.plots import plot_losses
-from xlayer_systems.runs import Record, RunDirectory, environment
+from xlayer_systems.runs import Record, RunDirectory, disk_errors, environment
 from xlayer_systems.tokenizer import train_tokenizer
 from xlayer_systems.training import Trainer, make_accelerator, seed_everything
 
@@ -163,8 +163,10 @@ def pretrain_decoder(
         if shape not in SHAPES:
             raise UserError(f"unknown shape {shape!r}; expected one of {', '.join(SHAPES)}")
         shape = SHAPES[shape]
-    if out.exists() and not resume:
-        raise UserError(f"run directory {out} exists; choose another one, or continue it with --resume")
+    check_seed(seed)
+    with disk_errors(out):
+        if out.exists() and not resume:
+            raise UserError(f"run directory {out} exists; choose another one, or continue it with --resume")
     split_overrides(overrides or {}, PRETRAINING)
     options = apply_overrides(PRETRAINING, overrides or {})
     if options.max_length > shape.positions:
@@ -173,38 +175,39 @@ def pretrain_decoder(
         )
     corpus = corpus or load_corpus()
     accelerator = make_accelerator(options)
-    run = RunDirectory(out, accelerator.is_main_process)
-    description = {
-        "system": "decoder",
-        "seed": seed,
-        "shape": dataclasses.asdict(shape),
-        "options": dataclasses.asdict(options),
-    }
-    surroundings = environment(corpus.hash)
-    resume = resume and out.exists()
-    if resume:
-        run.check_resumable(description, surroundings)
-    accelerator.wait_for_everyone()
-    text = decoder_text(corpus, seed)
-    tokenizer = train_tokenizer(text.train, shape.vocabulary, shape.positions, keep_text=True)
-    data: Any = DecoderData(text, tokenizer, options.max_length, options.eval_blocks)
-    seed_everything(seed)
-    model = DecoderModel(make_decoder(shape, tokenizer))
-    trainer = Trainer(accelerator, model, _groups(model, options), data, options, run, seed, "pretraining")
-    if resume:
-        trainer.resume()
-    else:
-        run.create(description, surroundings)
-    accelerator.wait_for_everyone()
-    result = trainer.train()
-    if accelerator.is_main_process:
-        trained = accelerator.unwrap_model(trainer.model).decoder
-        recipe = {"run": description, "environment": surroundings, "result": result}
-        _save_decoder(trained, tokenizer, out / "decoder", recipe)
-        curve = [(r["step"] * options.batch_size * options.max_length, r["loss"]) for r in _evaluations(run)]
-        plot_losses({"decoder": [curve]}, out / "plots" / "curves.png", None)
-        run.write_json("result.json", result)
-    return result
+    with disk_errors(out), RunDirectory(out, accelerator.is_main_process) as run:
+        description = {
+            "system": "decoder",
+            "seed": seed,
+            "shape": dataclasses.asdict(shape),
+            "options": dataclasses.asdict(options),
+        }
+        surroundings = environment(corpus.hash)
+        resume = resume and out.exists()
+        if resume:
+            run.check_resumable(description, surroundings)
+            run.lock()
+        accelerator.wait_for_everyone()
+        text = decoder_text(corpus, seed)
+        tokenizer = train_tokenizer(text.train, shape.vocabulary, shape.positions, keep_text=True)
+        data: Any = DecoderData(text, tokenizer, options.max_length, options.eval_blocks)
+        seed_everything(seed)
+        model = DecoderModel(make_decoder(shape, tokenizer))
+        trainer = Trainer(accelerator, model, _groups(model, options), data, options, run, seed, "pretraining")
+        if resume:
+            trainer.resume()
+        else:
+            run.create(description, surroundings)
+        accelerator.wait_for_everyone()
+        result = trainer.train()
+        if accelerator.is_main_process:
+            trained = accelerator.unwrap_model(trainer.model).decoder
+            recipe = {"run": description, "environment": surroundings, "result": result}
+            _save_decoder(trained, tokenizer, out / "decoder", recipe)
+            curve = [(r["step"] * options.batch_size * options.max_length, r["loss"]) for r in _evaluations(run)]
+            plot_losses({"decoder": [curve]}, out / "plots" / "curves.png", None)
+            run.write_json("result.json", result)
+        return result
 
 
 def _documents(file: SourceFile) -> list[str]:

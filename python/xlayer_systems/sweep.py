@@ -11,9 +11,9 @@ from typing import Any
 
 from xlayer_systems.errors import UserError
 from xlayer_systems.jobs import RunSpec, train_run
-from xlayer_systems.options import parse_overrides
+from xlayer_systems.options import check_seed, parse_overrides
 from xlayer_systems.recipes import get_recipe
-from xlayer_systems.runs import Record, RunDirectory
+from xlayer_systems.runs import Record, RunDirectory, disk_errors
 
 AllRecords = dict[str, list[list[Record]]]  # per variant, per seed: metrics.jsonl
 
@@ -69,6 +69,8 @@ def parse_seeds(text: str) -> list[int]:
         raise UserError(f"expected seeds such as 0,1,2, got {text!r}") from error
     if len(set(seeds)) < len(seeds):
         raise UserError(f"a seed is named twice in {text!r}")
+    for seed in seeds:
+        check_seed(seed)
     return seeds
 
 
@@ -77,8 +79,9 @@ def run_sweep(specs: dict[str, list[RunSpec]], out: Path, resume: bool) -> Recor
 
     With ``resume`` finished runs are kept and an interrupted one goes on.
     """
-    if out.exists() and not resume:
-        raise UserError(f"sweep directory {out} exists; choose another --out, or continue it with --resume")
+    with disk_errors(out):
+        if out.exists() and not resume:
+            raise UserError(f"sweep directory {out} exists; choose another --out, or continue it with --resume")
     results: dict[str, list[Record]] = {name: [] for name in specs}
     paths: dict[str, list[Path]] = {name: [] for name in specs}
     for name, variants in specs.items():
@@ -90,7 +93,8 @@ def run_sweep(specs: dict[str, list[RunSpec]], out: Path, resume: bool) -> Recor
     objective = next(iter(specs.values()))[0].recipe.objective
     summary = {"system": next(iter(specs.values()))[0].system, **objective.summarize(results, records), "runs": results}
     if int(os.environ.get("RANK", "0")) == 0:
-        _write(summary, specs, records, RunDirectory(next(iter(paths.values()))[0]), out)
+        with disk_errors(out):
+            _write(summary, specs, records, RunDirectory(next(iter(paths.values()))[0]), out)
     return summary
 
 

@@ -8,30 +8,34 @@ launch`` the same loop runs under DDP or FSDP2 on many devices (with the run dir
 then divided among the processes, so the run takes the same steps as on one.
 
 A run that is killed and resumed ends with the same bits on the CPU: a checkpoint holds model, optimizer, schedule,
-random state and position, and what was logged after it is cut off again.
+random state and position, and what was logged after it is cut off again. SIGINT and SIGTERM end a run after the step
+that it is in, with a checkpoint; a loss, metric or parameter that is not finite ends it without one.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import random
+import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from xlayer_ext.bench import keep_freed_memory
+from xlayer_systems.checkpoints import TrainingState, whole
 from xlayer_systems.data.batches import epoch_batches
-from xlayer_systems.errors import UserError
+from xlayer_systems.errors import DivergenceError, InterruptionError, UserError
 from xlayer_systems.options import DTYPES, LoopOptions
 from xlayer_systems.ranges import region
-from xlayer_systems.runs import Record, RunDirectory
+from xlayer_systems.runs import Record, RunDirectory, flatten
 
 EMA_DECAY = 0.98
 
@@ -62,7 +66,7 @@ class TrainingData(Protocol):
 
 @dataclass
 class Progress:
-    """Where a run stands; part of its checkpoints."""
+    """Where a run stands; part of its checkpoints. ``window`` has the losses that were not logged yet."""
 
     step: int = 0
     epoch: int = 0
@@ -72,14 +76,54 @@ class Progress:
     loss_ema: float = 0.0
     is_stopped: bool = False
     last_evaluation: Record = field(default_factory=dict)
+    window: list[float] = field(default_factory=list)
 
-    def state_dict(self) -> dict[str, Any]:
-        """For Accelerate's checkpoints."""
+    def to_dict(self) -> Record:
+        """JSON-able; `from_dict` is the inverse."""
         return dict(vars(self))
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`."""
-        vars(self).update(state)
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> Progress:
+        """From a checkpoint; other names, other types and negative counts raise ValueError."""
+        expected = vars(cls())
+        if state.keys() != expected.keys():
+            raise ValueError(f"progress must have {', '.join(expected)}, got {', '.join(map(str, state))}")
+        for name, value in state.items():
+            wanted = type(expected[name])
+            if type(value) is not wanted or (wanted is int and value < 0):
+                raise ValueError(f"{name} of the progress must be of type {wanted.__name__}, got {value!r}")
+        if not all(type(loss) is float for loss in state["window"]):
+            raise ValueError("window of the progress must hold numbers")
+        return cls(**state)
+
+
+class StopSignals:
+    """SIGINT and SIGTERM as a request, in ``caught``, instead of the end of the process.
+
+    Only in the main thread and inside ``with``; the handlers are afterwards what they were. A second SIGINT ends the
+    process at once. A second SIGTERM does not: launchers and schedulers may both send one.
+    """
+
+    def __init__(self) -> None:
+        self.caught: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                # Ignored, as SIGINT is by background jobs, it stays so; None is a handler that is not Python's.
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: Any) -> None:
+        self.caught = number
+        if signal.SIGINT in self._before:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def make_accelerator(options: LoopOptions) -> Any:
@@ -123,6 +167,8 @@ def linear_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: float)
 class Trainer:
     """One run of the loop.
 
+    Raises `InterruptionError` after SIGINT or SIGTERM and a checkpoint, `DivergenceError` where numbers are not finite.
+
     Args:
         accelerator: from `make_accelerator`.
         model: the model, on any device.
@@ -133,6 +179,8 @@ class Trainer:
         seed: order of the examples and dropout.
         name: shown beside the progress bar.
     """
+
+    handles_signals = True
 
     def __init__(
         self,
@@ -155,6 +203,8 @@ class Trainer:
         self.total_steps = options.epochs * self.steps_per_epoch
         if options.max_steps is not None:
             self.total_steps = min(self.total_steps, options.max_steps)
+        if accelerator.distributed_type.value == "FSDP" and not accelerator.is_fsdp2:
+            raise UserError("checkpoints need FSDP2; choose it with fsdp_version: 2 in the config of accelerate")
         if options.gradient_checkpointing:
             _enable_checkpointing(model)
         if accelerator.device.type == "cpu":
@@ -166,28 +216,34 @@ class Trainer:
         self.schedule = linear_schedule(optimizer, self.total_steps, options.warmup)
         self.progress = Progress()
         self.gradient_norms: dict[str, float] = {}
-        accelerator.register_for_checkpointing(self.schedule, self.progress)
+        self.state = TrainingState(accelerator, self.model, self.optimizer, self.schedule)
+        self.signals = StopSignals()
+        self._agreed_signal: int | None = None
         # After the model was built, so that its parameters do not depend on the number of processes.
         seed_everything(seed * 1000 + accelerator.process_index)
 
     def resume(self) -> None:
-        """Go back to the newest checkpoint, or to the start when there is none."""
+        """Go back to the newest checkpoint, or to the start when there is none; a damaged one raises `UserError`."""
         checkpoint = self.run.latest_checkpoint()
         if checkpoint is not None:
-            self.accelerator.load_state(str(checkpoint), load_kwargs={"weights_only": False})
+            try:
+                self.progress = Progress.from_dict(self.state.load(checkpoint))
+            except ValueError as error:
+                raise UserError(f"the checkpoint {checkpoint} is damaged: {error}") from error
         self.run.cut_metrics(self.progress.metrics_size)
 
     def train(self) -> Record:
         """Train to the end and return the last evaluation."""
         if self.options.tensorboard:
             self.run.open_tensorboard(self.progress.step)
-        with self._progress_bar() as advance:
+        with nullcontext() if not self.handles_signals else self.signals, self._progress_bar() as advance:
             while self.progress.step < self.total_steps and not self.progress.is_stopped:
                 self._train_epoch(advance)
+                self._end_if_asked()
         if not self.total_steps:
             self._evaluate()
         self.accelerator.wait_for_everyone()
-        self.run.close()
+        self.run.close_tensorboard()
         return self.progress.last_evaluation
 
     def _train_epoch(self, advance: Any) -> None:
@@ -195,7 +251,8 @@ class Trainer:
         batches = epoch_batches(self.lengths, options.batch_size, self.seed, progress.epoch)
         batches = batches[: progress.batch + self.total_steps - progress.step]
         started, first_batch = time.perf_counter(), progress.batch
-        window: list[Tensor] = []
+        window = [torch.tensor(loss, dtype=torch.float64, device=self.accelerator.device) for loss in progress.window]
+        progress.window = []
         self.model.train()
         for batch in batches[progress.batch :]:
             is_last = progress.batch + 1 == len(batches)
@@ -211,9 +268,12 @@ class Trainer:
             if is_evaluation:
                 self._evaluate_on_time(progress.batch - first_batch, started)
                 started, first_batch = time.perf_counter(), progress.batch
-            if is_checkpoint:
-                self._save_checkpoint()
+            is_asked = self._stop_signal() is not None and not is_last
+            if is_checkpoint or is_asked:
+                self._save_checkpoint(window)
             advance()
+            if is_asked:
+                self._end_if_asked()
         accuracy = progress.last_evaluation.get("accuracy")
         if options.stop_below is not None and progress.epoch == 0 and accuracy is not None:
             progress.is_stopped = accuracy < options.stop_below
@@ -221,6 +281,23 @@ class Trainer:
             self.run.log({"event": "stopped", "step": progress.step, "epoch": 1, "below": options.stop_below})
         progress.epoch, progress.batch, progress.epoch_loss = progress.epoch + 1, 0, 0.0
         self._save_checkpoint()
+
+    def _stop_signal(self) -> int | None:
+        """The signal that asks to stop now: processes that train together agree on it whenever they log."""
+        return self._agreed_signal if self.accelerator.num_processes > 1 else self.signals.caught
+
+    def _end_if_asked(self) -> None:
+        """Leave the loop after a checkpoint, when a signal asked for it."""
+        number = self._stop_signal()
+        if number is not None:
+            self.accelerator.wait_for_everyone()
+            self.run.close_tensorboard()
+            name = signal.Signals(number).name
+            raise InterruptionError(
+                f"{self.run.path}: {name} after step {self.progress.step} of {self.total_steps}; the checkpoint is "
+                "written, go on with --resume",
+                number,
+            )
 
     def _is_due(self, every: int | None) -> bool:
         """Whether the step that comes now is one of those that something is done after."""
@@ -260,8 +337,15 @@ class Trainer:
         return torch.stack(losses).mean()
 
     def _log_window(self, window: list[Tensor]) -> None:
-        losses = self.accelerator.reduce(torch.stack(window), "mean").tolist()
+        # Every process adds the signal that it saw: then all learn of it here, where they meet anyway.
+        asked = torch.tensor(float(self.signals.caught or 0), dtype=torch.float64, device=self.accelerator.device)
+        *losses, asked_by_any = self.accelerator.reduce(torch.stack([*window, asked]), "mean").tolist()
+        if asked_by_any:
+            self._agreed_signal = self.signals.caught or signal.SIGTERM
         progress = self.progress
+        for step, loss in enumerate(losses, progress.step + 1 - len(losses)):
+            if not math.isfinite(loss):
+                self._diverged(f"the training loss of step {step} is {loss}")
         for loss in losses:
             progress.loss_ema = EMA_DECAY * progress.loss_ema + (1 - EMA_DECAY) * loss
         progress.epoch_loss += sum(losses)
@@ -276,12 +360,25 @@ class Trainer:
             }
         )
 
+    def _diverged(self, what: str) -> NoReturn:
+        self.run.close_tensorboard()
+        checkpoint = self.run.latest_checkpoint()
+        kept = f"its last checkpoint is {checkpoint.name}" if checkpoint is not None else "it has no checkpoint yet"
+        raise DivergenceError(f"{self.run.path} diverged: {what}; {kept}; smaller learning rates may help")
+
+    def _check_parameters(self) -> None:
+        """End the run when a trained parameter is not finite: a step may break what its own loss does not show."""
+        local = [p.detach().to_local() if hasattr(p, "to_local") else p.detach() for p in self.parameters]
+        broken = torch.stack([~torch.isfinite(p).all() for p in local]).sum().double()
+        if self.accelerator.reduce(broken, "sum").item():
+            self._diverged(f"parameters are not finite after step {self.progress.step}")
+
     def _layer_gradient_norms(self, total: Any) -> dict[str, float]:
         """Norm of the gradient of each layer, before it was clipped from the norm ``total``; {} without layers."""
         groups = getattr(self.accelerator.unwrap_model(self.model), "gradient_groups", None)
         if groups is None:
             return {}
-        scale = max(1.0, float(_whole(total)) / self.options.clip)
+        scale = max(1.0, float(whole(total)) / self.options.clip)
         return {name: scale * gradient_norm(parameters) for name, parameters in groups().items()}
 
     def _evaluate_on_time(self, steps: int, started: float) -> None:
@@ -296,7 +393,10 @@ class Trainer:
         if usage is not None:
             usage(reset=True)
         with region("eval"):
-            metrics = evaluate(self.accelerator, self.model, self.data, self.options.eval_batch_size)
+            try:
+                metrics = evaluate(self.accelerator, self.model, self.data, self.options.eval_batch_size)
+            except DivergenceError as error:
+                self._diverged(f"after step {progress.step} {error}")
         record: Record = {"event": "eval", "step": progress.step, "epoch": progress.epoch + 1, **metrics}
         if progress.batch:
             record["train_loss"] = progress.epoch_loss / progress.batch
@@ -308,14 +408,14 @@ class Trainer:
         self.run.log(record)
         progress.last_evaluation = record
 
-    def _save_checkpoint(self) -> None:
+    def _save_checkpoint(self, window: Sequence[Tensor] = ()) -> None:
+        """Write a checkpoint; ``window`` has the losses that were not logged yet."""
+        self._check_parameters()
         self.progress.metrics_size = self.run.metrics_size()
-
-        def save(folder: Path) -> None:
-            # torch's own format: safetensors would drop the second name of a parameter that two modules share.
-            self.accelerator.save_state(str(folder), safe_serialization=False)
-
-        self.run.save_checkpoint(self.progress.step, save, self.accelerator.wait_for_everyone)
+        progress = {**self.progress.to_dict(), "window": [float(loss) for loss in window]}
+        self.run.save_checkpoint(
+            self.progress.step, lambda folder: self.state.save(folder, progress), self.accelerator.wait_for_everyone
+        )
 
     def _on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {key: value.to(self.accelerator.device, non_blocking=True) for key, value in batch.items()}
@@ -352,7 +452,14 @@ def evaluate(accelerator: Any, model: nn.Module, data: TrainingData, batch_size:
     model.train(was_training)
     if sums is None:
         raise UserError("the validation set is empty")
-    return data.summarize(accelerator.reduce(sums, "sum").cpu())
+    sums = accelerator.reduce(sums, "sum").cpu()
+    if not sums.isfinite().all():
+        raise DivergenceError("sums over the validation set are not finite")
+    metrics = data.summarize(sums)
+    for name, value in flatten(metrics):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise DivergenceError(f"the metric {name} is {value}")
+    return metrics
 
 
 def _enable_checkpointing(model: nn.Module) -> None:
@@ -364,11 +471,5 @@ def _enable_checkpointing(model: nn.Module) -> None:
 
 def gradient_norm(parameters: Sequence[Tensor]) -> float:
     """Norm of the gradients of ``parameters``, divided by FSDP2 or not; every process must ask."""
-    squares = [_whole(p.grad.detach().float().square().sum()) for p in parameters if p.grad is not None]
+    squares = [whole(p.grad.detach().float().square().sum()) for p in parameters if p.grad is not None]
     return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
-
-
-def _whole(value: Tensor) -> Tensor:
-    """A tensor that FSDP2 divided, put together."""
-    gathered: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
-    return gathered

@@ -42,13 +42,17 @@ def train_stages(spec: RunSpec, path: Path, resume: bool) -> Record:
     started = time.perf_counter()
     data = spec.recipe.objective.prepare(spec)
     accelerator = make_accelerator(spec.options)
-    run = RunDirectory(path, accelerator.is_main_process)
+    with RunDirectory(path, accelerator.is_main_process) as run:
+        return _train_parts(spec, accelerator, data, run, resume, started)
+
+
+def _train_parts(spec: RunSpec, accelerator: Any, data: Any, run: RunDirectory, resume: bool, started: float) -> Record:
+    path = run.path
     description, surroundings = spec.to_dict(), environment(data.fingerprint)
     exists = path.exists()
     accelerator.wait_for_everyone()
     if resume and exists:
-        run.check_resumable(description, surroundings)
-        finished = run.result()
+        finished = run.hold(description, surroundings)
         if finished is not None:
             return finished
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from xlayer_systems.bypass.config import AdapterConfig
@@ -22,7 +24,7 @@ from xlayer_systems.pretrain_decoder import DecoderModel, DecoderOutput
 from xlayer_systems.runs import Record
 from xlayer_systems.stats import student_interval
 
-ADAPTER_FILE = "adapter_config.json"
+ADAPTER_FILE, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 class BypassLanguageModel(FrozenModel):
@@ -44,19 +46,35 @@ class BypassLanguageModel(FrozenModel):
 
 def build_adapter(decoder: Any, config: AdapterConfig) -> Any:
     """LoRA on every linear layer of ``decoder`` but the head, by ``peft``."""
-    peft = _peft()
     rank = config.rank or matching_rank(decoder, config.latent)
-    settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
-    with warnings.catch_warnings():  # it asks transformers for an attribute under an old name
-        warnings.simplefilter("ignore", FutureWarning)
-        return peft.get_peft_model(decoder, settings)
+    return _add_lora(decoder, rank, 2 * rank)
 
 
 def load_adapter(decoder: Any, folder: Path) -> Any:
-    """What `build_adapter` made and ``save_pretrained`` wrote."""
-    with warnings.catch_warnings():
+    """What `build_adapter` made and ``save_pretrained`` wrote; the tensors and the two numbers of the config alone.
+
+    ``peft`` would follow more of the config, such as the names of modules to import.
+    """
+    settings = json.loads((folder / ADAPTER_FILE).read_text())
+    try:
+        rank, alpha = int(settings["r"]), int(settings["lora_alpha"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder / ADAPTER_FILE} is no config of a LoRA: expected numbers r and lora_alpha") from error
+    model = _add_lora(decoder, rank, alpha)
+    state = load_file(folder / ADAPTER_WEIGHTS)
+    own = {name: tensor.shape for name, tensor in _peft().get_peft_model_state_dict(model).items()}
+    if {name: tensor.shape for name, tensor in state.items()} != own:
+        raise UserError(f"the weights in {folder} do not fit their config or this model")
+    _peft().set_peft_model_state_dict(model, state)
+    return model.requires_grad_(False)
+
+
+def _add_lora(decoder: Any, rank: int, alpha: int) -> Any:
+    peft = _peft()
+    settings = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear")
+    with warnings.catch_warnings():  # it asks transformers for an attribute under an old name
         warnings.simplefilter("ignore", FutureWarning)
-        return _peft().PeftModel.from_pretrained(decoder, str(folder)).requires_grad_(False)
+        return peft.get_peft_model(decoder, settings)
 
 
 def matching_rank(decoder: Any, latent: int) -> int:

@@ -97,6 +97,8 @@ class ShortValidation:
 class ProfiledTrainer(Trainer):
     """The loop, whose steps count for ``capture`` after ``warmup`` of them. It keeps no checkpoints."""
 
+    handles_signals = False
+
     def __init__(self, *arguments: Any, capture: Capture, warmup: int) -> None:
         super().__init__(*arguments)
         self.capture, self.warmup = capture, warmup
@@ -131,7 +133,7 @@ class ProfiledTrainer(Trainer):
         if self.progress.step == self.total_steps:  # not at the end of every epoch, which may be a few steps
             super()._evaluate()
 
-    def _save_checkpoint(self) -> None:
+    def _save_checkpoint(self, window: Sequence[Tensor] = ()) -> None:
         return
 
 

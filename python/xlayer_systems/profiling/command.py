@@ -27,7 +27,7 @@ from xlayer_systems.jobs import RunSpec
 from xlayer_systems.profiling import nsight
 from xlayer_systems.profiling.capture import EVAL_BATCHES, TorchCapture, run_steps
 from xlayer_systems.profiling.summary import Summary, format_summary, from_trace
-from xlayer_systems.runs import RunDirectory, environment
+from xlayer_systems.runs import RunDirectory, disk_errors, environment
 
 AUTO, TORCH = "auto", "torch"
 TOOLS = (AUTO, TORCH, *nsight.TOOLS)
@@ -62,12 +62,17 @@ def profile_run(spec: RunSpec, path: Path, *, steps: int = 5, warmup: int = 3, t
     for name, count in (("steps", steps), ("warmup", warmup)):
         if count < 1:
             raise UserError(f"{name} must be at least 1, got {count}")
+    tools = choose_tools(tool)
+    with disk_errors(path), RunDirectory(path) as run:
+        return _profile(spec, run, steps, warmup, tools)
+
+
+def _profile(spec: RunSpec, run: RunDirectory, steps: int, warmup: int, tools: list[str]) -> list[str]:
+    path = run.path
     if path.exists():
         raise UserError(f"run directory {path} exists; choose another --run-dir")
-    tools = choose_tools(tool)
     spec = _one_stage(spec)
     data = spec.recipe.objective.prepare(spec)
-    run = RunDirectory(path)
     run.create(spec.to_dict(), environment(data.fingerprint))
     commands: list[list[str]] = []
     if tools == [TORCH]:
