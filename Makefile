@@ -4,12 +4,13 @@
 #   PYTHON       the Python to make .venv from (3.10 or newer)
 #   TORCH_INDEX  a package index to take torch from, for example PyTorch's own index of CPU builds, which spares a
 #                machine without a GPU the CUDA build: make demo TORCH_INDEX=URL
-#   SEEDS        how many fresh seeds `make soak` takes
+#   SEEDS, CALLS how many fresh seeds and fuzzed calls `make soak` takes
 #   XLAYER_CUDA=0, XLAYER_CUDA_ARCHS, MAX_JOBS   see setup.py
 
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 TORCH_INDEX ?=
 SEEDS ?= 30
+CALLS ?= 1000000
 PYTEST_ARGS ?=
 # A process per core; the tests of a file stay together, because they share what is slow to make.
 PARALLEL ?= -n auto --dist loadfile
@@ -24,20 +25,33 @@ CPP := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/include/
 # The tests that call operators: they run on the CPU kernels, and on the CUDA kernels under the emulator.
 OPERATOR_TESTS := $(addprefix tests/,test_aggregate.py test_aggregate_torch.py test_emulated.py test_hdim.py \
 	test_hdim_modules.py test_hdim_torch.py test_hyper.py test_hyper_modules.py test_hyper_torch.py test_quantize.py \
-	test_quantize_torch.py test_routing.py)
+	test_quantize_torch.py test_routing.py test_safety.py)
 
-.PHONY: demo test soak nightly packages build quick-build emulator train-demo lint test-emulated test-cpu format results clean
+.PHONY: demo test soak soak-cpu soak-emulated soak-fuzz soak-sanitized nightly packages build quick-build emulator \
+	sanitized train-demo lint test-emulated test-cpu format results clean
 
 demo:
 	@$(TIMED) packages quick-build train-demo
 
 test:
-	@$(TIMED) packages build emulator lint test-emulated test-cpu
+	@$(TIMED) packages build emulator sanitized lint test-emulated test-cpu
 
-# Looks for new faults: the tests that draw inputs, with fresh seeds.
-soak: build emulator
-	$(PYTEST) --seeds $(SEEDS) $(OPERATOR_TESTS)
-	$(PYTEST) --seeds $(SEEDS) --device emulated $(OPERATOR_TESTS)
+# Looks for new faults: the tests that draw inputs, with fresh seeds; a million wild calls of operators and functions, and
+# some under sanitizers. Tests of compilers and processes, marked slow, find nothing new in other numbers.
+soak:
+	@$(TIMED) packages build emulator sanitized soak-cpu soak-emulated soak-fuzz soak-sanitized
+
+soak-cpu: build
+	$(PYTEST) --seeds $(SEEDS) -m 'not slow' $(OPERATOR_TESTS)
+
+soak-emulated: emulator
+	$(PYTEST) --seeds $(SEEDS) -m 'not slow' --device emulated $(OPERATOR_TESTS)
+
+soak-fuzz: build
+	$(BIN)/python tests/fuzz --calls $(CALLS) --workers 2 --seed $$(date +%s)
+
+soak-sanitized: sanitized
+	$(BIN)/python tests/fuzz --sanitized --calls $$(($(CALLS) / 20)) --workers 2 --seed $$(date +%s)
 
 # All that takes too long for every commit.
 nightly: test soak
@@ -66,6 +80,10 @@ quick-build: $(INSTALLED)
 # Compiles the CUDA kernels as C++, with the emulator that the tests run them on (tests/emulator).
 emulator: build
 	@$(BIN)/cmake --build build/native --target emulator
+
+# The CPU operators under AddressSanitizer and UndefinedBehaviorSanitizer, for the fuzzers (tests/fuzz).
+sanitized: build
+	@$(BIN)/cmake --build build/native --target sanitized
 
 train-demo: quick-build
 	$(BIN)/xlayer sweep xlrb --presets plain,H9 --seeds 0 --quick --out runs/demo-$$(date +%Y%m%d-%H%M%S)

@@ -243,7 +243,7 @@ def good() -> HyperCase:
         ({"norm": "batch"}, ValueError, "norm must be one of layer, rms, rms_all; got 'batch'"),
         ({"form": "relu"}, ValueError, "form must be one of"),
         ({"form": "sinkhorn_rows"}, ValueError, "bias must be None for form sinkhorn_rows"),
-        ({"form": "sinkhorn_rows", "bias": None, "iterations": 0}, ValueError, "iterations must be 1 to 1000"),
+        ({"form": "sinkhorn_rows", "bias": None, "iterations": 0}, ValueError, "iterations must be at least 1"),
         ({"eps": -1.0}, ValueError, "eps must not be negative"),
     ],
 )

@@ -193,7 +193,7 @@ def test_any_byte_but_zero_is_true_to_hdim(which: str, dtype: torch.dtype, devic
         masks = (key_masks[k] if which != "pair" else None, pair_masks[k] if which != "key" else None)
         saved = op("hdim_attention")(query, key, value, weight1, bias1, weight2, *masks, 1.0, False, False)
         grads = op("hdim_attention_backward")(
-            query, None, query, key, value, weight1, bias1, weight2, *masks, *saved, 1.0, False, False
+            query, None, query, key, value, weight1, bias1, weight2, *masks, *saved[:2], 1.0, False, False
         )  # type: ignore[misc]
         results.append([*saved, *grads])  # type: ignore[misc]
     for odd, plain in zip(*results, strict=True):
@@ -265,3 +265,17 @@ def test_a_full_device_is_an_out_of_memory_error(monkeypatch: pytest.MonkeyPatch
     compiled(x).sum().backward()
     with pytest.raises(RuntimeError, match="x must have shape"):
         packet(x[0], None)
+
+
+@pytest.mark.parametrize("name", ["hyper_pre", "hyper_post", "masked_mean", "vq_nearest", "ema_scan", "hdim_attention"])
+def test_no_tensor_and_a_tensor_without_dimensions_are_named(name: str, device: str) -> None:
+    need_native(name, device)
+    schema = op(name).default._schema  # type: ignore[attr-defined]
+    one = torch.ones((), device=device)
+    kinds = {"Tensor": one, "int": 1, "float": 1.0, "bool": False, "SymInt": 1}
+    given = [kinds.get(str(a.type)) for a in schema.arguments]
+    first = schema.arguments[0].name
+    with pytest.raises(RuntimeError, match=f"{first} must have shape"):
+        op(name)(*given)
+    with pytest.raises(RuntimeError, match=f"{first} must be a tensor, got None"):
+        op(name)(None, *given[1:])

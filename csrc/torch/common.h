@@ -70,8 +70,14 @@ inline void check_elements(torch::headeronly::IntHeaderOnlyArrayRef shape, const
 
 inline void check_elements(const Tensor& tensor, const char* name) { check_elements(tensor.sizes(), name); }
 
+// The dispatcher lets None through where a tensor is required.
+inline void check_given(const Tensor& tensor, const char* name) {
+    STD_TORCH_CHECK(tensor.defined(), name, " must be a tensor, got None");
+}
+
 // The tensor has exactly this shape; -1 accepts any length.
 inline void check_shape(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
+    check_given(tensor, name);
     bool fits = tensor.dim() == static_cast<int64_t>(shape.size());
     std::string wanted;
     int64_t d = 0;
@@ -97,6 +103,7 @@ inline void check_same_device(const Tensor& tensor, const char* name, const Tens
 
 // The kernels' name for a tensor's dtype; refuses every dtype that no kernel has.
 inline DType kernel_dtype(const Tensor& tensor, const char* name) {
+    check_given(tensor, name);
     switch (tensor.scalar_type()) {
         case ScalarType::Double:
             return DType::float64;
@@ -134,12 +141,15 @@ inline void call_torch(const char* op, const char* overload, StableIValue* stack
 }
 
 inline Tensor as_contiguous(const Tensor& tensor) {
+    if (!tensor.defined()) return tensor;  // a check of shapes will say so
     return with_message_of_torch("not enough memory for a contiguous copy of an argument",
                                  [&] { return torch::stable::contiguous(tensor); });
 }
 
 // The tensor itself if neighbours along its last dimension are neighbours in memory, else a contiguous copy.
+// What has no last dimension is left to the checks of shapes.
 inline Tensor unit_stride_last(const Tensor& tensor) {
+    if (!tensor.defined() || tensor.dim() == 0) return tensor;
     const int64_t last = tensor.dim() - 1;
     return tensor.stride(last) == 1 || tensor.size(last) <= 1 ? tensor : as_contiguous(tensor);
 }
