@@ -22,8 +22,9 @@ except ImportError:  # not built
     _native = None
 
 CPU = Path("/sys/devices/system/cpu/cpu0/cache")
-COPIES, WRITES = ("copy", "streaming copy", "library copy"), ("write", "streaming write")
-MOVES = (*COPIES, "read", *WRITES)
+COPIES = ("copy", "streaming copy", "copy in streams", "library copy")
+READS, WRITES = ("read", "read in streams"), ("write", "streaming write")
+MOVES = (*COPIES, *READS, *WRITES)
 
 # A block of multiply-adds takes tens of microseconds, so that the clock beside it is the one that it ran at, and the
 # chain is long against the time that reading a clock takes. The first blocks are left out: wide vectors start slowly.
@@ -110,7 +111,7 @@ class Moves:
     def __init__(self, roof: Roof, footprint: int) -> None:
         self.roof, self.footprint = roof, footprint
         self.rates = dict.fromkeys(MOVES, 0.0)
-        self.blocks = max(1 if level_of(footprint, roof.threads) == MEMORY else 2, min(8, (40 << 20) // footprint))
+        self.blocks = max(1 if level_of(footprint, roof.threads) == MEMORY else 5, min(8, (40 << 20) // footprint))
 
     def __call__(self) -> None:
         for kind in MOVES:
@@ -119,8 +120,8 @@ class Moves:
 
     def facts(self) -> dict[str, float]:
         """Bytes per second, read and written ones counted, by the best way of each."""
-        copy, write = (max(self.rates[kind] for kind in kinds) for kinds in (COPIES, WRITES))
-        return {"copy_rate": copy, "read_rate": self.rates["read"], "write_rate": write}
+        copy, read, write = (max(self.rates[kind] for kind in kinds) for kinds in (COPIES, READS, WRITES))
+        return {"copy_rate": copy, "read_rate": read, "write_rate": write}
 
     @property
     def rate(self) -> float:

@@ -155,9 +155,11 @@ std::vector<std::pair<double, double>> Roof::multiply_adds(const std::string& dt
 }
 
 std::pair<int64_t, std::vector<double>> Roof::move(const std::string& kind, int64_t footprint, int blocks) {
-    const bool copies = kind == "copy" || kind == "streaming copy" || kind == "library copy";
-    const bool writes = kind == "write" || kind == "streaming write";
-    if (!copies && !writes && kind != "read") throw std::invalid_argument("kind: got unknown " + kind);
+    const bool copies =
+        kind == "copy" || kind == "streaming copy" || kind == "copy in streams" || kind == "library copy";
+    const bool reads = kind == "read" || kind == "read in streams";
+    if (!copies && !reads && kind != "write" && kind != "streaming write")
+        throw std::invalid_argument("kind: got unknown " + kind);
     if (footprint < 1 || footprint > (int64_t{1} << 46) || blocks < 1) {
         throw std::invalid_argument("footprint and blocks: expected at least 1 of each, and at most 2^46 bytes");
     }
@@ -174,10 +176,14 @@ std::pair<int64_t, std::vector<double>> Roof::move(const std::string& kind, int6
                 kernels_.copy(to, from, slice);
             } else if (kind == "streaming copy") {
                 kernels_.copy_past_caches(to, from, slice);
+            } else if (kind == "copy in streams") {
+                kernels_.copy_streams(to, from, slice);
             } else if (kind == "library copy") {
                 std::memcpy(to, from, slice);
             } else if (kind == "read") {
                 kernels_.read(from, slice);
+            } else if (kind == "read in streams") {
+                kernels_.read_streams(from, slice);
             } else if (kind == "write") {
                 kernels_.write(from, slice);
             } else {

@@ -14,10 +14,12 @@ struct Kernels {
     int chains;  // multiply-adds of one step, none of which needs another of the same step
     void (*multiply_adds_float)(int64_t steps);
     void (*multiply_adds_double)(int64_t steps);
-    // Sizes are multiples of 512 bytes, addresses of 64.
+    // Sizes are multiples of 1024 bytes, addresses of 64. `streams`: of four places at once.
     void (*copy)(char* to, const char* from, int64_t bytes);
     void (*copy_past_caches)(char* to, const char* from, int64_t bytes);
+    void (*copy_streams)(char* to, const char* from, int64_t bytes);
     void (*read)(const char* from, int64_t bytes);
+    void (*read_streams)(const char* from, int64_t bytes);
     void (*write)(char* to, int64_t bytes);
     void (*write_past_caches)(char* to, int64_t bytes);
 };
@@ -58,7 +60,8 @@ class Roof {
                                                          int blocks);
 
     // (bytes read and written by all threads in one block, seconds of each block). `kind` is "copy", "streaming copy",
-    // "library copy", "read", "write" or "streaming write"; the bytes touched are about `footprint`, copies included.
+    // "copy in streams", "library copy", "read", "read in streams", "write" or "streaming write"; the bytes touched are
+    // about `footprint`, copies included.
     std::pair<int64_t, std::vector<double>> move(const std::string& kind, int64_t footprint, int blocks);
 
   private:

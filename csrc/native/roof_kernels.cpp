@@ -53,16 +53,27 @@ void multiply_adds_double(int64_t steps) { multiply_adds<double>(steps); }
 
 constexpr int kUnroll = 8;
 constexpr int64_t kFloats = simd::kVectorBytes / sizeof(float);
+constexpr int64_t kAhead = 1024 / sizeof(float);  // so far is asked for before it is read, where several streams are
 
-// body(at) for every vector, eight to a turn; `at` counts floats.
-template <class Body>
+// body(at) for every vector, eight to a turn; `at` counts floats. The bytes are cut into so many streams, which advance
+// together: a processor fetches more of several streams at once than of one, and less of what lies in a near cache.
+template <int kStreams, class Body>
 XLAYER_INLINE void for_each_vector(int64_t bytes, Body body) {
-    const int64_t count = bytes / static_cast<int64_t>(sizeof(float));
-    for (int64_t at = 0; at < count; at += kUnroll * kFloats) {
+    const int64_t count = bytes / static_cast<int64_t>(sizeof(float)) / kStreams;
+    for (int64_t at = 0; at < count; at += kUnroll / kStreams * kFloats) {
         XLAYER_UNROLL
-        for (int64_t i = 0; i < kUnroll; ++i) body(at + i * kFloats);
+        for (int64_t stream = 0; stream < kStreams; ++stream) {
+            XLAYER_UNROLL
+            for (int64_t i = 0; i < kUnroll / kStreams; ++i) body(stream * count + at + i * kFloats);
+        }
         asm volatile("" : : : "memory");  // a loop of stores must not become a call of memset or memcpy
     }
+}
+
+template <int kStreams>
+XLAYER_INLINE Vec load_of(const float* from) {
+    if (kStreams > 1) __builtin_prefetch(from + kAhead);
+    return simd::load(from);
 }
 
 template <bool kPastCaches>
@@ -74,12 +85,12 @@ XLAYER_INLINE void store(float* to, Vec value) {
     }
 }
 
-template <bool kPastCaches>
+template <int kStreams, bool kPastCaches>
 XLAYER_INLINE void copy_vectors(char* to, const char* from, int64_t bytes) {
     float* target = reinterpret_cast<float*>(to);
     const float* source = reinterpret_cast<const float*>(from);
-    for_each_vector(bytes,
-                    [=](int64_t at) XLAYER_FLATTEN { store<kPastCaches>(target + at, simd::load(source + at)); });
+    for_each_vector<kStreams>(
+        bytes, [=](int64_t at) XLAYER_FLATTEN { store<kPastCaches>(target + at, load_of<kStreams>(source + at)); });
     simd::finish_past_caches();
 }
 
@@ -87,27 +98,39 @@ template <bool kPastCaches>
 XLAYER_INLINE void write_vectors(char* to, int64_t bytes) {
     float* target = reinterpret_cast<float*>(to);
     const Vec value = simd::splat<float>(1);
-    for_each_vector(bytes, [=](int64_t at) XLAYER_FLATTEN { store<kPastCaches>(target + at, value); });
+    for_each_vector<1>(bytes, [=](int64_t at) XLAYER_FLATTEN { store<kPastCaches>(target + at, value); });
     simd::finish_past_caches();
 }
 
-void copy(char* to, const char* from, int64_t bytes) { copy_vectors<false>(to, from, bytes); }
-void copy_past_caches(char* to, const char* from, int64_t bytes) { copy_vectors<true>(to, from, bytes); }
-void write(char* to, int64_t bytes) { write_vectors<false>(to, bytes); }
-void write_past_caches(char* to, int64_t bytes) { write_vectors<true>(to, bytes); }
-
-void read(const char* from, int64_t bytes) {
+template <int kStreams>
+XLAYER_INLINE void read_vectors(const char* from, int64_t bytes) {
     const float* source = reinterpret_cast<const float*>(from);
-    for_each_vector(bytes, [=](int64_t at) XLAYER_FLATTEN {
-        const Vec value = simd::load(source + at);
+    for_each_vector<kStreams>(bytes, [=](int64_t at) XLAYER_FLATTEN {
+        const Vec value = load_of<kStreams>(source + at);
         XLAYER_TAKES(value);
     });
 }
 
+void copy(char* to, const char* from, int64_t bytes) { copy_vectors<1, false>(to, from, bytes); }
+void copy_past_caches(char* to, const char* from, int64_t bytes) { copy_vectors<1, true>(to, from, bytes); }
+void copy_streams(char* to, const char* from, int64_t bytes) { copy_vectors<4, true>(to, from, bytes); }
+void read(const char* from, int64_t bytes) { read_vectors<1>(from, bytes); }
+void read_streams(const char* from, int64_t bytes) { read_vectors<4>(from, bytes); }
+void write(char* to, int64_t bytes) { write_vectors<false>(to, bytes); }
+void write_past_caches(char* to, int64_t bytes) { write_vectors<true>(to, bytes); }
+
 }  // namespace
 
-extern const Kernels kKernels = {
-    simd::kVectorBytes, kChains, &multiply_adds_float, &multiply_adds_double, &copy, &copy_past_caches, &read, &write,
-    &write_past_caches};
+extern const Kernels kKernels = {simd::kVectorBytes,
+                                 kChains,
+                                 &multiply_adds_float,
+                                 &multiply_adds_double,
+                                 &copy,
+                                 &copy_past_caches,
+                                 &copy_streams,
+                                 &read,
+                                 &read_streams,
+                                 &write,
+                                 &write_past_caches};
 
 }  // namespace xlayer::roof::XLAYER_ISA
