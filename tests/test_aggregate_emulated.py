@@ -388,7 +388,7 @@ def test_no_inputs_and_no_keys() -> None:
     generator = fresh_generator()
     calls = [
         gru_call(generator, (2, 3, 0, 8), torch.float32),
-        attention_call(generator, (2, 3, 8, 2, 0), torch.float32),
+        attention_call(generator, (2, 3, 8, 1, 0), torch.float32),
     ]
     for call in calls:
         found, exact = call.native(call.given, call.grad), call.exact(torch.float64)

@@ -106,3 +106,14 @@ def test_compile_refuses_nonsense() -> None:
     function = torch.compile(lambda x: torch.ops.xlayer.masked_mean(x, None), fullgraph=True, backend="aot_eager")
     with pytest.raises(Exception, match=r"x must have shape \[\*, \*, \*\], got \[2, 3\]"):
         function(torch.ones(2, 3))
+
+
+def test_functions_on_meta_tensors_run_no_loop_over_layers() -> None:
+    """Of 2³¹ layers: the reference would walk through them."""
+    need_native("depth_attention")
+    taps, queries, keys, out = (torch.empty(s, device="meta") for s in ((2**31, 65, 0), (3, 2), (3, 0), (2, 3)))
+    assert XF.depth_attention(taps, queries, keys, keys, out).shape == (2**31, 65, 2)
+    states = XF.depth_gru(taps, *(torch.empty(s, device="meta") for s in ((6, 0), (6, 2))))
+    assert states.shape == (2**31, 65, 2)
+    wide = torch.empty(2**31, 65, 4, device="meta")
+    assert XF.ema_scan(wide, torch.empty(2**31, device="meta")).shape == wide.shape

@@ -91,6 +91,11 @@ def current_backend() -> str:
     return "native" if choice() != "reference" and native_available() else "reference"
 
 
+def _has_kernel(op: str, device: str) -> bool:
+    """Whether the operator runs there; on meta its fake kernel does, without the reference's loops."""
+    return (op, device) in _KERNELS or (device == "meta" and native_available(op))
+
+
 @torch.compiler.assume_constant_result  # torch.compile enters those that it traces, and guards on those around it
 def transforms() -> list[str]:
     """Names the transforms of torch.func around this call that differentiate or map it, outermost first: ``Grad``,
@@ -124,7 +129,7 @@ def use_native(op: str, *tensors: Tensor, beyond: str | None = None) -> bool:
     if chosen == "reference":
         return False
     beyond = beyond or _beyond_kernels()
-    supported = beyond is None and all((op, t.device.type) in _KERNELS and t.dtype in _DTYPES for t in tensors)
+    supported = beyond is None and all(_has_kernel(op, t.device.type) and t.dtype in _DTYPES for t in tensors)
     if not supported and chosen == "native":
         got = beyond or ", ".join(f"{t.dtype} on {t.device}" for t in tensors)
         hint = f"it needs {REFERENCE}" if beyond else "`python -m xlayer_ext.info` says what was built"
