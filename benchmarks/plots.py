@@ -145,9 +145,9 @@ def roofline(figure: Any, native: Mapping[str, Sequence[Row]], limits: Mapping[s
     for _, _, spots in found:
         labels.keep_free(spots)
     for level, rate in levels.items():
-        labels.along(
-            f"{level}: {rate:.0f} GB/s", "black" if level == MEMORY else "0.4", rate, max(flops.values()) / 1.2
-        )
+        lowest = level == MEMORY  # a cache's line may lie close above memory's
+        text, color = f"{level}: {rate:.0f} GB/s", "black" if lowest else "0.4"
+        labels.along(text, color, rate, max(flops.values()) / 1.2, "top" if lowest else "bottom")
     for name, color, spots in found:
         labels.add(name, color, spots)
 
@@ -172,12 +172,20 @@ class Labels:
         for x, y in self._axis.transData.transform(spots):
             self._taken.append(Bbox.from_extents(x - half, y - half, x + half, y + half))
 
-    def along(self, text: str, color: str, slope: float, top: float) -> None:
-        """Writes a text above the line y = slope · x, up to the height `top`."""
+    def along(self, text: str, color: str, slope: float, top: float, edge: str) -> None:
+        """Writes a text along the line y = slope · x up to the height `top`, its edge `top` or `bottom` at the line."""
         (x0, y0), (x1, y1) = self._axis.transData.transform([(top / slope / 10, top / 10), (top / slope, top)])
         turned = {"rotation": np.degrees(np.arctan2(y1 - y0, x1 - x0)), "rotation_mode": "anchor"}
         self._axis.annotate(
-            text, (top / slope, top), (-2, 1), color=color, fontsize=SMALL, ha="right", va="bottom", **turned, **_POINTS
+            text,
+            (top / slope, top),
+            (-2, 1) if edge == "bottom" else (3, -2),
+            color=color,
+            fontsize=SMALL,
+            ha="right",
+            va=edge,
+            **turned,
+            **_POINTS,
         )
         for at in np.geomspace(1 / 6, 1, 8):  # where the letters are
             self.keep_free([(at * top / slope, at * top)])
