@@ -117,3 +117,10 @@ def test_functions_on_meta_tensors_run_no_loop_over_layers() -> None:
     assert states.shape == (2**31, 65, 2)
     wide = torch.empty(2**31, 65, 4, device="meta")
     assert XF.ema_scan(wide, torch.empty(2**31, device="meta")).shape == wide.shape
+
+
+def test_a_required_tensor_that_is_none_is_named() -> None:
+    need_native("hyper_post")
+    streams = torch.empty(1, 1, 2, 4, device="meta")
+    with pytest.raises(TypeError, match="branch_output must be a tensor, got None"):
+        torch.ops.xlayer.hyper_post(streams, None, torch.empty(2, 4, device="meta"))

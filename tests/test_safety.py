@@ -267,7 +267,7 @@ def test_a_full_device_is_an_out_of_memory_error(monkeypatch: pytest.MonkeyPatch
         packet(x[0], None)
 
 
-@pytest.mark.parametrize("name", ["hyper_pre", "hyper_post", "masked_mean", "vq_nearest", "ema_scan", "hdim_attention"])
+@pytest.mark.parametrize("name", ["hyper_pre", "hyper_post", "vq_nearest", "ema_scan", "hdim_attention"])
 def test_no_tensor_and_a_tensor_without_dimensions_are_named(name: str, device: str) -> None:
     need_native(name, device)
     schema = op(name).default._schema  # type: ignore[attr-defined]

@@ -29,7 +29,7 @@ struct HdimSizes {
 
 template <class T>
 XLAYER_INLINE void clear(T* array, int64_t count) {
-    std::memset(static_cast<void*>(array), 0, count * sizeof(T));
+    if (count > 0) std::memset(static_cast<void*>(array), 0, count * sizeof(T));  // an array of nothing is null
 }
 
 // W1's four column blocks, each transposed to [inputs][Mp], b1, and w2 divided by the temperature.

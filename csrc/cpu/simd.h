@@ -189,8 +189,9 @@ XLAYER_INLINE Vec<float> exponential(Vec<float> x) {
     p = p * r + 0.5f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    const IntVec<float> exponent = ((IntVec<float>)shifted - 0x4b400000) << 23;
-    const Vec<float> result = (Vec<float>)((IntVec<float>)p + exponent);
+    typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));  // of lanes beyond the limits they wrap around
+    const Bits exponent = ((Bits)shifted - 0x4b400000u) << 23;
+    const Vec<float> result = (Vec<float>)((Bits)p + exponent);
     return x < low ? Vec<float>{} : x == x ? result : x;
 }
 XLAYER_INLINE Vec<double> exponential(Vec<double> x) {

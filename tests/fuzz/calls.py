@@ -466,12 +466,21 @@ def _exact(value: Any) -> Any:
 
 
 def _clean(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Copies at the dtypes that they have, and masks of 0 and 1."""
-    return {
-        name: _exact(value) if isinstance(value, Tensor) and value.dtype == torch.bool
-        else value.detach().clone() if isinstance(value, Tensor) else value
-        for name, value in arguments.items()
-    }  # fmt: skip
+    """Copies at the dtypes that they have, and masks of 0 and 1.
+
+    float64 tensors differ in their last bits: what comes of that shows what rounding can do where the formula is as exact
+    as the answer that it is asked about. A state that attends to many layers may grow such differences a billionfold.
+    """
+    return {name: _copied(value) if isinstance(value, Tensor) else value for name, value in arguments.items()}
+
+
+def _copied(value: Tensor) -> Tensor:
+    if value.dtype == torch.bool:
+        return _exact(value)  # type: ignore[no-any-return]
+    if value.dtype != torch.float64:
+        return value.detach().clone()
+    turns = torch.arange(value.numel(), dtype=torch.float64).remainder(3).sub(1).view(value.shape)
+    return value.detach() * (1 + 2**-50 * turns)
 
 
 def _compare(what: str, got: Tensor, wanted: Tensor, step: float, plain: Callable[[], Tensor]) -> None:

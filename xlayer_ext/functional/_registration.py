@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,12 +21,27 @@ _LIBRARY = torch.library.Library("xlayer", "FRAGMENT")  # holds the registration
 _FUNCTIONS: dict[str, Any] = {}  # an autograd.Function for each operator
 
 
+def register_fake(op: str, fake: Function) -> None:
+    """Registers ``fake`` for tensors without data; before it is called, a required tensor that is None is refused."""
+    schema = getattr(torch.ops.xlayer, op).default._schema
+    required = [(at, argument.name) for at, argument in enumerate(schema.arguments) if str(argument.type) == "Tensor"]
+
+    @functools.wraps(fake)
+    def checked(*arguments: Any) -> Any:
+        for at, name in required:
+            if arguments[at] is None:
+                raise TypeError(f"{name} must be a tensor, got None")
+        return fake(*arguments)
+
+    torch.library.register_fake(f"xlayer::{op}", checked)
+
+
 def register(op: str, fake: Function, backward: Function, setup_context: Function) -> None:
     """Registers ``xlayer::<op>`` and its gradient, as :func:`torch.library.register_autograd` does, for :func:`call`.
 
     ``backward`` has to reach other operators through :func:`call`.
     """
-    torch.library.register_fake(f"xlayer::{op}", fake)
+    register_fake(op, fake)
     _FUNCTIONS[op] = _function(op, backward, setup_context)
     generated = make_autograd_impl(getattr(torch.ops.xlayer, op).default, Info(backward, setup_context))
 

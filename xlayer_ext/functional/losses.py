@@ -184,7 +184,7 @@ def batch_diversity_loss(soft: Tensor) -> Tensor:
     flat = F.normalize(_wide(soft)[0].flatten(1), dim=-1)
     b = len(flat)
     total = flat.sum(0).square().sum() - flat.square().sum()  # of all pairs, without the B × B matrix
-    return total / max(1, b * (b - 1))
+    return total / float(max(1, b * (b - 1)))  # a batch on meta may have more pairs than an int64 counts
 
 
 def variance_diversity_loss(z: Tensor, eps: float = 1e-8) -> Tensor:

@@ -34,7 +34,14 @@ from xlayer_ext.functional._checks import (
     needs_grad,
     tf32_allowed,
 )
-from xlayer_ext.functional._registration import accumulation, check_fake, check_fake_as, no_second_derivative, register
+from xlayer_ext.functional._registration import (
+    accumulation,
+    check_fake,
+    check_fake_as,
+    no_second_derivative,
+    register,
+    register_fake,
+)
 from xlayer_ext.reference.quantize import fsq_basis, fsq_offsets
 
 METRICS = ("euclidean", "cosine")
@@ -309,6 +316,6 @@ def _backward_fsq(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]
 
 
 if native_available("fsq"):
-    torch.library.register_fake("xlayer::vq_nearest", _fake_nearest)
-    torch.library.register_fake("xlayer::vq_statistics", _fake_statistics)
+    register_fake("vq_nearest", _fake_nearest)
+    register_fake("vq_statistics", _fake_statistics)
     register("fsq", _fake_fsq, _backward_fsq, _setup_fsq)

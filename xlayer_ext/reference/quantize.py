@@ -79,7 +79,7 @@ def fsq_offsets(levels: Sequence[int], variant: str) -> list[tuple[float, float,
 
 def fsq_basis(levels: Sequence[int]) -> list[int] | None:
     """What a digit of each dimension adds to the index; None where indices would not fit into 63 bits."""
-    if math.prod(levels) > LARGEST_INDEX + 1:
+    if len(levels) > 63 or math.prod(levels) > LARGEST_INDEX + 1:  # 64 levels are at least 2 each
         return None
     return [math.prod(levels[:dimension]) for dimension in range(len(levels))]
 
