@@ -468,8 +468,8 @@ def _exact(value: Any) -> Any:
 def _clean(arguments: dict[str, Any]) -> dict[str, Any]:
     """Copies at the dtypes that they have, and masks of 0 and 1.
 
-    float64 tensors differ in their last bits: what comes of that shows what rounding can do where the formula is as exact
-    as the answer that it is asked about. A state that attends to many layers may grow such differences a billionfold.
+    float64 tensors differ in their last bits: what comes of that shows what rounding can do where the formula is as
+    exact as the answer that it is asked about. A state that attends to many layers may grow it a billionfold.
     """
     return {name: _copied(value) if isinstance(value, Tensor) else value for name, value in arguments.items()}
 
