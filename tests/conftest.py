@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import random
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import hypothesis.core
 import pytest
@@ -39,7 +40,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--seeds") and not config.getoption("--seed"):
-        config.option.seed = random.SystemRandom().randrange(1, 2**31)  # before workers are given the options
+        given = getattr(config, "workerinput", {})  # of a worker of pytest-xdist: all of them take the same seeds
+        config.option.seed = given.get("seed") or random.SystemRandom().randrange(1, 2**31)
     settings.load_profile("soak" if config.getoption("--seed") else "xlayer")
     if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda, but torch finds no CUDA device")
@@ -66,6 +68,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for marker, (skips_here, reason) in skips.items():
             if skips_here and item.get_closest_marker(marker):  # keywords would match folders too
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tells a worker of pytest-xdist the first seed."""
+    node.workerinput["seed"] = node.config.getoption("--seed")
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:

@@ -302,7 +302,7 @@ def test_autocast_with_float32_streams(choice: str, device: str, kind: str, dtyp
         exact, coefficients = module(streams), module.pre(streams)[1]
         with torch.autocast(torch.device(device).type, dtype):
             mixed, same = module(streams), module.pre(streams)[1]
-            mixed.square().sum().backward()
+            mixed.square().mean().backward()  # of the sum, float16 gradients may exceed 65,504
     assert mixed.dtype == torch.float32 and same.dtype == torch.float32
     torch.testing.assert_close(same, coefficients, rtol=1e-5, atol=1e-6)
     assert relative_error(mixed, exact) < 0.05

@@ -69,11 +69,13 @@ def test_inputs_are_the_same_in_every_run_and_order(tmp_path: Path) -> None:
 def test_fresh_seeds_run_what_draws_again_and_say_how_to_repeat_it(tmp_path: Path) -> None:
     body = DRAWS.replace("def test_without():", "def test_without():\n    torch.manual_seed(0)")
     body += "\ndef test_fails():\n    assert float(draw(fresh_generator(), 1)) > 9, 'DREW too little'\n"
-    printed, said = run(tmp_path, "--seeds", "3", body=body)
+    printed, said = run(tmp_path, "--seeds", "3", "-n", "2", body=body)  # workers take the same seeds
     for case in "ab":
         values = [line for line in printed if line.startswith(f"DREW {case}")]
         assert len(set(values)) == 3
     assert printed.count("DREW nothing") == 1
+    failed = [int(line.split("--seed ")[1].split()[0]) for line in said.splitlines() if "--seed " in line]
+    assert max(failed) - min(failed) == 2
     repeats = [line for line in said.splitlines() if line.startswith("python -m pytest") and "test_fails" in line]
     assert len(repeats) == 3 and "3 failed" in said
     seed = repeats[1].split("--seed ")[1].split()[0]
