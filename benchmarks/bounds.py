@@ -50,7 +50,7 @@ class Bound(NamedTuple):
 
 HYPER_PACKAGE, VQ_PACKAGE = "hyper-connections", "vector-quantize-pytorch"
 
-# nine tenths of what the rows show
+# Nine tenths of what the rows in ROWS show: set from them, so that they hold there by construction.
 FRACTIONS = {
     ("hdim", "hdim_attention"): {
         "S128": {"fwd": 0.45, "fwd+bwd": 0.43},
