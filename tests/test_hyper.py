@@ -299,6 +299,65 @@ def test_static_manifold(native: str) -> None:
     assert c.shape == (4, 6) and mixing(c, "sinkhorn_rows")[0] <= 1e-12
 
 
+# What is added to the logits of M, whose element (j, i) is M_ij. Exponentials of what is far below are 0 in float32.
+FAR_APART = {
+    "a column far below": torch.tensor([[0.0, -100, 0, 0]]).expand(4, 4),
+    "a row far below": torch.tensor([[0.0], [-100], [0], [0]]).expand(4, 4),
+    "no matrix with these zeros is doubly stochastic": torch.tensor([[0.0, -40, -90, -90]] * 3 + [[0, 0, 0, 0]]),
+    "hundreds apart": torch.tensor([[0.0, 300, -300, 100], [200, 0, 100, 0], [-100, 0, 0, 50], [0, 250, 0, -200]]),
+}
+
+
+@pytest.mark.parametrize("kind", ["mhc", "mhc-per-stream"])
+@pytest.mark.parametrize("pattern", FAR_APART)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_oracle_rule_where_logits_lie_far_apart(native: str, dtype: torch.dtype, pattern: str, kind: str) -> None:
+    generator = fresh_generator()
+
+    def make() -> Draw:
+        case = hyper_case(generator, "pre", kind, lead=(2, 19), device=native)
+        base = case.connection.base.clone()
+        base[:, 1:-1] += FAR_APART[pattern].to(native)
+        case = replace(case, connection=case.connection._replace(base=base)).to(dtype)
+        return Draw(evaluate_native(case), evaluate_formula(case.to(torch.float64)), evaluate_formula(case))
+
+    check_oracle_rule(make, dtype, draws=6)
+
+
+@pytest.mark.parametrize("form", ["sinkhorn_rows", "sinkhorn_columns"])
+def test_elements_that_grow_from_nothing(native: str, form: str) -> None:
+    """e^-198 is no float32, and a sixth after 200 iterations. Each of their normalizations rounds logarithms of up to
+    198 by half an eps, 1.2e-5 of an element; the last ones, near the fixed point, contract what the others left."""
+    base = torch.zeros(4, 6, dtype=torch.float64, device=native)
+    base[:, 1:-1] = 2.2 * FAR_APART["no matrix with these zeros is doubly stochastic"]
+    streams = draw(fresh_generator(), 3, 4, 8).to(native)
+    connection = Connection(base, base.new_zeros(6, 8), None, base.new_ones(6), "rms", form, 200)
+    _, exact = reference.hyper_pre(streams, connection)
+    tensors = (t if t is None else t.float() for t in connection[:4])
+    with backend("native"):
+        _, actual = XF.hyper_pre(streams.float(), Connection(*tensors, *connection[4:]))  # type: ignore[arg-type]
+    assert exact[..., :3, 1:-1].min() > 0.16
+    torch.testing.assert_close(actual[..., :3, 1:-1].double(), exact[..., :3, 1:-1], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["mhc", "mhc-per-stream"])
+def test_logits_far_apart_change_no_bit_of_other_tokens(native: str, kind: str) -> None:
+    case = hyper_case(fresh_generator(), "pre", kind, lead=(1, 20), eps=1.0, device=native).to(torch.float32)
+    connection = case.connection._replace(scale=torch.full_like(case.connection.scale, 200))  # type: ignore[arg-type]
+    case = replace(case, connection=connection, streams=1e-3 * case.streams)
+    streams = case.streams.clone()
+    streams[0, 7] *= 1e6  # beside the others eps is large, beside this it is nothing
+    clean, far = evaluate_native(case), evaluate_native(replace(case, streams=streams))
+    others = torch.arange(20, device=native) != 7
+    for name in ("branch_input", "coefficients", "grad_streams"):
+        assert torch.equal(far[name][:, others], clean[name][:, others]), name
+        assert far[name].isfinite().all(), name
+    with backend("reference"):
+        logits = reference.hyper_coefficients(streams, connection._replace(form="identity"))[..., 1:-1].flatten(-2)
+    span = logits.amax(-1) - logits.amin(-1)
+    assert span[0, 7] > 200 and span[0, others].max() < 60
+
+
 # ---- the same bits ---------------------------------------------------------------------------------------------------
 
 

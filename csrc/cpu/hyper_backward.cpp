@@ -42,7 +42,7 @@ int64_t scratch_rows(const HyperBackward& args) {  // of one token
 template <class T>
 int64_t worker_size(const HyperBackward& args) {
     const int64_t n = args.size.streams, block = lanes<T>, vector = static_cast<int64_t>(sizeof(Vec<T>));
-    const int64_t history = is_constrained(args.connection) ? (2 * args.connection.iterations + 1) * n * n * vector : 0;
+    const int64_t history = is_constrained(args.connection) ? 2 * args.connection.iterations * n * n * vector : 0;
     const int64_t elements = kGroup * scratch_rows<T>(args) * row_size<T>(args.size) + kGroup * n * kStretch +
                              row_size<T>(args.size) + 2 * greater<int64_t>(block, kGroup) * kMostCoefficients;
     return round_up(static_cast<int64_t>(sizeof(ConstrainedScratch<T>)) + history, 64) +

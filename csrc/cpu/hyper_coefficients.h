@@ -67,77 +67,115 @@ inline void plain_coefficients_backward(const CoefficientParameters<T>& with, bo
 
 // --- σ and Sinkhorn --------------------------------------------------------------------------------------------------
 
+// Logits of one matrix that lie further apart than this go through logarithms: their exponentials, and what Sinkhorn's
+// algorithm makes of them, could leave the range of T.
+template <class T>
+constexpr T kSinkhornSpan = sizeof(T) == 8 ? T(600) : T(60);
+
 // n × n matrices, one token to a lane: element (j, i) of `mixing` is M_ij.
 template <class T>
 struct Sinkhorn {
     int n;
-    int64_t iterations;
+    int64_t steps;  // normalizations
     bool rows_last;
 
     Sinkhorn(const HyperConnection& connection, int64_t streams)
         : n(static_cast<int>(streams)),
-          iterations(connection.iterations),
+          steps(2 * connection.iterations),
           rows_last(connection.form == HyperForm::sinkhorn_rows) {}
-
-    // Vectors of scratch that the backward needs: the matrix before the first and after each of the normalizations.
-    int64_t history_size() const { return (2 * iterations + 1) * n * n; }
-
-    // Sums over j (of a row of M) where `over_j`, else over i, and divides by them.
-    void normalize(Vec<T>* mixing, bool over_j) const {
-        const int step = over_j ? n : 1, line = over_j ? 1 : n;
-        for (int l = 0; l < n; ++l) {
-            Vec<T> sum = mixing[l * line];
-            for (int s = 1; s < n; ++s) sum += mixing[l * line + s * step];
-            for (int s = 0; s < n; ++s) mixing[l * line + s * step] /= sum;
-        }
-    }
-
-    // exp(a − its maximum along what is normalized first), which that normalization takes away again.
-    void exponentiate(const Vec<T>* a, Vec<T>* mixing) const {
-        const bool over_j = !rows_last;
-        const int step = over_j ? n : 1, line = over_j ? 1 : n;
-        for (int l = 0; l < n; ++l) {
-            Vec<T> most = a[l * line];
-            for (int s = 1; s < n; ++s) most = a[l * line + s * step] > most ? a[l * line + s * step] : most;
-            for (int s = 0; s < n; ++s) mixing[l * line + s * step] = exponential(a[l * line + s * step] - most);
-        }
-    }
 
     void forward(const Vec<T>* a, Vec<T>* mixing) const {
         exponentiate(a, mixing);
-        for (int64_t step = 0; step < 2 * iterations; ++step) normalize(mixing, over_j(step));
+        for (int64_t step = 0; step < steps; ++step) normalize(mixing, over_j(step));
+        for_wide_lanes(a, [&](int lane, T* logarithms) {
+            for (int64_t step = 0; step < steps; ++step) normalize_logarithms(logarithms, over_j(step));
+            for (int at = 0; at < n * n; ++at) mixing[at][lane] = exponential(logarithms[at]);
+        });
     }
 
-    // grad: in ∂L/∂M, out ∂L/∂a.
+    // grad: in ∂L/∂M, out ∂L/∂a. history: scratch for the matrix after each of the normalizations.
     void backward(const Vec<T>* a, Vec<T>* grad, Vec<T>* history) const {
         exponentiate(a, history);
-        for (int64_t step = 0; step < 2 * iterations; ++step) {
-            const Vec<T>* before = history + step * n * n;
-            Vec<T>* after = history + (step + 1) * n * n;
-            for (int at = 0; at < n * n; ++at) after[at] = before[at];
+        for (int64_t step = 0; step < steps; ++step) {
+            Vec<T>* after = history + step * n * n;
+            for (int at = 0; at < n * n && step > 0; ++at) after[at] = after[at - n * n];
             normalize(after, over_j(step));
         }
-        for (int64_t step = 2 * iterations - 1; step >= 0; --step) {
-            normalize_backward(history + step * n * n, history + (step + 1) * n * n, grad, over_j(step));
-        }
-        for (int at = 0; at < n * n; ++at) grad[at] *= history[at];
+        for_wide_lanes(a, [&](int lane, T* logarithms) {
+            for (int64_t step = 0; step < steps; ++step) {
+                normalize_logarithms(logarithms, over_j(step));
+                for (int at = 0; at < n * n; ++at) history[step * n * n + at][lane] = exponential(logarithms[at]);
+            }
+        });
+        // From here on grad is by the logarithms: log M loses the logarithm of its lines' sums at every step.
+        for (int at = 0; at < n * n; ++at) grad[at] *= history[(steps - 1) * n * n + at];
+        for (int64_t step = steps - 1; step >= 0; --step)
+            normalize_backward(history + step * n * n, grad, over_j(step));
     }
 
   private:
+    // Whether a step sums over j (a row of M).
     bool over_j(int64_t step) const { return (step % 2 == 0) != rows_last; }
+    int line(bool over_j) const { return over_j ? 1 : n; }
+    int stride(bool over_j) const { return over_j ? n : 1; }
 
-    void normalize_backward(const Vec<T>* before, const Vec<T>* after, Vec<T>* grad, bool over_j) const {
-        const int step = over_j ? n : 1, line = over_j ? 1 : n;
+    // exp(a − its maximum along what is normalized first), which that normalization takes away again.
+    void exponentiate(const Vec<T>* a, Vec<T>* mixing) const {
+        const int step = stride(over_j(0));
         for (int l = 0; l < n; ++l) {
-            Vec<T> sum = before[l * line], product = grad[l * line] * after[l * line];
-            for (int s = 1; s < n; ++s) {
-                sum += before[l * line + s * step];
-                product += grad[l * line + s * step] * after[l * line + s * step];
-            }
-            for (int s = 0; s < n; ++s) {
-                const int at = l * line + s * step;
-                grad[at] = (grad[at] - product) / sum;
-            }
+            const int begin = l * line(over_j(0));
+            Vec<T> most = a[begin];
+            for (int s = 1; s < n; ++s) most = a[begin + s * step] > most ? a[begin + s * step] : most;
+            for (int s = 0; s < n; ++s) mixing[begin + s * step] = exponential(a[begin + s * step] - most);
+        }
+    }
+
+    void normalize(Vec<T>* mixing, bool over_j) const {
+        const int step = stride(over_j);
+        for (int l = 0; l < n; ++l) {
+            Vec<T>* const of = mixing + l * line(over_j);
+            Vec<T> sum = of[0];
+            for (int s = 1; s < n; ++s) sum += of[s * step];
+            for (int s = 0; s < n; ++s) of[s * step] /= sum;
+        }
+    }
+
+    void normalize_backward(const Vec<T>* after, Vec<T>* grad, bool over_j) const {
+        const int step = stride(over_j);
+        for (int l = 0; l < n; ++l) {
+            const int begin = l * line(over_j);
+            Vec<T> sum = grad[begin];
+            for (int s = 1; s < n; ++s) sum += grad[begin + s * step];
+            for (int s = 0; s < n; ++s) grad[begin + s * step] -= after[begin + s * step] * sum;
+        }
+    }
+
+    // Calls f(lane, a copy of its logits) for each token whose logits need logarithms.
+    template <class F>
+    void for_wide_lanes(const Vec<T>* a, const F& f) const {
+        Vec<T> most = a[0], least = a[0];
+        for (int at = 1; at < n * n; ++at) {
+            most = a[at] > most ? a[at] : most;
+            least = a[at] < least ? a[at] : least;
+        }
+        const Vec<T> span = most - least;
+        for (int lane = 0; lane < lanes<T>; ++lane) {
+            if (!(span[lane] > kSinkhornSpan<T>)) continue;
+            T logarithms[kHyperMostStreams * kHyperMostStreams];
+            for (int at = 0; at < n * n; ++at) logarithms[at] = a[at][lane];
+            f(lane, logarithms);
+        }
+    }
+
+    void normalize_logarithms(T* logarithms, bool over_j) const {
+        const int step = stride(over_j);
+        for (int l = 0; l < n; ++l) {
+            T* const of = logarithms + l * line(over_j);
+            T most = of[0], sum = 0;
+            for (int s = 1; s < n; ++s) most = of[s * step] > most ? of[s * step] : most;
+            for (int s = 0; s < n; ++s) sum += exponential(of[s * step] - most);
+            const T logarithm = std::log(sum);
+            for (int s = 0; s < n; ++s) of[s * step] = of[s * step] - most - logarithm;
         }
     }
 };
@@ -188,7 +226,7 @@ inline void constrained_coefficients(const HyperConnection& connection, const Co
     lanes_to_tokens(scratch.numbers, tokens, count, c);
 }
 
-// Its backward: ∂L/∂a, of which ∂L/∂z is scale times that. history: Sinkhorn::history_size() vectors.
+// Its backward: ∂L/∂a, of which ∂L/∂z is scale times that. history: 2·iterations·n² vectors.
 template <class T>
 inline void constrained_coefficients_backward(const HyperConnection& connection, const CoefficientParameters<T>& with,
                                               int64_t n, const T* z, const T* grad_c, T* grad_a, int64_t tokens,

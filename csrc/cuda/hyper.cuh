@@ -192,6 +192,11 @@ struct NumberParameters {
     }
 };
 
+// Logits of one matrix that lie further apart than this go through logarithms: their exponentials, and what Sinkhorn's
+// algorithm makes of them, could leave the range of A.
+template <class A>
+constexpr A kSinkhornSpan = sizeof(A) == 8 ? A(600) : A(60);
+
 // Sinkhorn's algorithm on matrices in memory, element (j, i) of one being M_ij. A group of lanes takes a matrix, lane l
 // of the group its line l (row or column, as it comes); lanes without a line keep the others company at the barriers.
 template <class A>
@@ -207,59 +212,88 @@ struct Sinkhorn {
           rows_last(connection.form == HyperForm::sinkhorn_rows),
           busy(has_token && lane < streams) {}
 
-    // Whether a step sums over j (a row of M).
-    __device__ __forceinline__ bool over_j(int64_t step) const { return (step % 2 == 0) != rows_last; }
-    __device__ __forceinline__ int begin(bool over_j) const { return line * (over_j ? 1 : n); }
-    __device__ __forceinline__ int stride(bool over_j) const { return over_j ? n : 1; }
-
-    // exp(a − its maximum along what is normalized first), which that normalization takes away again. In place.
-    __device__ __forceinline__ void exponentiate(A* matrix) const {
-        sync_warp();
-        if (!busy) return;
-        const int at = begin(!rows_last), step = stride(!rows_last);
-        A most = matrix[at];
-        for (int s = 1; s < n; ++s) most = matrix[at + s * step] > most ? matrix[at + s * step] : most;
-        for (int s = 0; s < n; ++s) matrix[at + s * step] = exp(matrix[at + s * step] - most);
-    }
-
-    __device__ __forceinline__ void normalize(const A* from, A* to, int64_t step) const {
-        sync_warp();
-        if (!busy) return;
-        const int at = begin(over_j(step)), next = stride(over_j(step));
-        A sum = from[at];
-        for (int s = 1; s < n; ++s) sum += from[at + s * next];
-        for (int s = 0; s < n; ++s) to[at + s * next] = from[at + s * next] / sum;
-    }
-
+    // In place.
     __device__ __forceinline__ void forward(A* matrix) const {
-        exponentiate(matrix);
-        for (int64_t step = 0; step < steps; ++step) normalize(matrix, matrix, step);
+        const bool wide = is_wide(matrix);
+        exponentiate(matrix, wide);
+        for (int64_t step = 0; step < steps; ++step) normalize(matrix, matrix, step, wide);
+        sync_warp();
+        for (int s = 0; s < n && busy && wide; ++s) matrix[line * n + s] = exp(matrix[line * n + s]);
         sync_warp();
     }
 
     // history: steps + 1 matrices, the first of them a. grad: in ∂L/∂M, out ∂L/∂a.
     __device__ __forceinline__ void backward(A* history, A* grad) const {
-        exponentiate(history);
+        const int size = n * n;
+        const bool wide = is_wide(history);
+        exponentiate(history, wide);
         for (int64_t step = 0; step < steps; ++step)
-            normalize(history + step * n * n, history + (step + 1) * n * n, step);
+            normalize(history + step * size, history + (step + 1) * size, step, wide);
+        sync_warp();
+        // From here on grad is by the logarithms: log M loses the logarithm of its lines' sums at every step.
+        for (int s = 0; s < n && busy; ++s) grad[line * n + s] *= element(history + steps * size, line * n + s, wide);
         for (int64_t step = steps - 1; step >= 0; --step) {
             sync_warp();
-            if (busy) normalize_backward(history + step * n * n, history + (step + 1) * n * n, grad, step);
+            if (busy) normalize_backward(history + (step + 1) * size, grad, step, wide);
         }
-        sync_warp();
-        for (int s = 0; s < n && busy; ++s) grad[line * n + s] *= history[line * n + s];
         sync_warp();
     }
 
   private:
-    __device__ __forceinline__ void normalize_backward(const A* before, const A* after, A* grad, int64_t step) const {
-        const int at = begin(over_j(step)), next = stride(over_j(step));
-        A sum = 0, product = 0;
-        for (int s = 0; s < n; ++s) {
-            sum += before[at + s * next];
-            product += grad[at + s * next] * after[at + s * next];
+    // Whether a step sums over j (a row of M).
+    __device__ __forceinline__ bool over_j(int64_t step) const { return (step % 2 == 0) != rows_last; }
+    __device__ __forceinline__ int begin(int64_t step) const { return line * (over_j(step) ? 1 : n); }
+    __device__ __forceinline__ int stride(int64_t step) const { return over_j(step) ? n : 1; }
+
+    // A matrix that is wide is kept as logarithms.
+    __device__ __forceinline__ static A element(const A* matrix, int at, bool wide) {
+        return wide ? exp(matrix[at]) : matrix[at];
+    }
+
+    __device__ __forceinline__ bool is_wide(const A* a) const {
+        sync_warp();
+        if (!busy) return false;
+        A most = a[0], least = a[0];
+        for (int at = 1; at < n * n; ++at) {
+            most = a[at] > most ? a[at] : most;
+            least = a[at] < least ? a[at] : least;
         }
-        for (int s = 0; s < n; ++s) grad[at + s * next] = (grad[at + s * next] - product) / sum;
+        return most - least > kSinkhornSpan<A>;
+    }
+
+    // exp(a − its maximum along what is normalized first), which that normalization takes away again. In place.
+    __device__ __forceinline__ void exponentiate(A* matrix, bool wide) const {
+        sync_warp();
+        if (!busy || wide) return;
+        const int at = begin(0), next = stride(0);
+        A most = matrix[at];
+        for (int s = 1; s < n; ++s) most = matrix[at + s * next] > most ? matrix[at + s * next] : most;
+        for (int s = 0; s < n; ++s) matrix[at + s * next] = exp(matrix[at + s * next] - most);
+    }
+
+    __device__ __forceinline__ void normalize(const A* from, A* to, int64_t step, bool wide) const {
+        sync_warp();
+        if (!busy) return;
+        const int at = begin(step), next = stride(step);
+        A sum = from[at];
+        if (wide) {
+            A most = sum;
+            for (int s = 1; s < n; ++s) most = from[at + s * next] > most ? from[at + s * next] : most;
+            sum = 0;
+            for (int s = 0; s < n; ++s) sum += exp(from[at + s * next] - most);
+            const A logarithm = log(sum);
+            for (int s = 0; s < n; ++s) to[at + s * next] = from[at + s * next] - most - logarithm;
+            return;
+        }
+        for (int s = 1; s < n; ++s) sum += from[at + s * next];
+        for (int s = 0; s < n; ++s) to[at + s * next] = from[at + s * next] / sum;
+    }
+
+    __device__ __forceinline__ void normalize_backward(const A* after, A* grad, int64_t step, bool wide) const {
+        const int at = begin(step), next = stride(step);
+        A sum = 0;
+        for (int s = 0; s < n; ++s) sum += grad[at + s * next];
+        for (int s = 0; s < n; ++s) grad[at + s * next] -= element(after, at + s * next, wide) * sum;
     }
 };
 

@@ -103,6 +103,7 @@ class Spec:
     device: str = "cpu"
     wrap: str = ""
     requires_grad: bool = False
+    gain: float = 1.0  # of floating-point contents
 
     def build(self, memory: Memory, rng: Random) -> Tensor:
         if math.prod(max(size, 1) for size in self.shape) > MOST_NUMBER:  # more than a tensor can have
@@ -148,7 +149,7 @@ class Spec:
             source = memory.bytes.get(self.fill, memory.bytes["valid"])
             flat.view(torch.uint8).copy_(_cut(source, start, count))
         elif self.dtype.is_floating_point:
-            flat.copy_(_cut(memory.floats.get(self.fill, memory.floats["normal"]), start, count))
+            flat.copy_(self.gain * _cut(memory.floats.get(self.fill, memory.floats["normal"]), start, count))
         elif self.dtype.is_complex:
             torch.view_as_real(flat).copy_(_cut(memory.floats["normal"], start, count).unsqueeze(1))
         else:
@@ -237,6 +238,12 @@ class Draw:
     def float(self, *shape: int, dtype: torch.dtype | None = None) -> Spec:
         fill = self.rng.choice(FILLS) if self.hostile and self.rng.random() < 0.5 else "normal"
         return Spec(list(shape), dtype or self.dtype, fill, self._layout())
+
+    def weight(self, rows: int, columns: int) -> Spec:
+        """Of a product that keeps its input's size: a state that grows from layer to layer ends in chaos."""
+        spec = self.float(rows, columns)
+        spec.gain = max(columns, 1) ** -0.5
+        return spec
 
     def wide(self, *shape: int) -> Spec:
         """Of the accumulation type."""

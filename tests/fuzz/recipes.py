@@ -105,12 +105,12 @@ def _depth_attention(d: Draw) -> Arguments:
     return {
         "keys": d.float(d.L, d.N, inner),
         "values": d.float(d.L, d.N, inner),
-        "weight_query": d.float(inner, d.d),
-        "weight_out": d.float(d.d, inner),
+        "weight_query": d.weight(inner, d.d),
+        "weight_out": d.weight(d.d, inner),
         "initial": d.maybe(d.float(d.N, d.d)),
         "heads": _integer(d, d.h),
         "memory": _integer(d, d.choice(1, 2, 3, 4, 100)),
-        "scale": _number(d, 0.125, 1.0),
+        "scale": _number(d, 0.125, max(d.w, 1) ** -0.5),
         "keep": d.flag(),
     }
 

@@ -83,12 +83,10 @@ def manifold(logits: Tensor, connection: Connection) -> Tensor:
     """σ, 2σ and Sinkhorn on ``logits [..., n, n+2]``: what ``sinkhorn_rows`` and ``sinkhorn_columns`` do."""
     first, last = (-1, -2) if connection.form == "sinkhorn_rows" else (-2, -1)
     mixing = logits[..., 1:-1]  # [..., j, i] is M_ij
-    # The first normalization takes any factor of its sums away: so nothing overflows.
-    mixing = (mixing - mixing.amax(first, keepdim=True).detach()).exp()
+    # In logarithms: where logits lie far apart, the exponentials of all that a line has may be 0.
     for _ in range(connection.iterations):
-        mixing = mixing / mixing.sum(first, keepdim=True)
-        mixing = mixing / mixing.sum(last, keepdim=True)
-    return torch.cat([logits[..., :1].sigmoid(), mixing, 2 * logits[..., -1:].sigmoid()], -1)
+        mixing = mixing.log_softmax(first).log_softmax(last)
+    return torch.cat([logits[..., :1].sigmoid(), mixing.exp(), 2 * logits[..., -1:].sigmoid()], -1)
 
 
 def hyper_pre(streams: Tensor, connection: Connection) -> tuple[Tensor, Tensor]:
