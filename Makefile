@@ -18,6 +18,7 @@ PARALLEL ?= -n auto --dist loadfile
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest $(PARALLEL)
+SOAK = $(BIN)/python -m pytest -n auto --dist worksteal --seeds $(SEEDS) -m 'not slow and not traced'
 TIMED := MAKE='$(MAKE)' tools/timed.sh
 INSTALLED := .venv/installed
 CPP := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/include/xlayer/*.h \
@@ -36,16 +37,19 @@ demo:
 test:
 	@$(TIMED) packages build emulator sanitized lint test-emulated test-cpu
 
-# Looks for new faults: the tests that draw inputs, with fresh seeds; a million wild calls of operators and functions, and
-# some under sanitizers. Tests of compilers and processes, marked slow, find nothing new in other numbers.
+# Looks for new faults: the tests that draw inputs, with fresh seeds, on the emulator without its checker, to which other
+# numbers are nothing new, as they are to compilers; a million wild calls of operators and functions, and some under
+# sanitizers.
 soak:
 	@$(TIMED) packages build emulator sanitized soak-cpu soak-emulated soak-fuzz soak-sanitized
 
 soak-cpu: build
-	$(PYTEST) --seeds $(SEEDS) -m 'not slow' $(OPERATOR_TESTS)
+	$(SOAK) $(OPERATOR_TESTS)
 
 soak-emulated: emulator
-	$(PYTEST) --seeds $(SEEDS) -m 'not slow' --device emulated $(OPERATOR_TESTS)
+	@$(BIN)/cmake --build build/native --target emulator_unchecked
+	XLAYER_EMULATOR_LIBRARY=$(CURDIR)/build/emulator/libxlayer_emulated_unchecked.so \
+		$(SOAK) --device emulated $(OPERATOR_TESTS)
 
 soak-fuzz: build
 	$(BIN)/python tests/fuzz --calls $(CALLS) --workers 2 --seed $$(date +%s)

@@ -79,6 +79,7 @@ def everything(x: Tensor, ema: list[Tensor], gru: list[Tensor], attention: list[
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("initial", [True, False])
+@pytest.mark.traced
 def test_opcheck(native: str, initial: bool, dtype: torch.dtype) -> None:
     for name, arguments in operator_calls(native, dtype, initial).items():
         given = tuple(
@@ -88,6 +89,7 @@ def test_opcheck(native: str, initial: bool, dtype: torch.dtype) -> None:
         torch.library.opcheck(getattr(OPS, name), given)
 
 
+@pytest.mark.traced
 def test_compile_makes_one_graph_for_all_lengths(choice: str, device: str) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -104,6 +106,7 @@ def test_compile_makes_one_graph_for_all_lengths(choice: str, device: str) -> No
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.traced
 def test_compiled_function_follows_the_backend(native: str) -> None:
     torch._dynamo.reset()
     codes: list[str] = []
@@ -120,6 +123,7 @@ def test_compiled_function_follows_the_backend(native: str) -> None:
     assert ["xlayer.ema_scan" in code for code in codes] == [True, False]
 
 
+@pytest.mark.traced
 def test_export_with_dynamic_lengths(choice: str, device: str) -> None:
     class Net(torch.nn.Module):
         def forward(self, x: Tensor, ema: list[Tensor], gru: list[Tensor], attention: list[Tensor]) -> Tensor:

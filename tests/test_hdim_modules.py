@@ -291,6 +291,7 @@ def test_qkv_names_bad_arguments(change: dict[str, Any], error: type[Exception],
 
 
 @pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.traced
 def test_message_compiles_to_one_graph_for_all_lengths(device: str, scorer: str) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -310,6 +311,7 @@ def test_message_compiles_to_one_graph_for_all_lengths(device: str, scorer: str)
 
 
 @pytest.mark.slow
+@pytest.mark.traced
 def test_messages_through_inductor(device: str) -> None:
     torch._dynamo.reset()
 

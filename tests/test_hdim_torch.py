@@ -57,6 +57,7 @@ def backward_arguments(case: HdimCase, entropy: bool) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("masks", [{}, {"key_mask": True, "pair_mask": True}], ids=["no mask", "both masks"])
+@pytest.mark.traced
 def test_opcheck(native: str, dtype: torch.dtype, masks: dict[str, bool]) -> None:
     case = hdim_case(fresh_generator(), sizes=(2, 3, 5, 4, 6, 3), dtype=dtype, device=native, **masks)
     torch.library.opcheck(torch.ops.xlayer.hdim_attention_backward, backward_arguments(case, entropy=bool(masks)))
@@ -80,6 +81,7 @@ class CountingBackend:
         return "xlayer.hdim_attention" in self.graphs[index].code
 
 
+@pytest.mark.traced
 def test_compile_makes_one_graph_for_all_lengths(native: str) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -98,6 +100,7 @@ def test_compile_makes_one_graph_for_all_lengths(native: str) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1 and counter.uses_kernel(-1)
 
 
+@pytest.mark.traced
 def test_compiled_function_follows_the_backend(native: str) -> None:
     torch._dynamo.reset()
     counter = CountingBackend()
@@ -109,6 +112,7 @@ def test_compiled_function_follows_the_backend(native: str) -> None:
     assert [counter.uses_kernel(index) for index in range(len(counter.graphs))] == [True, False]
 
 
+@pytest.mark.traced
 def test_export_with_dynamic_lengths(choice: str, device: str) -> None:
     class Net(torch.nn.Module):
         def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, rest: list[Tensor]) -> Tensor:

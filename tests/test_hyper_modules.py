@@ -325,6 +325,7 @@ def test_half_precision(choice: str, device: str, kind: str, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize(("kind", "packed"), [("shc", False), ("dhc", False), ("dhc", True), ("mhc", False)])
+@pytest.mark.traced
 def test_compiles_to_one_graph_for_all_lengths(device: str, kind: str, packed: bool) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -345,6 +346,7 @@ def test_compiles_to_one_graph_for_all_lengths(device: str, kind: str, packed: b
 
 
 @pytest.mark.parametrize("kind", ["shc", "dhc", "mhc"])
+@pytest.mark.traced
 def test_exports(device: str, kind: str) -> None:
     generator = fresh_generator()
     module = make(kind, generator, device=device, dtype=torch.float32, branch=nn.Tanh())

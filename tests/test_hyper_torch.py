@@ -69,6 +69,7 @@ def operator_calls(case: HyperCase) -> dict[str, tuple[Any, ...]]:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", SOME)
 @pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.traced
 def test_opcheck(native: str, kind: str, dtype: torch.dtype, packed: bool) -> None:
     case = hyper_case(fresh_generator(), kind=kind, lead=(2, 3), n=2, d=5, device=native).to(dtype)
     if packed:
@@ -81,6 +82,7 @@ def test_opcheck(native: str, kind: str, dtype: torch.dtype, packed: bool) -> No
 
 
 @pytest.mark.parametrize("kind", SOME)
+@pytest.mark.traced
 def test_compile_makes_one_graph_for_all_lengths(choice: str, device: str, kind: str) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -100,6 +102,7 @@ def test_compile_makes_one_graph_for_all_lengths(choice: str, device: str, kind:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.traced
 def test_compiled_function_follows_the_backend(native: str) -> None:
     torch._dynamo.reset()
     codes: list[str] = []
@@ -116,6 +119,7 @@ def test_compiled_function_follows_the_backend(native: str) -> None:
     assert ["xlayer.hyper_pre" in code for code in codes] == [True, False]
 
 
+@pytest.mark.traced
 def test_export_with_dynamic_lengths(choice: str, device: str) -> None:
     class Net(torch.nn.Module):
         def forward(self, streams: Tensor, y: Tensor, base: Tensor, weight: Tensor, scale: Tensor) -> Any:

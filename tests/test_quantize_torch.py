@@ -67,6 +67,7 @@ def inputs(
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bound", BOUNDS)
+@pytest.mark.traced
 def test_opcheck(native: str, bound: str, dtype: torch.dtype) -> None:
     for name, arguments in operator_calls(native, dtype, bound).items():
         arguments = tuple(
@@ -75,6 +76,7 @@ def test_opcheck(native: str, bound: str, dtype: torch.dtype) -> None:
         torch.library.opcheck(getattr(OPS, name), arguments)
 
 
+@pytest.mark.traced
 def test_compile_makes_one_graph_for_all_lengths(choice: str, device: str) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -90,6 +92,7 @@ def test_compile_makes_one_graph_for_all_lengths(choice: str, device: str) -> No
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.traced
 def test_compiled_function_follows_the_backend(native: str) -> None:
     torch._dynamo.reset()
     codes: list[str] = []
@@ -107,6 +110,7 @@ def test_compiled_function_follows_the_backend(native: str) -> None:
 
 
 @pytest.mark.parametrize("module", [FSQ([5, 4, 3], dim=8), VectorQuantizer(8, 6, codebooks=2).eval()], ids=type)
+@pytest.mark.traced
 def test_exported_modules_are_saved_and_loaded(device: str, module: torch.nn.Module) -> None:
     module, x = module.to(device), draw(fresh_generator(), 2, 5, 8, dtype=torch.float32).to(device)
     tokens = torch.export.Dim("tokens", min=2, max=64)
@@ -120,6 +124,7 @@ def test_exported_modules_are_saved_and_loaded(device: str, module: torch.nn.Mod
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
+@pytest.mark.traced
 def test_export_with_dynamic_lengths(choice: str, device: str) -> None:
     class Net(torch.nn.Module):
         def forward(self, x: Tensor, codebook: Tensor, z: Tensor) -> Any:

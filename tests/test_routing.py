@@ -134,6 +134,7 @@ def test_same_bits_in_any_order(native: str, schedule: Callable[[int], None], dt
         assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
 
 
+@pytest.mark.traced
 def test_opcheck(native: str) -> None:
     x, mask = tokens(fresh_generator(), native, 2, 4, 3, dtype=torch.float32)
     for chosen in (None, mask):
@@ -149,6 +150,7 @@ def test_second_derivative_raises_one_clear_line(native: str) -> None:
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.traced
 def test_compile_makes_one_graph_for_all_lengths(choice: str, device: str) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -303,6 +305,7 @@ def test_router_scores_in_float32_under_autocast(device: str, dtype: torch.dtype
     assert half.dtype == torch.float32
 
 
+@pytest.mark.traced
 def test_router_compiles_to_one_graph(device: str) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

@@ -30,45 +30,64 @@ Operands& own_operands() { return running_warp().operands[running_fiber().lane];
 
 constexpr uint32_t kNaN = 0x7fffffff;  // the one that the device makes
 
-// The device drops what it cannot keep of a sum, so that the result is never further from zero than the sum. Too large
-// a sum becomes infinity.
-float toward_zero(double x) {
-    const auto nearest = static_cast<float>(x);
-    if (std::isnan(nearest)) return as_float(kNaN);
-    const bool beyond = std::fabs(static_cast<double>(nearest)) > std::fabs(x) && !std::isinf(nearest);
-    return as_float(as_bits(nearest) - (beyond ? 1 : 0));
-}
+using Doubles = double __attribute__((vector_size(8 * sizeof(double))));  // a row of a product
+using Floats = float __attribute__((vector_size(8 * sizeof(float))));
+using Longs = int64_t __attribute__((vector_size(8 * sizeof(int64_t))));
+using Ints = int32_t __attribute__((vector_size(8 * sizeof(int32_t))));
 
-// Products of 16-bit and tf32 elements are exact in float64.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define XLAYER_WIDEST __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define XLAYER_WIDEST
+#endif
+
+// The operands of a product of 16×inner and inner×8 elements, and what it is added to. Products of 16-bit and tf32
+// elements are exact in float64.
 template <int inner>
 struct Product {
-    using Pair = double __attribute__((vector_size(2 * sizeof(double))));
-    static constexpr int kPairs = 4;  // of columns
     double a[16][inner];
-    Pair b[inner][kPairs], sum[16][kPairs];
-
-    double* b_row(int k) { return reinterpret_cast<double*>(b[k]); }
-    const double* sum_row(int i) const { return reinterpret_cast<const double*>(sum[i]); }
-
-    void multiply() {
-        for (int i = 0; i < 16; ++i) {
-            Pair row[kPairs] = {};
-            for (int k = 0; k < inner; ++k) {
-#pragma GCC unroll kPairs  // so that the row stays in registers
-                for (int j = 0; j < kPairs; ++j) row[j] += a[i][k] * b[k][j];
-            }
-            memcpy(sum[i], row, sizeof row);
-        }
-    }
+    double b[inner][8];
+    float d[16][8];
 };
 
-// d += sum for the layout that all 16×8 results have.
+// d += a·b. The device drops what it cannot keep of a sum, so that the result is never further from zero than the sum.
+// Too large a sum becomes infinity.
+XLAYER_WIDEST void add_product(int inner, const double* a, const double* b, float* d) {
+    for (int i = 0; i < 16; ++i) {
+        Doubles sum = {}, column;
+        for (int k = 0; k < inner; ++k) {
+            memcpy(&column, b + k * 8, sizeof column);
+            sum += a[i * inner + k] * column;
+        }
+        Floats row;
+        memcpy(&row, d + i * 8, sizeof row);
+        sum += __builtin_convertvector(row, Doubles);
+
+        const Floats nearest = __builtin_convertvector(sum, Floats);
+        const Longs magnitude = (Longs)sum & INT64_MAX;
+        const Longs rounded = (Longs) __builtin_convertvector(nearest, Doubles) & INT64_MAX;
+        const Ints beyond = __builtin_convertvector(rounded > magnitude, Ints);
+        const Ints finite = ((Ints)nearest & INT32_MAX) < 0x7f800000;
+        const Ints is_nan = nearest != nearest;
+        const Ints out = (((Ints)nearest + (beyond & finite)) & ~is_nan) | (static_cast<int32_t>(kNaN) & is_nan);
+        memcpy(d + i * 8, &out, sizeof out);
+    }
+}
+
+// Multiplies, for the layout that all 16×8 results have: lane 4g + t has columns 2t and 2t + 1 of rows g and g + 8.
 template <int inner>
-void add_to_lanes(const Product<inner>& product, Warp& warp) {
+void add_to_lanes(Product<inner>& product, Warp& warp) {
+    constexpr size_t pair = 2 * sizeof(float);
     for (int lane = 0; lane < kLanes; ++lane) {
-        const int g = lane / 4, t = lane % 4;
+        const auto* d = static_cast<const float*>(warp.operands[lane].to);
+        memcpy(product.d[lane / 4] + lane % 4 * 2, d, pair);
+        memcpy(product.d[lane / 4 + 8] + lane % 4 * 2, d + 2, pair);
+    }
+    add_product(inner, product.a[0], product.b[0], product.d[0]);
+    for (int lane = 0; lane < kLanes; ++lane) {
         auto* d = static_cast<float*>(warp.operands[lane].to);
-        for (int n = 0; n < 4; ++n) d[n] = toward_zero(product.sum_row(g + n / 2 * 8)[2 * t + n % 2] + d[n]);
+        memcpy(d, product.d[lane / 4] + lane % 4 * 2, pair);
+        memcpy(d + 2, product.d[lane / 4 + 8] + lane % 4 * 2, pair);
     }
 }
 
@@ -88,11 +107,10 @@ void multiply_16x8x16(Warp& warp) {
             to[1] = widen(Element{static_cast<uint16_t>(a[n] >> 16)});
         }
         for (int n = 0; n < 2; ++n) {
-            product.b_row(2 * t + n * 8)[g] = widen(Element{static_cast<uint16_t>(b[n])});
-            product.b_row(2 * t + n * 8 + 1)[g] = widen(Element{static_cast<uint16_t>(b[n] >> 16)});
+            product.b[2 * t + n * 8][g] = widen(Element{static_cast<uint16_t>(b[n])});
+            product.b[2 * t + n * 8 + 1][g] = widen(Element{static_cast<uint16_t>(b[n] >> 16)});
         }
     }
-    product.multiply();
     add_to_lanes(product, warp);
 }
 
@@ -105,9 +123,8 @@ void multiply_16x8x8(Warp& warp) {
         const auto* a = static_cast<const uint32_t*>(warp.operands[lane].a);
         const auto* b = static_cast<const uint32_t*>(warp.operands[lane].b);
         for (int n = 0; n < 4; ++n) product.a[g + n % 2 * 8][t + n / 2 * 4] = widen_tf32(a[n]);
-        for (int n = 0; n < 2; ++n) product.b_row(t + n * 4)[g] = widen_tf32(b[n]);
+        for (int n = 0; n < 2; ++n) product.b[t + n * 4][g] = widen_tf32(b[n]);
     }
-    product.multiply();
     add_to_lanes(product, warp);
 }
 
@@ -179,6 +196,14 @@ uint32_t each_half(const F& f) {
     narrow(f(0), low);
     narrow(f(16), high);
     return low.bits | uint32_t{high.bits} << 16;
+}
+
+// The float that is nearest of those no further from zero.
+float toward_zero(double x) {
+    const auto nearest = static_cast<float>(x);
+    if (std::isnan(nearest)) return as_float(kNaN);
+    const bool beyond = std::fabs(static_cast<double>(nearest)) > std::fabs(x) && !std::isinf(nearest);
+    return as_float(as_bits(nearest) - (beyond ? 1 : 0));
 }
 
 // Rounded to odd: of the two neighbors of an inexact value, the one whose last bit is set. Rounding that to a format
