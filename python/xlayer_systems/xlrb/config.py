@@ -39,9 +39,11 @@ _OPTIONAL = ("inject_last", "message_norm_match")
 class XLRBConfig:
     """Everything that defines an XLRB bridge. The defaults are the published HDIM-only base.
 
-    A wrong value raises ``ValueError`` naming the field. Lengths count layers, dimensions are in features.
+    A wrong value raises ``ValueError`` naming the field. Lengths count layers, dimensions are in features. One router
+    serves all target layers; the HDIM message is `xlayer_ext.nn.HDIMMessage`; the QKV message uses the encoder's own
+    projections.
 
-    Router (one for all target layers)
+    Attributes:
         topk: sources chosen per example and target layer (fewer where a layer has fewer sources).
         route_dim, route_temp: width of the two router projections and divisor of their product.
         route_pool: layer summary, the masked mean over tokens or the first token (``cls``).
@@ -50,20 +52,16 @@ class XLRBConfig:
         router_query: ``linear``, or ``pair_mlp`` over the means of the two sentences.
         route_last_n: only the last n layers are targets (layer 0 never is: it has no source).
         inject_last: only the last n targets exist (None: all). Equal to a smaller ``route_last_n``.
-
-    HDIM message (``xlayer_ext.nn.HDIMMessage``)
-        use_hdim, proj_dim, mlp_dim, scorer, activation, fusion, value_activation, token_temp, share_projections,
-        norm_projections, value_residual, value_beta; share_hdim: one module for all targets.
+        use_hdim, proj_dim, mlp_dim, scorer, activation, fusion, value_activation, token_temp: of the HDIM message.
+        share_projections, norm_projections, value_residual, value_beta: of the HDIM message.
+        share_hdim: one HDIM module for all targets.
         entropy_weight: loss weight of the mean attention entropy (nats).
         pair_mask: ``cross`` lets a token see only tokens of the other sentence (a special token counts to the
             sentence it opens or closes), ``cross_no_special`` also shuts out special tokens on both sides. A token
             without an allowed partner has zero context (the published code gave it a uniform softmax).
-
-    QKV message (the encoder's own projections)
-        use_qkv; qkv_weights: key and value projections of the ``source`` or the ``target`` layer;
+        use_qkv: whether there is a QKV message.
+        qkv_weights: key and value projections of the ``source`` or the ``target`` layer.
         qkv_extra_value: one more Linear(head_dim, head_dim) on the values.
-
-    Blend
         gate_attn, gate_hdim: initial gates; gate_hdim also starts HDIM's own scalar, so at 0 the HDIM path is off
             and stays off (both factors have gradient 0).
         gate_activation: ``softplus`` keeps gates positive; its parameter starts where the gate has the value above.
