@@ -74,7 +74,7 @@ class Line(NamedTuple):
 
 def bars(title: str, values: Sequence[Bar], limit: float | None = None, limit_label: str = "") -> str:
     """Draws horizontal bars from 0, up to ``limit`` if there is one, which is marked."""
-    left = 14 + 7.2 * max(len(bar.label) for bar in values)
+    left = 14 + 7.8 * max(len(bar.label) for bar in values)
     right = WIDTH - (16 if limit else 62)
     top = limit or max(bar.value for bar in values)
     y, out = 52.0 if limit else 40.0, []
@@ -88,6 +88,7 @@ def bars(title: str, values: Sequence[Bar], limit: float | None = None, limit_la
         width = bar.value * scale
         out.append(_text(left - 8, y + 15, bar.label, anchor="end"))
         out.append(f"<rect x='{left:.1f}' y='{y + 3:.1f}' width='{width:.1f}' height='15' rx='2' fill='{bar.colour}'/>")
+        out.append(f"<line x1='{left:.1f}' x2='{left:.1f}' y1='{y:.1f}' y2='{y + LINE:.1f}' stroke='{MUTED}'/>")
         inside = left + width + 8 + 7.5 * len(bar.text) > WIDTH
         at, anchor, ink = (left + width - 6, "end", "#ffffff") if inside else (left + width + 6, "start", INK)
         out.append(_text(at, y + 15, bar.text, anchor=anchor, fill=ink))
@@ -96,14 +97,13 @@ def bars(title: str, values: Sequence[Bar], limit: float | None = None, limit_la
         x = left + limit * scale
         out.insert(0, f"<line x1='{x:.1f}' x2='{x:.1f}' y1='{begin - 4:.1f}' y2='{y:.1f}' stroke='{INK}'/>")
         out.insert(1, _text(x, begin - 9, limit_label, anchor="end", fill=MUTED, size=12))
-    out.append(f"<line x1='{left:.1f}' x2='{left:.1f}' y1='{begin:.1f}' y2='{y:.1f}' stroke='{MUTED}'/>")
     return _svg(title, y + 10, out)
 
 
 def dots(title: str, values: Sequence[Dot], reference: tuple[float, str] | None = None) -> str:
     """Draws means with their intervals on one axis; ``reference`` is a labelled vertical line, such as chance."""
-    left = 14 + 7.2 * max(len(dot.label) for dot in values)
-    right = WIDTH - 16 - 7.4 * max(len(dot.text) for dot in values)
+    left = 14 + 7.8 * max(len(dot.label) for dot in values)
+    right = WIDTH - 16 - 7.8 * max(len(dot.text) for dot in values)
     ends = [end for dot in values for end in (dot.low, dot.high)] + ([reference[0]] if reference else [])
     low, high = min(ends), max(ends)
     margin = 0.06 * (high - low)
@@ -135,7 +135,7 @@ def dots(title: str, values: Sequence[Dot], reference: tuple[float, str] | None 
 def lines(title: str, names: Sequence[str], values: Sequence[Line], x_label: str, form: str) -> str:
     """Draws lines over evenly spaced ``names``, each labelled at its end; ``form`` formats the ticks of y."""
     left, top, bottom = 56.0, 44.0, 260.0
-    right = WIDTH - 20 - 7.2 * max(len(line.label) for line in values)
+    right = WIDTH - 20 - 7.8 * max(len(line.label) for line in values)
     ends = [value for line in values for value in (*line.values, *line.low, *line.high)]
     low, high = min(ends), max(ends)
     margin = 0.08 * (high - low)

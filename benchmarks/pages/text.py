@@ -10,6 +10,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results"
 CPU = "xeon-amx-avx512-2core"  # the file of rows that the tables of kernels are made of
+NBSP, SHORT = "\u00a0", 30
 GENERATED = (
     "<!-- Written by `make results` from benchmarks/results. Change the generator, benchmarks/pages, instead. -->"
 )
@@ -74,9 +75,15 @@ def study(name: str) -> dict[str, Any]:
 
 def table(head: str, rows: Iterable[Sequence[str]]) -> str:
     """Builds a table; ``head`` is its first line without the outer bars."""
-    lines = [f"| {head} |", "|---" * (head.count("|") + 1) + "|"]
-    lines += [f"| {' | '.join(row)} |" for row in rows]
+    names = [_unbroken(name.strip()) if len(name) <= 12 else name.strip() for name in head.split("|")]
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    lines += [f"| {' | '.join(map(_unbroken, row))} |" for row in rows]
     return "\n".join(lines).replace("|  |", "| |").replace("|  |", "| |") + "\n"
+
+
+def _unbroken(cell: str) -> str:
+    """Keeps a short cell, such as a number with its unit, on one line."""
+    return cell.replace(" ", NBSP) if len(cell) <= SHORT else cell
 
 
 def without_empty(head: str, rows: Iterable[Sequence[str]]) -> str:
