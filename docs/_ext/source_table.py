@@ -1,4 +1,4 @@
-"""Names the source files that the documentation links to: a page says {source}`hyper/contract`, this table says where."""
+"""Names the source files that docs link to: a page says {source}`hyper/contract`, and this table says where that is."""
 
 from __future__ import annotations
 
