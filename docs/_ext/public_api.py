@@ -59,7 +59,7 @@ def _entry(module: str, name: str, value: Any) -> list[str]:
     if inspect.isroutine(value):
         return [f".. autofunction:: {full}"]
     shown = repr(value)
-    entry = [f".. py:data:: {full}", f"   :type: {type(value).__name__}"]
+    entry = [f".. py:data:: {name}", f"   :type: {type(value).__name__}"]
     if len(shown) <= SHORT:
         entry.append(f"   :value: {shown}")
     elif hasattr(value, "__len__"):

@@ -7,27 +7,19 @@ SOURCES = {
     "hdim/reference": "xlayer_ext/reference/hdim.py",
     "hdim/functional": "xlayer_ext/functional/hdim.py",
     "hdim/contract": "csrc/include/xlayer/hdim.h",
-    "hdim/cpu-forward": "csrc/cpu/hdim_forward.cpp",
-    "hdim/cuda-score": "csrc/cuda/hdim_score.cu",
     # family hyper
     "hyper/reference": "xlayer_ext/reference/hyper.py",
-    "hyper/functional": "xlayer_ext/functional/hyper.py",
     "hyper/contract": "csrc/include/xlayer/hyper.h",
-    "hyper/cpu-backward": "csrc/cpu/hyper_backward.cpp",
-    "hyper/cuda-forward": "csrc/cuda/hyper_forward.cu",
     "hyper/cuda-backward": "csrc/cuda/hyper_backward.cu",
     "hyper/cuda-backward-coefficients": "csrc/cuda/hyper_numbers.cu",
     "hyper/cuda-backward-streams": "csrc/cuda/hyper_streams.cu",
     # family quantize
     "quantize/reference": "xlayer_ext/reference/quantize.py",
     "quantize/contract": "csrc/include/xlayer/quantize.h",
-    "quantize/cpu-nearest": "csrc/cpu/quantize_nearest.cpp",
     "quantize/cuda-search": "csrc/cuda/quantize_search.cuh",
     # family aggregate
     "aggregate/reference": "xlayer_ext/reference/aggregate.py",
     "aggregate/contract": "csrc/include/xlayer/aggregate.h",
-    "aggregate/cpu-ema": "csrc/cpu/aggregate_ema.cpp",
-    "aggregate/cuda-ema": "csrc/cuda/aggregate_ema.cu",
     # what the families share
     "cpu/simd": "csrc/cpu/simd.h",
     "cpu/isa": "csrc/cpu/isa.cpp",
