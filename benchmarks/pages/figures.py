@@ -5,6 +5,7 @@ SVG is written here rather than by a plotting library, so that the same rows giv
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
@@ -146,8 +147,7 @@ def lines(title: str, names: Sequence[str], values: Sequence[Line], x_label: str
         return x, bottom - (value - low) / (high - low) * (bottom - top)
 
     out = []
-    for step in range(5):
-        value = low + margin + step * (high - low - 2 * margin) / 4
+    for value in _ticks(low, high):
         _, y = place(0, value)
         out.append(f"<line x1='{left}' x2='{right:.1f}' y1='{y:.1f}' y2='{y:.1f}' stroke='{GRID}'/>")
         out.append(_text(left - 8, y + 4, format(value, form), anchor="end", fill=MUTED, size=12))
@@ -168,6 +168,13 @@ def lines(title: str, names: Sequence[str], values: Sequence[Line], x_label: str
         x, y = place(len(names) - 1, line.values[-1] + line.label_shift)
         out.append(_text(x + 12, y + 4, line.label, fill=line.colour, weight=600))
     return _svg(title, bottom + 50, out)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Chooses three to six round numbers between two ends."""
+    unit = 10.0 ** math.floor(math.log10((high - low) / 3))
+    step = next(unit * by for by in (1, 2, 5, 10) if (high - low) / (unit * by) <= 6)
+    return [step * at for at in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def _text(

@@ -20,7 +20,8 @@ Each section is one committed result in `benchmarks/results`, made by the comman
 with the data and the small models that ship with the package. `make results` writes this page, and a test fails
 when page and results differ. How to run them again: [reproduce the numbers](guides/reproduce.md).
 
-Intervals are 95 %: Wilson's for the accuracy of one run, Student's t over seeds for a sweep. These models are
+Intervals are 95 %: Wilson's for the accuracy of one run, Student's t over
+seeds for a sweep, which for few seeds that differ much can reach beyond the range of an accuracy. These models are
 orders of magnitude smaller than those of the papers, so a study shows that a system trains and what it does here.
 It does not confirm or refute a paper.""",
         f"## Hyper-connections on Python source\n\n{hyper_lm()}",

@@ -10,7 +10,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results"
 CPU = "xeon-amx-avx512-2core"  # the file of rows that the tables of kernels are made of
-NBSP, SHORT = "\u00a0", 30
+NBSP, JOINER, SHORT = "\u00a0", "\u2060", 30
 GENERATED = (
     "<!-- Written by `make results` from benchmarks/results. Change the generator, benchmarks/pages, instead. -->"
 )
@@ -46,7 +46,7 @@ def percent(value: float, digits: int = 1) -> str:
 
 def interval(found: dict[str, Any], digits: int = 1) -> str:
     """Formats the interval of a share: 22.2 – 27.9 %."""
-    return f"{100 * found['low']:.{digits}f} – {100 * found['high']:.{digits}f} %"
+    return f"{100 * found['low']:.{digits}f} – {100 * found['high']:.{digits}f} %".replace("-", "−")
 
 
 def signed(found: dict[str, Any], digits: int) -> str:
@@ -83,7 +83,7 @@ def table(head: str, rows: Iterable[Sequence[str]]) -> str:
 
 def _unbroken(cell: str) -> str:
     """Keeps a short cell, such as a number with its unit, on one line."""
-    return cell.replace(" ", NBSP) if len(cell) <= SHORT else cell
+    return cell.replace(" ", NBSP).replace("–", f"–{JOINER}") if len(cell) <= SHORT else cell
 
 
 def without_empty(head: str, rows: Iterable[Sequence[str]]) -> str:

@@ -108,7 +108,7 @@ def _merge(_app: Sphinx, env: Any, _docnames: list[str], other: Any) -> None:
 def _pages(app: Sphinx) -> Iterator[tuple[str, dict[str, Any], str]]:
     """One page per source file that any page links to."""
     named = getattr(app.env, "xlayer_sources", {})
-    formatter = HtmlFormatter(linenos="inline", lineanchors="L", anchorlinenos=True, wrapcode=True)
+    formatter = HtmlFormatter(linenos="inline", lineanchors="L", wrapcode=True)
     for path in sorted(set().union(*named.values())):
         text = (ROOT / path).read_text()[:LONGEST]
         try:
