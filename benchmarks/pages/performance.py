@@ -144,8 +144,8 @@ SHOWN = {
 def _speed(rows: Rows) -> str:
     values = []
     for name, (family, cases) in SHOWN.items():
-        for at, (label, *key) in enumerate(cases):
-            speed = rows.speedup(*key, "eager")
+        for at, (label, op, case, pass_) in enumerate(cases):
+            speed = rows.speedup(op, case, pass_, "eager")
             if speed is not None:
                 heading = name if at == 0 else ""
                 values.append(figures.Bar(label, speed, f"{speed:.1f}×", figures.COLOURS[family], heading))
