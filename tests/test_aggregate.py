@@ -327,10 +327,14 @@ def test_open_and_shut_gates(native: str) -> None:
 
 
 def test_saturated_units_of_the_gru(native: str) -> None:
+    """Gates of pre-activations of some 1e4 are 0 or 1 and candidates ±1 to the bit, but for the one unit in a hundred
+    that has a small one, rounded with all of eps/2 · 1e4 · a few."""
     case = aggregate_case(fresh_generator(), "depth_gru", (4, 9, 24), device=native, scale=1e4).to(torch.float32)
     results, expected = evaluate(case), evaluate(case.to(torch.float64), "reference")
     assert all(bool(t.isfinite().all()) for t in results.values())
-    assert relative_error(results["states"], expected["states"]) < 1e-5
+    error = (results["states"].double() - expected["states"]).abs()
+    assert error.quantile(0.95) <= 4 * 2**-23  # of mixtures of ±1 with what the layers before left
+    assert error.max() <= 4 * 10 * 2**-24 * 1e4  # four layers, each as far off as its pre-activations
 
 
 def test_equal_logits_of_large_size_are_averaged(native: str) -> None:
