@@ -2,7 +2,7 @@
 // their vectors. An empty asm statement that takes or changes a value keeps the compiler from leaving it out.
 #include <cstdint>
 
-#include "../cpu/simd.h"
+#include "cpu/common/simd.h"
 #include "roof.h"
 
 #if defined(__aarch64__)

@@ -16,9 +16,9 @@
 #include <stdexcept>
 #include <string>
 
-#include "xlayer/arena.h"
 #include "xlayer/profiler.h"
 #include "xlayer/types.h"
+#include "xlayer/workspace.h"
 
 // Where operators are registered. The emulator (tests/emulator) runs the CUDA kernels on tensors of the CPU, in a
 // namespace of its own, so that both libraries can be loaded into one process.

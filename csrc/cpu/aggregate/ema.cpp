@@ -1,0 +1,105 @@
+// CPU kernel of ema_scan, forward (xlayer/aggregate.h). Bound by memory: in units of d per token it reads L and writes
+// L, or 1. A tile of tokens walks through the layers with its states in the caches. Tokens do not depend on each other:
+// the bits do not depend on the tiles.
+#include "cpu/aggregate/ema.h"
+
+namespace xlayer::cpu::XLAYER_ISA {
+namespace {
+
+constexpr int64_t kTileBytes = 65536;  // long runs that the prefetchers can follow; states that stay in the caches
+constexpr int64_t kTilesPerThread = 4;
+
+enum class Give { last, states, states_past_caches };
+
+template <class T>
+class Forward {
+  public:
+    explicit Forward(const EmaScanForward& args)
+        : args_(args),
+          scan_(args.scan, kTileBytes, ceil_div(args.scan.tokens, args.scan.pool.threads * kTilesPerThread)) {}
+
+    int64_t worker_size() const {
+        return round_up((scan_.tile + 2 * kGroup) * scan_.row * static_cast<int64_t>(sizeof(T)), 64);
+    }
+
+    void run() const {
+        const EmaScan& scan = args_.scan;
+        const Give give = scan.last_only                ? Give::last
+                          : scan_.is_past(args_.states) ? Give::states_past_caches
+                                                        : Give::states;
+        parallel_tasks(scan.pool, ceil_div(scan.tokens, scan_.tile), [&](int64_t worker, int64_t task) {
+            T* memory = reinterpret_cast<T*>(static_cast<char*>(args_.workspace) + worker * worker_size());
+            const int64_t first = task * scan_.tile, count = lesser(scan_.tile, scan.tokens - first);
+            if (give == Give::last) return walk<Give::last>(memory, first, count);
+            if (give == Give::states) return walk<Give::states>(memory, first, count);
+            walk<Give::states_past_caches>(memory, first, count);
+            finish_past_caches();
+        });
+    }
+
+  private:
+    template <Give give>
+    void walk(T* memory, int64_t first, int64_t count) const {
+        const EmaScan& scan = args_.scan;
+        for (int64_t t = 0; t < count; ++t) scan_.start(first + t, memory + t * scan_.row);
+        for (int64_t l = 0; l < scan.layers; ++l) {
+            const T gate = scan_.gate(l);
+            for_groups(count, [&](auto group, int64_t t)
+                                  XLAYER_FLATTEN { step<decltype(group)::value, give>(memory, l, first, t, gate); });
+        }
+        if (give != Give::last) return;
+        for (int64_t t = 0; t < count; ++t) {
+            const int64_t offset = (first + t) * scan.width;
+            const T* state = memory + t * scan_.row;
+            if (scan_.own) {
+                for (int64_t e = 0; e < scan.width; ++e) static_cast<T*>(args_.states)[offset + e] = state[e];
+            }
+            narrow_elements(scan.dtype, state, args_.states, offset, scan.width);
+        }
+    }
+
+    // One layer of a group of tokens.
+    template <int Group, Give give>
+    XLAYER_INLINE void step(T* memory, int64_t layer, int64_t first, int64_t t, T gate) const {
+        const EmaScan& scan = args_.scan;
+        const T decay = 1 - gate;
+        T* scratch = memory + scan_.tile * scan_.row;
+        const int64_t offset = (layer * scan.tokens + first + t) * scan.width;
+        const GroupRows<const T> x = scan_.template read<Group>(scan.x, layer, first + t, scratch);
+        const GroupRows<T> to = scan_.target(args_.states, offset, scratch + kGroup * scan_.row);
+        const GroupRows<T> state = {memory + t * scan_.row, scan_.row};
+        const int64_t ahead = scan_.ahead(scan.x, layer, 1);
+        const int64_t ahead_to = scan_.own && layer + 1 < scan.layers ? scan.tokens * scan.width : 0;
+        T unused[Group];
+        scan_.template each_value<Group>(x, ahead, unused,
+                                         [&](int g, Vec<T> value, Vec<T>, int64_t e, auto io) XLAYER_FLATTEN {
+                                             const Vec<T> now = decay * load(state[g] + e) + gate * value;
+                                             store(state[g] + e, now);
+                                             if constexpr (give == Give::states) {
+                                                 prefetch_to_write(to[g] + e + ahead_to);
+                                                 io.store(to[g] + e, now);
+                                             } else if constexpr (give == Give::states_past_caches) {
+                                                 io.store_past(to[g] + e, now);
+                                             }
+                                         });
+        if (give != Give::last) scan_.template finish<Group>(to, args_.states, offset);
+    }
+
+    const EmaScanForward& args_;
+    Scan<T> scan_;
+};
+
+}  // namespace
+
+int64_t ema_scan_forward_workspace(const EmaScanForward& args) {
+    const int64_t size =
+        args.scan.dtype == DType::float64 ? Forward<double>(args).worker_size() : Forward<float>(args).worker_size();
+    return product_of_sizes(args.scan.pool.threads, size);
+}
+
+void ema_scan_forward(const EmaScanForward& args) {
+    if (args.scan.dtype == DType::float64) return Forward<double>(args).run();
+    Forward<float>(args).run();
+}
+
+}  // namespace xlayer::cpu::XLAYER_ISA

@@ -1,0 +1,516 @@
+// CPU kernel of hyper, backward (xlayer/hyper.h). Bound by memory: in units of d per token the boundary reads 2n+2 (h,
+// y, and the gradients of h' and x) and writes n+1; h' is made again. Two steps per token, its rows in the caches
+// between: products of ∂L/∂x and h', from which ∂L/∂z follows; then, stretch by stretch of d, ∂L/∂h', the weight's
+// gradient, and from ∂L/∂h' what post wants.
+//
+// What tokens have in common (gradients of base, weight, …) is summed over runs of tokens whose number depends on the
+// sizes alone, then over the runs in order: the bits do not depend on the threads.
+#include "cpu/hyper/coefficients.h"
+#include "cpu/hyper/gradients.h"
+#include "xlayer/workspace.h"
+
+namespace xlayer::cpu::XLAYER_ISA {
+namespace {
+
+constexpr int64_t kStretch = 512;  // elements of d at a time in the second step
+constexpr int64_t kMostRuns = 256;
+constexpr int64_t kGroup = 4;  // tokens that meet the weight of rms_all together
+
+// How the tokens are cut into runs, and what one run sums: `numbers` in double, then the weight's gradient in T.
+template <class T>
+struct Runs {
+    int64_t tokens, length, count, numbers, weights;
+
+    explicit Runs(const HyperBackward& args) {
+        const HyperSizes& size = args.size;
+        tokens = size.tokens();
+        weights = PackedWeight<T>(args).size();
+        numbers = 2 * size.coefficients() + 2 * size.columns();  // base and post's coefficients; bias and scale
+        // A run's sums are written and read once more: they shall be few beside what its tokens move.
+        const int64_t moved = (3 * size.streams + 3) * size.width;
+        length = greater<int64_t>(greater<int64_t>(16, 8 * weights / moved), ceil_div(tokens, kMostRuns));
+        length = round_up(length, 16);
+        count = ceil_div(tokens, length);
+    }
+};
+
+template <class T>
+int64_t scratch_rows(const HyperBackward& args) {  // of one token
+    return 4 * args.size.streams + 4;
+}
+
+template <class T>
+int64_t worker_size(const HyperBackward& args) {
+    const int64_t n = args.size.streams, block = lanes<T>, vector = static_cast<int64_t>(sizeof(Vec<T>));
+    const int64_t history = is_constrained(args.connection) ? 2 * args.connection.iterations * n * n * vector : 0;
+    const int64_t elements = kGroup * scratch_rows<T>(args) * row_size<T>(args.size) + kGroup * n * kStretch +
+                             row_size<T>(args.size) + 2 * greater<int64_t>(block, kGroup) * kMostCoefficients;
+    return round_up(static_cast<int64_t>(sizeof(ConstrainedScratch<T>)) + history, 64) +
+           round_up(elements * static_cast<int64_t>(sizeof(T)), 64);
+}
+
+template <class T>
+int64_t run_size(const Runs<T>& runs) {
+    return round_up(runs.numbers * 8 + runs.weights * static_cast<int64_t>(sizeof(T)), 64);
+}
+
+template <class T, int N>
+class Backward {
+  public:
+    explicit Backward(const HyperBackward& args)
+        : args_(args),
+          n_(streams_of<N>(args.size.streams)),
+          dynamic_(args.pre && args.connection.norm != HyperNorm::none),
+          all_(args.pre && args.connection.norm == HyperNorm::rms_all),
+          post_(args.post.branch.data != nullptr),
+          runs_(args),
+          packed_(args),
+          with_(args.connection, args.pre ? n_ : 0) {
+        if (dynamic_ && args.connection.norm == HyperNorm::layer)
+            sum_weights(static_cast<const T*>(args.connection.weight), args.size, weight_sum_);
+        for (int64_t block = 0; block < packed_.streams * packed_.blocks; ++block) {
+            packed_.for_each_vector(block, [&](int64_t to, int64_t from, int64_t count) {
+                const T* row = static_cast<const T*>(args.connection.weight) + from;
+                for (int64_t l = 0; l < lanes<T>; ++l) packed_weight()[to + l] = l < count ? row[l] : T(0);
+            });
+        }
+    }
+
+    void run() {
+        parallel_tasks(args_.pool, runs_.count, [&](int64_t worker, int64_t run) {
+            Worker with(args_, worker);
+            Sums sums(*this, run);
+            const int64_t last = lesser(runs_.tokens, (run + 1) * runs_.length);
+            const int64_t step = is_constrained(args_.connection) && dynamic_ ? lanes<T> : all_ ? kGroup : 1;
+            for (int64_t first = run * runs_.length; first < last; first += step)
+                block(with, sums, first, lesser(step, last - first));
+        });
+        add_runs();
+    }
+
+  private:
+    // Rows of one token, where they lie or widened.
+    struct Token {
+        const T* h[kMost<N> + 1];  // and y
+        const T* next[kMost<N>];   // h', what pre read, where there is a norm
+        const T* grad_x;
+        T product[kMost<N>];  // ⟨h'_j, ∂L/∂x⟩
+        const T* handed_on[kMost<N>];
+        T* out[kMost<N> + 1];         // ∂L/∂h, and ∂L/∂y
+        T* scratch;                   // scratch_rows() rows
+        int64_t ahead[kMost<N> + 1];  // from h, and from y, to the next token's
+        int64_t ahead_out[kMost<N> + 1];
+    };
+
+    struct Worker {
+        ConstrainedScratch<T>* constrained;
+        Vec<T>* history;
+        Token token[kGroup];
+        StreamGradient<T> gradient[kGroup];
+        T* stretch;      // ∂L/∂h' of a stretch: n rows for each token of a group
+        const T* zeros;  // a row
+        T *grad_c, *grad_z;
+        int64_t row;
+
+        Worker(const HyperBackward& args, int64_t index) {
+            char* memory = static_cast<char*>(args.workspace) + index * worker_size<T>(args);
+            constrained = reinterpret_cast<ConstrainedScratch<T>*>(memory);
+            history = reinterpret_cast<Vec<T>*>(memory + sizeof(ConstrainedScratch<T>));
+            const int64_t n = args.size.streams, block = greater<int64_t>(lanes<T>, kGroup);
+            row = row_size<T>(args.size);
+            T* next = reinterpret_cast<T*>(memory + worker_size<T>(args));
+            next -= (kGroup * scratch_rows<T>(args) + 1) * row + kGroup * n * kStretch + 2 * block * kMostCoefficients;
+            // From the end of the memory backwards: what comes before it is of a size that depends on the iterations.
+            next = reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(next) & ~uintptr_t{63});
+            for (Token& one : token) {
+                one.scratch = next;
+                next += scratch_rows<T>(args) * row;
+            }
+            stretch = next;
+            T* zero = stretch + kGroup * n * kStretch;
+            for (int64_t e = 0; e < row; ++e) zero[e] = 0;
+            zeros = zero;
+            grad_c = zero + row;
+            grad_z = grad_c + block * kMostCoefficients;
+        }
+    };
+
+    // The sums of one run.
+    struct Sums {
+        double *base, *post, *bias, *scale;
+        T* weight;
+
+        Sums(const Backward& of, int64_t run) {
+            const HyperSizes& size = of.args_.size;
+            char* memory = of.run_memory(run);
+            base = reinterpret_cast<double*>(memory);
+            post = base + size.coefficients();
+            bias = post + size.coefficients();
+            scale = bias + size.columns();
+            weight = reinterpret_cast<T*>(memory + of.runs_.numbers * 8);
+            for (int64_t at = 0; at < of.runs_.numbers; ++at) base[at] = 0;
+            std::memset(weight, 0, static_cast<size_t>(of.runs_.weights) * sizeof(T));
+        }
+    };
+
+    char* run_memory(int64_t run) const {
+        return static_cast<char*>(args_.workspace) + args_.pool.threads * worker_size<T>(args_) +
+               run * run_size<T>(runs_);
+    }
+
+    T* packed_weight() const { return reinterpret_cast<T*>(run_memory(runs_.count)); }
+
+    void read(const Worker& with, int64_t index, Token& token) const {
+        const HyperSizes& size = args_.size;
+        T* scratch = token.scratch;
+        auto take = [&] {
+            T* row = scratch;
+            scratch += with.row;
+            return row;
+        };
+        const int64_t h = token_offset(size, args_.in.stride, index);
+        const int64_t grad_in = token_offset(size, args_.grad_in.stride, index);
+        const int64_t ahead = distance_ahead<T>(size, size.dtype, args_.in.stride, index);
+        const int64_t ahead_out = distance_ahead<T>(size, size.dtype, args_.grad_in.stride, index);
+        for (int j = 0; j < n_; ++j) {
+            token.h[j] = read_elements(size.dtype, args_.in.data, h + j * args_.in.stride[2], size.width, take());
+            token.next[j] = token.h[j];
+            token.ahead[j] = ahead;
+            token.ahead_out[j] = ahead_out;
+            token.out[j] = write_target(size.dtype, args_.grad_in.data, grad_in + j * args_.grad_in.stride[2], take());
+            T* widened = take();
+            token.handed_on[j] = with.zeros;
+            if (args_.grad_out.data != nullptr) {
+                const int64_t at = token_offset(size, args_.grad_out.stride, index) + j * args_.grad_out.stride[2];
+                token.handed_on[j] = read_elements(size.dtype, args_.grad_out.data, at, size.width, widened);
+            }
+        }
+        if (post_) {
+            const int64_t y = token_offset(size, args_.post.branch.stride, index);
+            token.ahead[n_] = distance_ahead<T>(size, size.branch_dtype, args_.post.branch.stride, index);
+            const int64_t rows[2] = {size.inner * size.width, size.width};
+            token.ahead_out[n_] = distance_ahead<T>(size, size.branch_dtype, rows, index);
+            token.h[n_] = read_elements(size.branch_dtype, args_.post.branch.data, y, size.width, take());
+            token.out[n_] = write_target(size.branch_dtype, args_.grad_branch, index * size.width, take());
+        }
+        if (!args_.pre) return;
+        token.grad_x = read_elements(size.dtype, args_.grad_branch_input.data,
+                                     token_offset(size, args_.grad_branch_input.stride, index), size.width, take());
+        Vec<T> product[kMost<N> + 1];
+        if (!post_) {
+            dot_rows<T, N, 0>(n_, token.h, token.grad_x, size.width, product);
+            for (int j = 0; j < n_; ++j) token.product[j] = sum_lanes<T>(product[j]);
+        } else if (dynamic_) {
+            remake_streams(index, token, take);
+        } else {  // nothing needs h' itself
+            dot_rows<T, N, 1>(n_, token.h, token.grad_x, size.width, product);
+            const T* c = post_coefficients(index);
+            for (int k = 0; k < n_; ++k) {
+                token.product[k] = 0;
+                for (int j = 0; j <= n_; ++j) token.product[k] += post_coefficient(c, j, k) * sum_lanes<T>(product[j]);
+            }
+        }
+    }
+
+    const T* post_coefficients(int64_t index) const {
+        const T* c = static_cast<const T*>(args_.post.coefficients);
+        return args_.post.shared ? c : c + index * args_.size.coefficients();
+    }
+
+    // What post makes of row j (the streams, then y) in row k.
+    T post_coefficient(const T* c, int j, int k) const {
+        return j < n_ ? c[j * (n_ + 2) + 1 + k] : c[k * (n_ + 2) + n_ + 1];
+    }
+
+    template <class Take>
+    void remake_streams(int64_t index, Token& token, Take take) const {
+        const T* c = post_coefficients(index);
+        T a[kMost<N> * (kMost<N> + 1)];
+        T* rows[kMost<N>];
+        for (int k = 0; k < n_; ++k) {
+            for (int j = 0; j <= n_; ++j) a[k * (n_ + 1) + j] = post_coefficient(c, j, k);
+            rows[k] = take();
+        }
+        Vec<T> product[kMost<N>];
+        mix_and_dot<T, N>(n_, token.h, a, rows, token.grad_x, args_.size.width, product);
+        for (int k = 0; k < n_; ++k) {
+            round_elements(args_.size.dtype, rows[k], args_.size.width);
+            token.next[k] = rows[k];
+            token.product[k] = sum_lanes<T>(product[k]);
+        }
+    }
+
+    // First step: ∂L/∂c of one token, complete.
+    void coefficient_gradient(int64_t index, const Token& token, T* grad_c) const {
+        const int64_t numbers = args_.size.coefficients(), columns = args_.size.columns();
+        const T* given = static_cast<const T*>(args_.grad_coefficients);
+        for (int64_t at = 0; at < numbers; ++at) grad_c[at] = given != nullptr ? given[index * numbers + at] : T(0);
+        for (int j = 0; j < n_; ++j) grad_c[j * columns] += token.product[j];
+    }
+
+    // From ∂L/∂c of `count` tokens to ∂L/∂z, and their shares of the gradients of base, bias and scale.
+    void logit_gradient(Worker& with, Sums& sums, int64_t first, int64_t count) const {
+        const int64_t numbers = args_.size.coefficients(), columns = args_.size.columns();
+        const T* z = static_cast<const T*>(args_.logits) + first * numbers;
+        if (!dynamic_) {
+            for (int64_t t = 0; t < count; ++t)
+                for (int64_t at = 0; at < numbers; ++at) sums.base[at] += with.grad_c[t * numbers + at];
+            return;
+        }
+        if (is_constrained(args_.connection)) {
+            T* grad_a = with.grad_z;
+            constrained_coefficients_backward(args_.connection, with_, n_, z, with.grad_c, grad_a, count,
+                                              *with.constrained, with.history);
+            for (int64_t t = 0; t < count; ++t) {
+                T* grad = grad_a + t * numbers;
+                for (int64_t j = 0, at = 0; j < n_; ++j) {
+                    for (int64_t m = 0; m < columns; ++m, ++at) {
+                        sums.base[at] += grad[at];
+                        sums.scale[m] += static_cast<double>(grad[at]) * z[t * numbers + at];
+                        grad[at] *= with_.scale[at];
+                    }
+                }
+            }
+            return;
+        }
+        for (int64_t t = 0; t < count; ++t) {
+            T scale[kMostCoefficients];
+            const T* grad_c = with.grad_c + t * numbers;
+            T* grad_z = with.grad_z + t * numbers;
+            plain_coefficients_backward(with_, args_.connection.form == HyperForm::tanh, z + t * numbers, grad_c,
+                                        grad_z, scale, numbers);
+            for (int64_t j = 0, at = 0; j < n_; ++j) {
+                for (int64_t m = 0; m < columns; ++m, ++at) {
+                    sums.base[at] += grad_c[at];
+                    sums.scale[m] += scale[at];
+                    sums.bias[m] += grad_z[at];
+                }
+            }
+        }
+    }
+
+    // What the second step adds up for one token.
+    void prepare(int64_t index, const Token& token, const T* grad_z, StreamGradient<T>& out) const {
+        const int64_t numbers = args_.size.coefficients(), columns = args_.size.columns(), d = args_.size.width;
+        const T* c = dynamic_ ? static_cast<const T*>(args_.coefficients) + index * numbers : with_.base;
+        out.grad_x = token.grad_x;
+        out.ahead_x = distance_ahead<T>(args_.size, args_.size.dtype, args_.grad_branch_input.stride, index);
+        out.ahead = args_.grad_out.data == nullptr
+                        ? 0
+                        : distance_ahead<T>(args_.size, args_.size.dtype, args_.grad_out.stride, index);
+        out.ahead_h = post_ ? 0 : token.ahead[0];
+        out.ahead_out = post_ ? 0 : token.ahead_out[0];
+        for (int j = 0; j < n_; ++j) {
+            out.pre[j] = c[j * columns];
+            out.slope[j] = out.level[j] = out.mean[j] = out.rest[j] = 0;
+        }
+        if (!dynamic_) return;
+        const T* z = static_cast<const T*>(args_.logits) + index * numbers;
+        const T* statistics = static_cast<const T*>(args_.statistics) + index * n_ * kHyperStatistics;
+        T along_all = 0;
+        for (int j = 0; j < n_; ++j) {
+            const T* of = statistics + j * kHyperStatistics;
+            const T inverse = of[2];
+            T along = 0, level = 0;  // ⟨∂L/∂norm(h), norm(h)⟩ and the sum of ∂L/∂norm(h)
+            for (int64_t m = 0; m < columns; ++m) {
+                const T grad = grad_z[j * columns + m];
+                along += grad * z[j * columns + m];
+                level += grad * weight_sum_[m];
+                out.logits[j * columns + m] = grad * inverse;
+            }
+            along_all += along;
+            out.mean[j] = of[0], out.rest[j] = of[1];
+            out.slope[j] = -inverse * inverse * along / static_cast<T>(d);
+            if (args_.connection.norm == HyperNorm::layer) out.level[j] = -inverse * level / static_cast<T>(d);
+        }
+        for (int j = 0; all_ && j < n_; ++j) {
+            const T inverse = statistics[2];
+            out.slope[j] = -inverse * inverse * along_all / static_cast<T>(n_ * d);
+        }
+    }
+
+    // Second step, for `count` ≤ kGroup tokens from `index` on: all gradients that are as long as d.
+    void streams_gradient(Worker& with, Sums& sums, int64_t index, int64_t count) const {
+        const int64_t d = args_.size.width, numbers = args_.size.coefficients();
+        Vec<T> products[kGroup][(kMost<N> + 1) * kMost<N>] = {};
+        T a[kGroup][(kMost<N> + 1) * kMost<N>];
+        for (int64_t g = 0; post_ && g < count; ++g)
+            for (int j = 0; j <= n_; ++j)
+                for (int k = 0; k < n_; ++k) a[g][j * n_ + k] = post_coefficient(post_coefficients(index + g), j, k);
+        for (int64_t begin = 0; begin < d; begin += kStretch) {
+            const int64_t length = lesser(kStretch, d - begin);
+            T* grad[kGroup][kMost<N>];
+            for (int64_t g = 0; g < count; ++g) {
+                for (int j = 0; j < n_; ++j)
+                    grad[g][j] = post_ ? with.stretch + (g * n_ + j) * kStretch : with.token[g].out[j] + begin;
+            }
+            if (args_.pre) stretch_gradient(with, sums, count, begin, length, grad);
+            for (int64_t g = 0; post_ && g < count; ++g) {
+                const T* from[kMost<N>];
+                for (int j = 0; j < n_; ++j) from[j] = args_.pre ? grad[g][j] : with.token[g].handed_on[j] + begin;
+                post_stretch<T, N>(n_, from, with.token[g].h, a[g], with.token[g].out, begin, length,
+                                   with.token[g].ahead, with.token[g].ahead_out, products[g]);
+            }
+        }
+        for (int64_t g = 0; g < count; ++g) {
+            write(with.token[g], index + g);
+            if (!post_) continue;
+            T flat[(kMost<N> + 1) * kMost<N> + lanes<T>];
+            sum_vectors<T>(products[g], (n_ + 1) * n_, flat);
+            T* out = static_cast<T*>(args_.grad_post_coefficients) + (args_.post.shared ? 0 : (index + g) * numbers);
+            for (int k = 0; k < n_; ++k) {
+                for (int j = 0; j <= n_; ++j) {
+                    const T product = flat[j * n_ + k];
+                    const int64_t at = j < n_ ? j * (n_ + 2) + 1 + k : k * (n_ + 2) + n_ + 1;
+                    if (args_.post.shared) {
+                        sums.post[at] += product;
+                    } else {
+                        out[at] = product;
+                    }
+                }
+                if (!args_.post.shared) out[k * (n_ + 2)] = 0;  // post does not use c_j0
+            }
+        }
+    }
+
+    void stretch_gradient(Worker& with, Sums& sums, int64_t count, int64_t begin, int64_t length,
+                          T* const (*grad)[kMost<N>]) const {
+        const int64_t numbers = args_.size.coefficients();
+        if (!all_) {
+            for (int64_t g = 0; g < count; ++g) {
+                const auto function = dynamic_ ? stream_gradient<T, N, true> : stream_gradient<T, N, false>;
+                function(n_, with.gradient[g], with.token[g].handed_on, with.token[g].next, packed_weight(),
+                         sums.weight, begin, length, grad[g]);
+            }
+            return;
+        }
+        for (int j = 0; j < n_; ++j) {
+            auto stream = [&](int64_t g, auto tokens) {
+                constexpr int kTokens = decltype(tokens)::value;
+                const T *handed_on[kTokens], *next[kTokens];
+                T* out[kTokens];
+                for (int i = 0; i < kTokens; ++i) {
+                    handed_on[i] = with.token[g + i].handed_on[j];
+                    next[i] = with.token[g + i].next[j];
+                    out[i] = grad[g + i][j];
+                }
+                stream_gradient_all<T, kTokens>(j, numbers, with.gradient + g, handed_on, next,
+                                                packed_weight() + packed_.of_stream(j),
+                                                sums.weight + packed_.of_stream(j), begin, length, out);
+            };
+            int64_t g = 0;
+            for (; g + kGroup <= count; g += kGroup) stream(g, Number<kGroup>{});
+            for (; g < count; ++g) stream(g, Number<1>{});
+        }
+    }
+
+    void write(const Token& token, int64_t index) const {
+        const HyperSizes& size = args_.size;
+        const int64_t grad_in = token_offset(size, args_.grad_in.stride, index);
+        for (int j = 0; j < n_; ++j) {
+            narrow_elements(size.dtype, token.out[j], args_.grad_in.data, grad_in + j * args_.grad_in.stride[2],
+                            size.width);
+        }
+        if (post_) narrow_elements(size.branch_dtype, token.out[n_], args_.grad_branch, index * size.width, size.width);
+    }
+
+    void block(Worker& with, Sums& sums, int64_t first, int64_t count) const {
+        const int64_t numbers = args_.size.coefficients();
+        if (args_.pre) {
+            for (int64_t t = 0; t < count; ++t) {
+                read(with, first + t, with.token[t % kGroup]);
+                coefficient_gradient(first + t, with.token[t % kGroup], with.grad_c + t * numbers);
+            }
+            logit_gradient(with, sums, first, count);
+        }
+        const int64_t group = all_ ? kGroup : 1;
+        for (int64_t t = 0; t < count; t += group) {
+            const int64_t tokens = lesser(group, count - t);
+            for (int64_t g = 0; g < tokens; ++g) {
+                // After the first step of a small block its rows are still there.
+                if (!args_.pre || count > group) read(with, first + t + g, with.token[g]);
+                if (args_.pre) prepare(first + t + g, with.token[g], with.grad_z + (t + g) * numbers, with.gradient[g]);
+            }
+            streams_gradient(with, sums, first + t, tokens);
+        }
+    }
+
+    // Adds the runs' sums, each element in the order of the runs.
+    void add_runs() const {
+        const HyperSizes& size = args_.size;
+        auto add = [&](int64_t at) {
+            double sum = 0;
+            for (int64_t run = 0; run < runs_.count; ++run) sum += reinterpret_cast<const double*>(run_memory(run))[at];
+            return static_cast<T>(sum);
+        };
+        const int64_t numbers = size.coefficients(), columns = size.columns();
+        auto give = [&](void* to, int64_t from, int64_t count) {
+            if (to != nullptr)
+                for (int64_t at = 0; at < count; ++at) static_cast<T*>(to)[at] = add(from + at);
+        };
+        if (args_.pre) give(args_.grad_base, 0, numbers);
+        if (post_ && args_.post.shared) give(args_.grad_post_coefficients, numbers, numbers);
+        if (!dynamic_) return;
+        give(args_.grad_bias, 2 * numbers, columns);
+        give(args_.grad_scale, 2 * numbers + columns, columns);
+        parallel_for_each(args_.pool, packed_.streams * packed_.blocks, [&](int64_t block) {
+            packed_.for_each_vector(block, [&](int64_t from, int64_t to, int64_t count) {
+                double sum[lanes<T>] = {};
+                for (int64_t run = 0; run < runs_.count; ++run) {
+                    const T* part = reinterpret_cast<const T*>(run_memory(run) + runs_.numbers * 8) + from;
+                    for (int64_t l = 0; l < lanes<T>; ++l) sum[l] += part[l];
+                }
+                for (int64_t l = 0; l < count; ++l) static_cast<T*>(args_.grad_weight)[to + l] = static_cast<T>(sum[l]);
+            });
+        });
+    }
+
+    template <int Value>
+    struct Number {
+        static constexpr int value = Value;
+    };
+
+    const HyperBackward& args_;
+    int n_;
+    bool dynamic_, all_, post_;
+    Runs<T> runs_;
+    PackedWeight<T> packed_;
+    CoefficientParameters<T> with_;
+    T weight_sum_[kHyperMostStreams + 2] = {};  // of each of the weight's rows, for layer
+};
+
+template <class T>
+void backward(const HyperBackward& args) {
+    switch (args.size.streams) {
+        case 2:
+            return Backward<T, 2>(args).run();
+        case 4:
+            return Backward<T, 4>(args).run();
+        case 8:
+            return Backward<T, 8>(args).run();
+        default:
+            return Backward<T, 0>(args).run();
+    }
+}
+
+template <class T>
+int64_t backward_workspace(const HyperBackward& args) {
+    const Runs<T> runs(args);
+    const int64_t workers = product_of_sizes(args.pool.threads, worker_size<T>(args));
+    const int64_t sums = product_of_sizes(runs.count, run_size<T>(runs)),
+                  weight = product_of_sizes(runs.weights, sizeof(T));
+    return sum_of_sizes(workers, sum_of_sizes(sums, weight));
+}
+
+}  // namespace
+
+int64_t hyper_backward_workspace(const HyperBackward& args) {
+    return args.size.dtype == DType::float64 ? backward_workspace<double>(args) : backward_workspace<float>(args);
+}
+
+void hyper_backward(const HyperBackward& args) {
+    if (args.size.dtype == DType::float64) return backward<double>(args);
+    backward<float>(args);
+}
+
+}  // namespace xlayer::cpu::XLAYER_ISA

@@ -1,0 +1,257 @@
+// CPU kernel of hyper, forward (xlayer/hyper.h). Bound by memory: in units of d per token it reads n (+1) and writes
+// n (+1); 2n+2 for the boundary. A token's rows stay in the caches between the steps: mix, norm and products, x. Tokens
+// do not depend on each other, so neither do the bits on how they fall on threads.
+#include "cpu/hyper/coefficients.h"
+#include "xlayer/workspace.h"
+
+namespace xlayer::cpu::XLAYER_ISA {
+namespace {
+
+// Tokens whose coefficients are made together: one to a lane of Sinkhorn's vectors; rows of four share a weight's load.
+template <class T>
+constexpr int64_t kBlock = lanes<T> > 4 ? lanes<T> : 4;
+constexpr int64_t kBlocksPerTask = 2;
+
+// Scratch of one worker: bytes.
+template <class T>
+int64_t worker_size(const HyperForward& args) {
+    const int64_t rows = (2 * args.size.streams + 2) * row_size<T>(args.size);
+    return round_up(static_cast<int64_t>(sizeof(ConstrainedScratch<T>) + rows * sizeof(T)), 64);
+}
+
+template <class T, int N>
+class Forward {
+  public:
+    Forward(const HyperForward& args)
+        : args_(args), n_(streams_of<N>(args.size.streams)), with_(args.connection, args.pre ? n_ : 0) {
+        dynamic_ = args.pre && args.connection.norm != HyperNorm::none;
+        if (dynamic_ && args.connection.norm == HyperNorm::layer)
+            sum_weights(static_cast<const T*>(args.connection.weight), args.size, weight_sum_);
+    }
+
+    void run() {
+        const int64_t blocks = ceil_div(args_.size.tokens(), kBlock<T>);
+        parallel_tasks(args_.pool, ceil_div(blocks, kBlocksPerTask), [&](int64_t worker, int64_t task) {
+            Worker with(args_, worker);
+            const int64_t last = lesser(blocks, (task + 1) * kBlocksPerTask);
+            for (int64_t b = task * kBlocksPerTask; b < last; ++b) {
+                const int64_t first = b * kBlock<T>;
+                block(with, first, lesser(kBlock<T>, args_.size.tokens() - first));
+            }
+        });
+    }
+
+  private:
+    struct Worker {
+        ConstrainedScratch<T>* constrained;
+        int64_t row;
+        T *in, *out;  // n+1 rows each, for streams that are not of type T, and y or x
+
+        Worker(const HyperForward& args, int64_t index) {
+            char* memory = static_cast<char*>(args.workspace) + index * worker_size<T>(args);
+            constrained = reinterpret_cast<ConstrainedScratch<T>*>(memory);
+            row = row_size<T>(args.size);
+            in = reinterpret_cast<T*>(memory + sizeof(ConstrainedScratch<T>));
+            out = in + (args.size.streams + 1) * row;
+        }
+    };
+
+    // The streams that pre reads, h', of one token.
+    void read_streams(const Worker& with, int64_t token, const T** rows) const {
+        const bool post = args_.post.branch.data != nullptr;
+        const int64_t* stride = post ? args_.out.stride : args_.in.stride;
+        const void* data = post ? args_.out.data : args_.in.data;
+        for (int j = 0; j < n_; ++j) {
+            rows[j] = read_elements(args_.size.dtype, data, token_offset(args_.size, stride, token) + j * stride[2],
+                                    args_.size.width, with.out + j * with.row);
+        }
+    }
+
+    void post(const Worker& with, int64_t token) const {
+        const HyperSizes& size = args_.size;
+        const T* in[kMost<N> + 1];
+        T* out[kMost<N>];
+        for (int j = 0; j < n_; ++j) {
+            in[j] = read_elements(size.dtype, args_.in.data,
+                                  token_offset(args_.size, args_.in.stride, token) + j * args_.in.stride[2], size.width,
+                                  with.in + j * with.row);
+            out[j] = write_target(size.dtype, args_.out.data,
+                                  token_offset(args_.size, args_.out.stride, token) + j * args_.out.stride[2],
+                                  with.out + j * with.row);
+        }
+        in[n_] = read_elements(size.branch_dtype, args_.post.branch.data,
+                               token_offset(args_.size, args_.post.branch.stride, token), size.width,
+                               with.in + n_ * with.row);
+        const T* c = static_cast<const T*>(args_.post.coefficients);
+        if (!args_.post.shared) c += token * size.coefficients();
+        T a[kMost<N> * (kMost<N> + 1)];
+        for (int k = 0; k < n_; ++k)
+            for (int j = 0; j <= n_; ++j)
+                a[k * (n_ + 1) + j] = j < n_ ? c[j * (n_ + 2) + 1 + k] : c[k * (n_ + 2) + n_ + 1];
+        mix_post<T, N>(n_, in, a, out, size.width, distance_ahead<T>(size, size.dtype, args_.out.stride, token));
+        for (int k = 0; k < n_; ++k) {
+            narrow_elements(size.dtype, out[k], args_.out.data,
+                            token_offset(args_.size, args_.out.stride, token) + k * args_.out.stride[2], size.width);
+        }
+    }
+
+    // A number near the mean of each row, that of its first elements: it differs from the mean by at most
+    // √(d / kGuess) deviations, so that the moments around it, from one pass, lose no digits.
+    static constexpr int64_t kGuess = 128;
+    void guess_means(const T* const* rows, T* shift) const {
+        const int64_t count = lesser(kGuess, args_.size.width);
+        for (int j = 0; j < n_; ++j) {
+            Vec<T> sum = {};
+            for_vectors<T>(0, count, [&](int64_t e, auto io) XLAYER_FLATTEN { sum += io.load(rows[j] + e); });
+            shift[j] = sum_lanes<T>(sum) / static_cast<T>(count);
+        }
+    }
+
+    static void give_statistics(T* statistics, int64_t row, T shift, T off, T inverse) {
+        T* out = statistics + row * kHyperStatistics;
+        out[0] = shift, out[1] = off, out[2] = inverse;
+    }
+
+    // z and statistics of one token whose streams have a norm each.
+    void logits(const T* const* rows, const T* const* soon, T* z, T* statistics) const {
+        const int64_t columns = args_.size.columns(), numbers = args_.size.coefficients();
+        const bool layer = args_.connection.norm == HyperNorm::layer;
+        const T width = static_cast<T>(args_.size.width), eps = static_cast<T>(args_.connection.eps);
+        T shift[kMost<N>] = {};
+        if (layer) guess_means(rows, shift);
+        constexpr int kNumbers = kMost<N> * (kMost<N> + 4);
+        Vec<T> lanes_of[kNumbers];
+        T sum[kNumbers + lanes<T>];
+        products<T>({n_, columns, rows, shift, static_cast<const T*>(args_.connection.weight), args_.size.width,
+                     args_.size.width, false, lanes_of, lanes_of + numbers, lanes_of + numbers + n_, soon});
+        sum_vectors<T>(lanes_of, numbers + 2 * n_, sum);
+        for (int j = 0; j < n_; ++j) {
+            const T off = layer ? sum[numbers + j] / width : T(0);
+            const T inverse = 1 / std::sqrt(sum[numbers + n_ + j] / width - off * off + eps);
+            for (int64_t m = 0; m < columns; ++m)
+                z[j * columns + m] = inverse * (sum[j * columns + m] - off * weight_sum_[m]);
+            give_statistics(statistics, j, shift[j], off, inverse);
+        }
+    }
+
+    // The same of `count` tokens for rms_all. Four tokens at a time meet the weight, which is large; but rows of
+    // another dtype are widened into one token's scratch, so there each meets it alone.
+    void logits_of_all(const Worker& with, int64_t first, int64_t count, T* z, T* statistics) const {
+        const HyperSizes& size = args_.size;
+        const int64_t numbers = size.coefficients();
+        const T* weight = static_cast<const T*>(args_.connection.weight);
+        const T zero[4] = {};
+        for (int64_t t = 0; t < count;) {
+            const int64_t group = size.dtype == own_dtype<T> && count - t >= 4 ? 4 : 1;
+            const T* rows[4][kMost<N>];
+            for (int64_t g = 0; g < group; ++g) read_streams(with, first + t + g, rows[g]);
+            Vec<T> product[4 * kMost<N> * (kMost<N> + 2)], sum[4], square[4];
+            T all[4] = {}, flat[kMost<N> * (kMost<N> + 2) + lanes<T>];
+            for (int j = 0; j < n_; ++j) {
+                const T* stream[4];
+                for (int64_t g = 0; g < group; ++g) stream[g] = rows[g][j];
+                products<T>({group, numbers, stream, zero, weight + j * size.width, n_ * size.width, size.width, j > 0,
+                             product, sum, square, stream});
+                for (int64_t g = 0; g < group; ++g) all[g] += sum_lanes<T>(square[g]);
+            }
+            for (int64_t g = 0; g < group; ++g) {
+                const T elements = static_cast<T>(n_) * static_cast<T>(size.width);
+                const T inverse = 1 / std::sqrt(all[g] / elements + static_cast<T>(args_.connection.eps));
+                sum_vectors<T>(product + g * numbers, numbers, flat);  // alone: in the same order in any group
+                for (int64_t at = 0; at < numbers; ++at) z[(t + g) * numbers + at] = inverse * flat[at];
+                for (int j = 0; j < n_; ++j) give_statistics(statistics, (t + g) * n_ + j, T(0), T(0), inverse);
+            }
+            t += group;
+        }
+    }
+
+    void coefficients(const Worker& with, int64_t first, int64_t count) const {
+        const int64_t numbers = args_.size.coefficients();
+        T* z = static_cast<T*>(args_.logits) + first * numbers;
+        if (args_.connection.norm == HyperNorm::rms_all)
+            logits_of_all(with, first, count, z, static_cast<T*>(args_.statistics) + first * n_ * kHyperStatistics);
+        T* c = static_cast<T*>(args_.coefficients) + first * numbers;
+        if (is_constrained(args_.connection)) {
+            for (int64_t t = 0; t < count; t += lanes<T>) {
+                constrained_coefficients(args_.connection, with_, n_, z + t * numbers, c + t * numbers,
+                                         lesser<int64_t>(lanes<T>, count - t), *with.constrained);
+            }
+            return;
+        }
+        const bool tanh = args_.connection.form == HyperForm::tanh;
+        for (int64_t t = 0; t < count; ++t) plain_coefficients(with_, tanh, z + t * numbers, c + t * numbers, numbers);
+    }
+
+    void pre(const Worker& with, int64_t token) const {
+        const HyperSizes& size = args_.size;
+        const T* c = dynamic_ ? static_cast<const T*>(args_.coefficients) + token * size.coefficients() : with_.base;
+        const T* rows[kMost<N>];
+        T a[kMost<N>];
+        read_streams(with, token, rows);
+        for (int j = 0; j < n_; ++j) a[j] = c[j * (n_ + 2)];
+        T* x = write_target(size.dtype, args_.branch_input, token * size.width, with.out + n_ * with.row);
+        mix_pre<T, N>(n_, rows, a, x, size.width);
+        narrow_elements(size.dtype, x, args_.branch_input, token * size.width, size.width);
+    }
+
+    void block(const Worker& with, int64_t first, int64_t count) const {
+        const bool has_post = args_.post.branch.data != nullptr;
+        // Unless they are wanted together, tokens go one by one: then a token's rows are still in the caches.
+        const bool together =
+            dynamic_ && (args_.connection.norm == HyperNorm::rms_all || is_constrained(args_.connection));
+        const int64_t step = together ? count : 1;
+        for (int64_t t = first; t < first + count; t += step) {
+            for (int64_t s = 0; s < step; ++s) {
+                if (has_post) post(with, t + s);
+                if (dynamic_ && args_.connection.norm != HyperNorm::rms_all) logits(with, t + s);
+            }
+            if (dynamic_) coefficients(with, t, step);
+            for (int64_t s = 0; args_.pre && s < step; ++s) pre(with, t + s);
+        }
+    }
+
+    void logits(const Worker& with, int64_t token) const {
+        const T* rows[kMost<N>];
+        read_streams(with, token, rows);
+        const T* soon[kMost<N>];
+        const int64_t next = token_offset(args_.size, args_.in.stride, token) +
+                             distance_ahead<T>(args_.size, args_.size.dtype, args_.in.stride, token);
+        for (int j = 0; j < n_; ++j) soon[j] = static_cast<const T*>(args_.in.data) + next + j * args_.in.stride[2];
+        logits(rows, soon, static_cast<T*>(args_.logits) + token * args_.size.coefficients(),
+               static_cast<T*>(args_.statistics) + token * n_ * kHyperStatistics);
+    }
+
+    const HyperForward& args_;
+    int n_;
+    bool dynamic_;
+    CoefficientParameters<T> with_;
+    T weight_sum_[kHyperMostStreams + 2] = {};  // of each of the weight's rows, for layer
+};
+
+template <class T>
+void forward(const HyperForward& args) {
+    switch (args.size.streams) {
+        case 2:
+            return Forward<T, 2>(args).run();
+        case 4:
+            return Forward<T, 4>(args).run();
+        case 8:
+            return Forward<T, 8>(args).run();
+        default:
+            return Forward<T, 0>(args).run();
+    }
+}
+
+}  // namespace
+
+int64_t hyper_forward_workspace(const HyperForward& args) {
+    const int64_t worker = args.size.dtype == DType::float64 ? worker_size<double>(args) : worker_size<float>(args);
+    return product_of_sizes(args.pool.threads, worker);
+}
+
+void hyper_forward(const HyperForward& args) {
+    if (args.size.dtype == DType::float64) return forward<double>(args);
+    forward<float>(args);
+}
+
+}  // namespace xlayer::cpu::XLAYER_ISA

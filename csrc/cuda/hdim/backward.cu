@@ -1,0 +1,66 @@
+// hdim's backward: scores again (hdim_score.cu, by the caller), then the steps that hdim_backward.cuh names.
+#include "cuda/hdim/backward.cuh"
+
+namespace xlayer::cuda {
+namespace {
+
+constexpr int64_t kKeyBytes = 32 * 1024;  // of keys in shared memory, in hdim_grad_weights
+
+template <class T, class Activation, int G>
+GradPlan make_plan(const PairSizes& s) {
+    constexpr int64_t kEnough = 2048;  // warps: two for each that a large GPU holds at once
+    GradPlan plan;
+    plan.keys = make_walk<T, G, kGradTiles<T, Activation, G>>(s, kEnough);
+    const int64_t most = kKeyBytes / static_cast<int64_t>(tile_pitch(G) * sizeof(T)) / 16 * 16;
+    plan.weight_chunk = s.pitch < most ? s.pitch : most;
+    plan.weight_chunks = plan.weight_chunk == 0 ? 0 : ceil_div(s.keys, plan.weight_chunk);
+    plan.weight_tiles = s.hidden / 16;
+    plan.weight_slice = slice_length(s.queries, s.batch * plan.weight_chunks * plan.weight_tiles, kEnough);
+    plan.weight_slices = ceil_div(s.queries, plan.weight_slice);
+    return plan;
+}
+
+template <class T>
+GradPartials<T> take_partials(Arena& arena, const PairSizes& s, const GradPlan& plan) {
+    using A = Accumulator<T>;
+    const int64_t width = 8 * s.groups, chunks = plan.weight_chunks, slices = plan.weight_slices;
+    GradPartials<T> to;
+    to.query_of_pairs = arena.take<A>(s.batch, plan.keys.tiles, s.queries, width);
+    to.query_of_weights = arena.take<A>(s.batch, chunks, plan.weight_tiles, s.queries, width);
+    to.key = arena.take<A>(s.batch, plan.keys.slices, s.keys, width);
+    to.weight = arena.take<A>(s.batch, chunks, slices, s.hidden, 4, width);
+    to.hidden = arena.take<A>(s.batch, chunks, slices, s.hidden, 2);
+    return to;
+}
+
+}  // namespace
+
+int64_t hdim_grad_pairs_workspace(const HdimInputs& in) {
+    const PairSizes sizes(in);
+    Arena arena{nullptr};
+    with_pair_types(in, [&](auto element, auto activation, auto groups) {
+        using T = decltype(element);
+        take_packed<T>(arena, sizes);
+        take_partials<T>(arena, sizes, make_plan<T, decltype(activation), decltype(groups)::value>(sizes));
+    });
+    return arena.used;
+}
+
+void hdim_grad_pairs(const HdimGradPairs& args, void* stream) {
+    const PairSizes sizes(args.in);
+    with_pair_types(args.in, [&](auto element, auto activation, auto groups) {
+        using T = decltype(element);
+        using Activation = decltype(activation);
+        constexpr int G = decltype(groups)::value;
+        Arena arena{static_cast<char*>(args.workspace)};
+        const Packed<T> packed = take_packed<T>(arena, sizes);
+        const GradPlan plan = make_plan<T, Activation, G>(sizes);
+        const GradPartials<T> partials = take_partials<T>(arena, sizes, plan);
+        softmax_backward<T>(args, sizes, stream);
+        grad_keys<T, Activation, G>(args, packed, sizes, plan, partials, stream);
+        grad_weights<T, Activation, G>(args, packed, sizes, plan, partials, stream);
+        finish<T>(args, packed, sizes, plan, partials, stream);
+    });
+}
+
+}  // namespace xlayer::cuda

@@ -1,0 +1,229 @@
+// ∂L/∂k, and the part of ∂L/∂q that comes through |q−k|.
+//
+// A warp keeps 16·R keys and their gradients in registers and walks over a slice of the queries. Per query and 16
+// hidden units it scores the pairs again, turns the sum into the gradient G = ∂L/∂logit · w2 · act'(pre), which rounded
+// is already a left operand, and multiplies that with the weights:
+//
+//   ∂L/∂k_j      = Σ_i G_ij · (Wc∘q_i + Wb)   accumulates over all queries in the tensor cores
+//   ∂L/∂|q−k|    = G_ij · Wd                  goes to q and k with the sign of q − k, which is 0 where they are equal
+//
+// Per pair 2·3D·M and 2·2D·M tensor flops, some 5·M + 9·D other operations, 4 bytes read. D = 24, M = 96 on an H200,
+// where mma.sync may reach 600 TFLOP/s: tensor cores 38 ps, other units 21 ps, shared memory 16 ps: bound by the tensor
+// cores.
+#include "cuda/hdim/backward.cuh"
+
+namespace xlayer::cuda {
+namespace {
+
+template <class T>
+struct GradKeys {
+    using A = Accumulator<T>;
+    Packed<T> packed;
+    PairSizes sizes;
+    const A* grad_logits;
+    A *grad_query, *grad_key;
+    Walk walk;
+};
+
+// Whether the keys, and the query at hand, stay in registers; else they are read again from shared memory where they
+// are used.
+template <class T, int G>
+constexpr bool kHoldsKeys = is_half<T>;
+
+// Adds the gradient of |q−k| to both.
+template <class A>
+__device__ __forceinline__ void split_distance(A grad, A query, A key, A& grad_query, A& grad_key) {
+    const A signed_grad = query > key ? grad : query < key ? -grad : A(0);
+    grad_query += signed_grad;
+    grad_key -= signed_grad;
+}
+
+// Where a chunk of hidden units before this one has left its sum, adds to it.
+template <class A>
+__device__ __forceinline__ void add_or_store(A* to, const Vector<A, 2>& sum, bool add) {
+    Vector<A, 2> before{};
+    if (add) before = load<2>(to);
+    store(to, Vector<A, 2>{{before.at[0] + sum.at[0], before.at[1] + sum.at[1]}});
+}
+
+// ∂L/∂logit of a warp's keys with one query; true if any is not 0.
+template <class A, int R>
+__device__ __forceinline__ bool load_grad_logits(A (&to)[R][2], const A* row, int64_t first, int64_t pitch) {
+    bool any = false;
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const int64_t j = first + 16 * r + lane_row() + 8 * h;
+            to[r][h] = j < pitch ? row[j] : A(0);
+            any = any || to[r][h] != 0;
+        }
+    }
+    return ballot(any) != 0;
+}
+
+// What a warp has of the query at hand.
+template <class T, class Activation, int G>
+struct AtQuery {
+    using A = Accumulator<T>;
+    static constexpr int kTiles = kGradTiles<T, Activation, G>, kGroups = kGradGroups<T, G>;
+    using Memory = WalkMemory<T, G, kTiles>;
+    using Keys = KeyTiles<T, G, kTiles, kHoldsKeys<T, G>>;
+
+    const Memory& memory;
+    const Keys& keys;
+    const T* row;
+    QueryRow<T, G, kHoldsKeys<T, G>> query;
+    PairFeatures<T, G, kTiles> features;
+
+    __device__ __forceinline__ AtQuery(const Memory& memory_, const Keys& keys_, const T* row_)
+        : memory(memory_), keys(keys_), row(row_), query(row_), features(keys_, query) {}
+
+    // G of 16 hidden units from `m` of the chunk on; `u` is the query's own part of them.
+    __device__ __forceinline__ void grad_hidden(Left<T> (&to)[kTiles][2], const A (&grad_logit)[kTiles][2], const A* u,
+                                                int m) const {
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+            const int unit = m + 8 * n;
+            const Vector<A, 2> start = load<2>(u + unit + lane_column());
+            const Vector<A, 2> w2 = load<2>(memory.weight2 + unit + lane_column());
+            Sum<T> pre[kTiles];
+#pragma unroll
+            for (int r = 0; r < kTiles; ++r) pre[r] = {{start.at[0], start.at[1], start.at[0], start.at[1]}};
+            add_scores(pre, keys, features, memory.weights + unit * memory.kPitch, memory.kPitch, query);
+#pragma unroll
+            for (int r = 0; r < kTiles; ++r) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e)
+                    pre[r].at[e] = grad_logit[r][e / 2] * w2.at[e % 2] * Activation::slope(pre[r].at[e]);
+                to[r][n] = round_to_left<T>(pre[r]);
+            }
+        }
+    }
+
+    // G times the weights of these hidden units, for the columns from group `walk` on.
+    __device__ __forceinline__ void add_products(Sum<T> (&grad_key)[kTiles][kGroups],
+                                                 Sum<T> (&grad_distance)[kTiles][kGroups],
+                                                 const Left<T> (&grad_hidden)[kTiles][2], int m, int walk) const {
+        const T* const weights = memory.weights + m * memory.kPitch + 8 * walk;
+#pragma unroll
+        for (int g = 0; g < kGroups; ++g) {
+            const Pair<T> here = load_twice(row + 8 * (walk + g) + lane_row());
+            Right<T> linear[2], hadamard[2], difference[2];
+            load_right(linear, weights + 8 * g, memory.kPitch);
+            load_right(hadamard, weights + 8 * (G + g), memory.kPitch);
+            load_right(difference, weights + 8 * (2 * G + g), memory.kPitch);
+#pragma unroll
+            for (int n = 0; n < 2; ++n) linear[n] = {multiply_add<T>(hadamard[n].at, here, linear[n].at)};
+#pragma unroll
+            for (int r = 0; r < kTiles; ++r) {
+                multiply(grad_key[r][g], grad_hidden[r], linear);
+                multiply(grad_distance[r][g], grad_hidden[r], difference);
+            }
+        }
+    }
+
+    __device__ __forceinline__ void split_distances(const Sum<T> (&grad_distance)[kTiles][kGroups],
+                                                    A (&grad_query)[kGroups][2], Sum<T> (&grad_key)[kTiles][kGroups],
+                                                    int walk) const {
+#pragma unroll
+        for (int r = 0; r < kTiles; ++r) {
+#pragma unroll
+            for (int g = 0; g < kGroups; ++g) {
+                const Left<T> key = keys(r, walk + g);
+                const Pair<T> q = query(walk + g);
+#pragma unroll
+                for (int e = 0; e < 4; ++e)
+                    split_distance(grad_distance[r][g].at[e], element<T>(q, e % 2), element<T>(key.row[e / 2], e % 2),
+                                   grad_query[g][e % 2], grad_key[r][g].at[e]);
+            }
+        }
+    }
+};
+
+// resources: hdim_grad_keys_kernel threads 128, registers 255, shared 67584, occupancy 0.125
+// sass: hdim_grad_keys_kernel<*float16, *> HMMA.16816, LDSM, LDGSTS.128
+// sass: hdim_grad_keys_kernel<float, *> HMMA.1688, LDGSTS.128
+// sass: hdim_grad_keys_kernel<tf32, *> HMMA.1688, LDGSTS.128
+// sass: hdim_grad_keys_kernel<double, *> DMMA, LDGSTS.128
+template <class T, class Activation, int G>
+__global__ void __launch_bounds__(kThreads, kPairBlocks) hdim_grad_keys_kernel(GradKeys<T> args) {
+    using A = Accumulator<T>;
+    using Query = AtQuery<T, Activation, G>;
+    constexpr int kTiles = Query::kTiles, kGroups = Query::kGroups;
+    const Packed<T>& p = args.packed;
+    const PairSizes& s = args.sizes;
+    const Share share(args.walk, s, 16 * kTiles);
+    const typename Query::Memory memory(args.walk.chunk);
+    memory.load_keys(p, s, share);
+    const typename Query::Keys keys(memory);
+
+    for (int walk = 0; walk < G; walk += kGroups) {
+        Sum<T> grad_key[kTiles][kGroups] = {};
+        for (int chunk = 0; chunk < s.hidden; chunk += args.walk.chunk) {
+            const int count = s.hidden - chunk < args.walk.chunk ? s.hidden - chunk : args.walk.chunk;
+            memory.load_weights(p, chunk, count);
+
+            for (int64_t i = share.begin; i < share.end; ++i) {
+                const int64_t row = share.b * s.queries + i;
+                A grad_logit[kTiles][2], grad_query[kGroups][2] = {};
+                if (load_grad_logits(grad_logit, args.grad_logits + row * s.pitch, share.first, s.pitch)) {
+                    const Query at(memory, keys, p.query + row * 8 * G);
+                    Sum<T> grad_distance[kTiles][kGroups] = {};
+#pragma unroll 1
+                    for (int m = 0; m < count; m += 16) {
+                        if constexpr (!kHoldsKeys<T, G>)
+                            sync_warp();  // else the compiler moves the keys out of the loop
+                        Left<T> grad_hidden[kTiles][2];
+                        at.grad_hidden(grad_hidden, grad_logit, p.query_hidden + row * s.hidden + chunk, m);
+                        at.add_products(grad_key, grad_distance, grad_hidden, m, walk);
+                    }
+                    at.split_distances(grad_distance, grad_query, grad_key, walk);
+                }
+
+                A* const to = args.grad_query + ((share.b * args.walk.tiles + share.tile) * s.queries + i) * 8 * G +
+                              8 * walk + lane_column();
+#pragma unroll
+                for (int g = 0; g < kGroups; ++g) {
+                    const Vector<A, 2> sum{{add_over_rows(grad_query[g][0]), add_over_rows(grad_query[g][1])}};
+                    if (lane_row() == 0) add_or_store(to + 8 * g, sum, chunk > 0);
+                }
+                sync_warp();  // matrix instructions want the warp back together
+            }
+        }
+
+        A* const to = args.grad_key + (share.b * args.walk.slices + share.part) * s.keys * 8 * G + 8 * walk;
+#pragma unroll
+        for (int r = 0; r < kTiles; ++r) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const int j = 16 * r + lane_row() + 8 * h;
+                if (j >= share.present) continue;
+#pragma unroll
+                for (int g = 0; g < kGroups; ++g)
+                    store(to + (share.first + j) * 8 * G + 8 * g + lane_column(),
+                          Vector<A, 2>{{grad_key[r][g].at[2 * h], grad_key[r][g].at[2 * h + 1]}});
+            }
+        }
+    }
+}
+
+}  // namespace
+
+template <class T, class Activation, int G>
+void grad_keys(const HdimGradPairs& args, const Packed<T>& packed, const PairSizes& s, const GradPlan& plan,
+               const GradPartials<T>& to, void* stream) {
+    constexpr int kTiles = kGradTiles<T, Activation, G>;
+    const GradKeys<T> pairs{packed, s,        static_cast<const Accumulator<T>*>(args.logits), to.query_of_pairs,
+                            to.key, plan.keys};
+    launch("hdim_grad_keys", hdim_grad_keys_kernel<T, Activation, G>, walk_launch<T, G, kTiles>(s, plan.keys, stream),
+           pairs);
+}
+
+#define XLAYER_HDIM_INSTANCE(T, Activation, G)                                                          \
+    template void grad_keys<T, Activation, G>(const HdimGradPairs&, const Packed<T>&, const PairSizes&, \
+                                              const GradPlan&, const GradPartials<T>&, void*);
+XLAYER_HDIM_INSTANCES
+#undef XLAYER_HDIM_INSTANCE
+
+}  // namespace xlayer::cuda

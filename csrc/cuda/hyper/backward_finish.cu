@@ -1,0 +1,166 @@
+// Adds the partial sums of hyper's backward, always in the same order. Bound by memory: every partial sum is read once.
+#include "cuda/hyper/backward.cuh"
+
+namespace xlayer::cuda::hyper {
+namespace {
+
+constexpr int kFinishWarps = 8;
+constexpr int kFinishThreads = kFinishWarps * kWarp;
+
+// `count` arrays, `stride` elements apart.
+template <class A>
+struct Partials {
+    const A* from;
+    int64_t count, stride;
+};
+
+// What lane l of each warp adds up at `at`, over all warps: every warp takes each kFinishWarps-th array.
+template <class A>
+__device__ __forceinline__ A sum_over_arrays(const Partials<A>& partials, int64_t at, bool real, A* shared) {
+    const int warp = static_cast<int>(threadIdx.x) / kWarp;
+    A sum = 0;
+#pragma unroll 8
+    for (int64_t p = warp; p < partials.count && real; p += kFinishWarps)
+        sum += partials.from[p * partials.stride + at];
+    sync_block();  // the last use of `shared` is over
+    shared[threadIdx.x] = sum;
+    sync_block();
+    sum = 0;
+#pragma unroll
+    for (int w = 0; w < kFinishWarps; ++w) sum += shared[w * kWarp + lane_of_warp()];
+    return sum;
+}
+
+template <class A>
+struct FinishWeight {
+    Partials<A> partials;
+    int64_t elements;
+    A* to;
+};
+
+// A lane per element.
+// resources: hyper_finish_weight_kernel threads 256, registers 64, shared 2048, occupancy 0.5
+// sass: hyper_finish_weight_kernel LDG
+template <class A>
+__global__ void __launch_bounds__(kFinishThreads, 4) hyper_finish_weight_kernel(FinishWeight<A> args) {
+    A* const shared = shared_memory<A>();
+    for (int64_t first = static_cast<int64_t>(blockIdx.x) * kWarp; first < args.elements;
+         first += static_cast<int64_t>(gridDim.x) * kWarp) {
+        const int64_t at = first + lane_of_warp();
+        const A sum = sum_over_arrays(args.partials, at, at < args.elements, shared);
+        if (threadIdx.x < kWarp && at < args.elements) args.to[at] = sum;
+    }
+}
+
+template <class A>
+struct FinishNumbers {
+    Partials<double> numbers;
+    Partials<A> post;
+    int n;
+    A *base, *bias, *scale, *grad_post;  // null: not wanted
+};
+
+// One block: the gradients of base, bias and scale, and of post's coefficients where tokens share them.
+// resources: hyper_finish_numbers_kernel threads 256, registers 64, shared 9216, occupancy 0.5
+// sass: hyper_finish_numbers_kernel LDG
+template <class A>
+__global__ void __launch_bounds__(kFinishThreads, 4) hyper_finish_numbers_kernel(FinishNumbers<A> args) {
+    double* const shared = shared_memory<double>();
+    double* const sums = shared + kFinishThreads;
+    const int n = args.n, columns = n + 2, numbers = n * columns;
+    for (int first = 0; first < 3 * numbers && args.base != nullptr; first += kWarp) {
+        const int at = first + lane_of_warp();
+        const double sum = sum_over_arrays(args.numbers, at, at < 3 * numbers, shared);
+        if (threadIdx.x < kWarp && at < 3 * numbers) sums[at] = sum;
+    }
+    sync_block();
+    const int thread = static_cast<int>(threadIdx.x);
+    for (int at = thread; at < numbers && args.base != nullptr; at += kFinishThreads)
+        args.base[at] = static_cast<A>(sums[at]);
+    if (thread < columns && args.scale != nullptr) {
+        double scale = 0, bias = 0;
+        for (int j = 0; j < n; ++j) {
+            scale += sums[numbers + j * columns + thread];
+            bias += sums[2 * numbers + j * columns + thread];
+        }
+        args.scale[thread] = static_cast<A>(scale);
+        args.bias[thread] = static_cast<A>(bias);
+    }
+    if (args.grad_post == nullptr) return;
+    for (int first = 0; first < n * (n + 1); first += kWarp) {
+        const int at = first + lane_of_warp();
+        const A sum = sum_over_arrays(args.post, at, at < n * (n + 1), reinterpret_cast<A*>(shared));
+        if (threadIdx.x < kWarp && at < n * (n + 1)) args.grad_post[post_index(n, at / n, at % n)] = sum;
+    }
+    if (thread < n) args.grad_post[thread * columns] = 0;  // post does not use c_j0
+}
+
+template <class A>
+struct FinishTokens {
+    const A* partials;  // [tokens, tiles, n+1, n]
+    int64_t tokens, tiles;
+    int n;
+    A* to;  // [tokens, n, n+2]
+};
+
+// The gradient of post's coefficients where every token has its own. A thread per number.
+// resources: hyper_finish_tokens_kernel threads 256, registers 64, shared 0, occupancy 0.5
+// sass: hyper_finish_tokens_kernel LDG
+template <class A>
+__global__ void __launch_bounds__(kFinishThreads, 4) hyper_finish_tokens_kernel(FinishTokens<A> args) {
+    const int n = args.n, columns = n + 2;
+    const int64_t step = static_cast<int64_t>(gridDim.x) * kFinishThreads, all = args.tokens * n * columns;
+    for (int64_t i = static_cast<int64_t>(blockIdx.x) * kFinishThreads + threadIdx.x; i < all; i += step) {
+        const int64_t token = i / (n * columns);
+        const int at = static_cast<int>(i % (n * columns)), j = at / columns, m = at % columns;
+        A sum = 0;
+        if (m > 0) {
+            const int which = m <= n ? j * n + m - 1 : n * n + j;
+            const A* from = args.partials + token * args.tiles * n * (n + 1) + which;
+#pragma unroll 4
+            for (int64_t tile = 0; tile < args.tiles; ++tile) sum += from[tile * n * (n + 1)];
+        }
+        args.to[i] = sum;
+    }
+}
+
+template <class A>
+void finish(const Backward& with, void* stream) {
+    const HyperBackward& args = with.args;
+    const int64_t n = args.size.streams, tokens = args.size.tokens();
+    const bool shared = with.post && args.post.shared;
+    if (args.pre || shared) {
+        const FinishNumbers<A> numbers{
+            {static_cast<const double*>(with.number_partials), with.number_runs, 3 * with.numbers},
+            {static_cast<const A*>(with.post_partials), with.runs * with.tiles, n * (n + 1)},
+            static_cast<int>(n),
+            args.pre ? static_cast<A*>(args.grad_base) : nullptr,
+            with.dynamic ? static_cast<A*>(args.grad_bias) : nullptr,
+            with.dynamic ? static_cast<A*>(args.grad_scale) : nullptr,
+            shared ? static_cast<A*>(args.grad_post_coefficients) : nullptr};
+        const size_t bytes = sizeof(double) * static_cast<size_t>(kFinishThreads + 3 * with.numbers);
+        launch("hyper_finish_numbers", hyper_finish_numbers_kernel<A>, {1, kFinishThreads, stream, bytes}, numbers);
+    }
+    if (with.post && !shared) {
+        const FinishTokens<A> post{static_cast<const A*>(with.post_partials), tokens, with.tiles, static_cast<int>(n),
+                                   static_cast<A*>(args.grad_post_coefficients)};
+        launch("hyper_finish_tokens", hyper_finish_tokens_kernel<A>,
+               {ceil_div(tokens * with.numbers, kFinishThreads), kFinishThreads, stream}, post);
+    }
+    if (with.dynamic) {
+        const int64_t elements = args.connection.weights(args.size);
+        const FinishWeight<A> weight{{static_cast<const A*>(with.weight_partials), with.weight_runs, elements},
+                                     elements,
+                                     static_cast<A*>(args.grad_weight)};
+        launch("hyper_finish_weight", hyper_finish_weight_kernel<A>,
+               {ceil_div(elements, kWarp), kFinishThreads, stream, sizeof(A) * kFinishThreads}, weight);
+    }
+}
+
+}  // namespace
+
+void backward_finish(const Backward& with, void* stream) {
+    with.args.size.dtype == DType::float64 ? finish<double>(with, stream) : finish<float>(with, stream);
+}
+
+}  // namespace xlayer::cuda::hyper

@@ -1,0 +1,128 @@
+// The weight's gradient for hyper's norm rms_all: the matrix product of ∂L/∂z [n·(n+2), tokens] with the streams that
+// pre read [tokens, n·d], which are made again from h and y. n+1 units of d are read per token; n(n+2)·n·d
+// multiply-adds, 196608 at n = 4, d = 2048, are more than memory takes: 1540 cycles of a multiprocessor.
+#include "cuda/hyper/backward.cuh"
+
+namespace xlayer::cuda::hyper {
+namespace {
+
+constexpr int kWeightThreads = 128;
+constexpr int kRows = 24;    // of the weight, whose sums a thread has
+constexpr int kTokens = 16;  // whose ∂L/∂z are in shared memory together
+template <class T, int N>
+constexpr int kWeightElements = N == 0 || sizeof(T) > 2 ? 1 : 2;
+template <class T>
+constexpr int kWeightBlocks = sizeof(T) == 8 ? 2 : 4;  // on a multiprocessor
+
+struct WeightCall {
+    Backward with;
+    bool whole_in, whole_branch, whole_weight;
+    int64_t column_tiles, row_tiles;
+};
+
+template <class A, int N>
+struct WeightShared {
+    A logits[kTokens][kRows], post[kTokens][kMost<N> + 1];
+};
+
+// A thread has V columns of one stream and kRows rows, over a run of tokens.
+// resources: hyper_weight_kernel<double, *> threads 128, registers 255, shared 5376, occupancy 0.125
+// resources: hyper_weight_kernel threads 128, registers 128, shared 2688, occupancy 0.25
+// sass: hyper_weight_kernel LDG, STG
+template <class T, int N>
+__global__ void __launch_bounds__(kWeightThreads, kWeightBlocks<T>) hyper_weight_kernel(WeightCall call) {
+    using A = Accumulator<T>;
+    constexpr int V = kWeightElements<T, N>;
+    WeightShared<A, N>& shared = *shared_memory<WeightShared<A, N>>();
+    const Backward& with = call.with;
+    const HyperBackward& args = with.args;
+    const HyperSizes& size = args.size;
+    const int n = streams_of<N>(size), numbers = n * (n + 2), thread = static_cast<int>(threadIdx.x);
+    const int j = static_cast<int>(blockIdx.x / call.column_tiles % n);
+    const int row = static_cast<int>(blockIdx.x / (call.column_tiles * n)) * kRows;
+    const int64_t e = (blockIdx.x % call.column_tiles * kWeightThreads + thread) * V, count = size.width - e;
+    const bool inside = count > 0;
+    const int64_t first = blockIdx.y * with.weight_run_tokens, tokens = tokens_of(size);
+    const int64_t last = first + with.weight_run_tokens < tokens ? first + with.weight_run_tokens : tokens;
+
+    A sum[kRows][V] = {};
+    for (int64_t begin = first; begin < last; begin += kTokens) {
+        const int some = static_cast<int>(last - begin < kTokens ? last - begin : kTokens);
+        sync_block();  // the tokens before are done with shared memory
+        for (int at = thread; at < some * kRows; at += kWeightThreads) {
+            const int t = at / kRows, m = at % kRows;
+            const A* const record = static_cast<const A*>(with.records) + (begin + t) * record_size(n);
+            shared.logits[t][m] = row + m < numbers ? record[kLogits * n + row + m] : A(0);
+        }
+        for (int at = thread; at < some * (n + 1) && with.post; at += kWeightThreads) {
+            const int t = at / (n + 1), i = at % (n + 1);
+            const A* const c =
+                static_cast<const A*>(args.post.coefficients) + (args.post.shared ? 0 : (begin + t) * numbers);
+            shared.post[t][i] = c[post_index(n, i, j)];
+        }
+        sync_block();
+#pragma unroll 2
+        for (int t = 0; t < some; ++t) {
+            const int64_t token = begin + t;
+            const T* const in = static_cast<const T*>(args.in.data) + token_offset(size, args.in.stride, token) + e;
+            Vector<T, V> h;
+            if (with.post) {
+                A y[V] = {};
+                Vector<T, V> all[kMost<N>];
+#pragma unroll
+                for (int i = 0; i < kMost<N>; ++i) {
+                    if (N != 0 || i < n) all[i] = read<V>(in + i * args.in.stride[2], count, call.whole_in && inside);
+                }
+                read_branch<T>(size.branch_dtype, args.post.branch.data,
+                               token_offset(size, args.post.branch.stride, token) + e, count,
+                               call.whole_branch && inside, y);
+                h = mix<T, N>(n, [&](int i) { return shared.post[t][i]; }, all, y);
+            } else {
+                h = read<V>(in + j * args.in.stride[2], count, call.whole_in && inside);
+            }
+#pragma unroll
+            for (int m = 0; m < kRows; ++m) {
+                const A factor = shared.logits[t][m];
+#pragma unroll
+                for (int v = 0; v < V; ++v) sum[m][v] = fma(factor, widen(h.at[v]), sum[m][v]);
+            }
+        }
+    }
+    A* const to = static_cast<A*>(with.weight_partials) + static_cast<int64_t>(blockIdx.y) * numbers * n * size.width +
+                  j * size.width + e;
+#pragma unroll
+    for (int m = 0; m < kRows; ++m) {
+        Vector<A, V> own;
+#pragma unroll
+        for (int v = 0; v < V; ++v) own.at[v] = sum[m][v];
+        if (row + m < numbers) write(to + (row + m) * n * size.width, own, count, call.whole_weight && inside);
+    }
+}
+
+template <class T, int N>
+void launch_weight(const Backward& with, void* stream) {
+    constexpr int V = kWeightElements<T, N>;
+    const HyperBackward& args = with.args;
+    const bool whole = args.size.width % V == 0;
+    const WeightCall call{with,
+                          whole && aligned(args.in, sizeof(T), V),
+                          whole && aligned(args.post.branch, element_size(args.size.branch_dtype), V),
+                          whole,
+                          ceil_div(args.size.width, kWeightThreads * V),
+                          ceil_div(with.numbers, kRows)};
+    launch("hyper_weight", hyper_weight_kernel<T, N>,
+           {call.column_tiles * args.size.streams * call.row_tiles, kWeightThreads, stream,
+            sizeof(WeightShared<Accumulator<T>, N>), with.weight_runs},
+           call);
+}
+
+}  // namespace
+
+void backward_weight_of_all(const Backward& with, void* stream) {
+    with_element(with.args.size.dtype, [&](auto element) {
+        using T = decltype(element);
+        with_streams(with.args.size.streams, [&](auto n) { launch_weight<T, decltype(n)::value>(with, stream); });
+    });
+}
+
+}  // namespace xlayer::cuda::hyper

@@ -1,0 +1,106 @@
+// CUDA kernel of hyper, forward (xlayer/hyper.h): post, pre or both, a block per token. Bound by memory: in units of d
+// per token it reads n (+1) and writes n (+1), 2n+2 for the boundary. At n = 4, d = 2048 in bfloat16 that is 40 KiB a
+// token; an H200 (4.0 TB/s) could do 98 tokens in a microsecond, each multiprocessor one in 2300 cycles. Products with
+// the weight take n(n+2)·d of the (n+1)(n+2)·d multiply-adds, 800 cycles in all.
+//
+// A thread keeps to its own elements of d in every step, so that rows go through shared memory without a barrier, and
+// rows that are too long for it through global memory by the same code. rms_all, whose weight is n² as large, has
+// kernels of its own for z (hyper_logits.cu) between post and pre: 4n+2 units.
+#include "cuda/hyper/forward.cuh"
+#include "cuda/hyper/logits.cuh"
+
+namespace xlayer::cuda {
+namespace {
+
+using namespace hyper;
+
+// resources: hyper_forward_kernel<double, *> threads 256, registers 255, shared 81920, occupancy 0.125
+// resources: hyper_forward_kernel<*, 8> threads 256, registers 255, shared 81920, occupancy 0.125
+// resources: hyper_forward_kernel threads 256, registers 128, shared 81920, occupancy 0.25
+// sass: hyper_forward_kernel<*, [24]> LDGSTS.128, STG.128
+// sass: hyper_forward_kernel<*, [08]> LDG, STG
+template <class T, int N>
+__global__ void __launch_bounds__(kForwardThreads, kForwardBlocks<T, N>) hyper_forward_kernel(Forward with) {
+    if (with.ahead > 0) ForwardToken<T, N>(with, blockIdx.x).copy_ahead();
+    for (int64_t token = blockIdx.x; token < tokens_of(with.args.size); token += gridDim.x)
+        ForwardToken<T, N>(with, token).run();
+}
+
+// What is kept in shared memory, as far as it fits.
+template <class T, int N>
+void plan_shared(Forward& with) {
+    constexpr int V = kForwardElements<T, N>;
+    const HyperForward& args = with.args;
+    with.pitch = round_up(args.size.width, V);
+    with.shared_bytes = kForwardShared<Accumulator<T>, N>;
+    const int64_t row = with.pitch * static_cast<int64_t>(sizeof(T));
+    const auto take = [&](bool wanted, int64_t rows) {
+        const bool taken = wanted && with.shared_bytes + rows * row <= kSharedBytes;
+        if (taken) with.shared_bytes += rows * row;
+        return taken;
+    };
+    // Rows are read once more for x, and before that for z: worth a place on the chip, but not for a last time alone.
+    const bool layer = with.dynamic && args.connection.norm == HyperNorm::layer;
+    with.staged = take(args.pre && (with.post || (with.dynamic && !with.has_logits)), args.size.streams);
+    const bool aligned_rows =
+        with.whole_in && (!with.post || (with.whole_branch && args.size.branch_dtype == args.size.dtype));
+    const int64_t ahead = with.shared_bytes;
+    if (take(ForwardToken<T, N>::kCopies && aligned_rows && (with.post || layer || with.staged), args.size.streams + 1))
+        with.ahead = ahead;
+}
+
+template <class T, int N>
+void launch_forward(const HyperForward& args, bool has_logits, void* stream) {
+    using A = Accumulator<T>;
+    constexpr int V = kForwardElements<T, N>;
+    Forward with{};
+    with.args = args;
+    with.post = args.post.branch.data != nullptr;
+    with.dynamic = args.pre && args.connection.norm != HyperNorm::none;
+    with.has_logits = has_logits;
+    const bool whole = args.size.width % V == 0;
+    with.whole_in = whole && aligned(args.in, sizeof(T), V);
+    with.whole_out = whole && aligned(args.out, sizeof(T), V);
+    with.whole_branch = whole && aligned(args.post.branch, element_size(args.size.branch_dtype), V);
+    with.whole_rest =
+        whole && aligned(args.branch_input, sizeof(T), V, {}) && aligned(args.connection.weight, sizeof(A), V, {});
+    plan_shared<T, N>(with);
+    const int64_t blocks = with.ahead > 0 && kForwardGrid < args.size.tokens() ? kForwardGrid : args.size.tokens();
+    launch("hyper_forward", hyper_forward_kernel<T, N>,
+           {blocks, kForwardThreads, stream, static_cast<size_t>(with.shared_bytes)}, with);
+}
+
+void forward(const HyperForward& args, bool has_logits, void* stream) {
+    with_element(args.size.dtype, [&](auto element) {
+        using T = decltype(element);
+        with_streams(args.size.streams,
+                     [&](auto n) { launch_forward<T, decltype(n)::value>(args, has_logits, stream); });
+    });
+}
+
+}  // namespace
+
+int64_t hyper_forward_workspace(const HyperForward& args) {
+    const bool layer = args.pre && args.connection.norm == HyperNorm::layer;
+    return layer ? args.size.columns() * (args.size.dtype == DType::float64 ? 8 : 4) : 0;
+}
+
+void hyper_forward(const HyperForward& args, void* stream) {
+    if (args.pre && args.connection.norm == HyperNorm::layer)
+        sum_weights(args.size, args.connection.weight, args.workspace, stream);
+    if (!args.pre || args.connection.norm != HyperNorm::rms_all) return forward(args, false, stream);
+    HyperForward rest = args;
+    if (args.post.branch.data != nullptr) {
+        HyperForward post = args;
+        post.pre = false;
+        forward(post, false, stream);
+        rest.post = {};
+        const HyperStreams<void*>& out = args.out;
+        rest.in = {out.data, {out.stride[0], out.stride[1], out.stride[2]}};
+    }
+    logits_of_all({args.size, rest.in, args.connection.weight, args.connection.eps, args.logits, args.statistics},
+                  stream);
+    forward(rest, true, stream);
+}
+
+}  // namespace xlayer::cuda

@@ -1,0 +1,309 @@
+// The search of vq_nearest (quantize_nearest.cu): a GEMM of rows and codes that keeps each row's best score in
+// registers.
+//
+// 2·N·K·D tensor flops. Other operations: four instructions a score and, in bfloat16, some 130 beside the 64 matrix
+// instructions of a slice of 32 columns. Bytes out of the L2: with 256 rows and 128 codes to a block, bfloat16 makes 85
+// flops a byte where both are streamed, 256 where x stays in shared memory (D ≤ 256, on devices that give a block 163
+// KB). Estimates, not measured: if mma.sync reaches 600 TFLOP/s and the L2 gives 5.5 TB/s, an H200 is bound by the L2
+// at 470 TFLOP/s in the first case and by the tensor cores in the second, with some tenth for the comparisons beside
+// them at D = 256. wgmma would raise the tensor cores' bound by half and more, and leave the L2's. Memory is no bound.
+#pragma once
+
+#include "cuda/common/fragment.cuh"
+#include "cuda/quantize/common.cuh"
+
+namespace xlayer::cuda {
+namespace {
+
+template <class A>
+using Terms = Vector<A, 2>;  // bias, scale
+
+// Tiles lie in shared memory as rows of 64 bytes, four chunks of 16, which change places from row to row: the 8 rows of
+// a matrix for ldmatrix, and the rows that lanes read pairs of numbers from, then meet in no bank.
+
+constexpr int kThreads = 256;
+constexpr int kRowGroups = 4, kCodeGroups = 2;  // of warps
+constexpr int kStages = 3;
+// Of bias and scale of a tile's codes: they are read after the barrier that frees the stage of the tile's last slice.
+constexpr int kTermStages = kStages + 1;
+constexpr int kChunk = 16, kChunks = 4, kRowBytes = kChunk * kChunks;
+constexpr int64_t kMostShared = 163 * 1024;  // of sm_80; sm_90 has more
+constexpr int64_t kEnoughBlocks = 264;       // two for each multiprocessor of an H100: codes are split until there are
+
+template <class T>
+struct Shape {
+    // Tiles of 16 rows and of 8 codes that a warp holds the scores of.
+    static constexpr int kRows = is_half<T> ? 4 : 2;
+    static constexpr int kCodes = sizeof(T) == 8 ? 4 : 8;
+    static constexpr int kBlockRows = kRowGroups * 16 * kRows, kBlockCodes = kCodeGroups * 8 * kCodes;
+    static constexpr int kDepth = kRowBytes / sizeof(T);  // of a slice of the width
+    static constexpr int kGroups = is_half<T> ? 2 : 1;    // of 8 columns that one product takes
+    static constexpr bool kAhead = sizeof(T) != 4;        // operands are loaded one product before their use
+    static constexpr int kProducts = kDepth / (8 * kGroups);
+};
+
+template <class A>
+struct Best {
+    A score;
+    int code;
+};
+// Of equal scores the lower code. Scores are never NaN.
+template <class A>
+__device__ __forceinline__ Best<A> better(const Best<A>& a, const Best<A>& b) {
+    return b.score < a.score || (b.score == a.score && b.code < a.code) ? b : a;
+}
+
+template <class A>
+struct Search {
+    VqRows x, codebook;
+    int64_t rows, codes, width, padded;
+    int64_t row_blocks;   // of one book
+    int64_t tiles, span;  // of codes: in all, and of one block
+    bool resident;        // x stays in shared memory
+    const Terms<A>* terms;
+    A* scores;  // [splits][books][rows]
+    int* found;
+};
+
+// Where chunk `chunk` of row `row` lies in a tile, in bytes.
+__device__ __forceinline__ int place(int row, int chunk) {
+    const int turn = row / 2 % 2 * 2 + row / 4 % 2;
+    return row * kRowBytes + (chunk ^ turn) * kChunk;
+}
+
+// Copies columns [column, column + kDepth) of the first `valid` of kRows rows, of which the first is at `from`; zeros
+// beyond the rows and the width.
+template <class T, int kRows, bool kVectors>
+__device__ __forceinline__ void copy_slice(char* tile, const T* from, int64_t row_stride, int valid, int64_t column,
+                                           int64_t width) {
+    constexpr int kElements = kChunk / sizeof(T), kStep = kThreads / kChunks;
+    const int chunk = static_cast<int>(threadIdx.x) % kChunks, row = static_cast<int>(threadIdx.x) / kChunks;
+    column += chunk * kElements;
+    const T* source = from + row * row_stride + column;
+    char* const to = tile + place(row, chunk);
+    if (column >= width) valid = 0;
+#pragma unroll
+    for (int r = 0; r < kRows; r += kStep) {
+        const bool real = r + row < valid;
+        if (kVectors && real) {
+            copy_async(to + r * kRowBytes, source);
+        } else {
+            Vector<T, kElements> piece{};
+            if constexpr (!kVectors) {
+#pragma unroll
+                for (int e = 0; e < kElements; ++e)
+                    if (real && column + e < width) piece.at[e] = source[e];
+            }
+            store(reinterpret_cast<T*>(to + r * kRowBytes), piece);
+        }
+        source += kStep * row_stride;
+    }
+}
+
+// What one product of a warp takes: kRows × kCodes small matrices.
+template <class T>
+struct Operands {
+    using S = Shape<T>;
+    Left<T> x[S::kRows][S::kGroups];
+    Right<T> code[S::kCodes][S::kGroups];
+
+    // Of columns [8·kGroups·product, …) of a slice; the warp's rows and codes begin at `first_row` and
+    // `first_code`, multiples of 8.
+    __device__ __forceinline__ void load(const char* rows, int first_row, const char* codes, int first_code,
+                                         int product) {
+        rows += first_row * kRowBytes, codes += first_code * kRowBytes;
+        // Rows 8 apart turn their chunks alike.
+        if constexpr (is_half<T>) {
+            const int lane = lane_id();
+            rows += place(lane % 16, 2 * product + lane / 16);
+            codes += place(lane / 16 * 8 + lane % 8, 2 * product + lane / 8 % 2);
+#pragma unroll
+            for (int r = 0; r < S::kRows; ++r) {
+                uint32_t four[4];
+                load_matrices(four, rows + 16 * r * kRowBytes);
+                x[r][0] = {{four[0], four[1]}};
+                x[r][1] = {{four[2], four[3]}};
+            }
+#pragma unroll
+            for (int c = 0; c < S::kCodes; c += 2) {
+                uint32_t four[4];
+                load_matrices(four, codes + 8 * c * kRowBytes);
+                code[c][0] = {four[0]};
+                code[c][1] = {four[1]};
+                code[c + 1][0] = {four[2]};
+                code[c + 1][1] = {four[3]};
+            }
+        } else {
+            constexpr int kPair = 2 * sizeof(T);
+            const int byte = 4 * product * kPair + lane_id() % 4 * kPair;
+            const int mine = place(lane_row(), byte / kChunk) + byte % kChunk;
+            const auto pair = [&](const char* tile, int row) {
+                return load_pair(reinterpret_cast<const T*>(tile + mine + row * kRowBytes));
+            };
+#pragma unroll
+            for (int r = 0; r < S::kRows; ++r) x[r][0] = {{pair(rows, 16 * r), pair(rows, 16 * r + 8)}};
+#pragma unroll
+            for (int c = 0; c < S::kCodes; ++c) code[c][0] = {pair(codes, 8 * c)};
+        }
+    }
+};
+
+template <class T, int R, int C>
+__device__ __forceinline__ void multiply_all(Sum<T> (&sum)[R][C], const Operands<T>& operands) {
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+#pragma unroll
+        for (int c = 0; c < C; ++c) multiply(sum[r][c], operands.x[r], operands.code[c]);
+    }
+}
+
+// Where a device offers more than 99 KB, rows of x that stay may take up to 163 KB: one block there as well.
+// resources: vq_search_kernel threads 256, registers 255, shared 98304, occupancy 0.125
+// sass: vq_search_kernel<*float16, *> HMMA.16816, LDSM
+// sass: vq_search_kernel<float, *> HMMA.1688
+// sass: vq_search_kernel<tf32, *> HMMA.1688
+// sass: vq_search_kernel<double, *> DMMA
+// sass: vq_search_kernel<*, true> LDGSTS.128
+template <class T, bool kVectors>
+__global__ void __launch_bounds__(kThreads, 1) vq_search_kernel(Search<Accumulator<T>> args) {
+    using A = Accumulator<T>;
+    using S = Shape<T>;
+    constexpr int kRowsBytes = S::kBlockRows * kRowBytes, kCodesBytes = S::kBlockCodes * kRowBytes;
+    constexpr int kTermsBytes = S::kBlockCodes * sizeof(Terms<A>);
+    const int slices = static_cast<int>(ceil_div(args.width, S::kDepth));
+    char* const codes = shared_memory<char>();
+    char* const terms = codes + kStages * kCodesBytes;
+    char* const rows = terms + kTermStages * kTermsBytes;
+
+    const int64_t book = blockIdx.x / args.row_blocks;
+    const int64_t first_row = blockIdx.x % args.row_blocks * S::kBlockRows;
+    const int64_t first_tile = blockIdx.y * args.span;
+    const int tiles = static_cast<int>(args.tiles - first_tile < args.span ? args.tiles - first_tile : args.span);
+    const int warp = static_cast<int>(threadIdx.x) / kWarp;
+    const int warp_row = warp / kCodeGroups * 16 * S::kRows, warp_code = warp % kCodeGroups * 8 * S::kCodes;
+    const T* const x = static_cast<const T*>(args.x.data) + book * args.x.book_stride + first_row * args.x.row_stride;
+    const int valid = static_cast<int>(args.rows - first_row < S::kBlockRows ? args.rows - first_row : S::kBlockRows);
+    const T* const codebook = static_cast<const T*>(args.codebook.data) + book * args.codebook.book_stride;
+    const Terms<A>* const all_terms = args.terms + book * args.padded;
+
+    // Steps are slices of tiles of codes. `next` is the one to be copied, `at` the one that is multiplied.
+    struct Step {
+        int tile = 0, slice = 0, stage = 0;
+        __device__ __forceinline__ void advance(int slices) {
+            stage = stage + 1 < kStages ? stage + 1 : 0;
+            if (++slice == slices) slice = 0, ++tile;
+        }
+    } next, at;
+    const auto rows_of = [&](const Step& step) {
+        return rows + (args.resident ? step.slice : step.stage) * kRowsBytes;
+    };
+    const auto copy_next = [&] {
+        if (next.tile < tiles) {
+            const int64_t first_code = (first_tile + next.tile) * S::kBlockCodes;
+            const int64_t column = static_cast<int64_t>(next.slice) * S::kDepth;
+            if (!args.resident || next.tile == 0)
+                copy_slice<T, S::kBlockRows, kVectors>(rows_of(next), x, args.x.row_stride, valid, column, args.width);
+            const int64_t left = args.codes - first_code;
+            copy_slice<T, S::kBlockCodes, kVectors>(
+                codes + next.stage * kCodesBytes, codebook + first_code * args.codebook.row_stride,
+                args.codebook.row_stride, static_cast<int>(left < S::kBlockCodes ? left : S::kBlockCodes), column,
+                args.width);
+            const int piece = static_cast<int>(threadIdx.x) * kChunk;
+            if (next.slice + 1 == slices && piece < kTermsBytes)
+                copy_async(terms + next.tile % kTermStages * kTermsBytes + piece,
+                           reinterpret_cast<const char*>(all_terms + first_code) + piece);
+            next.advance(slices);
+        }
+        commit_copies();
+    };
+
+    Best<A> best[S::kRows][2];  // of rows g and g+8
+    Sum<T> sum[S::kRows][S::kCodes];
+#pragma unroll
+    for (int r = 0; r < S::kRows; ++r) {
+        best[r][0] = best[r][1] = {A(INFINITY), 0};
+#pragma unroll
+        for (int c = 0; c < S::kCodes; ++c) sum[r][c] = {};
+    }
+
+    for (int stage = 0; stage + 1 < kStages; ++stage) copy_next();
+    wait_copies<kStages - 2>();
+    sync_block();
+    Operands<T> now;
+    now.load(rows_of(at), warp_row, codes, warp_code, 0);
+    for (int tile = 0; tile < tiles; ++tile) {
+        for (int slice = 0; slice < slices; ++slice) {
+            const Step step = at;
+            at.advance(slices);
+            // Into the stage of the step before, whose last operands all warps had before the barrier.
+            copy_next();
+#pragma unroll
+            for (int p = 0; p < S::kProducts; ++p) {
+                Operands<T> then;
+                if constexpr (!S::kAhead) multiply_all(sum, now);
+                if (p + 1 < S::kProducts) {
+                    then.load(rows_of(step), warp_row, codes + step.stage * kCodesBytes, warp_code, p + 1);
+                } else {
+                    wait_copies<kStages - 2>();
+                    sync_block();
+                    const Step following = at.tile < tiles ? at : step;  // no branch; after the last, anything
+                    then.load(rows_of(following), warp_row, codes + following.stage * kCodesBytes, warp_code, 0);
+                }
+                if constexpr (S::kAhead) multiply_all(sum, now);
+                now = then;
+            }
+        }
+        // Codes ascend: a later one must be nearer.
+        const int first_code = static_cast<int>((first_tile + tile) * S::kBlockCodes) + warp_code + lane_column();
+        const Terms<A>* const mine =
+            reinterpret_cast<const Terms<A>*>(terms + tile % kTermStages * kTermsBytes) + warp_code + lane_column();
+#pragma unroll
+        for (int c = 0; c < S::kCodes; ++c) {
+            const Vector<Terms<A>, 2> terms_of_two = load<2>(mine + 8 * c);
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                const Terms<A> term = terms_of_two.at[e];
+#pragma unroll
+                for (int r = 0; r < S::kRows; ++r) {
+#pragma unroll
+                    for (int h = 0; h < 2; ++h) {
+                        const A score = fma(-sum[r][c].at[2 * h + e], term.at[1], term.at[0]);
+                        if (score < best[r][h].score) best[r][h] = {score, first_code + 8 * c + e};
+                    }
+                }
+            }
+#pragma unroll
+            for (int r = 0; r < S::kRows; ++r) sum[r][c] = {};
+        }
+    }
+
+    // Over the four lanes of a row, then over the warps of a row.
+    sync_block();
+    Best<A>* const others = shared_memory<Best<A>>();  // the copies have all landed and been used
+#pragma unroll
+    for (int r = 0; r < S::kRows; ++r) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+#pragma unroll
+            for (int mask = 1; mask < 4; mask *= 2) {
+                const Best<A> other{shuffle_xor(best[r][h].score, mask), shuffle_xor(best[r][h].code, mask)};
+                best[r][h] = better(best[r][h], other);
+            }
+            if (lane_id() % 4 == 0)
+                others[warp % kCodeGroups * S::kBlockRows + warp_row + 16 * r + 8 * h + lane_row()] = best[r][h];
+        }
+    }
+    sync_block();
+    const int row = static_cast<int>(threadIdx.x);
+    if (row >= S::kBlockRows || first_row + row >= args.rows) return;
+    Best<A> all = others[row];
+#pragma unroll
+    for (int group = 1; group < kCodeGroups; ++group) all = better(all, others[group * S::kBlockRows + row]);
+    const int64_t books = gridDim.x / args.row_blocks;
+    const int64_t to = (blockIdx.y * books + book) * args.rows + first_row + row;
+    args.scores[to] = all.score;
+    args.found[to] = all.code;
+}
+
+}  // namespace
+}  // namespace xlayer::cuda
