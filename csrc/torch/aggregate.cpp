@@ -23,7 +23,8 @@ Tensor ema_scan(const Tensor& x, const Tensor& gate_logits, const Optional& init
     args.scan.pool = torch_pool();
     Tensor states = given.new_states("states");
     args.states = states.mutable_data_ptr();
-    if (states.numel() > 0) run_cpu(x, args, cpu::ema_scan_forward_workspace, cpu::ema_scan_forward);
+    if (states.numel() > 0)
+        run_cpu(x, args, cpu::aggregate::ema_scan_forward_workspace, cpu::aggregate::ema_scan_forward);
     return states;
 }
 
@@ -45,7 +46,7 @@ Five ema_scan_backward(const Tensor& grad, const Tensor& x, const Tensor& gate_l
     args.grad_initial = initial ? std::get<2>(out).mutable_data_ptr() : nullptr;
     args.grad_norm_weight = norm_weight ? std::get<3>(out).mutable_data_ptr() : nullptr;
     args.grad_norm_bias = norm_bias ? std::get<4>(out).mutable_data_ptr() : nullptr;
-    run_cpu(x, args, cpu::ema_scan_backward_workspace, cpu::ema_scan_backward);
+    run_cpu(x, args, cpu::aggregate::ema_scan_backward_workspace, cpu::aggregate::ema_scan_backward);
     return out;
 }
 
@@ -61,7 +62,8 @@ Two depth_gru(const Tensor& x, const Tensor& weight_ih, const Tensor& weight_hh,
     Two out = given.new_states(keep);
     args.states = std::get<0>(out).mutable_data_ptr();
     args.gates = keep ? std::get<1>(out).mutable_data_ptr() : nullptr;
-    if (std::get<0>(out).numel() > 0) run_cpu(x, args, cpu::depth_gru_forward_workspace, cpu::depth_gru_forward);
+    if (std::get<0>(out).numel() > 0)
+        run_cpu(x, args, cpu::aggregate::depth_gru_forward_workspace, cpu::aggregate::depth_gru_forward);
     return out;
 }
 
@@ -87,7 +89,7 @@ Six depth_gru_backward(const Tensor& grad, const Tensor& states, const Tensor& g
     args.grad_bias_ih = std::get<3>(out).mutable_data_ptr();
     args.grad_bias_hh = std::get<4>(out).mutable_data_ptr();
     args.grad_initial = initial ? std::get<5>(out).mutable_data_ptr() : nullptr;
-    run_cpu(x, args, cpu::depth_gru_backward_workspace, cpu::depth_gru_backward);
+    run_cpu(x, args, cpu::aggregate::depth_gru_backward_workspace, cpu::aggregate::depth_gru_backward);
     return out;
 }
 
@@ -102,7 +104,7 @@ Two depth_attention(const Tensor& keys, const Tensor& values, const Tensor& weig
     args.attended = keep ? std::get<1>(out).mutable_data_ptr() : nullptr;
     // States without a width attend too: to all taps alike.
     if (std::get<0>(out).numel() > 0 || std::get<1>(out).numel() > 0) {
-        run_cpu(keys, args, cpu::depth_attention_forward_workspace, cpu::depth_attention_forward);
+        run_cpu(keys, args, cpu::aggregate::depth_attention_forward_workspace, cpu::aggregate::depth_attention_forward);
     }
     return out;
 }
@@ -129,7 +131,7 @@ Five depth_attention_backward(const Tensor& grad, const Tensor& states, const Te
     args.grad_weight_query = std::get<2>(out).mutable_data_ptr();
     args.grad_weight_out = std::get<3>(out).mutable_data_ptr();
     args.grad_initial = initial ? std::get<4>(out).mutable_data_ptr() : nullptr;
-    run_cpu(keys, args, cpu::depth_attention_backward_workspace, cpu::depth_attention_backward);
+    run_cpu(keys, args, cpu::aggregate::depth_attention_backward_workspace, cpu::aggregate::depth_attention_backward);
     return out;
 }
 #endif

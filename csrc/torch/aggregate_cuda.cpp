@@ -46,9 +46,9 @@ const void* data_of(const Optional& tensor) { return tensor ? tensor->const_data
 
 // out = first + second + third, rows [tokens, width]; all but the first contiguous, all but the first optional.
 void add(const Tensor& first, const Optional& second, const Optional& third, const Tensor& out, void* stream) {
-    cuda::add_rows({kernel_dtype(out, "out"), out.size(0), out.size(1), first.const_data_ptr(), first.stride(0),
-                    data_of(second), data_of(third), out.mutable_data_ptr()},
-                   stream);
+    cuda::aggregate::add_rows({kernel_dtype(out, "out"), out.size(0), out.size(1), first.const_data_ptr(),
+                               first.stride(0), data_of(second), data_of(third), out.mutable_data_ptr()},
+                              stream);
 }
 
 // Σ_l grads_lᵀ · S_{l−1}, the gradient of a weight that states were multiplied with. grads: [layers·tokens, …].
@@ -77,8 +77,8 @@ Tensor ema_scan_cuda(const Tensor& x, const Tensor& gate_logits, const Optional&
     Tensor states = given.new_states("states");
     args.states = states.mutable_data_ptr();
     if (states.numel() == 0) return states;
-    const Tensor workspace = new_workspace(x, cuda::ema_scan_forward_workspace(args), &args.workspace);
-    cuda::ema_scan_forward(args, scope.stream());
+    const Tensor workspace = new_workspace(x, cuda::aggregate::ema_scan_forward_workspace(args), &args.workspace);
+    cuda::aggregate::ema_scan_forward(args, scope.stream());
     return states;
 }
 
@@ -86,8 +86,9 @@ Five ema_scan_backward_cuda(const Tensor& grad, const Tensor& x, const Tensor& g
                             const Optional& norm_weight, const Optional& norm_bias, double eps, bool last_only) {
     const CudaScope scope(x);
     EmaArguments given(x, gate_logits, initial, norm_weight, norm_bias, eps, last_only);
-    STD_TORCH_CHECK(given.scan.layers <= cuda::kEmaMostLayers, "the CUDA kernels of ema_scan's backward take at most ",
-                    cuda::kEmaMostLayers, " layers, got ", given.scan.layers);
+    STD_TORCH_CHECK(given.scan.layers <= cuda::aggregate::kEmaMostLayers,
+                    "the CUDA kernels of ema_scan's backward take at most ", cuda::aggregate::kEmaMostLayers,
+                    " layers, got ", given.scan.layers);
     EmaScanBackward args{};
     args.scan = given.scan;
     const Tensor grads = given.checked_grad(grad);
@@ -103,8 +104,8 @@ Five ema_scan_backward_cuda(const Tensor& grad, const Tensor& x, const Tensor& g
     args.grad_initial = initial ? grad_initial.mutable_data_ptr() : nullptr;
     args.grad_norm_weight = norm_weight ? grad_weight.mutable_data_ptr() : nullptr;
     args.grad_norm_bias = norm_bias ? grad_bias.mutable_data_ptr() : nullptr;
-    const Tensor workspace = new_workspace(x, cuda::ema_scan_backward_workspace(args), &args.workspace);
-    cuda::ema_scan_backward(args, scope.stream());
+    const Tensor workspace = new_workspace(x, cuda::aggregate::ema_scan_backward_workspace(args), &args.workspace);
+    cuda::aggregate::ema_scan_backward(args, scope.stream());
     return out;
 }
 
@@ -127,7 +128,7 @@ Two depth_gru_cuda(const Tensor& x, const Tensor& weight_ih, const Tensor& weigh
         keep ? part_of(view(gates, {L * N, 4 * d}), 1, 0, 3 * d) : allocate(x, {L * N, 3 * d}, "W_i x");
     multiply(view(as_contiguous(given.x()), {L * N, given.gru.input}), turned(given.weight_ih()), from_input);
     const Tensor from_state = allocate(x, {N, 3 * d}, "W_h h");
-    cuda::GruStep step{};
+    cuda::aggregate::GruStep step{};
     step.dtype = given.gru.dtype, step.tokens = N, step.width = d;
     step.input_stride = from_input.stride(0);
     step.bias_ih = kernel_input(input_bias, "bias_ih"), step.bias_hh = kernel_input(state_bias, "bias_hh");
@@ -139,7 +140,7 @@ Two depth_gru_cuda(const Tensor& x, const Tensor& weight_ih, const Tensor& weigh
         step.previous = data_of(previous);
         step.state = select(states, 0, layer).mutable_data_ptr();
         step.gates = keep ? select(gates, 0, layer).mutable_data_ptr() : nullptr;
-        cuda::gru_step(step, scope.stream());
+        cuda::aggregate::gru_step(step, scope.stream());
     }
     return out;
 }
@@ -164,7 +165,7 @@ Six depth_gru_backward_cuda(const Tensor& grad, const Tensor& states_, const Ten
     const Tensor inside = allocate(x, {L * N, 4 * d}, "inside the gates");
     const Tensor direct = allocate(x, {N, d}, "direct"), product = allocate(x, {N, d}, "product");
     const Tensor through_state = part_of(inside, 1, d, 3 * d);
-    cuda::GruStepBackward step{};
+    cuda::aggregate::GruStepBackward step{};
     step.dtype = given.gru.dtype, step.tokens = N, step.width = d;
     step.grad_stride = grads.stride(1);
     step.direct = direct.mutable_data_ptr();
@@ -174,7 +175,7 @@ Six depth_gru_backward_cuda(const Tensor& grad, const Tensor& states_, const Ten
         step.gates = select(gates, 0, layer).const_data_ptr();
         step.previous = data_of(state_before(states, given.initial(), layer));
         step.inside = layer_of(inside, N, layer).mutable_data_ptr();
-        cuda::gru_step_backward(step, scope.stream());
+        cuda::aggregate::gru_step_backward(step, scope.stream());
         if (layer > 0 || initial) multiply(layer_of(through_state, N, layer), given.weight_hh(), product);
     }
     if (initial) add(direct, product, std::nullopt, grad_initial, scope.stream());
@@ -189,22 +190,23 @@ Six depth_gru_backward_cuda(const Tensor& grad, const Tensor& states_, const Ten
     multiply(turned(part_of(inside, 1, d, 2 * d)), rows, part_of(grad_ih, 0, 0, 2 * d));
     state_weight_gradient(through_state, states, given.initial(), grad_hh, scope.stream());
 
-    cuda::SumColumns sums{given.gru.dtype, inside.const_data_ptr(), L * N, 4 * d, {}, nullptr};
+    cuda::aggregate::SumColumns sums{given.gru.dtype, inside.const_data_ptr(), L * N, 4 * d, {}, nullptr};
     sums.parts[0] = {d, 3 * d, grad_bias_hh.mutable_data_ptr()};
     sums.parts[1] = {d, 2 * d, grad_bias_ih.mutable_data_ptr()};
     sums.parts[2] = {0, d, part_of(grad_bias_ih, 0, 2 * d, d).mutable_data_ptr()};
-    const Tensor workspace = new_workspace(x, cuda::sum_columns_workspace(sums), &sums.workspace);
-    cuda::sum_columns(sums, scope.stream());
+    const Tensor workspace = new_workspace(x, cuda::aggregate::sum_columns_workspace(sums), &sums.workspace);
+    cuda::aggregate::sum_columns(sums, scope.stream());
     return out;
 }
 
 // --- depth_attention -------------------------------------------------------------------------------------------------
 
-cuda::AttentionStep attention_step_of(const DepthAttention& of) {
+cuda::aggregate::AttentionStep attention_step_of(const DepthAttention& of) {
     const int64_t memory = of.memory < of.layers ? of.memory : of.layers;
-    STD_TORCH_CHECK(memory <= cuda::kDepthAttentionMostMemory, "the CUDA kernels of depth_attention attend to at most ",
-                    cuda::kDepthAttentionMostMemory, " taps, got ", memory);
-    cuda::AttentionStep step{};
+    STD_TORCH_CHECK(memory <= cuda::aggregate::kDepthAttentionMostMemory,
+                    "the CUDA kernels of depth_attention attend to at most ",
+                    cuda::aggregate::kDepthAttentionMostMemory, " taps, got ", memory);
+    cuda::aggregate::AttentionStep step{};
     step.dtype = of.dtype, step.layers = of.layers, step.tokens = of.tokens;
     step.heads = of.heads, step.head_width = of.head_width;
     step.memory = memory, step.scale = of.scale;
@@ -224,14 +226,14 @@ Two depth_attention_cuda(const Tensor& keys, const Tensor& values, const Tensor&
 
     const Tensor query = allocate(keys, {N, e}, "query");
     const Tensor one = keep ? kept : allocate(keys, {N, e}, "attended");  // of a layer
-    cuda::AttentionStep step = attention_step_of(given.attention);
+    cuda::aggregate::AttentionStep step = attention_step_of(given.attention);
     for (step.layer = 0; step.layer < L; ++step.layer) {
         const Optional previous = state_before(states, given.initial(), step.layer);
         const Tensor attended = keep ? select(kept, 0, step.layer) : one, state = select(states, 0, step.layer);
         if (previous) multiply(*previous, turned(given.weight_query()), query);
         step.query = previous ? query.const_data_ptr() : nullptr;
         step.attended = attended.mutable_data_ptr();
-        cuda::attention_step(step, scope.stream());
+        cuda::aggregate::attention_step(step, scope.stream());
         multiply(attended, turned(given.weight_out()), state);
         if (previous) add(state, previous, std::nullopt, state, scope.stream());
     }
@@ -257,8 +259,8 @@ Five depth_attention_backward_cuda(const Tensor& grad, const Tensor& states_, co
     const int64_t L = given.attention.layers, N = given.attention.tokens, d = given.attention.width, e = given.inner();
     kernel_input(states, "states"), kernel_input(grads, "grad");
 
-    cuda::AttentionStepBackward backward{};
-    cuda::AttentionStep& step = backward.step = attention_step_of(given.attention);
+    cuda::aggregate::AttentionStepBackward backward{};
+    cuda::aggregate::AttentionStep& step = backward.step = attention_step_of(given.attention);
     const auto wide = keys.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
     Tensor query = allocate(keys, {L * N, e}, "queries");
     const Tensor grad_query = allocate(keys, {L * N, e}, "grad of queries");
@@ -285,12 +287,12 @@ Five depth_attention_backward_cuda(const Tensor& grad, const Tensor& states_, co
         step.query = layer_of(query, N, layer).const_data_ptr();
         backward.grad_attended = layer_of(grad_attended, N, layer).const_data_ptr();
         backward.grad_query = layer_of(grad_query, N, layer).mutable_data_ptr();
-        cuda::attention_step_backward(backward, scope.stream());
+        cuda::aggregate::attention_step_backward(backward, scope.stream());
         if (layer > 0 || initial) multiply(layer_of(grad_query, N, layer), given.weight_query(), product);
     }
     if (initial) add(layer_of(grad_states, N, 0), product, std::nullopt, grad_initial, scope.stream());
 
-    cuda::attention_gradients(
+    cuda::aggregate::attention_gradients(
         {step, query.const_data_ptr(), grad_attended.const_data_ptr(), weights.const_data_ptr(),
          grad_logits.const_data_ptr(), grad_keys.mutable_data_ptr(), grad_values.mutable_data_ptr()},
         scope.stream());

@@ -17,8 +17,8 @@ HdimOutputs hdim_attention_cpu(const Tensor& query, const Tensor& key, const Ten
     HdimForward args{
         in.args,     context.mutable_data_ptr(), statistics.mutable_data_ptr(), row_entropy.mutable_data_ptr(), nullptr,
         torch_pool()};
-    const Tensor workspace = new_workspace(query, cpu::hdim_forward_workspace(args), &args.workspace);
-    cpu::hdim_forward(args);
+    const Tensor workspace = new_workspace(query, cpu::hdim::forward_workspace(args), &args.workspace);
+    cpu::hdim::forward(args);
     return {context, statistics, row_entropy};
 }
 
@@ -45,8 +45,8 @@ HdimGradients hdim_attention_backward_cpu(const Tensor& grad_context, const Opti
     args.grad_bias1 = out.bias1.mutable_data_ptr();
     args.grad_weight2 = out.weight2.mutable_data_ptr();
     args.pool = torch_pool();
-    const Tensor workspace = new_workspace(query, cpu::hdim_backward_workspace(args), &args.workspace);
-    cpu::hdim_backward(args);
+    const Tensor workspace = new_workspace(query, cpu::hdim::backward_workspace(args), &args.workspace);
+    cpu::hdim::backward(args);
     return {out.query, out.key, grad_value, out.weight1, out.bias1, out.weight2};
 }
 

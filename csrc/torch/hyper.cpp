@@ -340,13 +340,13 @@ struct CpuKernels {
         explicit Scope(const Tensor&) {}
         void forward(const Call& call, HyperForward& args) const {
             args.pool = torch_pool();
-            const Tensor workspace = call.new_workspace(cpu::hyper_forward_workspace(args), &args.workspace);
-            cpu::hyper_forward(args);
+            const Tensor workspace = call.new_workspace(cpu::hyper::forward_workspace(args), &args.workspace);
+            cpu::hyper::forward(args);
         }
         void backward(const Call& call, HyperBackward& args) const {
             args.pool = torch_pool();
-            const Tensor workspace = call.new_workspace(cpu::hyper_backward_workspace(args), &args.workspace);
-            cpu::hyper_backward(args);
+            const Tensor workspace = call.new_workspace(cpu::hyper::backward_workspace(args), &args.workspace);
+            cpu::hyper::backward(args);
         }
     };
 };
@@ -357,12 +357,12 @@ struct CudaKernels {
     struct Scope : CudaScope {
         using CudaScope::CudaScope;
         void forward(const Call& call, HyperForward& args) const {
-            const Tensor workspace = call.new_workspace(cuda::hyper_forward_workspace(args), &args.workspace);
-            cuda::hyper_forward(args, stream());
+            const Tensor workspace = call.new_workspace(cuda::hyper::forward_workspace(args), &args.workspace);
+            cuda::hyper::forward(args, stream());
         }
         void backward(const Call& call, HyperBackward& args) const {
-            const Tensor workspace = call.new_workspace(cuda::hyper_backward_workspace(args), &args.workspace);
-            cuda::hyper_backward(args, stream());
+            const Tensor workspace = call.new_workspace(cuda::hyper::backward_workspace(args), &args.workspace);
+            cuda::hyper::backward(args, stream());
         }
     };
 };

@@ -129,17 +129,17 @@ struct CpuKernels {
         explicit Scope(const Tensor&) {}
         void run(const Tensor& like, VqNearest& args) const {
             args.pool = torch_pool();
-            const Tensor workspace = new_workspace(like, cpu::vq_nearest_workspace(args), &args.workspace);
-            cpu::vq_nearest(args);
+            const Tensor workspace = new_workspace(like, cpu::quantize::vq_nearest_workspace(args), &args.workspace);
+            cpu::quantize::vq_nearest(args);
         }
         void run(const Tensor& like, VqStatistics& args) const {
             args.pool = torch_pool();
-            const Tensor workspace = new_workspace(like, cpu::vq_statistics_workspace(args), &args.workspace);
-            cpu::vq_statistics(args);
+            const Tensor workspace = new_workspace(like, cpu::quantize::vq_statistics_workspace(args), &args.workspace);
+            cpu::quantize::vq_statistics(args);
         }
         void run(const Tensor&, FsqForward& args) const {
             args.pool = torch_pool();
-            cpu::fsq_forward(args);
+            cpu::quantize::fsq_forward(args);
         }
     };
 };
@@ -150,14 +150,15 @@ struct CudaKernels {
     struct Scope : CudaScope {
         using CudaScope::CudaScope;
         void run(const Tensor& like, VqNearest& args) const {
-            const Tensor workspace = new_workspace(like, cuda::vq_nearest_workspace(args), &args.workspace);
-            cuda::vq_nearest(args, stream());
+            const Tensor workspace = new_workspace(like, cuda::quantize::vq_nearest_workspace(args), &args.workspace);
+            cuda::quantize::vq_nearest(args, stream());
         }
         void run(const Tensor& like, VqStatistics& args) const {
-            const Tensor workspace = new_workspace(like, cuda::vq_statistics_workspace(args), &args.workspace);
-            cuda::vq_statistics(args, stream());
+            const Tensor workspace =
+                new_workspace(like, cuda::quantize::vq_statistics_workspace(args), &args.workspace);
+            cuda::quantize::vq_statistics(args, stream());
         }
-        void run(const Tensor&, const FsqForward& args) const { cuda::fsq_forward(args, stream()); }
+        void run(const Tensor&, const FsqForward& args) const { cuda::quantize::fsq_forward(args, stream()); }
     };
 };
 #endif

@@ -52,14 +52,14 @@ Tensor masked_mean_backward(const Tensor& grad, const std::optional<Tensor>& mas
 Tensor masked_mean_cpu(const Tensor& x, const std::optional<Tensor>& mask) {
     return masked_mean(x, mask, [](MaskedMeanForward& args) {
         args.pool = torch_pool();
-        cpu::masked_mean_forward(args);
+        cpu::hdim::masked_mean_forward(args);
     });
 }
 
 Tensor masked_mean_backward_cpu(const Tensor& grad, const std::optional<Tensor>& mask, int64_t tokens) {
     return masked_mean_backward(grad, mask, tokens, [](MaskedMeanBackward& args) {
         args.pool = torch_pool();
-        cpu::masked_mean_backward(args);
+        cpu::hdim::masked_mean_backward(args);
     });
 }
 #endif
@@ -68,13 +68,14 @@ Tensor masked_mean_backward_cpu(const Tensor& grad, const std::optional<Tensor>&
 Tensor masked_mean_cuda(const Tensor& x, const std::optional<Tensor>& mask) {
     const CudaScope scope(x);
     return masked_mean(x, mask,
-                       [&](const MaskedMeanForward& args) { cuda::masked_mean_forward(args, scope.stream()); });
+                       [&](const MaskedMeanForward& args) { cuda::hdim::masked_mean_forward(args, scope.stream()); });
 }
 
 Tensor masked_mean_backward_cuda(const Tensor& grad, const std::optional<Tensor>& mask, int64_t tokens) {
     const CudaScope scope(grad);
-    return masked_mean_backward(
-        grad, mask, tokens, [&](const MaskedMeanBackward& args) { cuda::masked_mean_backward(args, scope.stream()); });
+    return masked_mean_backward(grad, mask, tokens, [&](const MaskedMeanBackward& args) {
+        cuda::hdim::masked_mean_backward(args, scope.stream());
+    });
 }
 #endif
 

@@ -3,7 +3,7 @@
 // its state in the caches; queries and scores are never written.
 #include "cpu/aggregate/attention.h"
 
-namespace xlayer::cpu::XLAYER_ISA {
+namespace xlayer::cpu::XLAYER_ISA::aggregate {
 namespace {
 
 template <class T>
@@ -91,4 +91,4 @@ void depth_attention_forward(const DepthAttentionForward& args) {
     Forward<float>(args).run();
 }
 
-}  // namespace xlayer::cpu::XLAYER_ISA
+}  // namespace xlayer::cpu::XLAYER_ISA::aggregate

@@ -3,7 +3,7 @@
 
 #include "cpu/aggregate/products.h"
 
-namespace xlayer::cpu::XLAYER_ISA {
+namespace xlayer::cpu::XLAYER_ISA::aggregate {
 
 constexpr int64_t kAttentionTile = 96;              // tokens that walk together, at most
 constexpr int64_t kAttentionTileBytes = 512 << 10;  // of their states and the like
@@ -118,4 +118,4 @@ inline void weighted_sum(const DepthAttention& args, const T* weights, const T* 
     }
 }
 
-}  // namespace xlayer::cpu::XLAYER_ISA
+}  // namespace xlayer::cpu::XLAYER_ISA::aggregate

@@ -5,7 +5,7 @@
 // saw it to the oldest, its own: for float in place, else in a ring of float rows that is as long as the window.
 #include "cpu/aggregate/attention.h"
 
-namespace xlayer::cpu::XLAYER_ISA {
+namespace xlayer::cpu::XLAYER_ISA::aggregate {
 namespace {
 
 template <class T>
@@ -210,4 +210,4 @@ void depth_attention_backward(const DepthAttentionBackward& args) {
     Backward<float>(args).run();
 }
 
-}  // namespace xlayer::cpu::XLAYER_ISA
+}  // namespace xlayer::cpu::XLAYER_ISA::aggregate

@@ -3,7 +3,7 @@
 // the bits do not depend on the tiles.
 #include "cpu/aggregate/ema.h"
 
-namespace xlayer::cpu::XLAYER_ISA {
+namespace xlayer::cpu::XLAYER_ISA::aggregate {
 namespace {
 
 constexpr int64_t kTileBytes = 65536;  // long runs that the prefetchers can follow; states that stay in the caches
@@ -102,4 +102,4 @@ void ema_scan_forward(const EmaScanForward& args) {
     Forward<float>(args).run();
 }
 
-}  // namespace xlayer::cpu::XLAYER_ISA
+}  // namespace xlayer::cpu::XLAYER_ISA::aggregate

@@ -7,7 +7,7 @@
 #include "xlayer/aggregate.h"
 #include "xlayer/workspace.h"
 
-namespace xlayer::cpu::XLAYER_ISA {
+namespace xlayer::cpu::XLAYER_ISA::aggregate {
 
 // Tokens whose rows are worked on at once: their sums do not wait for each other, and the norm's vectors are loaded
 // once for all.
@@ -174,4 +174,4 @@ class Scan {
     const bool own;           // rows in memory are of T: neither widened nor narrowed
 };
 
-}  // namespace xlayer::cpu::XLAYER_ISA
+}  // namespace xlayer::cpu::XLAYER_ISA::aggregate

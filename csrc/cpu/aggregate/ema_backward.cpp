@@ -4,7 +4,7 @@
 // from sizes: the bits do not depend on the threads.
 #include "cpu/aggregate/ema.h"
 
-namespace xlayer::cpu::XLAYER_ISA {
+namespace xlayer::cpu::XLAYER_ISA::aggregate {
 namespace {
 
 constexpr int64_t kTileBytes = 8192;  // of which 2 for every layer stay in L2
@@ -320,4 +320,4 @@ void ema_scan_backward(const EmaScanBackward& args) {
     Backward<float>(args).run();
 }
 
-}  // namespace xlayer::cpu::XLAYER_ISA
+}  // namespace xlayer::cpu::XLAYER_ISA::aggregate

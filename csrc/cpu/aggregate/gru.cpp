@@ -4,7 +4,7 @@
 // while still at hand, which writes h and, if wanted, the gates once.
 #include "cpu/aggregate/products.h"
 
-namespace xlayer::cpu::XLAYER_ISA {
+namespace xlayer::cpu::XLAYER_ISA::aggregate {
 namespace {
 
 constexpr int kGates = 3;
@@ -183,4 +183,4 @@ void depth_gru_forward(const DepthGruForward& args) {
     Forward<float>(args).run();
 }
 
-}  // namespace xlayer::cpu::XLAYER_ISA
+}  // namespace xlayer::cpu::XLAYER_ISA::aggregate

@@ -4,7 +4,7 @@
 // the tokens in order. Scratch is 5d per token, whatever the number of layers.
 #include "cpu/aggregate/products.h"
 
-namespace xlayer::cpu::XLAYER_ISA {
+namespace xlayer::cpu::XLAYER_ISA::aggregate {
 namespace {
 
 constexpr int kGates = 3;
@@ -170,4 +170,4 @@ void depth_gru_backward(const DepthGruBackward& args) {
     Backward<float>(args).run();
 }
 
-}  // namespace xlayer::cpu::XLAYER_ISA
+}  // namespace xlayer::cpu::XLAYER_ISA::aggregate

@@ -7,7 +7,7 @@
 #include "xlayer/aggregate.h"
 #include "xlayer/workspace.h"
 
-namespace xlayer::cpu::XLAYER_ISA {
+namespace xlayer::cpu::XLAYER_ISA::aggregate {
 
 // Terms summed in one chain: a sum of short sums rounds less than one long sum. Fewer where products are rounded too.
 #if defined(__FMA__) || defined(__FP_FAST_FMAF)
@@ -218,4 +218,4 @@ class WeightGradient {
     double* bias_;
 };
 
-}  // namespace xlayer::cpu::XLAYER_ISA
+}  // namespace xlayer::cpu::XLAYER_ISA::aggregate

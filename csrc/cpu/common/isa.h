@@ -12,32 +12,36 @@ const char* isa_name(Isa isa);
 
 }  // namespace xlayer::cpu
 
-// Defines xlayer::cpu::NAME(const ARGS&), which calls the variant for isa(). For isa.cpp only.
+// Defines xlayer::cpu::FAMILY::NAME(const ARGS&), which calls the variant for isa(). For isa.cpp only.
 #if defined(__x86_64__)
-#define XLAYER_DISPATCH(RETURN, NAME, ARGS)  \
-    namespace baseline {                     \
-    RETURN NAME(const ARGS&);                \
-    }                                        \
-    namespace avx2 {                         \
-    RETURN NAME(const ARGS&);                \
-    }                                        \
-    namespace avx512 {                       \
-    RETURN NAME(const ARGS&);                \
-    }                                        \
-    RETURN NAME(const ARGS& args) {          \
-        switch (isa()) {                     \
-            case Isa::avx512:                \
-                return avx512::NAME(args);   \
-            case Isa::avx2:                  \
-                return avx2::NAME(args);     \
-            default:                         \
-                return baseline::NAME(args); \
-        }                                    \
+#define XLAYER_DISPATCH(FAMILY, RETURN, NAME, ARGS)  \
+    namespace baseline::FAMILY {                     \
+    RETURN NAME(const ARGS&);                        \
+    }                                                \
+    namespace avx2::FAMILY {                         \
+    RETURN NAME(const ARGS&);                        \
+    }                                                \
+    namespace avx512::FAMILY {                       \
+    RETURN NAME(const ARGS&);                        \
+    }                                                \
+    namespace FAMILY {                               \
+    RETURN NAME(const ARGS& args) {                  \
+        switch (isa()) {                             \
+            case Isa::avx512:                        \
+                return avx512::FAMILY::NAME(args);   \
+            case Isa::avx2:                          \
+                return avx2::FAMILY::NAME(args);     \
+            default:                                 \
+                return baseline::FAMILY::NAME(args); \
+        }                                            \
+    }                                                \
     }
 #else
-#define XLAYER_DISPATCH(RETURN, NAME, ARGS) \
-    namespace baseline {                    \
-    RETURN NAME(const ARGS&);               \
-    }                                       \
-    RETURN NAME(const ARGS& args) { return baseline::NAME(args); }
+#define XLAYER_DISPATCH(FAMILY, RETURN, NAME, ARGS)                        \
+    namespace baseline::FAMILY {                                           \
+    RETURN NAME(const ARGS&);                                              \
+    }                                                                      \
+    namespace FAMILY {                                                     \
+    RETURN NAME(const ARGS& args) { return baseline::FAMILY::NAME(args); } \
+    }
 #endif

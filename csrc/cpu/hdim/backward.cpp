@@ -4,7 +4,7 @@
 // which are added up in task order. Work per pair: 6 products of 2·D·M flops and two of 2·H.
 #include "cpu/hdim/pairs.h"
 
-namespace xlayer::cpu::XLAYER_ISA {
+namespace xlayer::cpu::XLAYER_ISA::hdim {
 
 namespace {
 
@@ -395,7 +395,7 @@ void add_up_weights(const HdimBackward& args, const Plan<T>& plan) {
 }
 
 template <class Activation, class S, class T>
-void backward(const HdimBackward& args) {
+void run_backward(const HdimBackward& args) {
     const HdimInputs& in = args.in;
     Plan<T> plan(args, args.pool.threads);
     plan.template pack_weights<S>(in);
@@ -426,15 +426,15 @@ void backward(const HdimBackward& args) {
 
 }  // namespace
 
-int64_t hdim_backward_workspace(const HdimBackward& args) {
+int64_t backward_workspace(const HdimBackward& args) {
     return args.in.dtype == DType::float64 ? Plan<double>(args, args.pool.threads).bytes
                                            : Plan<float>(args, args.pool.threads).bytes;
 }
 
-void hdim_backward(const HdimBackward& args) {
+void backward(const HdimBackward& args) {
     with_hdim_types(args.in, [&](auto activation, auto element, auto accumulation) {
-        backward<decltype(activation), decltype(element), decltype(accumulation)>(args);
+        run_backward<decltype(activation), decltype(element), decltype(accumulation)>(args);
     });
 }
 
-}  // namespace xlayer::cpu::XLAYER_ISA
+}  // namespace xlayer::cpu::XLAYER_ISA::hdim

@@ -2,7 +2,7 @@
 // Work per pair: 2·2D·M flops for the scores and 2·H for the context; nothing of size Sq × Sk is kept.
 #include "cpu/hdim/pairs.h"
 
-namespace xlayer::cpu::XLAYER_ISA {
+namespace xlayer::cpu::XLAYER_ISA::hdim {
 
 namespace {
 
@@ -141,7 +141,7 @@ void forward_block(const HdimForward& args, const Plan<T>& plan, Worker<T>& w, i
 }
 
 template <class Activation, class S, class T>
-void forward(const HdimForward& args) {
+void run_forward(const HdimForward& args) {
     const HdimInputs& in = args.in;
     Plan<T> plan(in, args.workspace, args.pool.threads);
     plan.weights.template pack<S>(in, plan.sizes);
@@ -163,15 +163,15 @@ void forward(const HdimForward& args) {
 
 }  // namespace
 
-int64_t hdim_forward_workspace(const HdimForward& args) {
+int64_t forward_workspace(const HdimForward& args) {
     return args.in.dtype == DType::float64 ? Plan<double>(args.in, nullptr, args.pool.threads).bytes
                                            : Plan<float>(args.in, nullptr, args.pool.threads).bytes;
 }
 
-void hdim_forward(const HdimForward& args) {
+void forward(const HdimForward& args) {
     with_hdim_types(args.in, [&](auto activation, auto element, auto accumulation) {
-        forward<decltype(activation), decltype(element), decltype(accumulation)>(args);
+        run_forward<decltype(activation), decltype(element), decltype(accumulation)>(args);
     });
 }
 
-}  // namespace xlayer::cpu::XLAYER_ISA
+}  // namespace xlayer::cpu::XLAYER_ISA::hdim

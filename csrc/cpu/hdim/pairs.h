@@ -12,7 +12,7 @@
 #include "xlayer/hdim.h"
 #include "xlayer/workspace.h"
 
-namespace xlayer::cpu::XLAYER_ISA {
+namespace xlayer::cpu::XLAYER_ISA::hdim {
 
 constexpr int64_t kPairTile = 64;    // pairs scored at a time: their features and hidden units stay in the first cache
 constexpr int64_t kQueryBlock = 32;  // query rows that share one pass over the values
@@ -248,4 +248,4 @@ XLAYER_INLINE void with_hdim_types(const HdimInputs& in, F f) {
     });
 }
 
-}  // namespace xlayer::cpu::XLAYER_ISA
+}  // namespace xlayer::cpu::XLAYER_ISA::hdim

@@ -7,7 +7,7 @@
 
 #include "cpu/common/element.h"
 
-namespace xlayer::cpu::XLAYER_ISA {
+namespace xlayer::cpu::XLAYER_ISA::hdim {
 namespace {
 
 constexpr int64_t kColumns = 128;       // width of one task; its sums stay in L1
@@ -102,4 +102,4 @@ void masked_mean_backward(const MaskedMeanBackward& args) {
     with_element(args.dtype, [&](auto* element) { backward<std::remove_pointer_t<decltype(element)>>(args); });
 }
 
-}  // namespace xlayer::cpu::XLAYER_ISA
+}  // namespace xlayer::cpu::XLAYER_ISA::hdim

@@ -9,7 +9,7 @@
 #include "cpu/hyper/gradients.h"
 #include "xlayer/workspace.h"
 
-namespace xlayer::cpu::XLAYER_ISA {
+namespace xlayer::cpu::XLAYER_ISA::hyper {
 namespace {
 
 constexpr int64_t kStretch = 512;  // elements of d at a time in the second step
@@ -480,7 +480,7 @@ class Backward {
 };
 
 template <class T>
-void backward(const HyperBackward& args) {
+void run_backward(const HyperBackward& args) {
     switch (args.size.streams) {
         case 2:
             return Backward<T, 2>(args).run();
@@ -504,13 +504,13 @@ int64_t backward_workspace(const HyperBackward& args) {
 
 }  // namespace
 
-int64_t hyper_backward_workspace(const HyperBackward& args) {
+int64_t backward_workspace(const HyperBackward& args) {
     return args.size.dtype == DType::float64 ? backward_workspace<double>(args) : backward_workspace<float>(args);
 }
 
-void hyper_backward(const HyperBackward& args) {
-    if (args.size.dtype == DType::float64) return backward<double>(args);
-    backward<float>(args);
+void backward(const HyperBackward& args) {
+    if (args.size.dtype == DType::float64) return run_backward<double>(args);
+    run_backward<float>(args);
 }
 
-}  // namespace xlayer::cpu::XLAYER_ISA
+}  // namespace xlayer::cpu::XLAYER_ISA::hyper

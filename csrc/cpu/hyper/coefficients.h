@@ -4,7 +4,7 @@
 
 #include "cpu/hyper/rows.h"
 
-namespace xlayer::cpu::XLAYER_ISA {
+namespace xlayer::cpu::XLAYER_ISA::hyper {
 
 constexpr int kMostCoefficients = static_cast<int>(kHyperMostStreams * (kHyperMostStreams + 2));
 
@@ -253,4 +253,4 @@ inline void constrained_coefficients_backward(const HyperConnection& connection,
     lanes_to_tokens(scratch.grads, tokens, count, grad_a);
 }
 
-}  // namespace xlayer::cpu::XLAYER_ISA
+}  // namespace xlayer::cpu::XLAYER_ISA::hyper

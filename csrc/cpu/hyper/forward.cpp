@@ -4,7 +4,7 @@
 #include "cpu/hyper/coefficients.h"
 #include "xlayer/workspace.h"
 
-namespace xlayer::cpu::XLAYER_ISA {
+namespace xlayer::cpu::XLAYER_ISA::hyper {
 namespace {
 
 // Tokens whose coefficients are made together: one to a lane of Sinkhorn's vectors; rows of four share a weight's load.
@@ -229,7 +229,7 @@ class Forward {
 };
 
 template <class T>
-void forward(const HyperForward& args) {
+void run_forward(const HyperForward& args) {
     switch (args.size.streams) {
         case 2:
             return Forward<T, 2>(args).run();
@@ -244,14 +244,14 @@ void forward(const HyperForward& args) {
 
 }  // namespace
 
-int64_t hyper_forward_workspace(const HyperForward& args) {
+int64_t forward_workspace(const HyperForward& args) {
     const int64_t worker = args.size.dtype == DType::float64 ? worker_size<double>(args) : worker_size<float>(args);
     return product_of_sizes(args.pool.threads, worker);
 }
 
-void hyper_forward(const HyperForward& args) {
-    if (args.size.dtype == DType::float64) return forward<double>(args);
-    forward<float>(args);
+void forward(const HyperForward& args) {
+    if (args.size.dtype == DType::float64) return run_forward<double>(args);
+    run_forward<float>(args);
 }
 
-}  // namespace xlayer::cpu::XLAYER_ISA
+}  // namespace xlayer::cpu::XLAYER_ISA::hyper

@@ -3,7 +3,7 @@
 
 #include "cpu/hyper/rows.h"
 
-namespace xlayer::cpu::XLAYER_ISA {
+namespace xlayer::cpu::XLAYER_ISA::hyper {
 
 // A weight as the second step reads it: one vector of each row after the other, instead of rows whose distance is often
 // a multiple of the cache's, where every store of the gradient would hold up the load that follows. Vector m of element
@@ -173,4 +173,4 @@ __attribute__((noinline)) void stream_gradient_all(int stream, int64_t numbers, 
     });
 }
 
-}  // namespace xlayer::cpu::XLAYER_ISA
+}  // namespace xlayer::cpu::XLAYER_ISA::hyper

@@ -6,7 +6,7 @@
 #include "cpu/common/rows.h"
 #include "xlayer/hyper.h"
 
-namespace xlayer::cpu::XLAYER_ISA {
+namespace xlayer::cpu::XLAYER_ISA::hyper {
 
 // --- Rows in memory --------------------------------------------------------------------------------------------------
 
@@ -194,4 +194,4 @@ inline void products(const Product<T>& of) {
     for (; r < of.rows; ++r) product_rows<T, 1>(of, r);
 }
 
-}  // namespace xlayer::cpu::XLAYER_ISA
+}  // namespace xlayer::cpu::XLAYER_ISA::hyper

@@ -5,7 +5,7 @@
 #include "cpu/common/rows.h"
 #include "xlayer/quantize.h"
 
-namespace xlayer::cpu::XLAYER_ISA {
+namespace xlayer::cpu::XLAYER_ISA::quantize {
 namespace {
 
 constexpr int64_t kPieceElements = 1024;  // of whole rows that one step takes
@@ -230,4 +230,4 @@ void fsq_forward(const FsqForward& args) {
     forward<float>(args);
 }
 
-}  // namespace xlayer::cpu::XLAYER_ISA
+}  // namespace xlayer::cpu::XLAYER_ISA::quantize

@@ -8,7 +8,7 @@
 #include "xlayer/quantize.h"
 #include "xlayer/workspace.h"
 
-namespace xlayer::cpu::XLAYER_ISA {
+namespace xlayer::cpu::XLAYER_ISA::quantize {
 namespace {
 
 constexpr int kVectors = 2;  // of rows in a panel: with twice as many codes to a tile than for four, x is loaded less
@@ -249,4 +249,4 @@ void vq_nearest(const VqNearest& args) {
     Nearest<float>(args).run();
 }
 
-}  // namespace xlayer::cpu::XLAYER_ISA
+}  // namespace xlayer::cpu::XLAYER_ISA::quantize

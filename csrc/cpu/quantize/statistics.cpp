@@ -4,7 +4,7 @@
 #include "xlayer/quantize.h"
 #include "xlayer/workspace.h"
 
-namespace xlayer::cpu::XLAYER_ISA {
+namespace xlayer::cpu::XLAYER_ISA::quantize {
 namespace {
 
 constexpr int64_t kColumns = 64;        // of x that one task adds
@@ -131,4 +131,4 @@ void vq_statistics(const VqStatistics& args) {
     Statistics<float>(args).run();
 }
 
-}  // namespace xlayer::cpu::XLAYER_ISA
+}  // namespace xlayer::cpu::XLAYER_ISA::quantize

@@ -10,10 +10,8 @@
 // down to: so each is written once, and rounded once.
 #include "cuda/aggregate/common.cuh"
 
-namespace xlayer::cuda {
+namespace xlayer::cuda::aggregate {
 namespace {
-
-using namespace aggregate;
 
 constexpr int kThreads = 256;
 constexpr int64_t kMostShared = 32 * 1024;
@@ -261,4 +259,4 @@ void attention_gradients(const AttentionGradients& args, void* stream) {
     });
 }
 
-}  // namespace xlayer::cuda
+}  // namespace xlayer::cuda::aggregate

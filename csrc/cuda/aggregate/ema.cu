@@ -7,10 +7,8 @@
 // take the second path, of two kernels, which reads x twice: the rows' statistics, then every vector alone.
 #include "cuda/aggregate/common.cuh"
 
-namespace xlayer::cuda {
+namespace xlayer::cuda::aggregate {
 namespace {
-
-using namespace aggregate;
 
 constexpr int kThreads = 256;
 constexpr int kAhead = 4;      // layers whose taps are on their way together
@@ -227,4 +225,4 @@ void ema_scan_forward(const EmaScanForward& args, void* stream) {
     });
 }
 
-}  // namespace xlayer::cuda
+}  // namespace xlayer::cuda::aggregate

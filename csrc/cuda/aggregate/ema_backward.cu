@@ -12,10 +12,8 @@
 // first and the kernel here follows: x is read three times, grad twice, 6L·d.
 #include "cuda/aggregate/common.cuh"
 
-namespace xlayer::cuda {
+namespace xlayer::cuda::aggregate {
 namespace {
-
-using namespace aggregate;
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
@@ -281,7 +279,7 @@ void with_vectors(EmaScanBackward args, const F& f) {
 
 }  // namespace
 
-int64_t aggregate::most_shared(const char* name) {
+int64_t most_shared(const char* name) {
     int device = 0, most = 0;
     check(cudaGetDevice(&device), name);
     check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), name);
@@ -304,4 +302,4 @@ void ema_scan_backward(const EmaScanBackward& args, void* stream) {
     });
 }
 
-}  // namespace xlayer::cuda
+}  // namespace xlayer::cuda::aggregate

@@ -9,10 +9,8 @@
 // multiprocessors, more than an H100 moves and 0.8 of an H200's 4.8 TB/s.
 #include "cuda/aggregate/common.cuh"
 
-namespace xlayer::cuda {
+namespace xlayer::cuda::aggregate {
 namespace {
-
-using namespace aggregate;
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
@@ -291,7 +289,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, V>) ema_scan_norm_backwar
 
 }  // namespace
 
-bool aggregate::ema_norm_backward_fits(EmaBackward* with) {
+bool ema_norm_backward_fits(EmaBackward* with) {
     const EmaScan& s = with->args.scan;
     if (s.width > kElements * kThreads) return false;
     const int64_t bytes = s.dtype == DType::float64 ? 8 : 4;
@@ -303,7 +301,7 @@ bool aggregate::ema_norm_backward_fits(EmaBackward* with) {
     return true;
 }
 
-void aggregate::ema_norm_backward(const EmaBackward& with, void* stream) {
+void ema_norm_backward(const EmaBackward& with, void* stream) {
     const EmaScan& s = with.args.scan;
     const LayerRows &x = s.x, &grad = with.args.grad;
     with_element(s.dtype, [&](auto element) {
@@ -317,4 +315,4 @@ void aggregate::ema_norm_backward(const EmaBackward& with, void* stream) {
     });
 }
 
-}  // namespace xlayer::cuda
+}  // namespace xlayer::cuda::aggregate

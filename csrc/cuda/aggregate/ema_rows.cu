@@ -2,10 +2,8 @@
 // registers or the shared memory of a block. Bound by memory: both read x once, the second grad too.
 #include "cuda/aggregate/common.cuh"
 
-namespace xlayer::cuda {
+namespace xlayer::cuda::aggregate {
 namespace {
-
-using namespace aggregate;
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
@@ -111,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, 4) ema_row_means_kernel(EmaBackward 
 
 }  // namespace
 
-void aggregate::ema_statistics(const EmaScan& scan, void* statistics, void* stream) {
+void ema_statistics(const EmaScan& scan, void* statistics, void* stream) {
     with_element(scan.dtype, [&](auto element) {
         using T = decltype(element);
         const bool vectors = vector_length<T>(scan.x.data, scan.x.layer_stride, scan.x.token_stride, scan.width) > 1;
@@ -122,7 +120,7 @@ void aggregate::ema_statistics(const EmaScan& scan, void* statistics, void* stre
     });
 }
 
-void aggregate::ema_row_means(const EmaBackward& with, void* stream) {
+void ema_row_means(const EmaBackward& with, void* stream) {
     const EmaScan& s = with.args.scan;
     const LayerRows &x = s.x, &grad = with.args.grad;
     with_element(s.dtype, [&](auto element) {
@@ -138,4 +136,4 @@ void aggregate::ema_row_means(const EmaBackward& with, void* stream) {
     });
 }
 
-}  // namespace xlayer::cuda
+}  // namespace xlayer::cuda::aggregate

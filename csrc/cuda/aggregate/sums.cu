@@ -2,10 +2,8 @@
 // number is read once.
 #include "cuda/aggregate/common.cuh"
 
-namespace xlayer::cuda {
+namespace xlayer::cuda::aggregate {
 namespace {
-
-using namespace aggregate;
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
@@ -119,7 +117,7 @@ int64_t run_of(int64_t rows, int64_t columns) {
 
 }  // namespace
 
-void aggregate::finish_columns(const ColumnSums& args, void* stream) {
+void finish_columns(const ColumnSums& args, void* stream) {
     with_element(args.dtype, [&](auto element) {
         using T = decltype(element);
         launch(
@@ -166,4 +164,4 @@ void add_rows(const AddRows& args, void* stream) {
     });
 }
 
-}  // namespace xlayer::cuda
+}  // namespace xlayer::cuda::aggregate

@@ -1,10 +1,10 @@
-// hdim's backward: scores again (hdim_score.cu, by the caller), then the steps that hdim_backward.cuh names.
+// hdim's backward: scores again (score.cu, by the caller), then the steps that backward.cuh names.
 #include "cuda/hdim/backward.cuh"
 
-namespace xlayer::cuda {
+namespace xlayer::cuda::hdim {
 namespace {
 
-constexpr int64_t kKeyBytes = 32 * 1024;  // of keys in shared memory, in hdim_grad_weights
+constexpr int64_t kKeyBytes = 32 * 1024;  // of keys in shared memory, in grad_weights
 
 template <class T, class Activation, int G>
 GradPlan make_plan(const PairSizes& s) {
@@ -35,7 +35,7 @@ GradPartials<T> take_partials(Arena& arena, const PairSizes& s, const GradPlan& 
 
 }  // namespace
 
-int64_t hdim_grad_pairs_workspace(const HdimInputs& in) {
+int64_t grad_pairs_workspace(const HdimInputs& in) {
     const PairSizes sizes(in);
     Arena arena{nullptr};
     with_pair_types(in, [&](auto element, auto activation, auto groups) {
@@ -46,7 +46,7 @@ int64_t hdim_grad_pairs_workspace(const HdimInputs& in) {
     return arena.used;
 }
 
-void hdim_grad_pairs(const HdimGradPairs& args, void* stream) {
+void grad_pairs(const HdimGradPairs& args, void* stream) {
     const PairSizes sizes(args.in);
     with_pair_types(args.in, [&](auto element, auto activation, auto groups) {
         using T = decltype(element);
@@ -63,4 +63,4 @@ void hdim_grad_pairs(const HdimGradPairs& args, void* stream) {
     });
 }
 
-}  // namespace xlayer::cuda
+}  // namespace xlayer::cuda::hdim

@@ -6,12 +6,12 @@
 #include "cuda/hdim/pack.cuh"
 #include "cuda/hdim/pair_tiling.cuh"
 
-namespace xlayer::cuda {
+namespace xlayer::cuda::hdim {
 
-// How the pairs are cut. hdim_grad_keys: a warp takes 16·R keys and a slice of queries. hdim_grad_weights: a warp takes
+// How the pairs are cut. grad_keys: a warp takes 16·R keys and a slice of queries. grad_weights: a warp takes
 // 16 hidden units, a block a chunk of keys and a slice of queries.
 struct GradPlan {
-    Walk keys;                            // of hdim_grad_keys
+    Walk keys;                            // of grad_keys
     int64_t weight_chunks, weight_chunk;  // of keys
     int64_t weight_slices, weight_slice, weight_tiles;
 };
@@ -26,7 +26,7 @@ struct GradPartials {
     A* hidden;            // [B][weight_chunks][weight_slices][M][2]: Σ G, and Σ ∂L/∂logit · act
 };
 
-// Tiles of 16 keys in a warp of hdim_grad_keys: as many as leave no register to spill.
+// Tiles of 16 keys in a warp of grad_keys: as many as leave no register to spill.
 template <class T, class Activation, int G>
 constexpr int kGradTiles = !is_half<T> || G == 8 ? 1
                            : G == 4              ? 2
@@ -55,7 +55,7 @@ template <class T>
 void finish(const HdimGradPairs& args, const Packed<T>& packed, const PairSizes& sizes, const GradPlan& plan,
             const GradPartials<T>& from, void* stream);
 
-}  // namespace xlayer::cuda
+}  // namespace xlayer::cuda::hdim
 
 // Every combination that with_pair_types() may ask for; expands XLAYER_HDIM_INSTANCE(T, Activation, G).
 #define XLAYER_HDIM_ACTIVATIONS(T, G) XLAYER_HDIM_INSTANCE(T, Relu, G) XLAYER_HDIM_INSTANCE(T, Gelu, G)

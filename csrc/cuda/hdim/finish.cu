@@ -2,7 +2,7 @@
 // once.
 #include "cuda/hdim/backward.cuh"
 
-namespace xlayer::cuda {
+namespace xlayer::cuda::hdim {
 namespace {
 
 constexpr int kFinishThreads = 256;
@@ -172,4 +172,4 @@ template void finish<bfloat16>(const HdimGradPairs&, const Packed<bfloat16>&, co
 template void finish<float16>(const HdimGradPairs&, const Packed<float16>&, const PairSizes&, const GradPlan&,
                               const GradPartials<float16>&, void*);
 
-}  // namespace xlayer::cuda
+}  // namespace xlayer::cuda::hdim

@@ -12,7 +12,7 @@
 // cores.
 #include "cuda/hdim/backward.cuh"
 
-namespace xlayer::cuda {
+namespace xlayer::cuda::hdim {
 namespace {
 
 template <class T>
@@ -226,4 +226,4 @@ void grad_keys(const HdimGradPairs& args, const Packed<T>& packed, const PairSiz
 XLAYER_HDIM_INSTANCES
 #undef XLAYER_HDIM_INSTANCE
 
-}  // namespace xlayer::cuda
+}  // namespace xlayer::cuda::hdim

@@ -16,7 +16,7 @@
 // instructions, which take 100 cycles: bound by the issue of instructions.
 #include "cuda/hdim/backward.cuh"
 
-namespace xlayer::cuda {
+namespace xlayer::cuda::hdim {
 namespace {
 
 template <class T>
@@ -262,4 +262,4 @@ void grad_weights(const HdimGradPairs& args, const Packed<T>& packed, const Pair
 XLAYER_HDIM_INSTANCES
 #undef XLAYER_HDIM_INSTANCE
 
-}  // namespace xlayer::cuda
+}  // namespace xlayer::cuda::hdim

@@ -2,7 +2,7 @@
 // the kernels.
 #include "cuda/hdim/pack.cuh"
 
-namespace xlayer::cuda {
+namespace xlayer::cuda::hdim {
 namespace {
 
 constexpr int kPackThreads = 256;
@@ -245,4 +245,4 @@ template void pack_inputs<tf32>(const HdimScore&, const Packed<tf32>&, const Pai
 template void pack_inputs<bfloat16>(const HdimScore&, const Packed<bfloat16>&, const PairSizes&, void*);
 template void pack_inputs<float16>(const HdimScore&, const Packed<float16>&, const PairSizes&, void*);
 
-}  // namespace xlayer::cuda
+}  // namespace xlayer::cuda::hdim

@@ -1,10 +1,10 @@
-// How hdim_score and hdim_grad_keys divide the pairs: a warp keeps a tile of 16·R keys and walks over a slice of the
+// How score and grad_keys divide the pairs: a warp keeps a tile of 16·R keys and walks over a slice of the
 // queries, past hidden units whose weights lie in the block's shared memory, a chunk of them at a time.
 #pragma once
 
 #include "cuda/hdim/pairs.cuh"
 
-namespace xlayer::cuda {
+namespace xlayer::cuda::hdim {
 
 struct Walk {
     int64_t tiles, slices, slice;  // of keys; of queries; queries in a slice
@@ -106,4 +106,4 @@ Launch walk_launch(const PairSizes& s, const Walk& walk, void* stream) {
             WalkMemory<T, G, R>::bytes(walk.chunk)};
 }
 
-}  // namespace xlayer::cuda
+}  // namespace xlayer::cuda::hdim

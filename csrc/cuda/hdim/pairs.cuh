@@ -22,7 +22,7 @@
 #include "xlayer/hdim.h"
 #include "xlayer/workspace.h"
 
-namespace xlayer::cuda {
+namespace xlayer::cuda::hdim {
 
 constexpr int kWarps = 4;  // in a block of the pair kernels
 constexpr int kThreads = kWarps * kWarp;
@@ -64,7 +64,7 @@ struct PairSizes {
         : batch(in.batch),
           queries(in.queries),
           keys(in.keys),
-          pitch(hdim_pitch(in.keys)),
+          pitch(logits_pitch(in.keys)),
           hidden(static_cast<int>(in.mlp_dim > 0 ? round_up(in.mlp_dim, 16) : 16)),
           groups(0) {
         const int wanted = static_cast<int>(ceil_div(in.proj_dim, 8));
@@ -264,4 +264,4 @@ void with_pair_types(const HdimInputs& in, const F& f) {
     with_element(in.dtype, with_activation);
 }
 
-}  // namespace xlayer::cuda
+}  // namespace xlayer::cuda::hdim

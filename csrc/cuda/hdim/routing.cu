@@ -4,7 +4,7 @@
 #include "cuda/common/device.cuh"
 #include "xlayer/routing.h"
 
-namespace xlayer::cuda {
+namespace xlayer::cuda::hdim {
 namespace {
 
 constexpr int kWarps = 8;
@@ -164,4 +164,4 @@ void masked_mean_backward(const MaskedMeanBackward& args, void* stream) {
     });
 }
 
-}  // namespace xlayer::cuda
+}  // namespace xlayer::cuda::hdim

@@ -8,7 +8,7 @@
 #include "cuda/hdim/pack.cuh"
 #include "cuda/hdim/pair_tiling.cuh"
 
-namespace xlayer::cuda {
+namespace xlayer::cuda::hdim {
 namespace {
 
 // Tiles of 16 keys that a warp holds, for keys and their features with a query to fit in registers.
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kThreads, kPairBlocks) hdim_score_kernel(Score
 }
 
 template <class T, class Activation, int G>
-void score(const HdimScore& args, const Packed<T>& packed, const PairSizes& s, void* stream) {
+void launch_score(const HdimScore& args, const Packed<T>& packed, const PairSizes& s, void* stream) {
     constexpr int64_t kEnough = 4096;  // warps
     const HdimInputs& in = args.in;
     const Score<T> score{packed,
@@ -129,21 +129,21 @@ void score(const HdimScore& args, const Packed<T>& packed, const PairSizes& s, v
 
 }  // namespace
 
-int64_t hdim_score_workspace(const HdimInputs& in) {
+int64_t score_workspace(const HdimInputs& in) {
     Arena arena{nullptr};
     with_element(in.dtype, [&](auto element) { take_packed<decltype(element)>(arena, PairSizes(in)); });
     return arena.used;
 }
 
-void hdim_score(const HdimScore& args, void* stream) {
+void score(const HdimScore& args, void* stream) {
     const PairSizes sizes(args.in);
     with_pair_types(args.in, [&](auto element, auto activation, auto groups) {
         using T = decltype(element);
         Arena arena{static_cast<char*>(args.workspace)};
         const Packed<T> packed = take_packed<T>(arena, sizes);
         pack_inputs<T>(args, packed, sizes, stream);
-        score<T, decltype(activation), decltype(groups)::value>(args, packed, sizes, stream);
+        launch_score<T, decltype(activation), decltype(groups)::value>(args, packed, sizes, stream);
     });
 }
 
-}  // namespace xlayer::cuda
+}  // namespace xlayer::cuda::hdim

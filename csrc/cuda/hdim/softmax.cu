@@ -7,7 +7,7 @@
 // anyway.
 #include "cuda/hdim/backward.cuh"
 
-namespace xlayer::cuda {
+namespace xlayer::cuda::hdim {
 namespace {
 
 constexpr int kRowThreads = 256;
@@ -173,7 +173,7 @@ template void softmax_backward<tf32>(const HdimGradPairs&, const PairSizes&, voi
 template void softmax_backward<bfloat16>(const HdimGradPairs&, const PairSizes&, void*);
 template void softmax_backward<float16>(const HdimGradPairs&, const PairSizes&, void*);
 
-void hdim_softmax(const HdimSoftmax& args, void* stream) {
+void softmax(const HdimSoftmax& args, void* stream) {
     const PairSizes s(args.in);
     with_element(args.in.dtype, [&](auto element) {
         using T = decltype(element);
@@ -188,4 +188,4 @@ void hdim_softmax(const HdimSoftmax& args, void* stream) {
     });
 }
 
-}  // namespace xlayer::cuda
+}  // namespace xlayer::cuda::hdim

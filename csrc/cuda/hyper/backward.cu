@@ -1,10 +1,8 @@
-// Hyper's backward: what its steps (hyper_backward.cuh) are given, and where they put it.
+// Hyper's backward: what its steps (backward.cuh) are given, and where they put it.
 #include "cuda/hyper/backward.cuh"
 
-namespace xlayer::cuda {
+namespace xlayer::cuda::hyper {
 namespace {
-
-using namespace hyper;
 
 constexpr int64_t kMostRuns = 256;
 constexpr int64_t kFewestRunTokens = 16;
@@ -65,12 +63,12 @@ int64_t plan(const HyperBackward& args, Backward& with) {
 
 }  // namespace
 
-int64_t hyper_backward_workspace(const HyperBackward& args) {
+int64_t backward_workspace(const HyperBackward& args) {
     Backward with{};
     return plan(args, with);
 }
 
-void hyper_backward(const HyperBackward& args, void* stream) {
+void backward(const HyperBackward& args, void* stream) {
     Backward with{};
     plan(args, with);
     if (args.pre) backward_numbers(with, stream);
@@ -79,4 +77,4 @@ void hyper_backward(const HyperBackward& args, void* stream) {
     backward_finish(with, stream);
 }
 
-}  // namespace xlayer::cuda
+}  // namespace xlayer::cuda::hyper

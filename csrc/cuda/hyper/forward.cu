@@ -9,10 +9,8 @@
 #include "cuda/hyper/forward.cuh"
 #include "cuda/hyper/logits.cuh"
 
-namespace xlayer::cuda {
+namespace xlayer::cuda::hyper {
 namespace {
-
-using namespace hyper;
 
 // resources: hyper_forward_kernel<double, *> threads 256, registers 255, shared 81920, occupancy 0.125
 // resources: hyper_forward_kernel<*, 8> threads 256, registers 255, shared 81920, occupancy 0.125
@@ -70,7 +68,7 @@ void launch_forward(const HyperForward& args, bool has_logits, void* stream) {
            {blocks, kForwardThreads, stream, static_cast<size_t>(with.shared_bytes)}, with);
 }
 
-void forward(const HyperForward& args, bool has_logits, void* stream) {
+void launch_forward(const HyperForward& args, bool has_logits, void* stream) {
     with_element(args.size.dtype, [&](auto element) {
         using T = decltype(element);
         with_streams(args.size.streams,
@@ -80,27 +78,27 @@ void forward(const HyperForward& args, bool has_logits, void* stream) {
 
 }  // namespace
 
-int64_t hyper_forward_workspace(const HyperForward& args) {
+int64_t forward_workspace(const HyperForward& args) {
     const bool layer = args.pre && args.connection.norm == HyperNorm::layer;
     return layer ? args.size.columns() * (args.size.dtype == DType::float64 ? 8 : 4) : 0;
 }
 
-void hyper_forward(const HyperForward& args, void* stream) {
+void forward(const HyperForward& args, void* stream) {
     if (args.pre && args.connection.norm == HyperNorm::layer)
         sum_weights(args.size, args.connection.weight, args.workspace, stream);
-    if (!args.pre || args.connection.norm != HyperNorm::rms_all) return forward(args, false, stream);
+    if (!args.pre || args.connection.norm != HyperNorm::rms_all) return launch_forward(args, false, stream);
     HyperForward rest = args;
     if (args.post.branch.data != nullptr) {
         HyperForward post = args;
         post.pre = false;
-        forward(post, false, stream);
+        launch_forward(post, false, stream);
         rest.post = {};
         const HyperStreams<void*>& out = args.out;
         rest.in = {out.data, {out.stride[0], out.stride[1], out.stride[2]}};
     }
     logits_of_all({args.size, rest.in, args.connection.weight, args.connection.eps, args.logits, args.statistics},
                   stream);
-    forward(rest, true, stream);
+    launch_forward(rest, true, stream);
 }
 
-}  // namespace xlayer::cuda
+}  // namespace xlayer::cuda::hyper

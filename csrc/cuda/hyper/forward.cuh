@@ -1,4 +1,4 @@
-// A token of hyper's forward, as a block computes it: see hyper_forward.cu.
+// A token of hyper's forward, as a block computes it: see forward.cu.
 #pragma once
 
 #include "cuda/hyper/common.cuh"

@@ -7,7 +7,7 @@
 #include "xlayer/quantize.h"
 #include "xlayer/workspace.h"
 
-namespace xlayer::cuda {
+namespace xlayer::cuda::quantize {
 
 constexpr int64_t kMostBlocks = 65535;  // of kernels that loop over the rest
 
@@ -25,4 +25,4 @@ __device__ __forceinline__ bool is_finite(A x) {
     return x - x == A(0);
 }
 
-}  // namespace xlayer::cuda
+}  // namespace xlayer::cuda::quantize

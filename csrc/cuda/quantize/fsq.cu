@@ -8,7 +8,7 @@
 // memory; bfloat16 with rows of 8, 5 bytes a number, is at the edge, 0.96 trillion numbers a second allow 30.
 #include "cuda/quantize/common.cuh"
 
-namespace xlayer::cuda {
+namespace xlayer::cuda::quantize {
 namespace {
 
 constexpr int kThreads = 256;
@@ -181,4 +181,4 @@ void fsq_forward(const FsqForward& args, void* stream) {
     });
 }
 
-}  // namespace xlayer::cuda
+}  // namespace xlayer::cuda::quantize

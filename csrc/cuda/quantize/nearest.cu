@@ -8,7 +8,7 @@
 // The search is in quantize_search.cuh. The merge is bound by memory: it reads N·D elements and gathers as many.
 #include "cuda/quantize/search.cuh"
 
-namespace xlayer::cuda {
+namespace xlayer::cuda::quantize {
 namespace {
 
 // --- Bias and scale of codes ---------------------------------------------------------------------------------------
@@ -224,4 +224,4 @@ void vq_nearest(const VqNearest& args, void* stream) {
     });
 }
 
-}  // namespace xlayer::cuda
+}  // namespace xlayer::cuda::quantize

@@ -12,7 +12,7 @@
 #include "cuda/common/fragment.cuh"
 #include "cuda/quantize/common.cuh"
 
-namespace xlayer::cuda {
+namespace xlayer::cuda::quantize {
 namespace {
 
 template <class A>
@@ -306,4 +306,4 @@ __global__ void __launch_bounds__(kThreads, 1) vq_search_kernel(Search<Accumulat
 }
 
 }  // namespace
-}  // namespace xlayer::cuda
+}  // namespace xlayer::cuda::quantize

@@ -10,7 +10,7 @@
 
 #include "cuda/quantize/common.cuh"
 
-namespace xlayer::cuda {
+namespace xlayer::cuda::quantize {
 namespace {
 
 constexpr int kThreads = 256;
@@ -180,4 +180,4 @@ __global__ void __launch_bounds__(kThreads) vq_scatter_kernel(Pass args) {
 }
 
 }  // namespace
-}  // namespace xlayer::cuda
+}  // namespace xlayer::cuda::quantize

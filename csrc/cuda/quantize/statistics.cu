@@ -8,7 +8,7 @@
 // book, so 2 MB for N = K = 65,536 and D = 64.
 #include "cuda/quantize/sort.cuh"
 
-namespace xlayer::cuda {
+namespace xlayer::cuda::quantize {
 namespace {
 
 constexpr int kPiece = 128;  // rows of a piece of a sum
@@ -293,4 +293,4 @@ void vq_statistics(const VqStatistics& args, void* stream) {
     });
 }
 
-}  // namespace xlayer::cuda
+}  // namespace xlayer::cuda::quantize

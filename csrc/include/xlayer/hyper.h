@@ -96,7 +96,7 @@ struct HyperForward {
     void* coefficients;  // c [tokens, n, n+2]; null, like the next two, where norm is none
     void* logits;        // z [tokens, n, n+2]: kept for the backward
     void* statistics;    // [tokens, n, kHyperStatistics]; rms_all writes the same for all n
-    void* workspace;     // hyper_forward_workspace() bytes, aligned to 64
+    void* workspace;     // forward_workspace() bytes, aligned to 64
     ThreadPool pool;
 };
 
@@ -120,23 +120,23 @@ struct HyperBackward {
     void* grad_weight;             // out where norm is not none, like the next two
     void* grad_bias;               // [n+2], whether or not there is a bias
     void* grad_scale;              // [n+2]
-    void* workspace;               // hyper_backward_workspace() bytes, aligned to 64
+    void* workspace;               // backward_workspace() bytes, aligned to 64
     ThreadPool pool;
 };
 
-namespace cpu {
-int64_t hyper_forward_workspace(const HyperForward& args);
-int64_t hyper_backward_workspace(const HyperBackward& args);
-void hyper_forward(const HyperForward& args);
-void hyper_backward(const HyperBackward& args);
-}  // namespace cpu
+namespace cpu::hyper {
+int64_t forward_workspace(const HyperForward& args);
+int64_t backward_workspace(const HyperBackward& args);
+void forward(const HyperForward& args);
+void backward(const HyperBackward& args);
+}  // namespace cpu::hyper
 
 // `stream` is a cudaStream_t of the current device; the pool is not used. Throw std::runtime_error if a launch fails.
-namespace cuda {
-int64_t hyper_forward_workspace(const HyperForward& args);
-int64_t hyper_backward_workspace(const HyperBackward& args);
-void hyper_forward(const HyperForward& args, void* stream);
-void hyper_backward(const HyperBackward& args, void* stream);
-}  // namespace cuda
+namespace cuda::hyper {
+int64_t forward_workspace(const HyperForward& args);
+int64_t backward_workspace(const HyperBackward& args);
+void forward(const HyperForward& args, void* stream);
+void backward(const HyperBackward& args, void* stream);
+}  // namespace cuda::hyper
 
 }  // namespace xlayer

@@ -75,21 +75,21 @@ struct FsqForward {
     ThreadPool pool;
 };
 
-namespace cpu {
+namespace cpu::quantize {
 int64_t vq_nearest_workspace(const VqNearest& args);
 void vq_nearest(const VqNearest& args);
 int64_t vq_statistics_workspace(const VqStatistics& args);
 void vq_statistics(const VqStatistics& args);
 void fsq_forward(const FsqForward& args);
-}  // namespace cpu
+}  // namespace cpu::quantize
 
-namespace cuda {
+namespace cuda::quantize {
 // `stream` is a cudaStream_t of the current device; the pool is not used. Throws std::runtime_error if a launch fails.
 int64_t vq_nearest_workspace(const VqNearest& args);
 void vq_nearest(const VqNearest& args, void* stream);
 int64_t vq_statistics_workspace(const VqStatistics& args);
 void vq_statistics(const VqStatistics& args, void* stream);
 void fsq_forward(const FsqForward& args, void* stream);
-}  // namespace cuda
+}  // namespace cuda::quantize
 
 }  // namespace xlayer
