@@ -74,7 +74,7 @@ class HeadThread {
         if (row != nullptr) {
             const T* const other = tap(rows, j);
             for_columns([&](int64_t c) {
-                const Vector<T, V> a = load<V>(row + c), b = load<V>(other + c);
+                const Vector<T, V> a = load_vec<V>(row + c), b = load_vec<V>(other + c);
 #pragma unroll
                 for (int v = 0; v < V; ++v) sum[0] = fma(widen(a.at[v]), widen(b.at[v]), sum[0]);
             });
@@ -89,7 +89,7 @@ class HeadThread {
             A sum[V] = {};
 #pragma unroll 4
             for (int64_t j = 0; j < count_; ++j) {
-                const Vector<T, V> some = load<V>(tap(rows, j) + c);
+                const Vector<T, V> some = load_vec<V>(tap(rows, j) + c);
 #pragma unroll
                 for (int v = 0; v < V; ++v) sum[v] = fma(factors[j], widen(some.at[v]), sum[v]);
             }
@@ -188,8 +188,8 @@ __global__ void __launch_bounds__(kThreads, 4) attention_gradients_kernel(Attent
             const int64_t from = row + back * s.tokens, number = (from * s.heads + head) * s.memory + back;
             const A weight = static_cast<const A*>(args.weights)[number];
             const A logit = static_cast<const A*>(args.grad_logits)[number];
-            const Vector<T, V> query = load<V>(static_cast<const T*>(args.query) + from * width + e);
-            const Vector<T, V> grad = load<V>(static_cast<const T*>(args.grad_attended) + from * width + e);
+            const Vector<T, V> query = load_vec<V>(static_cast<const T*>(args.query) + from * width + e);
+            const Vector<T, V> grad = load_vec<V>(static_cast<const T*>(args.grad_attended) + from * width + e);
 #pragma unroll
             for (int v = 0; v < V; ++v) {
                 key[v] = fma(logit, widen(query.at[v]), key[v]);

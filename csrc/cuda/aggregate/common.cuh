@@ -49,13 +49,13 @@ __device__ __forceinline__ void store_narrow(T* to, const Accumulator<T> (&from)
     Vector<T, V> out;
 #pragma unroll
     for (int v = 0; v < V; ++v) out.at[v] = narrow<T>(from[v]);
-    store_global(to, out);
+    store_vec(to, out);
 }
 // What `from` has, null: zeros.
 template <class T, int V>
 __device__ __forceinline__ void load_wide(const T* from, bool there, Accumulator<T> (&to)[V]) {
     Vector<T, V> some{};
-    if (there) some = load<V>(from);
+    if (there) some = load_vec<V>(from);
     widen_all<T, V>(some, to);
 }
 
@@ -66,7 +66,7 @@ template <int V, class A>
 __device__ __forceinline__ void load_pieces(const A* from, int apart, A (&to)[V]) {
 #pragma unroll
     for (int v = 0; v < V; v += kPiece<A, V>) {
-        const Vector<A, kPiece<A, V>> some = load<kPiece<A, V>>(from + v / kPiece<A, V> * apart);
+        const Vector<A, kPiece<A, V>> some = load_vec<kPiece<A, V>>(from + v / kPiece<A, V> * apart);
 #pragma unroll
         for (int i = 0; i < kPiece<A, V>; ++i) to[v + i] = some.at[i];
     }
@@ -78,7 +78,7 @@ __device__ __forceinline__ void store_pieces(A* to, int apart, const A (&from)[V
         Vector<A, kPiece<A, V>> some;
 #pragma unroll
         for (int i = 0; i < kPiece<A, V>; ++i) some.at[i] = from[v + i];
-        store(to + v / kPiece<A, V> * apart, some);
+        store_vec<Space::generic>(to + v / kPiece<A, V> * apart, some);
     }
 }
 
@@ -172,7 +172,7 @@ struct RowNorm {
 
     __device__ __forceinline__ static RowNorm load_of(const void* statistics, int64_t row) {
         const A* const from = static_cast<const A*>(statistics) + row * kStatistics;
-        const Vector<A, 2> pair = load<2>(from);
+        const Vector<A, 2> pair = load_vec<2>(from);
         return {pair.at[0], pair.at[1], from[2]};
     }
     __device__ __forceinline__ A operator()(A x) const { return fma(x - first, inverse, shift); }

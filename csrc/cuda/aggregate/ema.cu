@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kThreads, kNorm ? 2 : 4) ema_scan_kernel(Forwa
             Vector<T, V> taps[kAhead];
 #pragma unroll
             for (int i = 0; i < kAhead; ++i)
-                if (first + i < s.layers) taps[i] = load<V>(x + (first + i) * s.x.layer_stride);
+                if (first + i < s.layers) taps[i] = load_vec<V>(x + (first + i) * s.x.layer_stride);
 #pragma unroll
             for (int i = 0; i < kAhead; ++i) {
                 const int64_t layer = first + i;
@@ -99,7 +99,7 @@ class NormThread {
         const T* const x = static_cast<const T*>(s_.x.data) + layer * s_.x.layer_stride + token_ * s_.x.token_stride;
 #pragma unroll
         for (int k = 0; k < K; ++k)
-            if (inside(k) && layer < s_.layers) taps[k] = load<V>(x + column(k));  // else it stays as it is
+            if (inside(k) && layer < s_.layers) taps[k] = load_vec<V>(x + column(k));  // else it stays as it is
     }
 
     // Takes a first mean off the row, which is 0 outside.

@@ -89,7 +89,7 @@ class VectorThread {
             for (int i = 0; i < kAhead; ++i) {
                 const bool given = inside_ && first >= i && (!s_.last_only || first - i == s_.layers - 1);
                 grads[i] = Vector<T, V>{};
-                if (given) grads[i] = load<V>(place(with_.args.grad, first - i));
+                if (given) grads[i] = load_vec<V>(place(with_.args.grad, first - i));
             }
 #pragma unroll
             for (int i = 0; i < kAhead; ++i) {
@@ -115,7 +115,7 @@ class VectorThread {
 #pragma unroll
             for (int i = 0; i < kAhead; ++i) {
                 taps[i] = Vector<T, V>{};
-                if (inside_ && first + i < s_.layers) taps[i] = load<V>(place(s_.x, first + i));
+                if (inside_ && first + i < s_.layers) taps[i] = load_vec<V>(place(s_.x, first + i));
             }
 #pragma unroll
             for (int i = 0; i < kAhead; ++i) {
@@ -155,7 +155,7 @@ class VectorThread {
                                               const A (&state)[V]) {
         const int64_t row = layer * s_.tokens + token_;
         const RowNorm<A> norm = RowNorm<A>::load_of(with_.statistics, row);
-        const Vector<A, 2> means = load<2>(static_cast<const A*>(with_.row_means) + row * 2);
+        const Vector<A, 2> means = load_vec<2>(static_cast<const A*>(with_.row_means) + row * 2);
 #pragma unroll
         for (int v = 0; v < V; ++v) {
             const A normal = norm(value[v]), incoming = take * adjoint[v];

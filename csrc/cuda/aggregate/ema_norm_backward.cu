@@ -72,7 +72,7 @@ class RowThread {
 #pragma unroll
         for (int k = 0; k < K; ++k) {
             to.at[k] = Vector<T, V>{};
-            if (given && inside(k)) to.at[k] = load<V>(from + column(k));
+            if (given && inside(k)) to.at[k] = load_vec<V>(from + column(k));
         }
     }
     __device__ __forceinline__ void fetch_grad(int layer, Row& to) const {

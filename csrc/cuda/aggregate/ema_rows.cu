@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kThreads, 4) ema_statistics_kernel(Statistics 
             sums[0] = sums[1] = 0;
 #pragma unroll 2
             for (int64_t e = static_cast<int64_t>(threadIdx.x) * V; e < s.width; e += kThreads * V) {
-                const Vector<T, V> some = load<V>(x + e);
+                const Vector<T, V> some = load_vec<V>(x + e);
 #pragma unroll
                 for (int v = 0; v < V; ++v) {
                     const A number = widen(some.at[v]) - mean;

@@ -89,31 +89,39 @@ struct alignas(sizeof(T) * N) Vector {
 };
 
 template <int N, class T>
-__device__ __forceinline__ Vector<T, N> load(const T* from) {
+__device__ __forceinline__ Vector<T, N> load_vec(const T* from) {
     return *reinterpret_cast<const Vector<T, N>*>(from);
 }
-template <int N, class T>
-__device__ __forceinline__ void store(T* to, const Vector<T, N>& value) {
-    *reinterpret_cast<Vector<T, N>*>(to) = value;
-}
 
-// store() to global memory alone, and one instruction for sure: where a loop is unrolled or a value selected, the
-// compiler forgets that the address is aligned and stores the elements one by one.
-template <int N, class T>
-__device__ __forceinline__ void store_global(T* to, const Vector<T, N>& value) {
+// What kind of address a store is given. generic: shared memory, or either.
+enum class Space { global, generic };
+
+// Stores a vector. In global memory vectors of 4, 8 and 16 bytes take one instruction for sure: where a loop is
+// unrolled or a value selected, the compiler forgets that the address is aligned and stores the elements one by one.
+template <Space S = Space::global, int N, class T>
+__device__ __forceinline__ void store_vec(T* to, const Vector<T, N>& value) {
+    static_assert(sizeof(value) <= 16, "no instruction stores more than 16 bytes");
 #ifndef XLAYER_EMULATED
-    if constexpr (sizeof(value) == 16) {
+    constexpr int kWords = sizeof(value) / 4;
+    if constexpr (S == Space::global && kWords > 0) {
         union {
             Vector<T, N> value;
-            uint32_t at[4];
+            uint32_t at[kWords];
         } bits{value};
-        asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(bits.at[0]), "r"(bits.at[1]),
-                     "r"(bits.at[2]), "r"(bits.at[3])
-                     : "memory");
+        if constexpr (kWords == 4) {
+            asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(bits.at[0]), "r"(bits.at[1]),
+                         "r"(bits.at[2]), "r"(bits.at[3])
+                         : "memory");
+        } else if constexpr (kWords == 2) {
+            asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(bits.at[0]), "r"(bits.at[1]) : "memory");
+        } else {
+            static_assert(kWords == 1, "a vector has 1, 2, 4, 8 or 16 bytes");
+            asm volatile("st.global.b32 [%0], %1;" ::"l"(to), "r"(bits.at[0]) : "memory");
+        }
         return;
     }
 #endif
-    store(to, value);
+    *reinterpret_cast<Vector<T, N>*>(to) = value;
 }
 
 // The most elements that one access may take: 16 bytes' worth if the address and every stride allow it, else one.

@@ -42,8 +42,8 @@ __device__ __forceinline__ void split_distance(A grad, A query, A key, A& grad_q
 template <class A>
 __device__ __forceinline__ void add_or_store(A* to, const Vector<A, 2>& sum, bool add) {
     Vector<A, 2> before{};
-    if (add) before = load<2>(to);
-    store(to, Vector<A, 2>{{before.at[0] + sum.at[0], before.at[1] + sum.at[1]}});
+    if (add) before = load_vec<2>(to);
+    store_vec(to, Vector<A, 2>{{before.at[0] + sum.at[0], before.at[1] + sum.at[1]}});
 }
 
 // ∂L/∂logit of a warp's keys with one query; true if any is not 0.
@@ -85,8 +85,8 @@ struct AtQuery {
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
             const int unit = m + 8 * n;
-            const Vector<A, 2> start = load<2>(u + unit + lane_column());
-            const Vector<A, 2> w2 = load<2>(memory.weight2 + unit + lane_column());
+            const Vector<A, 2> start = load_vec<2>(u + unit + lane_column());
+            const Vector<A, 2> w2 = load_vec<2>(memory.weight2 + unit + lane_column());
             Sum<T> pre[kTiles];
 #pragma unroll
             for (int r = 0; r < kTiles; ++r) pre[r] = {{start.at[0], start.at[1], start.at[0], start.at[1]}};
@@ -201,8 +201,8 @@ __global__ void __launch_bounds__(kThreads, kPairBlocks) hdim_grad_keys_kernel(G
                 if (j >= share.present) continue;
 #pragma unroll
                 for (int g = 0; g < kGroups; ++g)
-                    store(to + (share.first + j) * 8 * G + 8 * g + lane_column(),
-                          Vector<A, 2>{{grad_key[r][g].at[2 * h], grad_key[r][g].at[2 * h + 1]}});
+                    store_vec(to + (share.first + j) * 8 * G + 8 * g + lane_column(),
+                              Vector<A, 2>{{grad_key[r][g].at[2 * h], grad_key[r][g].at[2 * h + 1]}});
             }
         }
     }

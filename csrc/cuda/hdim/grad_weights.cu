@@ -76,8 +76,8 @@ __device__ __forceinline__ void score_keys(Sum<T>& pre, const Weight& weight, co
 
 template <class A>
 __device__ __forceinline__ void add_pair(A* to, A first, A second) {
-    const Vector<A, 2> before = load<2>(to);
-    store(to, Vector<A, 2>{{before.at[0] + first, before.at[1] + second}});
+    const Vector<A, 2> before = load_vec<2>(to);
+    store_vec<Space::generic>(to, Vector<A, 2>{{before.at[0] + first, before.at[1] + second}});
 }
 
 // resources: hdim_grad_weights_kernel<*float16, *, [23]> threads 128, registers 168, shared 64512, occupancy 0.125
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kOwners<T, G>* kWarp, kPairBlocks * 4 / kOwner
         for (int g = 0; g < G; ++g) {
 #pragma unroll
             for (int which = 0; which < 3; ++which)
-                store(&own.sum[which][lane_row() + 8 * h][8 * g + lane_column()], Vector<A, 2>{});
+                store_vec<Space::generic>(&own.sum[which][lane_row() + 8 * h][8 * g + lane_column()], Vector<A, 2>{});
         }
     }
     const A weight2[2] = {p.weight2[unit + lane_row()], p.weight2[unit + lane_row() + 8]};
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kOwners<T, G>* kWarp, kPairBlocks * 4 / kOwner
             A of_query[2] = {};
 #pragma unroll 1
             for (int j = 0; j < count; j += 16) {
-                const Vector<A, 2> grad_logit[2] = {load<2>(grad_row + j), load<2>(grad_row + j + 8)};
+                const Vector<A, 2> grad_logit[2] = {load_vec<2>(grad_row + j), load_vec<2>(grad_row + j + 8)};
                 const bool any = grad_logit[0].at[0] != 0 || grad_logit[0].at[1] != 0 || grad_logit[1].at[0] != 0 ||
                                  grad_logit[1].at[1] != 0;
                 if (ballot(any) == 0) continue;                   // masked, all of them
@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(kOwners<T, G>* kWarp, kPairBlocks * 4 / kOwner
                                                        element<T>(direct[0].row[h], c) * of_query[h]);
                 }
                 const Vector<A, 2> sum{{add_over_rows(grad_query[0]), add_over_rows(grad_query[1])}};
-                if (lane_row() == 0) store(to + 8 * g, sum);
+                if (lane_row() == 0) store_vec(to + 8 * g, sum);
                 sync_warp();  // matrix instructions want the warp back together
             }
         }
@@ -231,14 +231,14 @@ __global__ void __launch_bounds__(kOwners<T, G>* kWarp, kPairBlocks * 4 / kOwner
             for (int g = 0; g < kGroups; ++g) {
 #pragma unroll
                 for (int which = 0; which < 3; ++which)
-                    store(weight + which * 8 * G + 8 * g,
-                          load<2>(&own.sum[which][lane_row() + 8 * h][8 * (walk + g) + lane_column()]));
-                store(weight + 3 * 8 * G + 8 * g,
-                      Vector<A, 2>{{of_distance[g].at[2 * h], of_distance[g].at[2 * h + 1]}});
+                    store_vec(weight + which * 8 * G + 8 * g,
+                              load_vec<2>(&own.sum[which][lane_row() + 8 * h][8 * (walk + g) + lane_column()]));
+                store_vec(weight + 3 * 8 * G + 8 * g,
+                          Vector<A, 2>{{of_distance[g].at[2 * h], of_distance[g].at[2 * h + 1]}});
             }
             const A slope = add_over_columns(of_weight2[h]);
             if (lane_column() == 0)
-                store(args.to.hidden + (item * s.hidden + m) * 2, Vector<A, 2>{{of_hidden[h], slope}});
+                store_vec(args.to.hidden + (item * s.hidden + m) * 2, Vector<A, 2>{{of_hidden[h], slope}});
         }
     }
 }

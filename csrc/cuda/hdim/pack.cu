@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kPackThreads, kPackBlocks) hdim_pack_values_ke
         bool good = !masked;
         if (args.isolate && good) {
             for (int64_t h = lane_id() * N; h < args.width; h += kWarp * N) {
-                const Vector<T, N> some = load<N>(from + h * args.stride[2]);
+                const Vector<T, N> some = load_vec<N>(from + h * args.stride[2]);
 #pragma unroll
                 for (int n = 0; n < N; ++n) good = good && finite(widen(some.at[n]));
             }
@@ -134,8 +134,8 @@ __global__ void __launch_bounds__(kPackThreads, kPackBlocks) hdim_pack_values_ke
         T* const to = args.to + row * args.width;
         for (int64_t h = lane_id() * N; h < args.width; h += kWarp * N) {
             Vector<T, N> some = zero;
-            if (good) some = load<N>(from + h * args.stride[2]);
-            store_global(to + h, some);
+            if (good) some = load_vec<N>(from + h * args.stride[2]);
+            store_vec(to + h, some);
         }
         if (lane_id() == 0 && !good && !masked) args.key_bias[row] = not_a_number<A>();
     });

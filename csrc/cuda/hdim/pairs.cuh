@@ -149,7 +149,7 @@ __device__ __forceinline__ void copy_rows(T* to, int to_pitch, const T* from, in
         if (row < valid) {
             copy_async(place, from + static_cast<int64_t>(row) * from_pitch + column);
         } else {
-            store(place, Vector<T, kElements>{});
+            store_vec<Space::generic>(place, Vector<T, kElements>{});
         }
     }
     commit_copies();

@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) masked_mea
 #pragma unroll 4
             for (int turn = 0; turn < kWarp; ++turn) {
                 if (!inside || !(bits >> turn & 1)) continue;
-                const Vector<T, N> row = load<N>(x + (first + turn * kWarps) * args.x_token_stride);
+                const Vector<T, N> row = load_vec<N>(x + (first + turn * kWarps) * args.x_token_stride);
 #pragma unroll
                 for (int n = 0; n < N; ++n) step[n] += widen(row.at[n]);
             }
@@ -117,7 +117,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
         const A total = static_cast<A>(sum_over_warps(count, counts));
         if (column >= args.width) continue;  // all barriers of this tile are behind
 
-        const Vector<T, N> grad = load<N>(static_cast<const T*>(args.grad) + tile.b * args.grad_batch_stride + column);
+        const Vector<T, N> grad =
+            load_vec<N>(static_cast<const T*>(args.grad) + tile.b * args.grad_batch_stride + column);
         Vector<T, N> share;
 #pragma unroll
         for (int n = 0; n < N; ++n) share.at[n] = narrow<T>(widen(grad.at[n]) / total);
@@ -127,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 
         T* row = static_cast<T*>(args.grad_x) + tile.b * args.tokens * args.width + column;
         for (int64_t s = warp; s < args.tokens; s += kWarps) {
-            store_global(row + s * args.width, allowed(args.mask, tile.b, s, args.tokens) ? share : zero);
+            store_vec(row + s * args.width, allowed(args.mask, tile.b, s, args.tokens) ? share : zero);
         }
     }
 }

@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kThreads, kPairBlocks) hdim_score_kernel(Score
             A logit[kTiles][2] = {};
 #pragma unroll(is_half<T> ? 2 : 1)
             for (int m = 0; m < count; m += 8) {
-                const Vector<A, 2> u = load<2>(hidden + m), w2 = load<2>(memory.weight2 + m + lane_column());
+                const Vector<A, 2> u = load_vec<2>(hidden + m), w2 = load_vec<2>(memory.weight2 + m + lane_column());
                 Sum<T> pre[kTiles];
 #pragma unroll
                 for (int r = 0; r < kTiles; ++r) pre[r] = {{u.at[0], u.at[1], u.at[0], u.at[1]}};

@@ -34,7 +34,7 @@ template <class A>
 __device__ __forceinline__ A top_of_row(const A* logits, int64_t pitch) {
     A top = -infinity<A>();
     for (int64_t j = lane_id() * kTogether<A>; j < pitch; j += kWarp * kTogether<A>) {
-        const Vector<A, kTogether<A>> some = load<kTogether<A>>(logits + j);
+        const Vector<A, kTogether<A>> some = load_vec<kTogether<A>>(logits + j);
 #pragma unroll
         for (int n = 0; n < kTogether<A>; ++n) top = greater(top, some.at[n]);
     }
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks) hdim_softmax_kernel(S
         const bool empty = top == -infinity<A>();
         A total = 0, moment = 0;  // Σ w and Σ w·log w of the weights w = exp(logit − top)
         for (int64_t j = lane_id() * kTogether<A>; j < args.pitch && !empty; j += kWarp * kTogether<A>) {
-            const Vector<A, kTogether<A>> some = load<kTogether<A>>(logits + j);
+            const Vector<A, kTogether<A>> some = load_vec<kTogether<A>>(logits + j);
 #pragma unroll
             for (int n = 0; n < kTogether<A>; ++n) {
                 const A shifted = some.at[n] - top, weight = exp(shifted);
@@ -78,14 +78,14 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks) hdim_softmax_kernel(S
         moment = add_over_lanes(moment);
         const A inverse = empty ? A(0) : A(1) / total, mean = moment * inverse;
         for (int64_t j = lane_id() * kTogether<A>; j < args.pitch; j += kWarp * kTogether<A>) {
-            const Vector<A, kTogether<A>> some = load<kTogether<A>>(logits + j);
+            const Vector<A, kTogether<A>> some = load_vec<kTogether<A>>(logits + j);
             Vector<T, kTogether<A>> out;
 #pragma unroll
             for (int n = 0; n < kTogether<A>; ++n) {
                 const bool allowed = some.at[n] != -infinity<A>();  // in a row with NaN, others stay 0
                 out.at[n] = narrow<T>(allowed ? exp(some.at[n] - top) * inverse : A(0));
             }
-            store_global(probability + j, out);
+            store_vec(probability + j, out);
         }
         if (lane_id() == 0) {
             A* const statistics = args.statistics + row * kHdimStatistics;

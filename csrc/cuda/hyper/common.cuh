@@ -72,7 +72,7 @@ bool aligned(const HyperRows<Pointer>& rows, size_t element, int64_t v) {
 // V elements of a row, `count` of which exist; zeros for the others. Whole: they all exist, and lie aligned.
 template <int V, class T>
 __device__ __forceinline__ Vector<T, V> read(const T* from, int64_t count, bool whole) {
-    if (whole) return load<V>(from);
+    if (whole) return load_vec<V>(from);
     Vector<T, V> some;
 #pragma unroll
     for (int v = 0; v < V; ++v) some.at[v] = v < count ? from[v] : narrow<T>(Accumulator<T>(0));
@@ -80,7 +80,7 @@ __device__ __forceinline__ Vector<T, V> read(const T* from, int64_t count, bool 
 }
 template <int V, class T>
 __device__ __forceinline__ void write(T* to, const Vector<T, V>& some, int64_t count, bool whole) {
-    if (whole) return store_global(to, some);
+    if (whole) return store_vec(to, some);
 #pragma unroll
     for (int v = 0; v < V; ++v) {
         if (v < count) to[v] = some.at[v];

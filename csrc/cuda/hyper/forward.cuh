@@ -124,10 +124,10 @@ class ForwardToken {
         if (kCopies && with_.ahead > 0) {
 #pragma unroll
             for (int j = 0; j < kMost<N>; ++j) {
-                if (real(j)) h[j] = load<V>(ahead() + j * with_.pitch + e);
+                if (real(j)) h[j] = load_vec<V>(ahead() + j * with_.pitch + e);
             }
             if (!with_.post) return;
-            const Vector<T, V> some = load<V>(ahead() + n_ * with_.pitch + e);
+            const Vector<T, V> some = load_vec<V>(ahead() + n_ * with_.pitch + e);
 #pragma unroll
             for (int v = 0; v < V; ++v) y[v] = widen(some.at[v]);
             return;
@@ -160,7 +160,7 @@ class ForwardToken {
                 if (!real(k)) continue;
                 const Vector<T, V> mixed = with_.post ? mix<T, N>(n_, k, shared().post, h, y) : h[k];
                 if (with_.post) write(out_ + k * args_.out.stride[2] + e, mixed, count, with_.whole_out);
-                if (with_.staged) store(rows_ + k * pitch_ + e, mixed);
+                if (with_.staged) store_vec<Space::generic>(rows_ + k * pitch_ + e, mixed);
 #pragma unroll
                 for (int v = 0; v < V; ++v) sum[k] += widen(mixed.at[v]);
             }

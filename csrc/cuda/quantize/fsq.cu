@@ -78,7 +78,7 @@ __device__ __forceinline__ A divide(A n, A d, A inverse) {
 // What is left of a line behind `first` may be less than a vector.
 template <class T, int N>
 __device__ __forceinline__ Vector<T, N> load_part(const T* line, int first, int count) {
-    if (first + N <= count) return load<N>(line + first);
+    if (first + N <= count) return load_vec<N>(line + first);
     Vector<T, N> out{};
 #pragma unroll
     for (int n = 0; n < N; ++n)
@@ -87,7 +87,7 @@ __device__ __forceinline__ Vector<T, N> load_part(const T* line, int first, int 
 }
 template <class T, int N>
 __device__ __forceinline__ void store_part(T* line, int first, int count, const Vector<T, N>& values) {
-    if (first + N <= count) return store_global(line + first, values);
+    if (first + N <= count) return store_vec(line + first, values);
 #pragma unroll
     for (int n = 0; n < N; ++n)
         if (first + n < count) line[first + n] = values.at[n];

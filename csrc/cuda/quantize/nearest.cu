@@ -27,7 +27,7 @@ constexpr int kRowWarps = kRowThreads / kWarp;
 // Calls f(columns) for the vectors of a row that are this lane's.
 template <int N, class T, class F>
 __device__ __forceinline__ void for_my_columns(const T* row, int64_t width, const F& f) {
-    for (int64_t d = static_cast<int64_t>(lane_id()) * N; d < width; d += kWarp * N) f(d, load<N>(row + d));
+    for (int64_t d = static_cast<int64_t>(lane_id()) * N; d < width; d += kWarp * N) f(d, load_vec<N>(row + d));
 }
 
 // resources: vq_terms_kernel threads 256, registers 40, shared 0, occupancy 0.75
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kRowThreads) vq_merge_kernel(Merge<Accumulator
             A poison = 0;  // NaN where x is not finite
             first = cross = last = 0;
             for_my_columns<N>(x, args.width, [&](int64_t d, const Vector<T, N>& left) {
-                const Vector<T, N> right = load<N>(c + d);
+                const Vector<T, N> right = load_vec<N>(c + d);
 #pragma unroll
                 for (int i = 0; i < N; ++i) {
                     const A a = widen(left.at[i]), b = widen(right.at[i]);

@@ -94,7 +94,7 @@ __device__ __forceinline__ void copy_slice(char* tile, const T* from, int64_t ro
                 for (int e = 0; e < kElements; ++e)
                     if (real && column + e < width) piece.at[e] = source[e];
             }
-            store(reinterpret_cast<T*>(to + r * kRowBytes), piece);
+            store_vec<Space::generic>(reinterpret_cast<T*>(to + r * kRowBytes), piece);
         }
         source += kStep * row_stride;
     }
@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(kThreads, 1) vq_search_kernel(Search<Accumulat
             reinterpret_cast<const Terms<A>*>(terms + tile % kTermStages * kTermsBytes) + warp_code + lane_column();
 #pragma unroll
         for (int c = 0; c < S::kCodes; ++c) {
-            const Vector<Terms<A>, 2> terms_of_two = load<2>(mine + 8 * c);
+            const Vector<Terms<A>, 2> terms_of_two = load_vec<2>(mine + 8 * c);
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
                 const Terms<A> term = terms_of_two.at[e];

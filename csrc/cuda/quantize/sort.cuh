@@ -37,7 +37,7 @@ struct Pass {
     uint32_t* totals;  // [books][kDigits]
 
     __device__ __forceinline__ Entry entry(int64_t book, int64_t at) const {
-        if (indices == nullptr) return load<1>(static_cast<const Entry*>(from) + book * rows + at).at[0];
+        if (indices == nullptr) return load_vec<1>(static_cast<const Entry*>(from) + book * rows + at).at[0];
         const int64_t index = indices[book * index_book_stride + at * index_row_stride];
         const bool counted = index >= 0 && index < codes;
         return {static_cast<uint32_t>(counted ? index : codes), static_cast<uint32_t>(at)};
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kThreads) vq_count_kernel(Pass args) {
         for_my_rows(args, book, chunk, [&](const Entry& entry, int digit, unsigned same, bool real) {
             if (real && is_first_of(same)) mine[digit] += count_ones(same);
             if (real && args.indices != nullptr)
-                store(args.from + book * args.rows + entry.row, Vector<Entry, 1>{{entry}});
+                store_vec(args.from + book * args.rows + entry.row, Vector<Entry, 1>{{entry}});
         });
         sync_block();
         uint32_t sum = 0;
@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(kThreads) vq_scatter_kernel(Pass args) {
             sync_warp();
             if (!real) return;
             if (before == 0) mine[digit] += count_ones(same);
-            store(args.to + book * args.rows + at, Vector<Entry, 1>{{entry}});
+            store_vec(args.to + book * args.rows + at, Vector<Entry, 1>{{entry}});
         });
         sync_block();
     }

@@ -108,7 +108,7 @@ struct Columns {
                 for (int i = 0; i < Cascade<A, N>::kFirst; ++i) {
                     const int64_t from = shuffle(row, first - base + i);
                     if (!inside || first + i >= count) continue;
-                    const Vector<T, N> value = load<N>(x + from * rows.row_stride);
+                    const Vector<T, N> value = load_vec<N>(x + from * rows.row_stride);
 #pragma unroll
                     for (int n = 0; n < N; ++n) sum[n] += widen(value.at[n]);
                 }

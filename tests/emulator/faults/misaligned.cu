@@ -5,7 +5,7 @@ namespace {
 
 template <bool fixed>
 __global__ void load_vector(InOut args) {
-    const auto values = load<4>(args.x + (fixed ? 4 : 5));  // fault: misaligned_load
+    const auto values = load_vec<4>(args.x + (fixed ? 4 : 5));  // fault: misaligned_load
     args.out[0] = values.at[0] + values.at[3];
 }
 
@@ -13,7 +13,7 @@ template <bool fixed>
 __global__ void store_vector(InOut args) {
     Vector<float, 4> values;
     for (int n = 0; n < 4; ++n) values.at[n] = args.x[n];
-    store(args.out + (fixed ? 4 : 2), values);  // fault: misaligned_store
+    store_vec(args.out + (fixed ? 4 : 2), values);  // fault: misaligned_store
 }
 
 template <bool fixed>

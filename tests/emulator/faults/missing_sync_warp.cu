@@ -15,7 +15,7 @@ __global__ void matrix_to_registers(Args args) {
     uint32_t* shared = shared_memory<uint32_t>();
     const int lane = threadIdx.x;
     uint32_t* row = shared + lane % 8 * 4;
-    if (lane < 8) store(row, load<4>(args.x + lane * 4));
+    if (lane < 8) store_vec(row, load_vec<4>(args.x + lane * 4));
     if (fixed) sync_warp();
     uint32_t elements[1];
     load_matrices(elements, row);  // fault: missing_sync_warp
