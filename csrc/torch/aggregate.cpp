@@ -75,8 +75,8 @@ Six depth_gru_backward(const Tensor& grad, const Tensor& states, const Tensor& g
     args.gru.pool = torch_pool();
     const Tensor grads = given.checked_grad(grad);
     args.grad = layer_rows(grads, "grad");
-    const Tensor kept_states = given.checked_states(states), kept_gates = given.checked_gates(gates);
-    args.states = kernel_input(kept_states, "states"), args.gates = kernel_input(kept_gates, "gates");
+    const Tensor saved_states = given.checked_states(states), saved_gates = given.checked_gates(gates);
+    args.states = kernel_input(saved_states, "states"), args.gates = kernel_input(saved_gates, "gates");
     Six out = given.new_grads();
     if (states.numel() == 0) {
         auto& [grad_x, grad_ih, grad_hh, grad_bias_ih, grad_bias_hh, grad_initial] = out;
@@ -118,8 +118,8 @@ Five depth_attention_backward(const Tensor& grad, const Tensor& states, const Te
     args.attention.pool = torch_pool();
     const Tensor grads = given.checked_grad(grad);
     args.grad = layer_rows(grads, "grad");
-    const Tensor kept_states = given.checked_states(states), kept_attended = given.checked_attended(attended);
-    args.states = kernel_input(kept_states, "states"), args.attended = kernel_input(kept_attended, "attended");
+    const Tensor saved_states = given.checked_states(states), saved_attended = given.checked_attended(attended);
+    args.states = kernel_input(saved_states, "states"), args.attended = kernel_input(saved_attended, "attended");
     Five out = given.new_grads();
     if (states.numel() == 0) {
         auto& [grad_keys, grad_values, grad_weight_query, grad_weight_out, grad_initial] = out;

@@ -62,8 +62,8 @@ class EmaArguments {
         scan.x = layer_rows(x_, "x");
         scan.gate_logits = wide_vector(gate_logits, "gate_logits", scan.layers, &gates_);
         if (initial) {
-            start_ = as_contiguous(checked_like(*initial, "initial", x, "x", {scan.tokens, scan.width}));
-            scan.initial = kernel_input(*start_, "initial");
+            initial_ = as_contiguous(checked_like(*initial, "initial", x, "x", {scan.tokens, scan.width}));
+            scan.initial = kernel_input(*initial_, "initial");
         }
         if (norm_weight) scan.norm_weight = wide_vector(*norm_weight, "norm_weight", scan.width, &weight_);
         if (norm_bias) scan.norm_bias = wide_vector(*norm_bias, "norm_bias", scan.width, &bias_);
@@ -113,7 +113,7 @@ class EmaArguments {
     const Tensor given_x_, given_gates_;
     const Optional given_initial_, given_weight_, given_bias_;
     Tensor x_;
-    Optional gates_, start_, weight_, bias_;
+    Optional gates_, initial_, weight_, bias_;
 };
 
 // The arguments that depth_gru and its backward share.
@@ -132,8 +132,8 @@ class GruArguments {
         weight_ih_ = as_contiguous(checked_like(weight_ih, "weight_ih", x, "x", {3 * gru.width, gru.input}));
         gru.weight_ih = kernel_input(weight_ih_, "weight_ih"), gru.weight_hh = kernel_input(weight_hh_, "weight_hh");
         if (initial) {
-            start_ = as_contiguous(checked_like(*initial, "initial", x, "x", {gru.tokens, gru.width}));
-            gru.initial = kernel_input(*start_, "initial");
+            initial_ = as_contiguous(checked_like(*initial, "initial", x, "x", {gru.tokens, gru.width}));
+            gru.initial = kernel_input(*initial_, "initial");
         }
         x_ = unit_stride_last(x);
         gru.x = layer_rows(x_, "x");
@@ -172,13 +172,13 @@ class GruArguments {
     const Tensor& x() const { return x_; }
     const Tensor& weight_ih() const { return weight_ih_; }
     const Tensor& weight_hh() const { return weight_hh_; }
-    const Optional& initial() const { return start_; }
+    const Optional& initial() const { return initial_; }
 
   private:
     const Tensor given_x_;
     const Optional given_initial_;
     Tensor x_, weight_ih_, weight_hh_;
-    Optional start_;
+    Optional initial_;
 };
 
 // The arguments that depth_attention and its backward share.
@@ -207,9 +207,9 @@ class AttentionArguments {
         attention.weight_query = kernel_input(weight_query_, "weight_query");
         attention.weight_out = kernel_input(weight_out_, "weight_out");
         if (initial) {
-            start_ =
+            initial_ =
                 as_contiguous(checked_like(*initial, "initial", keys, "keys", {attention.tokens, attention.width}));
-            attention.initial = kernel_input(*start_, "initial");
+            attention.initial = kernel_input(*initial_, "initial");
         }
         keys_ = unit_stride_last(keys), values_ = unit_stride_last(values);
         attention.keys = layer_rows(keys_, "keys"), attention.values = layer_rows(values_, "values");
@@ -246,13 +246,13 @@ class AttentionArguments {
     int64_t inner() const { return attention.heads * attention.head_width; }
     const Tensor& weight_query() const { return weight_query_; }
     const Tensor& weight_out() const { return weight_out_; }
-    const Optional& initial() const { return start_; }
+    const Optional& initial() const { return initial_; }
 
   private:
     const Tensor given_keys_, given_values_;
     const Optional given_initial_;
     Tensor keys_, values_, weight_query_, weight_out_;
-    Optional start_;
+    Optional initial_;
 };
 
 }  // namespace xlayer

@@ -29,7 +29,7 @@ Tensor part_of(Tensor tensor, int64_t dim, int64_t start, int64_t length) {
     return torch::stable::narrow(tensor, dim, start, length);
 }
 
-Tensor turned(const Tensor& matrix) { return transpose(matrix, 0, 1); }
+Tensor transposed(const Tensor& matrix) { return transpose(matrix, 0, 1); }
 
 // The rows of layers [first, last) of a tensor [layers·tokens, …].
 Tensor layers_of(const Tensor& rows, int64_t tokens, int64_t first, int64_t last) {
@@ -56,13 +56,14 @@ void state_weight_gradient(const Tensor& grads, const Tensor& states, const Opti
                            void* stream) {
     const int64_t layers = states.size(0), tokens = states.size(1), width = states.size(2);
     const Tensor rows = view(states, {layers * tokens, width});
-    if (layers > 1) multiply(turned(layers_of(grads, tokens, 1, layers)), layers_of(rows, tokens, 0, layers - 1), out);
+    if (layers > 1)
+        multiply(transposed(layers_of(grads, tokens, 1, layers)), layers_of(rows, tokens, 0, layers - 1), out);
     if (!initial) {
         if (layers == 1) zero_all({out});
         return;
     }
     const Tensor part = layers > 1 ? allocate(out, {out.size(0), out.size(1)}, "part of a gradient") : out;
-    multiply(turned(layer_of(grads, tokens, 0)), *initial, part);
+    multiply(transposed(layer_of(grads, tokens, 0)), *initial, part);
     if (layers > 1) add(part, out, std::nullopt, out, stream);
 }
 
@@ -86,8 +87,8 @@ Five ema_scan_backward_cuda(const Tensor& grad, const Tensor& x, const Tensor& g
                             const Optional& norm_weight, const Optional& norm_bias, double eps, bool last_only) {
     const CudaScope scope(x);
     EmaArguments given(x, gate_logits, initial, norm_weight, norm_bias, eps, last_only);
-    STD_TORCH_CHECK(given.scan.layers <= cuda::aggregate::kEmaMostLayers,
-                    "the CUDA kernels of ema_scan's backward take at most ", cuda::aggregate::kEmaMostLayers,
+    STD_TORCH_CHECK(given.scan.layers <= cuda::aggregate::kEmaMaxLayers,
+                    "the CUDA kernels of ema_scan's backward take at most ", cuda::aggregate::kEmaMaxLayers,
                     " layers, got ", given.scan.layers);
     EmaScanBackward args{};
     args.scan = given.scan;
@@ -126,7 +127,7 @@ Two depth_gru_cuda(const Tensor& x, const Tensor& weight_ih, const Tensor& weigh
 
     const Tensor from_input =
         keep ? part_of(view(gates, {L * N, 4 * d}), 1, 0, 3 * d) : allocate(x, {L * N, 3 * d}, "W_i x");
-    multiply(view(as_contiguous(given.x()), {L * N, given.gru.input}), turned(given.weight_ih()), from_input);
+    multiply(view(as_contiguous(given.x()), {L * N, given.gru.input}), transposed(given.weight_ih()), from_input);
     const Tensor from_state = allocate(x, {N, 3 * d}, "W_h h");
     cuda::aggregate::GruStep step{};
     step.dtype = given.gru.dtype, step.tokens = N, step.width = d;
@@ -134,7 +135,7 @@ Two depth_gru_cuda(const Tensor& x, const Tensor& weight_ih, const Tensor& weigh
     step.bias_ih = kernel_input(input_bias, "bias_ih"), step.bias_hh = kernel_input(state_bias, "bias_hh");
     for (int64_t layer = 0; layer < L; ++layer) {
         const Optional previous = state_before(states, given.initial(), layer);
-        if (previous) multiply(*previous, turned(given.weight_hh()), from_state);
+        if (previous) multiply(*previous, transposed(given.weight_hh()), from_state);
         step.from_input = layer_of(from_input, N, layer).const_data_ptr();
         step.from_state = previous ? from_state.const_data_ptr() : nullptr;
         step.previous = data_of(previous);
@@ -180,14 +181,14 @@ Six depth_gru_backward_cuda(const Tensor& grad, const Tensor& states_, const Ten
     }
     if (initial) add(direct, product, std::nullopt, grad_initial, scope.stream());
 
-    Tensor turned_weight = allocate(x, {3 * d, i}, "W_i");
-    Tensor of_n = part_of(turned_weight, 0, 0, d), of_rest = part_of(turned_weight, 0, d, 2 * d);
+    Tensor permuted_weight = allocate(x, {3 * d, i}, "W_i");
+    Tensor of_n = part_of(permuted_weight, 0, 0, d), of_rest = part_of(permuted_weight, 0, d, 2 * d);
     torch::stable::copy_(of_n, part_of(given.weight_ih(), 0, 2 * d, d));
     torch::stable::copy_(of_rest, part_of(given.weight_ih(), 0, 0, 2 * d));
     const Tensor rows = view(as_contiguous(given.x()), {L * N, i});
-    multiply(part_of(inside, 1, 0, 3 * d), turned_weight, view(grad_x, {L * N, i}));
-    multiply(turned(part_of(inside, 1, 0, d)), rows, part_of(grad_ih, 0, 2 * d, d));
-    multiply(turned(part_of(inside, 1, d, 2 * d)), rows, part_of(grad_ih, 0, 0, 2 * d));
+    multiply(part_of(inside, 1, 0, 3 * d), permuted_weight, view(grad_x, {L * N, i}));
+    multiply(transposed(part_of(inside, 1, 0, d)), rows, part_of(grad_ih, 0, 2 * d, d));
+    multiply(transposed(part_of(inside, 1, d, 2 * d)), rows, part_of(grad_ih, 0, 0, 2 * d));
     state_weight_gradient(through_state, states, given.initial(), grad_hh, scope.stream());
 
     cuda::aggregate::SumColumns sums{given.gru.dtype, inside.const_data_ptr(), L * N, 4 * d, {}, nullptr};
@@ -203,9 +204,9 @@ Six depth_gru_backward_cuda(const Tensor& grad, const Tensor& states_, const Ten
 
 cuda::aggregate::AttentionStep attention_step_of(const DepthAttention& of) {
     const int64_t memory = of.memory < of.layers ? of.memory : of.layers;
-    STD_TORCH_CHECK(memory <= cuda::aggregate::kDepthAttentionMostMemory,
-                    "the CUDA kernels of depth_attention attend to at most ",
-                    cuda::aggregate::kDepthAttentionMostMemory, " taps, got ", memory);
+    STD_TORCH_CHECK(memory <= cuda::aggregate::kDepthAttentionMaxMemory,
+                    "the CUDA kernels of depth_attention attend to at most ", cuda::aggregate::kDepthAttentionMaxMemory,
+                    " taps, got ", memory);
     cuda::aggregate::AttentionStep step{};
     step.dtype = of.dtype, step.layers = of.layers, step.tokens = of.tokens;
     step.heads = of.heads, step.head_width = of.head_width;
@@ -230,11 +231,11 @@ Two depth_attention_cuda(const Tensor& keys, const Tensor& values, const Tensor&
     for (step.layer = 0; step.layer < L; ++step.layer) {
         const Optional previous = state_before(states, given.initial(), step.layer);
         const Tensor attended = keep ? select(kept, 0, step.layer) : one, state = select(states, 0, step.layer);
-        if (previous) multiply(*previous, turned(given.weight_query()), query);
+        if (previous) multiply(*previous, transposed(given.weight_query()), query);
         step.query = previous ? query.const_data_ptr() : nullptr;
         step.attended = attended.mutable_data_ptr();
         cuda::aggregate::attention_step(step, scope.stream());
-        multiply(attended, turned(given.weight_out()), state);
+        multiply(attended, transposed(given.weight_out()), state);
         if (previous) add(state, previous, std::nullopt, state, scope.stream());
     }
     return out;
@@ -271,7 +272,7 @@ Five depth_attention_backward_cuda(const Tensor& grad, const Tensor& states_, co
     const Tensor grad_logits = allocate(keys, {L, N, heads, step.memory}, wide, "grad of logits");
     backward.weights = weights.mutable_data_ptr(), backward.grad_logits = grad_logits.mutable_data_ptr();
 
-    const Tensor by_query = turned(given.weight_query());
+    const Tensor by_query = transposed(given.weight_query());
     if (L > 1) multiply(part_of(view(states, {L * N, d}), 0, 0, (L - 1) * N), by_query, layers_of(query, N, 1, L));
     if (initial) {
         multiply(*given.initial(), by_query, layer_of(query, N, 0));
@@ -297,7 +298,7 @@ Five depth_attention_backward_cuda(const Tensor& grad, const Tensor& states_, co
          grad_logits.const_data_ptr(), grad_keys.mutable_data_ptr(), grad_values.mutable_data_ptr()},
         scope.stream());
     state_weight_gradient(grad_query, states, given.initial(), grad_query_weight, scope.stream());
-    multiply(turned(grad_states), view(attended, {L * N, e}), grad_out_weight);
+    multiply(transposed(grad_states), view(attended, {L * N, e}), grad_out_weight);
     return out;
 }
 

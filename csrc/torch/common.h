@@ -56,12 +56,12 @@ inline std::string shape_string(const Tensor& tensor) {
 
 // The most elements of a tensor, its empty dimensions counted as 1: more than any memory holds, but a tensor without
 // elements, or one that is expanded, can have the shape. Sizes below it can be multiplied by what the kernels know of.
-constexpr int64_t kMostElements = int64_t{1} << 50;
+constexpr int64_t kMaxElements = int64_t{1} << 50;
 
 inline void check_elements(torch::headeronly::IntHeaderOnlyArrayRef shape, const char* name) {
     int64_t elements = 1;
     for (int64_t length : shape) elements = product_of_sizes(elements, length > 1 ? length : 1);
-    if (elements <= kMostElements) return;
+    if (elements <= kMaxElements) return;
     std::string text;
     for (int64_t length : shape) text += (text.empty() ? "" : ", ") + std::to_string(length);
     STD_TORCH_CHECK(false, name, " must have at most 2^50 elements (empty dimensions count as 1), got shape [", text,
@@ -181,7 +181,7 @@ inline Tensor allocate(const Tensor& like, std::initializer_list<int64_t> shape,
 
 // Scratch for one call, aligned.
 inline Tensor new_workspace(const Tensor& like, int64_t bytes, void** aligned) {
-    STD_TORCH_CHECK(bytes < kTooLarge, "the scratch memory of this call would exceed 2^61 bytes");
+    STD_TORCH_CHECK(bytes < kMaxBytes, "the scratch memory of this call would exceed 2^61 bytes");
     Tensor buffer = new_memory(like, {bytes + 64}, ScalarType::Byte, "workspace");
     const auto address = reinterpret_cast<uintptr_t>(buffer.mutable_data_ptr());
     *aligned = reinterpret_cast<void*>((address + 63) / 64 * 64);

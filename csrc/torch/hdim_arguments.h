@@ -36,7 +36,7 @@ struct HdimTensors {
         check_shape(weight2, "weight2", {args.mlp_dim});
         const auto at_least_one = [](int64_t size) { return size > 1 ? size : 1; };
         STD_TORCH_CHECK(product_of_sizes(at_least_one(args.batch), at_least_one(args.queries), at_least_one(args.keys),
-                                         at_least_one(args.mlp_dim)) < kTooLarge,
+                                         at_least_one(args.mlp_dim)) < kMaxBytes,
                         "query and key must have less than 2^61 hidden units of pairs");
         STD_TORCH_CHECK(args.keys <= INT32_MAX, "key must have at most 2^31 - 1 tokens, got ", args.keys);
         const std::pair<const Tensor*, const char*> floats[] = {

@@ -33,8 +33,8 @@ struct Scores {
                           in.accumulation(), "logits")),
           value(value_) {
         const HdimInputs& a = in.args;
-        STD_TORCH_CHECK(a.proj_dim <= cuda::hdim::kHdimMostProjections, "the CUDA kernels of hdim take at most ",
-                        cuda::hdim::kHdimMostProjections, " columns of query and key, got ", a.proj_dim);
+        STD_TORCH_CHECK(a.proj_dim <= cuda::hdim::kHdimMaxProjDim, "the CUDA kernels of hdim take at most ",
+                        cuda::hdim::kHdimMaxProjDim, " columns of query and key, got ", a.proj_dim);
         cuda::hdim::HdimScore args{a, nullptr, logits.mutable_data_ptr(), workspace};
         if (a.key_mask != nullptr || a.pair_mask != nullptr) {
             value = allocate(query, {a.batch, a.keys, a.value_dim}, "clean value");

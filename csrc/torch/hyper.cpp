@@ -44,8 +44,8 @@ class Call {
         size.dtype = size.branch_dtype = kernel_dtype(streams, "streams");
         size.outer = streams.size(0), size.inner = streams.size(1);
         size.streams = streams.size(2), size.width = streams.size(3);
-        STD_TORCH_CHECK(size.streams >= 1 && size.streams <= kHyperMostStreams, "streams must number 1 to ",
-                        kHyperMostStreams, ", got ", shape_string(streams));
+        STD_TORCH_CHECK(size.streams >= 1 && size.streams <= kHyperMaxStreams, "streams must number 1 to ",
+                        kHyperMaxStreams, ", got ", shape_string(streams));
         STD_TORCH_CHECK(size.width >= 1, "streams must have a width of at least 1, got ", shape_string(streams));
         in = streams_view(streams_, "streams");
         // As functional/hyper.py does for fake tensors: what is new keeps n outside of inner where it is so.
@@ -70,8 +70,8 @@ class Call {
     void add_pre(const Connection& from) {
         STD_TORCH_CHECK(from.norm >= 0 && from.norm <= 3, "norm must be 0 to 3, got ", from.norm);
         STD_TORCH_CHECK(from.form >= 0 && from.form <= 3, "form must be 0 to 3, got ", from.form);
-        STD_TORCH_CHECK(from.form < 2 || (from.iterations >= 1 && from.iterations <= kHyperMostIterations),
-                        "iterations must be 1 to ", kHyperMostIterations, ", got ", from.iterations);
+        STD_TORCH_CHECK(from.form < 2 || (from.iterations >= 1 && from.iterations <= kHyperMaxIterations),
+                        "iterations must be 1 to ", kHyperMaxIterations, ", got ", from.iterations);
         STD_TORCH_CHECK(from.eps >= 0, "eps must not be negative, got ", from.eps);
         connection.norm = static_cast<HyperNorm>(from.norm);
         connection.form = static_cast<HyperForm>(from.form);

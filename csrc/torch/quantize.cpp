@@ -25,7 +25,7 @@ FsqDimensions fsq_dimensions(int64_t width, const std::vector<int64_t>& levels, 
                              const std::vector<double>& half, const std::vector<double>& middle, bool offset,
                              bool* digits) {
     const auto count = static_cast<int64_t>(levels.size());
-    STD_TORCH_CHECK(count >= 1 && count <= kFsqMostDimensions, "levels must have 1 to ", kFsqMostDimensions,
+    STD_TORCH_CHECK(count >= 1 && count <= kFsqMaxDimensions, "levels must have 1 to ", kFsqMaxDimensions,
                     " entries, got ", count);
     STD_TORCH_CHECK(count == width, "z must have a column for each of the ", count, " levels, got ", width);
     FsqDimensions dimensions{};
@@ -36,7 +36,7 @@ FsqDimensions fsq_dimensions(int64_t width, const std::vector<int64_t>& levels, 
         STD_TORCH_CHECK(column->size() == wanted, "shift, half and middle must have ", wanted, " entries, got ",
                         column->size());
     }
-    constexpr uint64_t most = uint64_t{1} << 63;  // one more than the largest index
+    constexpr uint64_t limit = uint64_t{1} << 63;  // one more than the largest index
     uint64_t product = 1;
     *digits = false;
     for (int64_t i = 0; i < count; ++i) {
@@ -45,7 +45,7 @@ FsqDimensions fsq_dimensions(int64_t width, const std::vector<int64_t>& levels, 
                         " and ", 1 << 20, ", got ", level);
         dimensions.levels[i] = level;
         dimensions.basis[i] = static_cast<int64_t>(product);
-        *digits = *digits || product > most / static_cast<uint64_t>(level);
+        *digits = *digits || product > limit / static_cast<uint64_t>(level);
         if (!*digits) product *= static_cast<uint64_t>(level);
         if (offset) dimensions.shift[i] = shift[i], dimensions.half[i] = half[i], dimensions.middle[i] = middle[i];
     }

@@ -16,24 +16,24 @@ struct Window {
     int64_t first, count;              // layers
 };
 
-inline int64_t most_taps(const DepthAttention& args) { return greater<int64_t>(1, lesser(args.memory, args.layers)); }
+inline int64_t max_taps(const DepthAttention& args) { return max<int64_t>(1, min(args.memory, args.layers)); }
 inline int64_t inner_width(const DepthAttention& args) { return args.heads * args.head_width; }
 
 // Elements of scratch for window_of(): none for rows that can be read where they lie.
 template <class T>
 inline int64_t window_size(const DepthAttention& args) {
-    return args.dtype == own_dtype<T> ? 0 : 2 * most_taps(args) * inner_width(args);
+    return args.dtype == dtype_of<T> ? 0 : 2 * max_taps(args) * inner_width(args);
 }
 
 // The taps of a token at a layer, where they lie or widened into `scratch`.
 template <class T>
 inline Window<T> window_of(const DepthAttention& args, int64_t layer, int64_t token, T* scratch) {
-    const int64_t first = greater<int64_t>(0, layer - args.memory + 1), count = layer + 1 - first;
+    const int64_t first = max<int64_t>(0, layer - args.memory + 1), count = layer + 1 - first;
     const int64_t width = inner_width(args);
     auto rows = [&](const LayerRows& from, T* wide, int64_t* stride) {
         const int64_t offset = first * from.layer_stride + token * from.token_stride;
-        *stride = args.dtype == own_dtype<T> ? from.layer_stride : width;
-        if (args.dtype == own_dtype<T>) return static_cast<const T*>(from.data) + offset;
+        *stride = args.dtype == dtype_of<T> ? from.layer_stride : width;
+        if (args.dtype == dtype_of<T>) return static_cast<const T*>(from.data) + offset;
         for (int64_t j = 0; j < count; ++j)
             read_elements(args.dtype, from.data, offset + j * from.layer_stride, width, wide + j * width);
         return static_cast<const T*>(wide);
@@ -52,7 +52,7 @@ inline int64_t heads_row(const DepthAttention& args) {
 }
 template <class T>
 inline int64_t scores_size(const DepthAttention& args) {
-    return most_taps(args) * heads_row<T>(args);
+    return max_taps(args) * heads_row<T>(args);
 }
 
 // out[tap][head] = the product of a row and a tap over the head's columns.
@@ -89,13 +89,13 @@ inline void attention_weights(const DepthAttention& args, const T* query, const 
     const T scale = static_cast<T>(args.scale);
     head_products(args, query, window.keys, window.key_stride, taps, weights);
     for (T* head = weights; head < weights + row; head += lanes<T>) {
-        Vec<T> most = load(head), sum = {};
+        Vec<T> maximum = load(head), sum = {};
         for (int64_t j = 1; j < taps; ++j) {
             const Vec<T> product = load(head + j * row);
-            most = (scale < 0 ? product < most : product > most) ? product : most;
+            maximum = (scale < 0 ? product < maximum : product > maximum) ? product : maximum;
         }
         for (int64_t j = 0; j < taps; ++j) {
-            const Vec<T> weight = exponential(scale * (load(head + j * row) - most));
+            const Vec<T> weight = exponential(scale * (load(head + j * row) - maximum));
             store(head + j * row, weight);
             sum += weight;
         }

@@ -9,7 +9,7 @@ namespace {
 constexpr int64_t kTileBytes = 65536;  // long runs that the prefetchers can follow; states that stay in the caches
 constexpr int64_t kTilesPerThread = 4;
 
-enum class Give { last, states, states_past_caches };
+enum class Output { last, states, states_streaming };
 
 template <class T>
 class Forward {
@@ -24,34 +24,34 @@ class Forward {
 
     void run() const {
         const EmaScan& scan = args_.scan;
-        const Give give = scan.last_only                ? Give::last
-                          : scan_.is_past(args_.states) ? Give::states_past_caches
-                                                        : Give::states;
+        const Output output = scan.last_only                      ? Output::last
+                              : scan_.use_streaming(args_.states) ? Output::states_streaming
+                                                                  : Output::states;
         parallel_tasks(scan.pool, ceil_div(scan.tokens, scan_.tile), [&](int64_t worker, int64_t task) {
             T* memory = reinterpret_cast<T*>(static_cast<char*>(args_.workspace) + worker * worker_size());
-            const int64_t first = task * scan_.tile, count = lesser(scan_.tile, scan.tokens - first);
-            if (give == Give::last) return walk<Give::last>(memory, first, count);
-            if (give == Give::states) return walk<Give::states>(memory, first, count);
-            walk<Give::states_past_caches>(memory, first, count);
-            finish_past_caches();
+            const int64_t first = task * scan_.tile, count = min(scan_.tile, scan.tokens - first);
+            if (output == Output::last) return scan_tile<Output::last>(memory, first, count);
+            if (output == Output::states) return scan_tile<Output::states>(memory, first, count);
+            scan_tile<Output::states_streaming>(memory, first, count);
+            streaming_fence();
         });
     }
 
   private:
-    template <Give give>
-    void walk(T* memory, int64_t first, int64_t count) const {
+    template <Output output>
+    void scan_tile(T* memory, int64_t first, int64_t count) const {
         const EmaScan& scan = args_.scan;
-        for (int64_t t = 0; t < count; ++t) scan_.start(first + t, memory + t * scan_.row);
+        for (int64_t t = 0; t < count; ++t) scan_.load_initial(first + t, memory + t * scan_.row);
         for (int64_t l = 0; l < scan.layers; ++l) {
             const T gate = scan_.gate(l);
             for_groups(count, [&](auto group, int64_t t)
-                                  XLAYER_FLATTEN { step<decltype(group)::value, give>(memory, l, first, t, gate); });
+                                  XLAYER_FLATTEN { step<decltype(group)::value, output>(memory, l, first, t, gate); });
         }
-        if (give != Give::last) return;
+        if (output != Output::last) return;
         for (int64_t t = 0; t < count; ++t) {
             const int64_t offset = (first + t) * scan.width;
             const T* state = memory + t * scan_.row;
-            if (scan_.own) {
+            if (scan_.same_dtype) {
                 for (int64_t e = 0; e < scan.width; ++e) static_cast<T*>(args_.states)[offset + e] = state[e];
             }
             narrow_elements(scan.dtype, state, args_.states, offset, scan.width);
@@ -59,7 +59,7 @@ class Forward {
     }
 
     // One layer of a group of tokens.
-    template <int Group, Give give>
+    template <int Group, Output output>
     XLAYER_INLINE void step(T* memory, int64_t layer, int64_t first, int64_t t, T gate) const {
         const EmaScan& scan = args_.scan;
         const T decay = 1 - gate;
@@ -69,20 +69,20 @@ class Forward {
         const GroupRows<T> to = scan_.target(args_.states, offset, scratch + kGroup * scan_.row);
         const GroupRows<T> state = {memory + t * scan_.row, scan_.row};
         const int64_t ahead = scan_.ahead(scan.x, layer, 1);
-        const int64_t ahead_to = scan_.own && layer + 1 < scan.layers ? scan.tokens * scan.width : 0;
+        const int64_t ahead_to = scan_.same_dtype && layer + 1 < scan.layers ? scan.tokens * scan.width : 0;
         T unused[Group];
-        scan_.template each_value<Group>(x, ahead, unused,
-                                         [&](int g, Vec<T> value, Vec<T>, int64_t e, auto io) XLAYER_FLATTEN {
-                                             const Vec<T> now = decay * load(state[g] + e) + gate * value;
-                                             store(state[g] + e, now);
-                                             if constexpr (give == Give::states) {
-                                                 prefetch_to_write(to[g] + e + ahead_to);
-                                                 io.store(to[g] + e, now);
-                                             } else if constexpr (give == Give::states_past_caches) {
-                                                 io.store_past(to[g] + e, now);
-                                             }
-                                         });
-        if (give != Give::last) scan_.template finish<Group>(to, args_.states, offset);
+        scan_.template for_each_value<Group>(x, ahead, unused,
+                                             [&](int g, Vec<T> value, Vec<T>, int64_t e, auto io) XLAYER_FLATTEN {
+                                                 const Vec<T> now = decay * load(state[g] + e) + gate * value;
+                                                 store(state[g] + e, now);
+                                                 if constexpr (output == Output::states) {
+                                                     prefetch_to_write(to[g] + e + ahead_to);
+                                                     io.store(to[g] + e, now);
+                                                 } else if constexpr (output == Output::states_streaming) {
+                                                     io.store_streaming(to[g] + e, now);
+                                                 }
+                                             });
+        if (output != Output::last) scan_.template finish<Group>(to, args_.states, offset);
     }
 
     const EmaScanForward& args_;

@@ -34,7 +34,7 @@ struct GroupRows {
 constexpr int64_t kRun = 32;  // additions in a chain
 template <class T, class F>
 XLAYER_INLINE void for_runs(int64_t width, const F& f) {
-    for (int64_t e = 0; e < width; e += kRun * lanes<T>) f(e, lesser(width, e + kRun * lanes<T>));
+    for (int64_t e = 0; e < width; e += kRun * lanes<T>) f(e, min(width, e + kRun * lanes<T>));
 }
 
 // Means of the rows of a group, one row after the other: it is here that they come from memory, and a run of addresses
@@ -67,7 +67,7 @@ XLAYER_INLINE void inverse_deviations(const GroupRows<const T>& x, int64_t width
         for_vectors<T>(begin, end, [&](int64_t e, auto io) XLAYER_FLATTEN {
             XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
                 if (g < Group / 2) prefetch_near(x[g] + e + ahead);
-                const Vec<T> centered = io.keep(io.load(x[g] + e) - mean[g]);
+                const Vec<T> centered = io.zero_tail(io.load(x[g] + e) - mean[g]);
                 run_sum[g] += centered;
                 run_square[g] += centered * centered;
             }
@@ -82,21 +82,22 @@ XLAYER_INLINE void inverse_deviations(const GroupRows<const T>& x, int64_t width
     XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
         rest[g] /= static_cast<T>(width);
         const T variance = scale[g] / static_cast<T>(width) - rest[g] * rest[g];
-        scale[g] = 1 / std::sqrt(greater(variance, T(0)) + static_cast<T>(eps));
+        scale[g] = 1 / std::sqrt(max(variance, T(0)) + static_cast<T>(eps));
     }
 }
 
 template <class T>
 class Scan {
   public:
-    static constexpr int64_t kPastCaches = 32 << 20;  // bytes of a result from which on it is written past the caches
+    static constexpr int64_t kStreamingBytes = 32
+                                               << 20;  // bytes of a result from which on it is written past the caches
 
     // A tile has at most `tile_bytes` of the rows of one layer, and at most `most` tokens.
-    Scan(const EmaScan& args, int64_t tile_bytes, int64_t most)
+    Scan(const EmaScan& args, int64_t tile_bytes, int64_t max_tokens)
         : args(args),
-          row(round_up(greater<int64_t>(args.width, 1), lanes<T>)),
-          tile(greater<int64_t>(1, lesser(most, tile_bytes / static_cast<int64_t>(row * sizeof(T))))),
-          own(args.dtype == own_dtype<T>) {}
+          row(round_up(max<int64_t>(args.width, 1), lanes<T>)),
+          tile(max<int64_t>(1, min(max_tokens, tile_bytes / static_cast<int64_t>(row * sizeof(T))))),
+          same_dtype(args.dtype == dtype_of<T>) {}
 
     T gate(int64_t layer) const { return 1 / (1 + exponential(-static_cast<const T*>(args.gate_logits)[layer])); }
 
@@ -104,33 +105,33 @@ class Scan {
     template <int Group>
     XLAYER_INLINE GroupRows<const T> read(const LayerRows& rows, int64_t layer, int64_t token, T* scratch) const {
         const int64_t offset = layer * rows.layer_stride + token * rows.token_stride;
-        if (own) return {static_cast<const T*>(rows.data) + offset, rows.token_stride};
+        if (same_dtype) return {static_cast<const T*>(rows.data) + offset, rows.token_stride};
         for (int g = 0; g < Group; ++g)
             read_elements<T>(args.dtype, rows.data, offset + g * rows.token_stride, args.width, scratch + g * row);
         return {scratch, row};
     }
     // From a row to the one that is read `layers` later, to be fetched ahead; 0 where there is none.
     int64_t ahead(const LayerRows& rows, int64_t layer, int64_t layers) const {
-        return own && layer + layers >= 0 && layer + layers < args.layers ? layers * rows.layer_stride : 0;
+        return same_dtype && layer + layers >= 0 && layer + layers < args.layers ? layers * rows.layer_stride : 0;
     }
     // Where results of a group go, contiguous rows from `offset` on, or `scratch`, which `finish` narrows.
     XLAYER_INLINE GroupRows<T> target(void* data, int64_t offset, T* scratch) const {
-        if (own) return {static_cast<T*>(data) + offset, args.width};
+        if (same_dtype) return {static_cast<T*>(data) + offset, args.width};
         return {scratch, row};
     }
     template <int Group>
     XLAYER_INLINE void finish(const GroupRows<T>& from, void* data, int64_t offset) const {
-        for (int g = 0; !own && g < Group; ++g)
+        for (int g = 0; !same_dtype && g < Group; ++g)
             narrow_elements(args.dtype, from[g], data, offset + g * args.width, args.width);
     }
     // Whether results of all layers are written past the caches.
-    bool is_past(const void* results) const {
+    bool use_streaming(const void* results) const {
         const int64_t bytes = args.layers * args.tokens * args.width * static_cast<int64_t>(sizeof(T));
-        return own && bytes >= kPastCaches && args.width % lanes<T> == 0 &&
+        return same_dtype && bytes >= kStreamingBytes && args.width % lanes<T> == 0 &&
                reinterpret_cast<uintptr_t>(results) % kVectorBytes == 0;
     }
 
-    void start(int64_t token, T* to) const {
+    void load_initial(int64_t token, T* to) const {
         if (args.initial == nullptr) {
             for (int64_t e = 0; e < row; ++e) to[e] = 0;
             return;
@@ -142,7 +143,7 @@ class Scan {
     // f(g, value, x̂, e, io) for every vector of the rows of a group of taps, normalized where that is asked for.
     // Meanwhile it asks for the rows `ahead`, in shares, so that memory is never idle.
     template <int Group, class F>
-    XLAYER_INLINE void each_value(const GroupRows<const T>& x, int64_t ahead, T* scale, const F& f) const {
+    XLAYER_INLINE void for_each_value(const GroupRows<const T>& x, int64_t ahead, T* scale, const F& f) const {
         if (!args.normalize) {
             for_vectors<T>(0, args.width, [&](int64_t e, auto io) XLAYER_FLATTEN {
                 XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
@@ -163,7 +164,7 @@ class Scan {
             const Vec<T> slope = io.load(weight + e), offset = bias == nullptr ? Vec<T>{} : io.load(bias + e);
             XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
                 if (g >= Group / 2) prefetch_near(x[g] + e + ahead);
-                const Vec<T> unit = io.keep((io.load(x[g] + e) - mean[g]) * scale[g] - rest[g]);
+                const Vec<T> unit = io.zero_tail((io.load(x[g] + e) - mean[g]) * scale[g] - rest[g]);
                 f(g, unit * slope + offset, unit, e, io);
             }
         });
@@ -171,7 +172,7 @@ class Scan {
 
     const EmaScan& args;
     const int64_t row, tile;  // elements of a row of scratch; tokens that walk together
-    const bool own;           // rows in memory are of T: neither widened nor narrowed
+    const bool same_dtype;    // rows in memory are of T: neither widened nor narrowed
 };
 
 }  // namespace xlayer::cpu::XLAYER_ISA::aggregate

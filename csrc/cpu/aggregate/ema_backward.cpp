@@ -8,15 +8,15 @@ namespace xlayer::cpu::XLAYER_ISA::aggregate {
 namespace {
 
 constexpr int64_t kTileBytes = 8192;  // of which 2 for every layer stay in L2
-constexpr int64_t kMostChunks = 64;
+constexpr int64_t kMaxChunks = 64;
 
 template <class T>
 class Backward {
   public:
     explicit Backward(const EmaScanBackward& args)
-        : args_(args), scan_(args.scan, kTileBytes, args.scan.tokens), past_(scan_.is_past(args.grad_x)) {
+        : args_(args), scan_(args.scan, kTileBytes, args.scan.tokens), streaming_(scan_.use_streaming(args.grad_x)) {
         const int64_t tiles = ceil_div(args.scan.tokens, scan_.tile);
-        chunk_ = greater<int64_t>(1, ceil_div(tiles, kMostChunks)) * scan_.tile;
+        chunk_ = max<int64_t>(1, ceil_div(tiles, kMaxChunks)) * scan_.tile;
         chunks_ = ceil_div(args.scan.tokens, chunk_);
     }
 
@@ -27,19 +27,19 @@ class Backward {
 
     void run() const {
         const EmaScan& scan = args_.scan;
-        parallel_tasks(scan.pool, chunks_, [&](int64_t worker, int64_t chunk) {
-            Worker with(*this, static_cast<char*>(args_.workspace) + worker * worker_size());
+        parallel_tasks(scan.pool, chunks_, [&](int64_t index, int64_t chunk) {
+            Worker worker(*this, static_cast<char*>(args_.workspace) + index * worker_size());
             const Partial sums(*this, chunk);
-            const int64_t begin = chunk * chunk_, end = lesser(scan.tokens, begin + chunk_);
+            const int64_t begin = chunk * chunk_, end = min(scan.tokens, begin + chunk_);
             for (int64_t l = 0; l < scan.layers; ++l) sums.gate[l] = 0;
-            for (int64_t e = 0; e < 2 * scan_.row; ++e) sums.weight[e] = 0, with.weight[e] = 0;
+            for (int64_t e = 0; e < 2 * scan_.row; ++e) sums.weight[e] = 0, worker.weight[e] = 0;
             for (int64_t first = begin; first < end; first += scan_.tile) {
-                const int64_t count = lesser(scan_.tile, end - first);
-                up(with, first, count);
-                down(with, sums, first, count);
+                const int64_t count = min(scan_.tile, end - first);
+                forward_pass(worker, first, count);
+                backward_pass(worker, sums, first, count);
             }
-            add_norm(with, sums);
-            if (past_) finish_past_caches();
+            add_norm(worker, sums);
+            if (streaming_) streaming_fence();
         });
         finish();
     }
@@ -58,7 +58,7 @@ class Backward {
     // rows to widen and to narrow in; the norm's gradients of a few tokens; the norm's 1/deviation.
     struct Worker {
         T *normal, *state, *grad, *wide, *narrow, *weight, *bias, *scale;
-        int64_t added = 0;  // to weight and bias, one after another
+        int64_t pending = 0;  // to weight and bias, one after another
 
         Worker(const Backward& of, char* memory) {
             const int64_t row = of.scan_.row, tile = of.scan_.tile, layers = of.rows_of_layers();
@@ -86,53 +86,53 @@ class Backward {
         }
     };
 
-    void up(const Worker& with, int64_t first, int64_t count) const {
-        for (int64_t t = 0; t < count; ++t) scan_.start(first + t, with.state + t * scan_.row);
+    void forward_pass(const Worker& worker, int64_t first, int64_t count) const {
+        for (int64_t t = 0; t < count; ++t) scan_.load_initial(first + t, worker.state + t * scan_.row);
         for (int64_t l = 0; l < args_.scan.layers; ++l) {
             const T gate = scan_.gate(l);
             for_groups(count, [&](auto group, int64_t t)
-                                  XLAYER_FLATTEN { up_group<decltype(group)::value>(with, l, first, t, gate); });
+                                  XLAYER_FLATTEN { forward_group<decltype(group)::value>(worker, l, first, t, gate); });
         }
     }
 
     template <int Group>
-    XLAYER_INLINE void up_group(const Worker& with, int64_t layer, int64_t first, int64_t t, T gate) const {
+    XLAYER_INLINE void forward_group(const Worker& worker, int64_t layer, int64_t first, int64_t t, T gate) const {
         const int64_t at = layer * scan_.tile + t, row = scan_.row, ahead = scan_.ahead(args_.scan.x, layer, 1);
-        const GroupRows<const T> x = scan_.template read<Group>(args_.scan.x, layer, first + t, with.wide);
-        const GroupRows<T> normal = {with.normal + at * row, row}, state = {with.state + at * row, row};
+        const GroupRows<const T> x = scan_.template read<Group>(args_.scan.x, layer, first + t, worker.wide);
+        const GroupRows<T> normal = {worker.normal + at * row, row}, state = {worker.state + at * row, row};
         const int64_t after = scan_.tile * row;
-        scan_.template each_value<Group>(x, ahead, with.scale + at,
-                                         [&](int g, Vec<T> value, Vec<T> unit, int64_t e, auto) XLAYER_FLATTEN {
-                                             const Vec<T> before = load(state[g] + e);
-                                             store(normal[g] + e, unit);
-                                             store(state[g] + e + after, before + gate * (value - before));
-                                         });
+        scan_.template for_each_value<Group>(x, ahead, worker.scale + at,
+                                             [&](int g, Vec<T> value, Vec<T> unit, int64_t e, auto) XLAYER_FLATTEN {
+                                                 const Vec<T> before = load(state[g] + e);
+                                                 store(normal[g] + e, unit);
+                                                 store(state[g] + e + after, before + gate * (value - before));
+                                             });
     }
 
-    void down(Worker& with, const Partial& sums, int64_t first, int64_t count) const {
+    void backward_pass(Worker& worker, const Partial& sums, int64_t first, int64_t count) const {
         const EmaScan& scan = args_.scan;
         for (int64_t t = 0; t < count; ++t) {
-            T* grad = with.grad + t * scan_.row;
+            T* grad = worker.grad + t * scan_.row;
             for (int64_t e = 0; e < scan_.row; ++e) grad[e] = 0;
             if (!scan.last_only) continue;
-            const T* given = scan_.template read<1>(args_.grad, 0, first + t, with.wide)[0];
+            const T* given = scan_.template read<1>(args_.grad, 0, first + t, worker.wide)[0];
             for (int64_t e = 0; e < scan.width; ++e) grad[e] = given[e];
         }
-        T decay = 1;  // what the layer above multiplies its ∂L/∂S, which is in with.grad, with on its way down
+        T decay = 1;  // what the layer above multiplies its ∂L/∂S, which is in worker.grad, with on its way down
         for (int64_t l = scan.layers - 1; l >= 0; --l) {
             const T gate = scan_.gate(l);
             Vec<T> product = {};
             for_groups(count, [&](auto group, int64_t t) XLAYER_FLATTEN {
                 constexpr int kTokens = decltype(group)::value;
-                const Layer<kTokens> layer(*this, with, l, first, t, gate, decay);
-                if (past_)
-                    scan.last_only ? down_group<kTokens, true, true>(layer, product)
-                                   : down_group<kTokens, true, false>(layer, product);
+                const Layer<kTokens> layer(*this, worker, l, first, t, gate, decay);
+                if (streaming_)
+                    scan.last_only ? backward_group<kTokens, true, true>(layer, product)
+                                   : backward_group<kTokens, true, false>(layer, product);
                 else
-                    scan.last_only ? down_group<kTokens, false, true>(layer, product)
-                                   : down_group<kTokens, false, false>(layer, product);
+                    scan.last_only ? backward_group<kTokens, false, true>(layer, product)
+                                   : backward_group<kTokens, false, false>(layer, product);
                 scan_.template finish<kTokens>(layer.to, args_.grad_x, layer.offset);
-                if (++with.added >= kRun) add_norm(with, sums);
+                if (++worker.pending >= kRun) add_norm(worker, sums);
             });
             sums.gate[l] += sum_lanes<T>(product);
             decay = 1 - gate;
@@ -140,20 +140,20 @@ class Backward {
         if (args_.grad_initial == nullptr) return;
         for (int64_t t = 0; t < count; ++t) {
             const int64_t offset = (first + t) * scan.width;
-            const T* grad = with.grad + t * scan_.row;
-            const GroupRows<T> to = scan_.target(args_.grad_initial, offset, with.narrow);
+            const T* grad = worker.grad + t * scan_.row;
+            const GroupRows<T> to = scan_.target(args_.grad_initial, offset, worker.narrow);
             for (int64_t e = 0; e < scan.width; ++e) to[0][e] = decay * grad[e];
             scan_.template finish<1>(to, args_.grad_initial, offset);
         }
     }
 
     // Moves the norm's gradients on, from the short sums of a few tokens to the long ones.
-    void add_norm(Worker& with, const Partial& sums) const {
-        with.added = 0;
+    void add_norm(Worker& worker, const Partial& sums) const {
+        worker.pending = 0;
         if (!args_.scan.normalize) return;
         for (int64_t e = 0; e < 2 * scan_.row; ++e) {
-            sums.weight[e] += with.weight[e];
-            with.weight[e] = 0;
+            sums.weight[e] += worker.weight[e];
+            worker.weight[e] = 0;
         }
     }
 
@@ -168,35 +168,35 @@ class Backward {
         const T* scale;
         T *weight, *bias;  // to add the norm's gradients to
 
-        XLAYER_INLINE Layer(const Backward& of, const Worker& with, int64_t layer, int64_t first, int64_t t, T gate,
+        XLAYER_INLINE Layer(const Backward& of, const Worker& worker, int64_t layer, int64_t first, int64_t t, T gate,
                             T decay)
             : gate(gate), decay(decay) {
             const EmaScan& scan = of.args_.scan;
             const int64_t at = layer * of.scan_.tile + t, row = of.scan_.row;
             offset = (layer * scan.tokens + first + t) * scan.width;
-            grad = {with.grad + t * row, row};
-            normal = {with.normal + at * row, row};
-            state = {with.state + at * row, row};
-            scale = with.scale + at;
-            weight = with.weight, bias = with.bias;
-            to = of.scan_.target(of.args_.grad_x, offset, with.narrow);
+            grad = {worker.grad + t * row, row};
+            normal = {worker.normal + at * row, row};
+            state = {worker.state + at * row, row};
+            scale = worker.scale + at;
+            weight = worker.weight, bias = worker.bias;
+            to = of.scan_.target(of.args_.grad_x, offset, worker.narrow);
             given = {nullptr, 0};
-            if (!scan.last_only) given = of.scan_.template read<Group>(of.args_.grad, layer, first + t, with.wide);
+            if (!scan.last_only) given = of.scan_.template read<Group>(of.args_.grad, layer, first + t, worker.wide);
             ahead = of.scan_.ahead(of.args_.grad, layer, -1);
-            ahead_to = of.scan_.own && layer > 0 ? -scan.tokens * scan.width : 0;
+            ahead_to = of.scan_.same_dtype && layer > 0 ? -scan.tokens * scan.width : 0;
         }
 
         // ∂L/∂S_l.
         template <bool Last, class Io>
-        XLAYER_INLINE Vec<T> arrived(int g, int64_t e, const Io& io) const {
+        XLAYER_INLINE Vec<T> grad_state(int g, int64_t e, const Io& io) const {
             const Vec<T> above = decay * load(grad[g] + e);
-            if constexpr (Last) return io.keep(above);
-            return io.keep(above + io.load(given[g] + e));
+            if constexpr (Last) return io.zero_tail(above);
+            return io.zero_tail(above + io.load(given[g] + e));
         }
-        template <bool Past, class Io>
-        XLAYER_INLINE void give(int g, int64_t e, const Io& io, Vec<T> value) const {
-            if constexpr (Past) {
-                io.store_past(to[g] + e, value);
+        template <bool Streaming, class Io>
+        XLAYER_INLINE void store_grad(int g, int64_t e, const Io& io, Vec<T> value) const {
+            if constexpr (Streaming) {
+                io.store_streaming(to[g] + e, value);
             } else {
                 prefetch_to_write(to[g] + e + ahead_to);
                 io.store(to[g] + e, value);
@@ -205,8 +205,8 @@ class Backward {
     };
 
     // Through S_l and the LayerNorm of a group of tokens to ∂L/∂x_l, and ⟨∂L/∂S_l, n_l − S_{l−1}⟩.
-    template <int Group, bool Past, bool Last>
-    XLAYER_INLINE void down_group(const Layer<Group>& with, Vec<T>& products) const {
+    template <int Group, bool Streaming, bool Last>
+    XLAYER_INLINE void backward_group(const Layer<Group>& layer, Vec<T>& products) const {
         const EmaScan& scan = args_.scan;
         Vec<T> product[Group] = {};
         if (!scan.normalize) {
@@ -214,25 +214,25 @@ class Backward {
                 Vec<T> run[Group] = {};
                 for_vectors<T>(begin, end, [&](int64_t e, auto io) XLAYER_FLATTEN {
                     XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
-                        if constexpr (!Last) prefetch_near(with.given[g] + e + with.ahead);
-                        const Vec<T> now = with.template arrived<Last>(g, e, io);
-                        run[g] += io.keep(now * (load(with.normal[g] + e) - load(with.state[g] + e)));
-                        with.template give<Past>(g, e, io, with.gate * now);
-                        store(with.grad[g] + e, now);
+                        if constexpr (!Last) prefetch_near(layer.given[g] + e + layer.ahead);
+                        const Vec<T> now = layer.template grad_state<Last>(g, e, io);
+                        run[g] += io.zero_tail(now * (load(layer.normal[g] + e) - load(layer.state[g] + e)));
+                        layer.template store_grad<Streaming>(g, e, io, layer.gate * now);
+                        store(layer.grad[g] + e, now);
                     }
                 });
                 XLAYER_UNROLL for (int g = 0; g < Group; ++g) product[g] += run[g];
             });
         } else {
-            norm_backward<Group, Past, Last>(with, product);
+            norm_backward<Group, Streaming, Last>(layer, product);
         }
         for (int half = Group / 2; half > 0; half /= 2)
             for (int g = 0; g < half; ++g) product[g] += product[g + half];
         products += product[0];
     }
 
-    template <int Group, bool Past, bool Last>
-    XLAYER_INLINE void norm_backward(const Layer<Group>& with, Vec<T>* product) const {
+    template <int Group, bool Streaming, bool Last>
+    XLAYER_INLINE void norm_backward(const Layer<Group>& layer, Vec<T>* product) const {
         const int64_t width = args_.scan.width;
         const T* weight = static_cast<const T*>(args_.scan.norm_weight);
         const T* bias = static_cast<const T*>(args_.scan.norm_bias);
@@ -240,22 +240,22 @@ class Backward {
         for_runs<T>(width, [&](int64_t begin, int64_t end) XLAYER_FLATTEN {
             Vec<T> run_product[Group] = {}, run_sum[Group] = {}, run_along[Group] = {};
             for_vectors<T>(begin, end, [&](int64_t e, auto io) XLAYER_FLATTEN {
-                const Vec<T> slope = io.load(weight + e), gated = with.gate * slope;
+                const Vec<T> slope = io.load(weight + e), gated = layer.gate * slope;
                 const Vec<T> offset = bias == nullptr ? Vec<T>{} : io.load(bias + e);
                 Vec<T> of_weight = {}, of_bias = {};
                 XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
-                    if (!Last && g < Group / 2) prefetch_near(with.given[g] + e + with.ahead);
-                    const Vec<T> now = with.template arrived<Last>(g, e, io), unit = load(with.normal[g] + e);
-                    store(with.grad[g] + e, now);
-                    run_product[g] += io.keep(now * (unit * slope + offset - load(with.state[g] + e)));
+                    if (!Last && g < Group / 2) prefetch_near(layer.given[g] + e + layer.ahead);
+                    const Vec<T> now = layer.template grad_state<Last>(g, e, io), unit = load(layer.normal[g] + e);
+                    store(layer.grad[g] + e, now);
+                    run_product[g] += io.zero_tail(now * (unit * slope + offset - load(layer.state[g] + e)));
                     const Vec<T> scaled = now * gated;
                     run_sum[g] += scaled;
                     run_along[g] += scaled * unit;
                     of_weight += now * unit;
                     of_bias += now;
                 }
-                store(with.weight + e, load(with.weight + e) + with.gate * of_weight);
-                store(with.bias + e, load(with.bias + e) + with.gate * of_bias);
+                store(layer.weight + e, load(layer.weight + e) + layer.gate * of_weight);
+                store(layer.bias + e, load(layer.bias + e) + layer.gate * of_bias);
             });
             XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
                 product[g] += run_product[g];
@@ -263,19 +263,20 @@ class Backward {
                 along[g] += run_along[g];
             }
         });
-        T mean[Group], tilt[Group];
+        T mean[Group], projection[Group];
         sum_each_lanes<T, Group>(sum, mean);
-        sum_each_lanes<T, Group>(along, tilt);
+        sum_each_lanes<T, Group>(along, projection);
         XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
             mean[g] /= static_cast<T>(width);
-            tilt[g] /= static_cast<T>(width);
+            projection[g] /= static_cast<T>(width);
         }
         for_vectors<T>(0, width, [&](int64_t e, auto io) XLAYER_FLATTEN {
-            const Vec<T> gated = with.gate * io.load(weight + e);
+            const Vec<T> gated = layer.gate * io.load(weight + e);
             XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
-                if (!Last && g >= Group / 2) prefetch_near(with.given[g] + e + with.ahead);
-                const Vec<T> now = load(with.grad[g] + e), unit = load(with.normal[g] + e);
-                with.template give<Past>(g, e, io, with.scale[g] * (now * gated - mean[g] - tilt[g] * unit));
+                if (!Last && g >= Group / 2) prefetch_near(layer.given[g] + e + layer.ahead);
+                const Vec<T> now = load(layer.grad[g] + e), unit = load(layer.normal[g] + e);
+                layer.template store_grad<Streaming>(g, e, io,
+                                                     layer.scale[g] * (now * gated - mean[g] - projection[g] * unit));
             }
         });
     }
@@ -305,7 +306,7 @@ class Backward {
 
     const EmaScanBackward& args_;
     Scan<T> scan_;
-    bool past_;
+    bool streaming_;
     int64_t chunk_, chunks_;  // tokens of a chunk, and how many chunks
 };
 

@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kGates = 3;
 constexpr int kRows = kVectorBytes == 64 ? 8 : 4;  // × 3 accumulators, of 32 registers or 16
-constexpr int64_t kMostTile = 96;
+constexpr int64_t kMaxTile = 96;
 constexpr int64_t kTileBytes = 512 << 10;  // of a tile's x and states, which every panel of weights meets
 
 // sum[row][gate] += Σ_k a[row, k]·b[k][gate].
@@ -17,7 +17,7 @@ template <class T, int Rows>
 XLAYER_INLINE void add_product(int64_t depth, const T* a, int64_t a_row, const T* b, Vec<T> (&sum)[Rows][kGates]) {
     for (int64_t first = 0; first < depth; first += kProductSlice) {
         Vec<T> acc[Rows][kGates] = {};
-        for (int64_t k = first; k < lesser(first + kProductSlice, depth); ++k) {
+        for (int64_t k = first; k < min(first + kProductSlice, depth); ++k) {
             Vec<T> vector[kGates];
             XLAYER_UNROLL for (int g = 0; g < kGates; ++g) vector[g] = load(b + (k * kGates + g) * lanes<T>);
             XLAYER_UNROLL for (int r = 0; r < Rows; ++r) {
@@ -39,7 +39,7 @@ class Forward {
           gru_(args.gru),
           panels_(ceil_div(gru_.width, lanes<T>)),
           padded_(panels_ * lanes<T>),
-          tiles_(gru_.tokens, most_tile(), gru_.pool.threads),
+          tiles_(gru_.tokens, max_tile(), gru_.pool.threads),
           scratch_(args.workspace) {
         weights_ = scratch_.take<T>(panels_, panel_size());
         biases_ = scratch_.take<T>(panels_, kBiases, lanes<T>);
@@ -54,7 +54,7 @@ class Forward {
 
     void run() const {
         parallel_for_each(gru_.pool, panels_, [&](int64_t panel) { pack(panel); });
-        parallel_tasks(gru_.pool, tiles_.count, [&](int64_t worker, int64_t tile) { walk(worker, tile); });
+        parallel_tasks(gru_.pool, tiles_.count, [&](int64_t worker, int64_t tile) { run_tile(worker, tile); });
     }
 
   private:
@@ -69,15 +69,15 @@ class Forward {
         T* next;
     };
 
-    int64_t most_tile() const {
+    int64_t max_tile() const {
         const int64_t bytes = (gru_.input + 2 * padded_) * static_cast<int64_t>(sizeof(T));
-        return lesser(kMostTile, kTileBytes / greater<int64_t>(1, bytes));
+        return min(kMaxTile, kTileBytes / max<int64_t>(1, bytes));
     }
     int64_t panel_size() const { return (gru_.input + gru_.width) * kGates * lanes<T>; }
     // Two states and, for dtypes other than T, x.
     int64_t worker_size() const {
-        const int64_t x = gru_.dtype == own_dtype<T> ? 0 : gru_.input;
-        return round_up(tiles_.most() * (2 * padded_ + x), lanes<T>);
+        const int64_t x = gru_.dtype == dtype_of<T> ? 0 : gru_.input;
+        return round_up(tiles_.max_tile() * (2 * padded_ + x), lanes<T>);
     }
 
     // A panel's weights: over x and then over h, the three gates of a vector of columns side by side.
@@ -86,7 +86,7 @@ class Forward {
         const int64_t d = gru_.width, stride = kGates * lanes<T>;
         std::memset(to, 0, panel_size() * sizeof(T));
         std::memset(bias, 0, kBiases * lanes<T> * sizeof(T));
-        for (int64_t l = 0; l < lesser<int64_t>(lanes<T>, d - panel * lanes<T>); ++l) {
+        for (int64_t l = 0; l < min<int64_t>(lanes<T>, d - panel * lanes<T>); ++l) {
             T bias_i[kGates], bias_h[kGates];
             for (int64_t g = 0; g < kGates; ++g) {
                 const int64_t row = g * d + panel * lanes<T> + l;
@@ -101,10 +101,10 @@ class Forward {
         }
     }
 
-    void walk(int64_t worker, int64_t tile) const {
+    void run_tile(int64_t worker, int64_t tile) const {
         T* state = workers_ + worker * worker_size();
-        T* next = state + tiles_.most() * padded_;
-        T* x = next + tiles_.most() * padded_;
+        T* next = state + tiles_.max_tile() * padded_;
+        T* x = next + tiles_.max_tile() * padded_;
         const int64_t first = tiles_.begin(tile), rows = tiles_.size(tile);
         for (int64_t t = 0; t < rows; ++t) {
             T* row = state + t * padded_;
@@ -115,7 +115,7 @@ class Forward {
         for (int64_t layer = 0; layer < gru_.layers; ++layer) {
             const int64_t offset = layer * gru_.x.layer_stride + first * gru_.x.token_stride;
             Step step{layer, first, rows, x, gru_.input, state, next};
-            if (gru_.dtype == own_dtype<T>) {
+            if (gru_.dtype == dtype_of<T>) {
                 step.x = static_cast<const T*>(gru_.x.data) + offset;
                 step.x_row = gru_.x.token_stride;
             } else {
@@ -148,7 +148,7 @@ class Forward {
         add_product<T, Rows>(gru_.input, step.x + row * step.x_row, step.x_row, weights, over_x);
         add_product<T, Rows>(gru_.width, step.state + row * padded_, padded_, weights + gru_.input * kGates * lanes<T>,
                              over_h);
-        const int64_t column = panel * lanes<T>, count = lesser<int64_t>(lanes<T>, gru_.width - column);
+        const int64_t column = panel * lanes<T>, count = min<int64_t>(lanes<T>, gru_.width - column);
         for (int r = 0; r < Rows; ++r) {
             const Vec<T> reset = sigmoid(over_x[r][0] + over_h[r][0]), update = sigmoid(over_x[r][1] + over_h[r][1]);
             const Vec<T> from_state = over_h[r][2], fresh = hyperbolic_tangent(over_x[r][2] + reset * from_state);

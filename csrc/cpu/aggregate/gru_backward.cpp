@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kGates = 3;
 constexpr int kInner = 4;  // ∂L/∂ of the sums in r, in z, in n (= of W_in x), and of m
-constexpr int64_t kMostTile = 96;
+constexpr int64_t kMaxTile = 96;
 constexpr int64_t kTileBytes = 512 << 10;
 
 template <class T>
@@ -19,7 +19,7 @@ class Backward {
         : args_(args),
           gru_(args.gru),
           padded_(round_up(gru_.width, lanes<T>)),
-          tiles_(gru_.tokens, most_tile(), gru_.pool.threads),
+          tiles_(gru_.tokens, max_tile(), gru_.pool.threads),
           scratch_(args.workspace),
           weight_i_(kGates * gru_.width, gru_.input, scratch_),
           weight_h_(kGates * gru_.width, gru_.width, scratch_),
@@ -49,10 +49,10 @@ class Backward {
                            [&](int64_t worker, int64_t tile) { tokens_gradient(worker, layer, tile); });
             weights_gradient(layer);
         }
-        parallel_for_each(gru_.pool, d, [&](int64_t c) { give(c); });
+        parallel_for_each(gru_.pool, d, [&](int64_t c) { write_weight_grads(c); });
         for (int g = 0; g < kGates; ++g) {
-            grad_i_[g].give_bias(args_.grad_bias_ih, g * d);
-            (g == 2 ? grad_h_ : grad_i_)[g].give_bias(args_.grad_bias_hh, g * d);
+            grad_i_[g].write_bias(args_.grad_bias_ih, g * d);
+            (g == 2 ? grad_h_ : grad_i_)[g].write_bias(args_.grad_bias_hh, g * d);
         }
         for (int64_t t = 0; args_.grad_initial != nullptr && t < gru_.tokens; ++t)
             put_row(gru_.dtype, carry_ + t * padded_, d, args_.grad_initial, t * d);
@@ -62,15 +62,15 @@ class Backward {
     WeightGradient<T> gradient(int64_t depth) { return {gru_.dtype, gru_.tokens, depth, gru_.width, scratch_}; }
     int64_t inner_size() const { return kInner * padded_; }
     int64_t inner_of_state(int g) const { return (g == 2 ? 3 : g) * padded_; }  // where W_h's are
-    int64_t most_tile() const {
+    int64_t max_tile() const {
         const int64_t bytes = (gru_.input + (kInner + 1) * padded_) * static_cast<int64_t>(sizeof(T));
-        return lesser(kMostTile, kTileBytes / greater<int64_t>(1, bytes));
+        return min(kMaxTile, kTileBytes / max<int64_t>(1, bytes));
     }
     // A tile of ∂L/∂x and rows widened, or what the weights' gradients need.
     int64_t worker_size() const {
-        const int64_t tile = tiles_.most() * weight_i_.padded() + 6 * padded_;
-        const int64_t depth = greater(gru_.input, gru_.width);
-        return greater(round_up(tile, lanes<T>), WeightGradient<T>::scratch_size(gru_.dtype, depth));
+        const int64_t tile = tiles_.max_tile() * weight_i_.padded() + 6 * padded_;
+        const int64_t depth = max(gru_.input, gru_.width);
+        return max(round_up(tile, lanes<T>), WeightGradient<T>::scratch_size(gru_.dtype, depth));
     }
 
     const T* row_of(const void* data, int64_t offset, T* scratch) const {
@@ -85,7 +85,7 @@ class Backward {
 
     void tokens_gradient(int64_t worker, int64_t layer, int64_t tile) const {
         T* grad_x = workers_ + worker * worker_size();
-        T* rows = grad_x + tiles_.most() * weight_i_.padded();
+        T* rows = grad_x + tiles_.max_tile() * weight_i_.padded();
         const int64_t first = tiles_.begin(tile), count = tiles_.size(tile);
         const int64_t d = gru_.width, grad_row = weight_i_.padded();
         for (int64_t t = first; t < first + count; ++t) gates_gradient(layer, t, rows);
@@ -141,11 +141,11 @@ class Backward {
         });
     }
 
-    void give(int64_t c) const {
+    void write_weight_grads(int64_t c) const {
         for (int g = 0; g < kGates; ++g) {
             const int64_t row = g * gru_.width + c;
-            grad_i_[g].give(c, args_.grad_weight_ih, row * gru_.input);
-            grad_h_[g].give(c, args_.grad_weight_hh, row * gru_.width);
+            grad_i_[g].write_row(c, args_.grad_weight_ih, row * gru_.input);
+            grad_h_[g].write_row(c, args_.grad_weight_hh, row * gru_.width);
         }
     }
 

@@ -22,12 +22,12 @@ struct TokenTiles {
     static constexpr int64_t kUnit = 24;  // rows of every tile of registers divide it
     int64_t tokens, units, count;
 
-    TokenTiles(int64_t tokens_, int64_t most, int64_t threads) : tokens(tokens_), units(ceil_div(tokens_, kUnit)) {
-        count = lesser(units, round_up(ceil_div(units, greater<int64_t>(1, most / kUnit)), threads));
+    TokenTiles(int64_t tokens_, int64_t max_tile, int64_t threads) : tokens(tokens_), units(ceil_div(tokens_, kUnit)) {
+        count = min(units, round_up(ceil_div(units, max<int64_t>(1, max_tile / kUnit)), threads));
     }
-    int64_t begin(int64_t tile) const { return lesser(tokens, tile * units / count * kUnit); }
+    int64_t begin(int64_t tile) const { return min(tokens, tile * units / count * kUnit); }
     int64_t size(int64_t tile) const { return begin(tile + 1) - begin(tile); }
-    int64_t most() const { return count == 0 ? 0 : ceil_div(units, count) * kUnit; }
+    int64_t max_tile() const { return count == 0 ? 0 : ceil_div(units, count) * kUnit; }
 };
 
 // to[k·stride] = from[offset + k], widened, for k in [0, count).
@@ -36,7 +36,7 @@ inline void spread_row(DType dtype, const void* from, int64_t offset, int64_t co
     constexpr int64_t kChunk = 64;
     T chunk[kChunk];
     for (int64_t first = 0; first < count; first += kChunk) {
-        const int64_t length = lesser(kChunk, count - first);
+        const int64_t length = min(kChunk, count - first);
         const T* row = read_elements(dtype, from, offset + first, length, chunk);
         for (int64_t k = 0; k < length; ++k) to[(first + k) * stride] = row[k];
     }
@@ -48,7 +48,7 @@ inline void gather_row(DType dtype, const T* from, int64_t stride, int64_t count
     constexpr int64_t kChunk = 64;
     T chunk[kChunk];
     for (int64_t first = 0; first < count; first += kChunk) {
-        const int64_t length = lesser(kChunk, count - first);
+        const int64_t length = min(kChunk, count - first);
         T* row = write_target(dtype, to, offset + first, chunk);
         for (int64_t k = 0; k < length; ++k) row[k] = from[(first + k) * stride];
         narrow_elements(dtype, row, to, offset + first, length);
@@ -58,7 +58,7 @@ inline void gather_row(DType dtype, const T* from, int64_t stride, int64_t count
 // `count` elements at `offset` from a row of T, narrowed.
 template <class T>
 inline void put_row(DType dtype, const T* from, int64_t count, void* to, int64_t offset) {
-    if (dtype == own_dtype<T>) {
+    if (dtype == dtype_of<T>) {
         if (count > 0) std::memcpy(static_cast<T*>(to) + offset, from, count * sizeof(T));  // `to` of nothing is null
     } else {
         narrow_elements(dtype, from, to, offset, count);
@@ -68,7 +68,7 @@ inline void put_row(DType dtype, const T* from, int64_t count, void* to, int64_t
 // The first `count` lanes of a vector, narrowed, to the elements at `offset`.
 template <class T>
 XLAYER_INLINE void write_vector(DType dtype, Vec<T> value, void* data, int64_t offset, int64_t count) {
-    if (dtype == own_dtype<T> && count == lanes<T>) return store(static_cast<T*>(data) + offset, value);
+    if (dtype == dtype_of<T> && count == lanes<T>) return store(static_cast<T*>(data) + offset, value);
     T lane[lanes<T>];
     store(lane, value);
     put_row(dtype, lane, count, data, offset);
@@ -91,7 +91,7 @@ class PackedWeight {
               int64_t column_stride) const {
         parallel_for_each(pool, panels_.count, [&](int64_t panel) {
             const int64_t begin = panels_.begin(panel) * lanes<T>, width = panels_.width(panel) * lanes<T>;
-            const int64_t count = lesser(width, columns_ - begin);
+            const int64_t count = min(width, columns_ - begin);
             T* to = data_ + begin * depth_;
             std::memset(to, 0, depth_ * width * sizeof(T));
             if (column_stride == 1) {
@@ -110,8 +110,8 @@ class PackedWeight {
         for (int64_t panel = 0; panel < panels_.count; ++panel) {
             const int64_t begin = panels_.begin(panel) * lanes<T>, width = panels_.width(panel) * lanes<T>;
             const T* b = data_ + begin * depth_ + first * width;
-            for (int64_t k = 0; k < greater<int64_t>(1, depth); k += kProductSlice) {
-                gemm(rows, width, lesser(kProductSlice, depth - k), a + k, a_row, 1, b + k * width, width, c + begin,
+            for (int64_t k = 0; k < max<int64_t>(1, depth); k += kProductSlice) {
+                gemm(rows, width, min(kProductSlice, depth - k), a + k, a_row, 1, b + k * width, width, c + begin,
                      c_row, accumulate || k > 0);
             }
         }
@@ -143,7 +143,7 @@ class WeightGradient {
     int64_t tasks() const { return ceil_div(panels_.count, kGroup); }
     // What a worker needs: sums, slices of ∂L/∂y and, for dtypes other than T, of x.
     static int64_t scratch_size(DType dtype, int64_t depth) {
-        const int64_t columns = kGroup * kPanelColumns<T>, x = dtype == own_dtype<T> ? 0 : kTokens * depth;
+        const int64_t columns = kGroup * kPanelColumns<T>, x = dtype == dtype_of<T> ? 0 : kTokens * depth;
         return round_up(columns * (depth + kTokens) + x, lanes<T>);
     }
     void clear() const {
@@ -154,15 +154,15 @@ class WeightGradient {
     // Adds one layer. grad: ∂L/∂y, rows of whole vectors; x at `offset` of `data`.
     void add(int64_t task, const T* grad, int64_t grad_row, const void* data, int64_t offset, int64_t x_row,
              T* scratch) const {
-        const int64_t first = task * kGroup, last = lesser(first + kGroup, panels_.count);
+        const int64_t first = task * kGroup, last = min(first + kGroup, panels_.count);
         const int64_t begin = panels_.begin(first) * lanes<T>;
         T *sums = scratch, *packed = sums + kGroup * kPanelColumns<T> * depth_;
         T* wide = packed + kGroup * kPanelColumns<T> * kTokens;
         for (int64_t token = 0; token < tokens_; token += kTokens) {
-            const int64_t count = lesser(kTokens, tokens_ - token);
+            const int64_t count = min(kTokens, tokens_ - token);
             const T* x = nullptr;
             int64_t stride = x_row;
-            if (dtype_ == own_dtype<T>) {
+            if (dtype_ == dtype_of<T>) {
                 x = static_cast<const T*>(data) + offset + token * x_row;
             } else {
                 x = wide, stride = depth_;
@@ -185,10 +185,10 @@ class WeightGradient {
     }
 
     // Row c of the gradient, and element c of the bias's.
-    void give(int64_t c, void* to, int64_t offset) const {
+    void write_row(int64_t c, void* to, int64_t offset) const {
         gather_row(dtype_, total_ + c, padded(), depth_, to, offset);
     }
-    void give_bias(void* to, int64_t offset) const {
+    void write_bias(void* to, int64_t offset) const {
         for (int64_t c = 0; c < columns_; ++c) {
             const T value = static_cast<T>(bias_[c]);
             gather_row(dtype_, &value, 1, 1, to, offset + c);

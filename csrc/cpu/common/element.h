@@ -55,7 +55,7 @@ XLAYER_INLINE void narrow(float x, Float16* to) {
 
 // Calls f with a null pointer of the element type that `dtype` names.
 template <class F>
-XLAYER_INLINE void with_element(DType dtype, F f) {
+XLAYER_INLINE void dispatch_dtype(DType dtype, F f) {
     switch (dtype) {
         case DType::float64:
             return f(static_cast<double*>(nullptr));

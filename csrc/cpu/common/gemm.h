@@ -29,7 +29,7 @@ struct Panels {
 
 // Calls f(std::integral_constant<int, vectors>{}).
 template <class F>
-XLAYER_INLINE void with_panel_width(int64_t vectors, F f) {
+XLAYER_INLINE void dispatch_panel_width(int64_t vectors, F f) {
     if constexpr (kMaxPanelVectors == 4) {
         if (vectors == 4) return f(std::integral_constant<int, 4>{});
         if (vectors == 3) return f(std::integral_constant<int, 3>{});
@@ -83,7 +83,7 @@ __attribute__((noinline)) void gemm(int64_t rows, int64_t columns, int64_t depth
     const Panels panels(ceil_div(columns, lanes<T>));
     for (int64_t p = 0; p < panels.count; ++p) {
         const int64_t begin = panels.begin(p) * lanes<T>;
-        with_panel_width(panels.width(p), [&](auto width) XLAYER_FLATTEN {
+        dispatch_panel_width(panels.width(p), [&](auto width) XLAYER_FLATTEN {
             gemm_panel<T, decltype(width)::value>(rows, depth, a, a_row, a_depth, b + begin, b_row,
                                                   [&](int64_t row, auto& acc) XLAYER_FLATTEN {
                                                       store_tile(acc, c + row * c_row + begin, c_row, accumulate);
@@ -108,7 +108,7 @@ inline void gemm_packed_panel(int64_t rows, int64_t begin, int64_t columns, int6
     if (depth == 0)
         for (int64_t r = 0; r < rows; ++r) std::memset(c + r * c_row, 0, width * sizeof(T));
     for (int64_t first = 0; first < depth; first += kDepthSlice) {
-        const int64_t slice = lesser(kDepthSlice, depth - first);
+        const int64_t slice = min(kDepthSlice, depth - first);
         for (int64_t k = 0; k < slice; ++k) {
             pack(first + k, begin, columns, packed + k * width);
             for (int64_t column = columns; column < width; ++column) packed[k * width + column] = 0;
@@ -124,7 +124,7 @@ inline void gemm_streamed(int64_t rows, int64_t columns, int64_t depth, const T*
     const Panels panels(ceil_div(columns, lanes<T>));
     for (int64_t p = 0; p < panels.count; ++p) {
         const int64_t begin = panels.begin(p) * lanes<T>;
-        const int64_t count = lesser(panels.width(p) * lanes<T>, columns - begin);
+        const int64_t count = min(panels.width(p) * lanes<T>, columns - begin);
         gemm_packed_panel(rows, begin, count, depth, a, a_row, a_depth, packed, pack, buffer, kPanelColumns<T>);
         emit(begin, count, buffer, kPanelColumns<T>);
     }

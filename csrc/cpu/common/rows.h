@@ -6,12 +6,12 @@
 namespace xlayer::cpu::XLAYER_ISA {
 
 template <class T>
-constexpr DType own_dtype = sizeof(T) == 8 ? DType::float64 : DType::float32;
+constexpr DType dtype_of = sizeof(T) == 8 ? DType::float64 : DType::float32;
 
 // The row at `offset`: where it lies if its dtype is T's own, else widened into `scratch`.
 template <class T>
 inline const T* read_elements(DType dtype, const void* data, int64_t offset, int64_t count, T* scratch) {
-    if (dtype == own_dtype<T>) return static_cast<const T*>(data) + offset;
+    if (dtype == dtype_of<T>) return static_cast<const T*>(data) + offset;
     if (dtype == DType::bfloat16) {
         read_row(static_cast<const BFloat16*>(data) + offset, 1, count, scratch);
     } else {
@@ -24,7 +24,7 @@ inline const T* read_elements(DType dtype, const void* data, int64_t offset, int
 // finishes.
 template <class T>
 inline T* write_target(DType dtype, void* data, int64_t offset, T* scratch) {
-    return dtype == own_dtype<T> ? static_cast<T*>(data) + offset : scratch;
+    return dtype == dtype_of<T> ? static_cast<T*>(data) + offset : scratch;
 }
 template <class T>
 inline void narrow_elements(DType dtype, const T* from, void* data, int64_t offset, int64_t count) {
@@ -51,14 +51,14 @@ XLAYER_INLINE void prefetch_to_write(const T* row) {
 // How a loop's body reads and writes: whole vectors, or at the row's end the elements that are left, as if zeros
 // followed.
 template <class T>
-struct Whole {
+struct FullVector {
     XLAYER_INLINE Vec<T> load(const T* from) const { return cpu::XLAYER_ISA::load(from); }
     XLAYER_INLINE void store(T* to, Vec<T> value) const { cpu::XLAYER_ISA::store(to, value); }
-    XLAYER_INLINE void store_past(T* to, Vec<T> value) const { store_past_caches(to, value); }
-    XLAYER_INLINE Vec<T> keep(Vec<T> value) const { return value; }
+    XLAYER_INLINE void store_streaming(T* to, Vec<T> value) const { store_streaming(to, value); }
+    XLAYER_INLINE Vec<T> zero_tail(Vec<T> value) const { return value; }
 };
 template <class T>
-struct Part {
+struct TailVector {
     int64_t count;
     XLAYER_INLINE Vec<T> load(const T* from) const {
         T lane[lanes<T>] = {};
@@ -70,9 +70,9 @@ struct Part {
         cpu::XLAYER_ISA::store(lane, value);
         for (int64_t l = 0; l < count; ++l) to[l] = lane[l];
     }
-    XLAYER_INLINE void store_past(T* to, Vec<T> value) const { store(to, value); }
+    XLAYER_INLINE void store_streaming(T* to, Vec<T> value) const { store(to, value); }
     // Zero beyond the row's end.
-    XLAYER_INLINE Vec<T> keep(Vec<T> value) const {
+    XLAYER_INLINE Vec<T> zero_tail(Vec<T> value) const {
         for (int64_t l = count; l < lanes<T>; ++l) value[l] = 0;
         return value;
     }
@@ -81,8 +81,8 @@ struct Part {
 template <class T, class Body>
 XLAYER_INLINE void for_vectors(int64_t begin, int64_t end, const Body& body) {
     int64_t e = begin;
-    for (; e + lanes<T> <= end; e += lanes<T>) body(e, Whole<T>{});
-    if (e < end) body(e, Part<T>{end - e});
+    for (; e + lanes<T> <= end; e += lanes<T>) body(e, FullVector<T>{});
+    if (e < end) body(e, TailVector<T>{end - e});
 }
 
 }  // namespace xlayer::cpu::XLAYER_ISA

@@ -52,11 +52,11 @@ template <class T>
 constexpr int lanes = kVectorBytes / static_cast<int>(sizeof(T));
 
 template <class T>
-XLAYER_INLINE constexpr T lesser(T a, T b) {
+XLAYER_INLINE constexpr T min(T a, T b) {
     return b < a ? b : a;
 }
 template <class T>
-XLAYER_INLINE constexpr T greater(T a, T b) {
+XLAYER_INLINE constexpr T max(T a, T b) {
     return a < b ? b : a;
 }
 XLAYER_INLINE constexpr int64_t ceil_div(int64_t size, int64_t unit) { return (size + unit - 1) / unit; }
@@ -71,9 +71,9 @@ XLAYER_INLINE void store(T* to, Vec<T> value) {
     *reinterpret_cast<typename Simd<T>::Unaligned*>(to) = value;
 }
 // As `store`, past the caches: for results that are larger than they are, whose lines would only be read to be written
-// over. `to` is aligned to a vector; finish_past_caches comes before another thread may read.
+// over. `to` is aligned to a vector; streaming_fence comes before another thread may read.
 template <class T>
-XLAYER_INLINE void store_past_caches(T* to, Vec<T> value) {
+XLAYER_INLINE void store_streaming(T* to, Vec<T> value) {
 #if defined(__clang__)
     __builtin_nontemporal_store(value, reinterpret_cast<Vec<T>*>(to));
 #elif defined(__AVX512F__)
@@ -98,7 +98,7 @@ XLAYER_INLINE void store_past_caches(T* to, Vec<T> value) {
     store(to, value);
 #endif
 }
-XLAYER_INLINE void finish_past_caches() {
+XLAYER_INLINE void streaming_fence() {
 #if defined(__SSE2__)
     __builtin_ia32_sfence();
 #endif
@@ -122,9 +122,9 @@ XLAYER_INLINE Vec<T> sign(Vec<T> x) {
 template <class T>
 XLAYER_INLINE T sum_lanes(Vec<T> x) {
     XLAYER_UNROLL for (int width = lanes<T> / 2; width > 0; width /= 2) {
-        IntVec<T> turned;
-        XLAYER_UNROLL for (int l = 0; l < lanes<T>; ++l) turned[l] = (l + width) % lanes<T>;
-        x += __builtin_shuffle(x, turned);
+        IntVec<T> rotated;
+        XLAYER_UNROLL for (int l = 0; l < lanes<T>; ++l) rotated[l] = (l + width) % lanes<T>;
+        x += __builtin_shuffle(x, rotated);
     }
     return x[0];
 }
@@ -204,15 +204,15 @@ XLAYER_INLINE double exponential(double x) { return std::exp(x); }
 
 // 1 / (1 + e^−x).
 XLAYER_INLINE Vec<float> sigmoid(Vec<float> x) {
-    const Vec<float> most = splat(88.0f);  // beyond which e^ would overflow
-    return 1.0f / (1.0f + exponential(-x > most ? most : -x));
+    const Vec<float> limit = splat(88.0f);  // beyond which e^ would overflow
+    return 1.0f / (1.0f + exponential(-x > limit ? limit : -x));
 }
 XLAYER_INLINE Vec<double> sigmoid(Vec<double> x) { return 1.0 / (1.0 + exponential(-x)); }
 
 // tanh: near 0, where 1 − e^ would cancel, an odd polynomial with a relative error of 2⁻²³.
 XLAYER_INLINE Vec<float> hyperbolic_tangent(Vec<float> x) {
-    const Vec<float> size = magnitude<float>(x), most = splat(44.0f);
-    const Vec<float> large = 1.0f - 2.0f / (exponential(2.0f * (size > most ? most : size)) + 1.0f);
+    const Vec<float> size = magnitude<float>(x), limit = splat(44.0f);
+    const Vec<float> large = 1.0f - 2.0f / (exponential(2.0f * (size > limit ? limit : size)) + 1.0f);
     const Vec<float> square = x * x;
     Vec<float> p = splat(-5.70498872745e-3f);
     p = p * square + 2.06390887954e-2f;

@@ -13,7 +13,7 @@ namespace {
 int64_t chunk_size(const HdimInputs& in) {
     const int64_t tasks = in.batch * ceil_div(in.keys, kPairTile);
     if (tasks < 8 && in.keys > kPairTile) return kPairTile / 2;
-    return greater(kPairTile, round_up(ceil_div(in.keys, 16), kPairTile));
+    return max(kPairTile, round_up(ceil_div(in.keys, 16), kPairTile));
 }
 
 // Partial sums of one task.
@@ -128,7 +128,7 @@ template <class T, class S, class G>
 XLAYER_INLINE T centered_product(const G* grad, const S* value, int64_t value_stride, const S* context, int64_t width) {
     double residue[lanes<T>] = {};
     for (int64_t h = 0; h < width; h += lanes<T>) {
-        for (int64_t l = 0; l < lesser<int64_t>(lanes<T>, width - h); ++l) {
+        for (int64_t l = 0; l < min<int64_t>(lanes<T>, width - h); ++l) {
             const double from = value == nullptr ? 0 : widen(value[(h + l) * value_stride]);
             residue[l] += static_cast<double>(widen(grad[h + l])) * (from - widen(context[h + l]));
         }
@@ -238,7 +238,7 @@ void backward_chunk(const HdimBackward& args, const Plan<T>& plan, Worker<T>& w,
     clear(partial.begin(), plan.partial_size());
     T* grad_query = plan.grad_query + (b * plan.chunks + c) * in.queries * s.Dp;
     clear(grad_query, in.queries * s.Dp);
-    const int64_t begin = c * plan.chunk, n = lesser(plan.chunk, plan.keys.count[b] - begin);
+    const int64_t begin = c * plan.chunk, n = min(plan.chunk, plan.keys.count[b] - begin);
     if (n <= 0) return;
 
     // The chunk's own view: positions count from its first key.
@@ -260,8 +260,8 @@ void backward_chunk(const HdimBackward& args, const Plan<T>& plan, Worker<T>& w,
     for (int64_t p = 0; p < panels.count; ++p) {
         const int64_t first = panels.begin(p) * lanes<T>;
         gemm_packed_panel(
-            in.queries, first, lesser(panels.width(p) * lanes<T>, n - first), in.value_dim, grad_context, in.value_dim,
-            1, w.packed,
+            in.queries, first, min(panels.width(p) * lanes<T>, n - first), in.value_dim, grad_context, in.value_dim, 1,
+            w.packed,
             [&](int64_t h, int64_t column, int64_t count, T* to) XLAYER_FLATTEN {
                 for (int64_t j = 0; j < count; ++j)
                     to[j] = widen(value[index[column + j] * in.value_stride[1] + h * in.value_stride[2]]);
@@ -270,7 +270,7 @@ void backward_chunk(const HdimBackward& args, const Plan<T>& plan, Worker<T>& w,
     }
 
     for (int64_t first = 0; first < in.queries; first += kQueryBlock) {
-        const int64_t rows = lesser(kQueryBlock, in.queries - first);
+        const int64_t rows = min(kQueryBlock, in.queries - first);
         w.queries.template pack<S>(in, s, plan.weights, b, first, rows);
         clear(w.grad_query_hidden, rows * s.Mp);
         clear(w.block.begin(), plan.partial_size());
@@ -287,7 +287,7 @@ void backward_chunk(const HdimBackward& args, const Plan<T>& plan, Worker<T>& w,
                 continue;
             }
             for (int64_t t = 0; t < pairs; t += kPairTile) {
-                const int64_t count = lesser(kPairTile, pairs - t);
+                const int64_t count = min(kPairTile, pairs - t);
                 HdimTile<T>& tile = w.tile;
                 std::memcpy(tile.position, w.position + t, count * sizeof(int32_t));
                 for (int64_t k = 0; k < count; ++k) w.grad_logit[k] = probability[tile.position[k]] - delta;
@@ -379,7 +379,7 @@ void add_up_weights(const HdimBackward& args, const Plan<T>& plan) {
     T* const total = sum.begin();
     const int64_t size = plan.partial_size();
     parallel_for_each(args.pool, ceil_div(size, 1024), [&](int64_t block) {
-        const int64_t end = lesser(size, (block + 1) * 1024);
+        const int64_t end = min(size, (block + 1) * 1024);
         for (int64_t task = 1; task < tasks; ++task)
             for (int64_t e = block * 1024; e < end; ++e) total[e] += total[task * size + e];
     });
@@ -432,7 +432,7 @@ int64_t backward_workspace(const HdimBackward& args) {
 }
 
 void backward(const HdimBackward& args) {
-    with_hdim_types(args.in, [&](auto activation, auto element, auto accumulation) {
+    dispatch_types(args.in, [&](auto activation, auto element, auto accumulation) {
         run_backward<decltype(activation), decltype(element), decltype(accumulation)>(args);
     });
 }

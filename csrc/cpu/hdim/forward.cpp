@@ -63,7 +63,7 @@ void find_finite_values(const HdimInputs& in, const int32_t* index, int64_t n, i
 template <class T>
 XLAYER_INLINE void softmax_row(T* row, int64_t n, T* statistics, T* entropy) {
     T top = row[0];
-    for (int64_t t = 1; t < n; ++t) top = greater(top, row[t]);
+    for (int64_t t = 1; t < n; ++t) top = max(top, row[t]);
     const int64_t padded = round_up(n, lanes<T>);
     for (int64_t t = n; t < padded; ++t) row[t] = -HUGE_VAL;
     Vec<T> sum = {}, moment = {};
@@ -93,7 +93,7 @@ void forward_block(const HdimForward& args, const Plan<T>& plan, Worker<T>& w, i
     for (int64_t r = 0; r < rows; ++r) {
         const int64_t pairs = allowed_pairs(in, index, b, first + r, 0, n, w.position);
         for (int64_t t = 0; t < pairs; t += kPairTile) {
-            const int64_t count = lesser(kPairTile, pairs - t);
+            const int64_t count = min(kPairTile, pairs - t);
             std::memcpy(w.tile.position, w.position + t, count * sizeof(int32_t));
             w.tile.gather(s, w.queries.packed + r * s.Dp, packed_keys, count);
             w.tile.template score<Activation, false>(s, plan.weights, w.queries.hidden + r * s.Mp, key_hidden, count);
@@ -157,7 +157,7 @@ void run_forward(const HdimForward& args) {
         worker.allocate(arena, in, plan.sizes);
         worker.tile.reset(plan.sizes);
         const int64_t first = task % blocks * kQueryBlock;
-        forward_block<Activation, S>(args, plan, worker, task / blocks, first, lesser(kQueryBlock, in.queries - first));
+        forward_block<Activation, S>(args, plan, worker, task / blocks, first, min(kQueryBlock, in.queries - first));
     });
 }
 
@@ -169,7 +169,7 @@ int64_t forward_workspace(const HdimForward& args) {
 }
 
 void forward(const HdimForward& args) {
-    with_hdim_types(args.in, [&](auto activation, auto element, auto accumulation) {
+    dispatch_types(args.in, [&](auto activation, auto element, auto accumulation) {
         run_forward<decltype(activation), decltype(element), decltype(accumulation)>(args);
     });
 }

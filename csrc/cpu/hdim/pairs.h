@@ -195,7 +195,7 @@ struct HdimTile {
         const Panels panels(s.Mp / lanes<T>);
         for (int64_t p = 0; p < panels.count; ++p) {
             const int64_t begin = panels.begin(p) * lanes<T>;
-            with_panel_width(panels.width(p), [&](auto width) XLAYER_FLATTEN {
+            dispatch_panel_width(panels.width(p), [&](auto width) XLAYER_FLATTEN {
                 constexpr int kWidth = decltype(width)::value;
                 auto finish = [&](int64_t row, auto& acc) XLAYER_FLATTEN {
                     constexpr int kRows = sizeof(acc) / sizeof(acc[0]);
@@ -237,8 +237,8 @@ struct HdimTile {
 
 // Calls f(activation, element, accumulation) with values of the types that `in` asks for.
 template <class F>
-XLAYER_INLINE void with_hdim_types(const HdimInputs& in, F f) {
-    with_element(in.dtype, [&](auto* element) {
+XLAYER_INLINE void dispatch_types(const HdimInputs& in, F f) {
+    dispatch_dtype(in.dtype, [&](auto* element) {
         using S = std::remove_pointer_t<decltype(element)>;
         if (in.gelu) {
             f(Gelu{}, S{}, typename Accumulation<S>::Type{});

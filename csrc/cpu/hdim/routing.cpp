@@ -63,7 +63,7 @@ void forward(const MaskedMeanForward& args) {
         const int64_t b = task / slices, h = task % slices * kColumns;
         const T* x = static_cast<const T*>(args.x) + b * args.x_batch_stride + h;
         T* out = static_cast<T*>(args.out) + b * args.width + h;
-        const Slice<T> slice{x, args.x_token_stride, lesser(args.width - h, kColumns), b, args.mask};
+        const Slice<T> slice{x, args.x_token_stride, min(args.width - h, kColumns), b, args.mask};
         const int64_t count = count_allowed(args.mask, b, args.tokens);
         Accumulator<T> sum[kColumns];
         sum_tokens(slice, 0, args.tokens, sum);
@@ -78,7 +78,7 @@ void backward(const MaskedMeanBackward& args) {
     const int64_t slices = ceil_div(args.tokens, kTokensPerTask);
     parallel_for_each(args.pool, args.batch * slices, [&](int64_t task) {
         const int64_t b = task / slices, first = task % slices * kTokensPerTask;
-        const int64_t last = lesser(first + kTokensPerTask, args.tokens);
+        const int64_t last = min(first + kTokensPerTask, args.tokens);
         const T* grad = static_cast<const T*>(args.grad) + b * args.grad_batch_stride;
         const auto count = static_cast<Accumulator<T>>(count_allowed(args.mask, b, args.tokens));
         for (int64_t s = first; s < last; ++s) {
@@ -95,11 +95,11 @@ void backward(const MaskedMeanBackward& args) {
 }  // namespace
 
 void masked_mean_forward(const MaskedMeanForward& args) {
-    with_element(args.dtype, [&](auto* element) { forward<std::remove_pointer_t<decltype(element)>>(args); });
+    dispatch_dtype(args.dtype, [&](auto* element) { forward<std::remove_pointer_t<decltype(element)>>(args); });
 }
 
 void masked_mean_backward(const MaskedMeanBackward& args) {
-    with_element(args.dtype, [&](auto* element) { backward<std::remove_pointer_t<decltype(element)>>(args); });
+    dispatch_dtype(args.dtype, [&](auto* element) { backward<std::remove_pointer_t<decltype(element)>>(args); });
 }
 
 }  // namespace xlayer::cpu::XLAYER_ISA::hdim

@@ -12,23 +12,24 @@
 namespace xlayer::cpu::XLAYER_ISA::hyper {
 namespace {
 
-constexpr int64_t kStretch = 512;  // elements of d at a time in the second step
-constexpr int64_t kMostRuns = 256;
+constexpr int64_t kColumnChunk = 512;  // elements of d at a time in the second step
+constexpr int64_t kMaxRuns = 256;
 constexpr int64_t kGroup = 4;  // tokens that meet the weight of rms_all together
 
 // How the tokens are cut into runs, and what one run sums: `numbers` in double, then the weight's gradient in T.
 template <class T>
 struct Runs {
-    int64_t tokens, length, count, numbers, weights;
+    int64_t tokens, length, count, num_coefficients, weights;
 
     explicit Runs(const HyperBackward& args) {
         const HyperSizes& size = args.size;
         tokens = size.tokens();
         weights = PackedWeight<T>(args).size();
-        numbers = 2 * size.coefficients() + 2 * size.columns();  // base and post's coefficients; bias and scale
+        num_coefficients =
+            2 * size.coefficients() + 2 * size.columns();  // base and post's coefficients; bias and scale
         // A run's sums are written and read once more: they shall be few beside what its tokens move.
         const int64_t moved = (3 * size.streams + 3) * size.width;
-        length = greater<int64_t>(greater<int64_t>(16, 8 * weights / moved), ceil_div(tokens, kMostRuns));
+        length = max<int64_t>(max<int64_t>(16, 8 * weights / moved), ceil_div(tokens, kMaxRuns));
         length = round_up(length, 16);
         count = ceil_div(tokens, length);
     }
@@ -43,15 +44,15 @@ template <class T>
 int64_t worker_size(const HyperBackward& args) {
     const int64_t n = args.size.streams, block = lanes<T>, vector = static_cast<int64_t>(sizeof(Vec<T>));
     const int64_t history = is_constrained(args.connection) ? 2 * args.connection.iterations * n * n * vector : 0;
-    const int64_t elements = kGroup * scratch_rows<T>(args) * row_size<T>(args.size) + kGroup * n * kStretch +
-                             row_size<T>(args.size) + 2 * greater<int64_t>(block, kGroup) * kMostCoefficients;
+    const int64_t elements = kGroup * scratch_rows<T>(args) * row_size<T>(args.size) + kGroup * n * kColumnChunk +
+                             row_size<T>(args.size) + 2 * max<int64_t>(block, kGroup) * kMaxCoefficients;
     return round_up(static_cast<int64_t>(sizeof(ConstrainedScratch<T>)) + history, 64) +
            round_up(elements * static_cast<int64_t>(sizeof(T)), 64);
 }
 
 template <class T>
 int64_t run_size(const Runs<T>& runs) {
-    return round_up(runs.numbers * 8 + runs.weights * static_cast<int64_t>(sizeof(T)), 64);
+    return round_up(runs.num_coefficients * 8 + runs.weights * static_cast<int64_t>(sizeof(T)), 64);
 }
 
 template <class T, int N>
@@ -65,7 +66,7 @@ class Backward {
           post_(args.post.branch.data != nullptr),
           runs_(args),
           packed_(args),
-          with_(args.connection, args.pre ? n_ : 0) {
+          params_(args.connection, args.pre ? n_ : 0) {
         if (dynamic_ && args.connection.norm == HyperNorm::layer)
             sum_weights(static_cast<const T*>(args.connection.weight), args.size, weight_sum_);
         for (int64_t block = 0; block < packed_.streams * packed_.blocks; ++block) {
@@ -77,13 +78,13 @@ class Backward {
     }
 
     void run() {
-        parallel_tasks(args_.pool, runs_.count, [&](int64_t worker, int64_t run) {
-            Worker with(args_, worker);
+        parallel_tasks(args_.pool, runs_.count, [&](int64_t index, int64_t run) {
+            Worker worker(args_, index);
             Sums sums(*this, run);
-            const int64_t last = lesser(runs_.tokens, (run + 1) * runs_.length);
+            const int64_t last = min(runs_.tokens, (run + 1) * runs_.length);
             const int64_t step = is_constrained(args_.connection) && dynamic_ ? lanes<T> : all_ ? kGroup : 1;
             for (int64_t first = run * runs_.length; first < last; first += step)
-                block(with, sums, first, lesser(step, last - first));
+                block(worker, sums, first, min(step, last - first));
         });
         add_runs();
     }
@@ -91,15 +92,15 @@ class Backward {
   private:
     // Rows of one token, where they lie or widened.
     struct Token {
-        const T* h[kMost<N> + 1];  // and y
-        const T* next[kMost<N>];   // h', what pre read, where there is a norm
+        const T* h[kMaxStreamsOf<N> + 1];  // and y
+        const T* next[kMaxStreamsOf<N>];   // h', what pre read, where there is a norm
         const T* grad_x;
-        T product[kMost<N>];  // ⟨h'_j, ∂L/∂x⟩
-        const T* handed_on[kMost<N>];
-        T* out[kMost<N> + 1];         // ∂L/∂h, and ∂L/∂y
-        T* scratch;                   // scratch_rows() rows
-        int64_t ahead[kMost<N> + 1];  // from h, and from y, to the next token's
-        int64_t ahead_out[kMost<N> + 1];
+        T product[kMaxStreamsOf<N>];  // ⟨h'_j, ∂L/∂x⟩
+        const T* grad_next[kMaxStreamsOf<N>];
+        T* out[kMaxStreamsOf<N> + 1];         // ∂L/∂h, and ∂L/∂y
+        T* scratch;                           // scratch_rows() rows
+        int64_t ahead[kMaxStreamsOf<N> + 1];  // from h, and from y, to the next token's
+        int64_t ahead_out[kMaxStreamsOf<N> + 1];
     };
 
     struct Worker {
@@ -107,7 +108,7 @@ class Backward {
         Vec<T>* history;
         Token token[kGroup];
         StreamGradient<T> gradient[kGroup];
-        T* stretch;      // ∂L/∂h' of a stretch: n rows for each token of a group
+        T* chunk_grad;   // ∂L/∂h' of a stretch: n rows for each token of a group
         const T* zeros;  // a row
         T *grad_c, *grad_z;
         int64_t row;
@@ -116,22 +117,23 @@ class Backward {
             char* memory = static_cast<char*>(args.workspace) + index * worker_size<T>(args);
             constrained = reinterpret_cast<ConstrainedScratch<T>*>(memory);
             history = reinterpret_cast<Vec<T>*>(memory + sizeof(ConstrainedScratch<T>));
-            const int64_t n = args.size.streams, block = greater<int64_t>(lanes<T>, kGroup);
+            const int64_t n = args.size.streams, block = max<int64_t>(lanes<T>, kGroup);
             row = row_size<T>(args.size);
             T* next = reinterpret_cast<T*>(memory + worker_size<T>(args));
-            next -= (kGroup * scratch_rows<T>(args) + 1) * row + kGroup * n * kStretch + 2 * block * kMostCoefficients;
+            next -=
+                (kGroup * scratch_rows<T>(args) + 1) * row + kGroup * n * kColumnChunk + 2 * block * kMaxCoefficients;
             // From the end of the memory backwards: what comes before it is of a size that depends on the iterations.
             next = reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(next) & ~uintptr_t{63});
             for (Token& one : token) {
                 one.scratch = next;
                 next += scratch_rows<T>(args) * row;
             }
-            stretch = next;
-            T* zero = stretch + kGroup * n * kStretch;
+            chunk_grad = next;
+            T* zero = chunk_grad + kGroup * n * kColumnChunk;
             for (int64_t e = 0; e < row; ++e) zero[e] = 0;
             zeros = zero;
             grad_c = zero + row;
-            grad_z = grad_c + block * kMostCoefficients;
+            grad_z = grad_c + block * kMaxCoefficients;
         }
     };
 
@@ -147,8 +149,8 @@ class Backward {
             post = base + size.coefficients();
             bias = post + size.coefficients();
             scale = bias + size.columns();
-            weight = reinterpret_cast<T*>(memory + of.runs_.numbers * 8);
-            for (int64_t at = 0; at < of.runs_.numbers; ++at) base[at] = 0;
+            weight = reinterpret_cast<T*>(memory + of.runs_.num_coefficients * 8);
+            for (int64_t at = 0; at < of.runs_.num_coefficients; ++at) base[at] = 0;
             std::memset(weight, 0, static_cast<size_t>(of.runs_.weights) * sizeof(T));
         }
     };
@@ -160,18 +162,18 @@ class Backward {
 
     T* packed_weight() const { return reinterpret_cast<T*>(run_memory(runs_.count)); }
 
-    void read(const Worker& with, int64_t index, Token& token) const {
+    void read(const Worker& worker, int64_t index, Token& token) const {
         const HyperSizes& size = args_.size;
         T* scratch = token.scratch;
         auto take = [&] {
             T* row = scratch;
-            scratch += with.row;
+            scratch += worker.row;
             return row;
         };
         const int64_t h = token_offset(size, args_.in.stride, index);
         const int64_t grad_in = token_offset(size, args_.grad_in.stride, index);
-        const int64_t ahead = distance_ahead<T>(size, size.dtype, args_.in.stride, index);
-        const int64_t ahead_out = distance_ahead<T>(size, size.dtype, args_.grad_in.stride, index);
+        const int64_t ahead = prefetch_distance<T>(size, size.dtype, args_.in.stride, index);
+        const int64_t ahead_out = prefetch_distance<T>(size, size.dtype, args_.grad_in.stride, index);
         for (int j = 0; j < n_; ++j) {
             token.h[j] = read_elements(size.dtype, args_.in.data, h + j * args_.in.stride[2], size.width, take());
             token.next[j] = token.h[j];
@@ -179,29 +181,29 @@ class Backward {
             token.ahead_out[j] = ahead_out;
             token.out[j] = write_target(size.dtype, args_.grad_in.data, grad_in + j * args_.grad_in.stride[2], take());
             T* widened = take();
-            token.handed_on[j] = with.zeros;
+            token.grad_next[j] = worker.zeros;
             if (args_.grad_out.data != nullptr) {
                 const int64_t at = token_offset(size, args_.grad_out.stride, index) + j * args_.grad_out.stride[2];
-                token.handed_on[j] = read_elements(size.dtype, args_.grad_out.data, at, size.width, widened);
+                token.grad_next[j] = read_elements(size.dtype, args_.grad_out.data, at, size.width, widened);
             }
         }
         if (post_) {
             const int64_t y = token_offset(size, args_.post.branch.stride, index);
-            token.ahead[n_] = distance_ahead<T>(size, size.branch_dtype, args_.post.branch.stride, index);
+            token.ahead[n_] = prefetch_distance<T>(size, size.branch_dtype, args_.post.branch.stride, index);
             const int64_t rows[2] = {size.inner * size.width, size.width};
-            token.ahead_out[n_] = distance_ahead<T>(size, size.branch_dtype, rows, index);
+            token.ahead_out[n_] = prefetch_distance<T>(size, size.branch_dtype, rows, index);
             token.h[n_] = read_elements(size.branch_dtype, args_.post.branch.data, y, size.width, take());
             token.out[n_] = write_target(size.branch_dtype, args_.grad_branch, index * size.width, take());
         }
         if (!args_.pre) return;
         token.grad_x = read_elements(size.dtype, args_.grad_branch_input.data,
                                      token_offset(size, args_.grad_branch_input.stride, index), size.width, take());
-        Vec<T> product[kMost<N> + 1];
+        Vec<T> product[kMaxStreamsOf<N> + 1];
         if (!post_) {
             dot_rows<T, N, 0>(n_, token.h, token.grad_x, size.width, product);
             for (int j = 0; j < n_; ++j) token.product[j] = sum_lanes<T>(product[j]);
         } else if (dynamic_) {
-            remake_streams(index, token, take);
+            recompute_streams(index, token, take);
         } else {  // nothing needs h' itself
             dot_rows<T, N, 1>(n_, token.h, token.grad_x, size.width, product);
             const T* c = post_coefficients(index);
@@ -223,15 +225,15 @@ class Backward {
     }
 
     template <class Take>
-    void remake_streams(int64_t index, Token& token, Take take) const {
+    void recompute_streams(int64_t index, Token& token, Take take) const {
         const T* c = post_coefficients(index);
-        T a[kMost<N> * (kMost<N> + 1)];
-        T* rows[kMost<N>];
+        T a[kMaxStreamsOf<N> * (kMaxStreamsOf<N> + 1)];
+        T* rows[kMaxStreamsOf<N>];
         for (int k = 0; k < n_; ++k) {
             for (int j = 0; j <= n_; ++j) a[k * (n_ + 1) + j] = post_coefficient(c, j, k);
             rows[k] = take();
         }
-        Vec<T> product[kMost<N>];
+        Vec<T> product[kMaxStreamsOf<N>];
         mix_and_dot<T, N>(n_, token.h, a, rows, token.grad_x, args_.size.width, product);
         for (int k = 0; k < n_; ++k) {
             round_elements(args_.size.dtype, rows[k], args_.size.width);
@@ -242,43 +244,45 @@ class Backward {
 
     // First step: ∂L/∂c of one token, complete.
     void coefficient_gradient(int64_t index, const Token& token, T* grad_c) const {
-        const int64_t numbers = args_.size.coefficients(), columns = args_.size.columns();
+        const int64_t num_coefficients = args_.size.coefficients(), columns = args_.size.columns();
         const T* given = static_cast<const T*>(args_.grad_coefficients);
-        for (int64_t at = 0; at < numbers; ++at) grad_c[at] = given != nullptr ? given[index * numbers + at] : T(0);
+        for (int64_t at = 0; at < num_coefficients; ++at)
+            grad_c[at] = given != nullptr ? given[index * num_coefficients + at] : T(0);
         for (int j = 0; j < n_; ++j) grad_c[j * columns] += token.product[j];
     }
 
     // From ∂L/∂c of `count` tokens to ∂L/∂z, and their shares of the gradients of base, bias and scale.
-    void logit_gradient(Worker& with, Sums& sums, int64_t first, int64_t count) const {
-        const int64_t numbers = args_.size.coefficients(), columns = args_.size.columns();
-        const T* z = static_cast<const T*>(args_.logits) + first * numbers;
+    void logit_gradient(Worker& worker, Sums& sums, int64_t first, int64_t count) const {
+        const int64_t num_coefficients = args_.size.coefficients(), columns = args_.size.columns();
+        const T* z = static_cast<const T*>(args_.logits) + first * num_coefficients;
         if (!dynamic_) {
             for (int64_t t = 0; t < count; ++t)
-                for (int64_t at = 0; at < numbers; ++at) sums.base[at] += with.grad_c[t * numbers + at];
+                for (int64_t at = 0; at < num_coefficients; ++at)
+                    sums.base[at] += worker.grad_c[t * num_coefficients + at];
             return;
         }
         if (is_constrained(args_.connection)) {
-            T* grad_a = with.grad_z;
-            constrained_coefficients_backward(args_.connection, with_, n_, z, with.grad_c, grad_a, count,
-                                              *with.constrained, with.history);
+            T* grad_a = worker.grad_z;
+            constrained_coefficients_backward(args_.connection, params_, n_, z, worker.grad_c, grad_a, count,
+                                              *worker.constrained, worker.history);
             for (int64_t t = 0; t < count; ++t) {
-                T* grad = grad_a + t * numbers;
+                T* grad = grad_a + t * num_coefficients;
                 for (int64_t j = 0, at = 0; j < n_; ++j) {
                     for (int64_t m = 0; m < columns; ++m, ++at) {
                         sums.base[at] += grad[at];
-                        sums.scale[m] += static_cast<double>(grad[at]) * z[t * numbers + at];
-                        grad[at] *= with_.scale[at];
+                        sums.scale[m] += static_cast<double>(grad[at]) * z[t * num_coefficients + at];
+                        grad[at] *= params_.scale[at];
                     }
                 }
             }
             return;
         }
         for (int64_t t = 0; t < count; ++t) {
-            T scale[kMostCoefficients];
-            const T* grad_c = with.grad_c + t * numbers;
-            T* grad_z = with.grad_z + t * numbers;
-            plain_coefficients_backward(with_, args_.connection.form == HyperForm::tanh, z + t * numbers, grad_c,
-                                        grad_z, scale, numbers);
+            T scale[kMaxCoefficients];
+            const T* grad_c = worker.grad_c + t * num_coefficients;
+            T* grad_z = worker.grad_z + t * num_coefficients;
+            plain_coefficients_backward(params_, args_.connection.form == HyperForm::tanh, z + t * num_coefficients,
+                                        grad_c, grad_z, scale, num_coefficients);
             for (int64_t j = 0, at = 0; j < n_; ++j) {
                 for (int64_t m = 0; m < columns; ++m, ++at) {
                     sums.base[at] += grad_c[at];
@@ -291,13 +295,14 @@ class Backward {
 
     // What the second step adds up for one token.
     void prepare(int64_t index, const Token& token, const T* grad_z, StreamGradient<T>& out) const {
-        const int64_t numbers = args_.size.coefficients(), columns = args_.size.columns(), d = args_.size.width;
-        const T* c = dynamic_ ? static_cast<const T*>(args_.coefficients) + index * numbers : with_.base;
+        const int64_t num_coefficients = args_.size.coefficients(), columns = args_.size.columns(),
+                      d = args_.size.width;
+        const T* c = dynamic_ ? static_cast<const T*>(args_.coefficients) + index * num_coefficients : params_.base;
         out.grad_x = token.grad_x;
-        out.ahead_x = distance_ahead<T>(args_.size, args_.size.dtype, args_.grad_branch_input.stride, index);
+        out.ahead_x = prefetch_distance<T>(args_.size, args_.size.dtype, args_.grad_branch_input.stride, index);
         out.ahead = args_.grad_out.data == nullptr
                         ? 0
-                        : distance_ahead<T>(args_.size, args_.size.dtype, args_.grad_out.stride, index);
+                        : prefetch_distance<T>(args_.size, args_.size.dtype, args_.grad_out.stride, index);
         out.ahead_h = post_ ? 0 : token.ahead[0];
         out.ahead_out = post_ ? 0 : token.ahead_out[0];
         for (int j = 0; j < n_; ++j) {
@@ -305,7 +310,7 @@ class Backward {
             out.slope[j] = out.level[j] = out.mean[j] = out.rest[j] = 0;
         }
         if (!dynamic_) return;
-        const T* z = static_cast<const T*>(args_.logits) + index * numbers;
+        const T* z = static_cast<const T*>(args_.logits) + index * num_coefficients;
         const T* statistics = static_cast<const T*>(args_.statistics) + index * n_ * kHyperStatistics;
         T along_all = 0;
         for (int j = 0; j < n_; ++j) {
@@ -330,34 +335,36 @@ class Backward {
     }
 
     // Second step, for `count` ≤ kGroup tokens from `index` on: all gradients that are as long as d.
-    void streams_gradient(Worker& with, Sums& sums, int64_t index, int64_t count) const {
-        const int64_t d = args_.size.width, numbers = args_.size.coefficients();
-        Vec<T> products[kGroup][(kMost<N> + 1) * kMost<N>] = {};
-        T a[kGroup][(kMost<N> + 1) * kMost<N>];
+    void streams_gradient(Worker& worker, Sums& sums, int64_t index, int64_t count) const {
+        const int64_t d = args_.size.width, num_coefficients = args_.size.coefficients();
+        Vec<T> products[kGroup][(kMaxStreamsOf<N> + 1) * kMaxStreamsOf<N>] = {};
+        T a[kGroup][(kMaxStreamsOf<N> + 1) * kMaxStreamsOf<N>];
         for (int64_t g = 0; post_ && g < count; ++g)
             for (int j = 0; j <= n_; ++j)
                 for (int k = 0; k < n_; ++k) a[g][j * n_ + k] = post_coefficient(post_coefficients(index + g), j, k);
-        for (int64_t begin = 0; begin < d; begin += kStretch) {
-            const int64_t length = lesser(kStretch, d - begin);
-            T* grad[kGroup][kMost<N>];
+        for (int64_t begin = 0; begin < d; begin += kColumnChunk) {
+            const int64_t length = min(kColumnChunk, d - begin);
+            T* grad[kGroup][kMaxStreamsOf<N>];
             for (int64_t g = 0; g < count; ++g) {
                 for (int j = 0; j < n_; ++j)
-                    grad[g][j] = post_ ? with.stretch + (g * n_ + j) * kStretch : with.token[g].out[j] + begin;
+                    grad[g][j] =
+                        post_ ? worker.chunk_grad + (g * n_ + j) * kColumnChunk : worker.token[g].out[j] + begin;
             }
-            if (args_.pre) stretch_gradient(with, sums, count, begin, length, grad);
+            if (args_.pre) chunk_gradient(worker, sums, count, begin, length, grad);
             for (int64_t g = 0; post_ && g < count; ++g) {
-                const T* from[kMost<N>];
-                for (int j = 0; j < n_; ++j) from[j] = args_.pre ? grad[g][j] : with.token[g].handed_on[j] + begin;
-                post_stretch<T, N>(n_, from, with.token[g].h, a[g], with.token[g].out, begin, length,
-                                   with.token[g].ahead, with.token[g].ahead_out, products[g]);
+                const T* from[kMaxStreamsOf<N>];
+                for (int j = 0; j < n_; ++j) from[j] = args_.pre ? grad[g][j] : worker.token[g].grad_next[j] + begin;
+                post_chunk<T, N>(n_, from, worker.token[g].h, a[g], worker.token[g].out, begin, length,
+                                 worker.token[g].ahead, worker.token[g].ahead_out, products[g]);
             }
         }
         for (int64_t g = 0; g < count; ++g) {
-            write(with.token[g], index + g);
+            write(worker.token[g], index + g);
             if (!post_) continue;
-            T flat[(kMost<N> + 1) * kMost<N> + lanes<T>];
+            T flat[(kMaxStreamsOf<N> + 1) * kMaxStreamsOf<N> + lanes<T>];
             sum_vectors<T>(products[g], (n_ + 1) * n_, flat);
-            T* out = static_cast<T*>(args_.grad_post_coefficients) + (args_.post.shared ? 0 : (index + g) * numbers);
+            T* out = static_cast<T*>(args_.grad_post_coefficients) +
+                     (args_.post.shared ? 0 : (index + g) * num_coefficients);
             for (int k = 0; k < n_; ++k) {
                 for (int j = 0; j <= n_; ++j) {
                     const T product = flat[j * n_ + k];
@@ -373,13 +380,13 @@ class Backward {
         }
     }
 
-    void stretch_gradient(Worker& with, Sums& sums, int64_t count, int64_t begin, int64_t length,
-                          T* const (*grad)[kMost<N>]) const {
-        const int64_t numbers = args_.size.coefficients();
+    void chunk_gradient(Worker& worker, Sums& sums, int64_t count, int64_t begin, int64_t length,
+                        T* const (*grad)[kMaxStreamsOf<N>]) const {
+        const int64_t num_coefficients = args_.size.coefficients();
         if (!all_) {
             for (int64_t g = 0; g < count; ++g) {
                 const auto function = dynamic_ ? stream_gradient<T, N, true> : stream_gradient<T, N, false>;
-                function(n_, with.gradient[g], with.token[g].handed_on, with.token[g].next, packed_weight(),
+                function(n_, worker.gradient[g], worker.token[g].grad_next, worker.token[g].next, packed_weight(),
                          sums.weight, begin, length, grad[g]);
             }
             return;
@@ -387,14 +394,14 @@ class Backward {
         for (int j = 0; j < n_; ++j) {
             auto stream = [&](int64_t g, auto tokens) {
                 constexpr int kTokens = decltype(tokens)::value;
-                const T *handed_on[kTokens], *next[kTokens];
+                const T *grad_next[kTokens], *next[kTokens];
                 T* out[kTokens];
                 for (int i = 0; i < kTokens; ++i) {
-                    handed_on[i] = with.token[g + i].handed_on[j];
-                    next[i] = with.token[g + i].next[j];
+                    grad_next[i] = worker.token[g + i].grad_next[j];
+                    next[i] = worker.token[g + i].next[j];
                     out[i] = grad[g + i][j];
                 }
-                stream_gradient_all<T, kTokens>(j, numbers, with.gradient + g, handed_on, next,
+                stream_gradient_all<T, kTokens>(j, num_coefficients, worker.gradient + g, grad_next, next,
                                                 packed_weight() + packed_.of_stream(j),
                                                 sums.weight + packed_.of_stream(j), begin, length, out);
             };
@@ -414,24 +421,26 @@ class Backward {
         if (post_) narrow_elements(size.branch_dtype, token.out[n_], args_.grad_branch, index * size.width, size.width);
     }
 
-    void block(Worker& with, Sums& sums, int64_t first, int64_t count) const {
-        const int64_t numbers = args_.size.coefficients();
+    void block(Worker& worker, Sums& sums, int64_t first, int64_t count) const {
+        const int64_t num_coefficients = args_.size.coefficients();
         if (args_.pre) {
             for (int64_t t = 0; t < count; ++t) {
-                read(with, first + t, with.token[t % kGroup]);
-                coefficient_gradient(first + t, with.token[t % kGroup], with.grad_c + t * numbers);
+                read(worker, first + t, worker.token[t % kGroup]);
+                coefficient_gradient(first + t, worker.token[t % kGroup], worker.grad_c + t * num_coefficients);
             }
-            logit_gradient(with, sums, first, count);
+            logit_gradient(worker, sums, first, count);
         }
         const int64_t group = all_ ? kGroup : 1;
         for (int64_t t = 0; t < count; t += group) {
-            const int64_t tokens = lesser(group, count - t);
+            const int64_t tokens = min(group, count - t);
             for (int64_t g = 0; g < tokens; ++g) {
                 // After the first step of a small block its rows are still there.
-                if (!args_.pre || count > group) read(with, first + t + g, with.token[g]);
-                if (args_.pre) prepare(first + t + g, with.token[g], with.grad_z + (t + g) * numbers, with.gradient[g]);
+                if (!args_.pre || count > group) read(worker, first + t + g, worker.token[g]);
+                if (args_.pre)
+                    prepare(first + t + g, worker.token[g], worker.grad_z + (t + g) * num_coefficients,
+                            worker.gradient[g]);
             }
-            streams_gradient(with, sums, first + t, tokens);
+            streams_gradient(worker, sums, first + t, tokens);
         }
     }
 
@@ -443,21 +452,21 @@ class Backward {
             for (int64_t run = 0; run < runs_.count; ++run) sum += reinterpret_cast<const double*>(run_memory(run))[at];
             return static_cast<T>(sum);
         };
-        const int64_t numbers = size.coefficients(), columns = size.columns();
-        auto give = [&](void* to, int64_t from, int64_t count) {
+        const int64_t num_coefficients = size.coefficients(), columns = size.columns();
+        auto write_sums = [&](void* to, int64_t from, int64_t count) {
             if (to != nullptr)
                 for (int64_t at = 0; at < count; ++at) static_cast<T*>(to)[at] = add(from + at);
         };
-        if (args_.pre) give(args_.grad_base, 0, numbers);
-        if (post_ && args_.post.shared) give(args_.grad_post_coefficients, numbers, numbers);
+        if (args_.pre) write_sums(args_.grad_base, 0, num_coefficients);
+        if (post_ && args_.post.shared) write_sums(args_.grad_post_coefficients, num_coefficients, num_coefficients);
         if (!dynamic_) return;
-        give(args_.grad_bias, 2 * numbers, columns);
-        give(args_.grad_scale, 2 * numbers + columns, columns);
+        write_sums(args_.grad_bias, 2 * num_coefficients, columns);
+        write_sums(args_.grad_scale, 2 * num_coefficients + columns, columns);
         parallel_for_each(args_.pool, packed_.streams * packed_.blocks, [&](int64_t block) {
             packed_.for_each_vector(block, [&](int64_t from, int64_t to, int64_t count) {
                 double sum[lanes<T>] = {};
                 for (int64_t run = 0; run < runs_.count; ++run) {
-                    const T* part = reinterpret_cast<const T*>(run_memory(run) + runs_.numbers * 8) + from;
+                    const T* part = reinterpret_cast<const T*>(run_memory(run) + runs_.num_coefficients * 8) + from;
                     for (int64_t l = 0; l < lanes<T>; ++l) sum[l] += part[l];
                 }
                 for (int64_t l = 0; l < count; ++l) static_cast<T*>(args_.grad_weight)[to + l] = static_cast<T>(sum[l]);
@@ -475,8 +484,8 @@ class Backward {
     bool dynamic_, all_, post_;
     Runs<T> runs_;
     PackedWeight<T> packed_;
-    CoefficientParameters<T> with_;
-    T weight_sum_[kHyperMostStreams + 2] = {};  // of each of the weight's rows, for layer
+    CoefficientParameters<T> params_;
+    T weight_sum_[kHyperMaxStreams + 2] = {};  // of each of the weight's rows, for layer
 };
 
 template <class T>

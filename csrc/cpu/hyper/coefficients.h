@@ -6,7 +6,7 @@
 
 namespace xlayer::cpu::XLAYER_ISA::hyper {
 
-constexpr int kMostCoefficients = static_cast<int>(kHyperMostStreams * (kHyperMostStreams + 2));
+constexpr int kMaxCoefficients = static_cast<int>(kHyperMaxStreams * (kHyperMaxStreams + 2));
 
 XLAYER_INLINE bool is_constrained(const HyperConnection& connection) {
     return connection.form == HyperForm::sinkhorn_rows || connection.form == HyperForm::sinkhorn_columns;
@@ -15,8 +15,8 @@ XLAYER_INLINE bool is_constrained(const HyperConnection& connection) {
 // Base, scale and bias as the kernels use them: one number for each of a token's coefficients, in whole vectors.
 template <class T>
 struct CoefficientParameters {
-    T base[kMostCoefficients + lanes<T>] = {}, scale[kMostCoefficients + lanes<T>] = {},
-                               bias[kMostCoefficients + lanes<T>] = {};
+    T base[kMaxCoefficients + lanes<T>] = {}, scale[kMaxCoefficients + lanes<T>] = {},
+                              bias[kMaxCoefficients + lanes<T>] = {};
 
     CoefficientParameters(const HyperConnection& connection, int64_t n) {
         const T* bias_in = static_cast<const T*>(connection.bias);
@@ -45,23 +45,23 @@ inline void sum_weights(const T* weight, const HyperSizes& size, T* sums) {
 
 // c = base + scale · act(z + bias) for one token's `count` numbers.
 template <class T>
-inline void plain_coefficients(const CoefficientParameters<T>& with, bool tanh, const T* z, T* c, int64_t count) {
+inline void plain_coefficients(const CoefficientParameters<T>& params, bool tanh, const T* z, T* c, int64_t count) {
     for_vectors<T>(0, count, [&](int64_t e, auto io) XLAYER_FLATTEN {
-        const Vec<T> in = io.load(z + e) + load(with.bias + e);
-        io.store(c + e, load(with.base + e) + load(with.scale + e) * (tanh ? hyperbolic_tangent(in) : in));
+        const Vec<T> in = io.load(z + e) + load(params.bias + e);
+        io.store(c + e, load(params.base + e) + load(params.scale + e) * (tanh ? hyperbolic_tangent(in) : in));
     });
 }
 
 // Its backward: grad_z from grad_c, and what the token adds to the gradient of scale at each place.
 template <class T>
-inline void plain_coefficients_backward(const CoefficientParameters<T>& with, bool tanh, const T* z, const T* grad_c,
+inline void plain_coefficients_backward(const CoefficientParameters<T>& params, bool tanh, const T* z, const T* grad_c,
                                         T* grad_z, T* grad_scale, int64_t count) {
     for_vectors<T>(0, count, [&](int64_t e, auto io) XLAYER_FLATTEN {
-        const Vec<T> in = io.load(z + e) + load(with.bias + e), grad = io.load(grad_c + e);
+        const Vec<T> in = io.load(z + e) + load(params.bias + e), grad = io.load(grad_c + e);
         const Vec<T> act = tanh ? hyperbolic_tangent(in) : in;
         const Vec<T> slope = tanh ? T(1) - act * act : splat(T(1));
         io.store(grad_scale + e, grad * act);
-        io.store(grad_z + e, grad * load(with.scale + e) * slope);
+        io.store(grad_z + e, grad * load(params.scale + e) * slope);
     });
 }
 
@@ -124,9 +124,9 @@ struct Sinkhorn {
         const int step = stride(over_j(0));
         for (int l = 0; l < n; ++l) {
             const int begin = l * line(over_j(0));
-            Vec<T> most = a[begin];
-            for (int s = 1; s < n; ++s) most = a[begin + s * step] > most ? a[begin + s * step] : most;
-            for (int s = 0; s < n; ++s) mixing[begin + s * step] = exponential(a[begin + s * step] - most);
+            Vec<T> maximum = a[begin];
+            for (int s = 1; s < n; ++s) maximum = a[begin + s * step] > maximum ? a[begin + s * step] : maximum;
+            for (int s = 0; s < n; ++s) mixing[begin + s * step] = exponential(a[begin + s * step] - maximum);
         }
     }
 
@@ -153,15 +153,15 @@ struct Sinkhorn {
     // Calls f(lane, a copy of its logits) for each token whose logits need logarithms.
     template <class F>
     void for_wide_lanes(const Vec<T>* a, const F& f) const {
-        Vec<T> most = a[0], least = a[0];
+        Vec<T> maximum = a[0], minimum = a[0];
         for (int at = 1; at < n * n; ++at) {
-            most = a[at] > most ? a[at] : most;
-            least = a[at] < least ? a[at] : least;
+            maximum = a[at] > maximum ? a[at] : maximum;
+            minimum = a[at] < minimum ? a[at] : minimum;
         }
-        const Vec<T> span = most - least;
+        const Vec<T> span = maximum - minimum;
         for (int lane = 0; lane < lanes<T>; ++lane) {
             if (!(span[lane] > kSinkhornSpan<T>)) continue;
-            T logarithms[kHyperMostStreams * kHyperMostStreams];
+            T logarithms[kHyperMaxStreams * kHyperMaxStreams];
             for (int at = 0; at < n * n; ++at) logarithms[at] = a[at][lane];
             f(lane, logarithms);
         }
@@ -171,11 +171,11 @@ struct Sinkhorn {
         const int step = stride(over_j);
         for (int l = 0; l < n; ++l) {
             T* const of = logarithms + l * line(over_j);
-            T most = of[0], sum = 0;
-            for (int s = 1; s < n; ++s) most = of[s * step] > most ? of[s * step] : most;
-            for (int s = 0; s < n; ++s) sum += exponential(of[s * step] - most);
+            T maximum = of[0], sum = 0;
+            for (int s = 1; s < n; ++s) maximum = of[s * step] > maximum ? of[s * step] : maximum;
+            for (int s = 0; s < n; ++s) sum += exponential(of[s * step] - maximum);
             const T logarithm = std::log(sum);
-            for (int s = 0; s < n; ++s) of[s * step] = of[s * step] - most - logarithm;
+            for (int s = 0; s < n; ++s) of[s * step] = of[s * step] - maximum - logarithm;
         }
     }
 };
@@ -186,7 +186,7 @@ template <class T>
 inline void tokens_to_lanes(const T* from, int64_t tokens, int64_t count, Vec<T>* to) {
     for (int64_t at = 0; at < count; ++at) {
         T lane[lanes<T>];
-        for (int l = 0; l < lanes<T>; ++l) lane[l] = from[lesser<int64_t>(l, tokens - 1) * count + at];
+        for (int l = 0; l < lanes<T>; ++l) lane[l] = from[min<int64_t>(l, tokens - 1) * count + at];
         to[at] = load(lane);
     }
 }
@@ -202,42 +202,42 @@ inline void lanes_to_tokens(const Vec<T>* from, int64_t tokens, int64_t count, T
 // Scratch for lanes<T> tokens.
 template <class T>
 struct ConstrainedScratch {
-    Vec<T> numbers[kMostCoefficients], grads[kMostCoefficients];
-    Vec<T> a[kHyperMostStreams * kHyperMostStreams], mixing[kHyperMostStreams * kHyperMostStreams];
+    Vec<T> values[kMaxCoefficients], grads[kMaxCoefficients];
+    Vec<T> a[kHyperMaxStreams * kHyperMaxStreams], mixing[kHyperMaxStreams * kHyperMaxStreams];
 };
 
 // c from z for up to lanes<T> tokens, [token][n·(n+2)].
 template <class T>
-inline void constrained_coefficients(const HyperConnection& connection, const CoefficientParameters<T>& with, int64_t n,
-                                     const T* z, T* c, int64_t tokens, ConstrainedScratch<T>& scratch) {
+inline void constrained_coefficients(const HyperConnection& connection, const CoefficientParameters<T>& params,
+                                     int64_t n, const T* z, T* c, int64_t tokens, ConstrainedScratch<T>& scratch) {
     const Sinkhorn<T> sinkhorn(connection, n);
     const int64_t columns = n + 2, count = n * columns;
-    tokens_to_lanes(z, tokens, count, scratch.numbers);
-    for (int64_t at = 0; at < count; ++at) scratch.numbers[at] = with.base[at] + with.scale[at] * scratch.numbers[at];
+    tokens_to_lanes(z, tokens, count, scratch.values);
+    for (int64_t at = 0; at < count; ++at) scratch.values[at] = params.base[at] + params.scale[at] * scratch.values[at];
     for (int64_t j = 0; j < n; ++j) {
-        Vec<T>* row = scratch.numbers + j * columns;
+        Vec<T>* row = scratch.values + j * columns;
         row[0] = sigmoid(row[0]);
         row[n + 1] = T(2) * sigmoid(row[n + 1]);
         for (int64_t i = 0; i < n; ++i) scratch.a[j * n + i] = row[1 + i];
     }
     sinkhorn.forward(scratch.a, scratch.mixing);
     for (int64_t j = 0; j < n; ++j)
-        for (int64_t i = 0; i < n; ++i) scratch.numbers[j * columns + 1 + i] = scratch.mixing[j * n + i];
-    lanes_to_tokens(scratch.numbers, tokens, count, c);
+        for (int64_t i = 0; i < n; ++i) scratch.values[j * columns + 1 + i] = scratch.mixing[j * n + i];
+    lanes_to_tokens(scratch.values, tokens, count, c);
 }
 
 // Its backward: ∂L/∂a, of which ∂L/∂z is scale times that. history: 2·iterations·n² vectors.
 template <class T>
-inline void constrained_coefficients_backward(const HyperConnection& connection, const CoefficientParameters<T>& with,
+inline void constrained_coefficients_backward(const HyperConnection& connection, const CoefficientParameters<T>& params,
                                               int64_t n, const T* z, const T* grad_c, T* grad_a, int64_t tokens,
                                               ConstrainedScratch<T>& scratch, Vec<T>* history) {
     const Sinkhorn<T> sinkhorn(connection, n);
     const int64_t columns = n + 2, count = n * columns;
-    tokens_to_lanes(z, tokens, count, scratch.numbers);
+    tokens_to_lanes(z, tokens, count, scratch.values);
     tokens_to_lanes(grad_c, tokens, count, scratch.grads);
-    for (int64_t at = 0; at < count; ++at) scratch.numbers[at] = with.base[at] + with.scale[at] * scratch.numbers[at];
+    for (int64_t at = 0; at < count; ++at) scratch.values[at] = params.base[at] + params.scale[at] * scratch.values[at];
     for (int64_t j = 0; j < n; ++j) {
-        const Vec<T>* row = scratch.numbers + j * columns;
+        const Vec<T>* row = scratch.values + j * columns;
         Vec<T>* grad = scratch.grads + j * columns;
         const Vec<T> pre = sigmoid(row[0]), post = sigmoid(row[n + 1]);
         grad[0] *= pre * (T(1) - pre);

@@ -28,26 +28,26 @@ struct PackedWeight {
     void for_each_vector(int64_t block, const F& f) const {  // block < streams · blocks
         const int64_t j = block / blocks, e = block % blocks * lanes<T>;
         for (int64_t m = 0; m < rows; ++m) {
-            f((block * rows + m) * lanes<T>, (m * streams + j) * width + e, lesser<int64_t>(lanes<T>, width - e));
+            f((block * rows + m) * lanes<T>, (m * streams + j) * width + e, min<int64_t>(lanes<T>, width - e));
         }
     }
 };
 
-// Over a stretch of a row: out_j = Σ_k a[j·n + k] grad_k and products[j·n + k] += ⟨grad_k, with_j⟩ for J rows from
-// `first` on. `with` are the streams and the branch output, `a` what post multiplied them with.
+// Over a stretch of a row: out_j = Σ_k a[j·n + k] grad_k and products[j·n + k] += ⟨grad_k, inputs_j⟩ for J rows from
+// `first` on. `inputs` are the streams and the branch output, `a` what post multiplied them with.
 template <class T, int N, int J>
-XLAYER_INLINE void post_rows(int first, int64_t streams, const T* const* grad, const T* const* with, const T* a,
+XLAYER_INLINE void post_rows(int first, int64_t streams, const T* const* grad, const T* const* inputs, const T* a,
                              T* const* out, int64_t begin, int64_t count, const int64_t* ahead,
                              const int64_t* ahead_out, Vec<T>* products) {
     const int n = streams_of<N>(streams);
-    Vec<T> sum[J][kMost<N>];
+    Vec<T> sum[J][kMaxStreamsOf<N>];
     for (int j = 0; j < J; ++j)
         for (int k = 0; k < n; ++k) sum[j][k] = products[(first + j) * n + k];
     for_vectors<T>(0, count, [&](int64_t e, auto io) XLAYER_FLATTEN {
         Vec<T> row[J], mixed[J] = {};
         XLAYER_UNROLL for (int j = 0; j < J; ++j) {
-            row[j] = io.load(with[first + j] + begin + e);
-            prefetch(with[first + j] + begin + e + ahead[first + j]);
+            row[j] = io.load(inputs[first + j] + begin + e);
+            prefetch(inputs[first + j] + begin + e + ahead[first + j]);
         }
         for (int k = 0; k < n; ++k) {
             const Vec<T> g = io.load(grad[k] + e);
@@ -66,24 +66,24 @@ XLAYER_INLINE void post_rows(int first, int64_t streams, const T* const* grad, c
 }
 
 template <class T, int N>
-__attribute__((noinline)) void post_stretch(int64_t streams, const T* const* grad, const T* const* with, const T* a,
-                                            T* const* out, int64_t begin, int64_t count, const int64_t* ahead,
-                                            const int64_t* ahead_out, Vec<T>* products) {
+__attribute__((noinline)) void post_chunk(int64_t streams, const T* const* grad, const T* const* inputs, const T* a,
+                                          T* const* out, int64_t begin, int64_t count, const int64_t* ahead,
+                                          const int64_t* ahead_out, Vec<T>* products) {
     constexpr int kRows = N == 4 ? 5 : N == 2 || N == 8 ? 3 : 1;  // of n+1; their products fill the registers
     const int rows = streams_of<N>(streams) + 1;
     for (int first = 0; first < rows; first += kRows)
-        post_rows<T, N, kRows>(first, streams, grad, with, a, out, begin, count, ahead, ahead_out, products);
+        post_rows<T, N, kRows>(first, streams, grad, inputs, a, out, begin, count, ahead, ahead_out, products);
 }
 
-// out_k = Σ_j a[k·(n+1) + j] in_j as mix_post makes them, and sum[k] = ⟨out_k, with⟩, lane by lane.
+// out_k = Σ_j a[k·(n+1) + j] in_j as mix_post makes them, and sum[k] = ⟨out_k, other⟩, lane by lane.
 template <class T, int N>
 __attribute__((noinline)) void mix_and_dot(int64_t streams, const T* const* in, const T* a, T* const* out,
-                                           const T* with, int64_t count, Vec<T>* sum) {
+                                           const T* other, int64_t count, Vec<T>* sum) {
     const int n = streams_of<N>(streams);
-    Vec<T> total[kMost<N>] = {};
+    Vec<T> total[kMaxStreamsOf<N>] = {};
     for_vectors<T>(0, count, [&](int64_t e, auto io) XLAYER_FLATTEN {
-        const Vec<T> w = io.load(with + e);
-        Vec<T> x[kMost<N> + 1];
+        const Vec<T> w = io.load(other + e);
+        Vec<T> x[kMaxStreamsOf<N> + 1];
         for (int j = 0; j <= n; ++j) x[j] = io.load(in[j] + e);
         for (int k = 0; k < n; ++k) {
             Vec<T> mixed = a[k * (n + 1)] * x[0];
@@ -99,47 +99,47 @@ __attribute__((noinline)) void mix_and_dot(int64_t streams, const T* const* in, 
 template <class T>
 struct StreamGradient {
     const T* grad_x;
-    T pre[kHyperMostStreams];    // times ∂L/∂x: c_j0
-    T slope[kHyperMostStreams];  // times h'_j − mean_j − rest_j, and
-    T level[kHyperMostStreams];  // added: what the norm's statistics bring
-    T mean[kHyperMostStreams], rest[kHyperMostStreams];
-    T logits[kMostCoefficients];  // times the weight's rows: ∂L/∂z ÷ root of the variance
-    int64_t ahead, ahead_x;       // from what is handed on, and from ∂L/∂x, to the next token's
-    int64_t ahead_h, ahead_out;   // the same of h and ∂L/∂h, where there is no post to do it
+    T pre[kHyperMaxStreams];    // times ∂L/∂x: c_j0
+    T slope[kHyperMaxStreams];  // times h'_j − mean_j − rest_j, and
+    T level[kHyperMaxStreams];  // added: what the norm's statistics bring
+    T mean[kHyperMaxStreams], rest[kHyperMaxStreams];
+    T logits[kMaxCoefficients];  // times the weight's rows: ∂L/∂z ÷ root of the variance
+    int64_t ahead, ahead_x;      // from what is handed on, and from ∂L/∂x, to the next token's
+    int64_t ahead_h, ahead_out;  // the same of h and ∂L/∂h, where there is no post to do it
 };
 
 // Over a stretch: grad_j = handed_on_j + pre_j ∂L/∂x + slope_j (h'_j − mean_j − rest_j) + level_j + Σ_m logits_jm
 // weight_m, and the token's share of the weight's gradient. One packed weight for all streams; without it (not Dynamic)
 // what the norm brings is 0.
 template <class T, int N, bool Dynamic>
-__attribute__((noinline)) void stream_gradient(int64_t streams, const StreamGradient<T>& with,
-                                               const T* const* handed_on, const T* const* h, const T* weight,
+__attribute__((noinline)) void stream_gradient(int64_t streams, const StreamGradient<T>& terms,
+                                               const T* const* grad_next, const T* const* h, const T* weight,
                                                T* grad_weight, int64_t begin, int64_t count, T* const* out) {
     const int n = streams_of<N>(streams), columns = n + 2;
     for_vectors<T>(0, count, [&](int64_t e, auto io) XLAYER_FLATTEN {
-        const Vec<T> gx = io.load(with.grad_x + begin + e);
-        prefetch(with.grad_x + begin + e + with.ahead_x);
-        Vec<T> grad[kMost<N>] = {}, centred[kMost<N>];
+        const Vec<T> gx = io.load(terms.grad_x + begin + e);
+        prefetch(terms.grad_x + begin + e + terms.ahead_x);
+        Vec<T> grad[kMaxStreamsOf<N>] = {}, centred[kMaxStreamsOf<N>];
         for (int j = 0; Dynamic && j < n; ++j) {
-            centred[j] = io.load(h[j] + begin + e) - with.mean[j] - with.rest[j];
-            prefetch(h[j] + begin + e + with.ahead_h);
-            grad[j] = with.slope[j] * centred[j] + with.level[j];
+            centred[j] = io.load(h[j] + begin + e) - terms.mean[j] - terms.rest[j];
+            prefetch(h[j] + begin + e + terms.ahead_h);
+            grad[j] = terms.slope[j] * centred[j] + terms.level[j];
         }
         for (int m = 0; Dynamic && m < columns; ++m) {
             const int64_t at = (begin + e) * columns + m * lanes<T>;
             const Vec<T> w = load(weight + at);
             Vec<T> sum = load(grad_weight + at);
             for (int j = 0; j < n; ++j) {
-                grad[j] += with.logits[j * columns + m] * w;
-                sum += with.logits[j * columns + m] * centred[j];
+                grad[j] += terms.logits[j * columns + m] * w;
+                sum += terms.logits[j * columns + m] * centred[j];
             }
             store(grad_weight + at, sum);
         }
         // The many small terms first, so that they are not rounded to the size of these.
         for (int j = 0; j < n; ++j) {
-            io.store(out[j] + e, io.load(handed_on[j] + begin + e) + (with.pre[j] * gx + grad[j]));
-            prefetch(handed_on[j] + begin + e + with.ahead);
-            prefetch_to_write(out[j] + e + with.ahead_out);
+            io.store(out[j] + e, io.load(grad_next[j] + begin + e) + (terms.pre[j] * gx + grad[j]));
+            prefetch(grad_next[j] + begin + e + terms.ahead);
+            prefetch_to_write(out[j] + e + terms.ahead_out);
         }
     });
 }
@@ -147,28 +147,28 @@ __attribute__((noinline)) void stream_gradient(int64_t streams, const StreamGrad
 // The same for rms_all and one stream of G tokens: its part of the weight, of `numbers` rows, is loaded once for all of
 // them.
 template <class T, int G>
-__attribute__((noinline)) void stream_gradient_all(int stream, int64_t numbers, const StreamGradient<T>* with,
-                                                   const T* const* handed_on, const T* const* h, const T* weight,
+__attribute__((noinline)) void stream_gradient_all(int stream, int64_t num_coefficients, const StreamGradient<T>* terms,
+                                                   const T* const* grad_next, const T* const* h, const T* weight,
                                                    T* grad_weight, int64_t begin, int64_t count, T* const* out) {
     for_vectors<T>(0, count, [&](int64_t e, auto io) XLAYER_FLATTEN {
         Vec<T> grad[G], row[G];
         XLAYER_UNROLL for (int g = 0; g < G; ++g) {
             row[g] = io.load(h[g] + begin + e);
-            grad[g] = with[g].slope[stream] * row[g];
+            grad[g] = terms[g].slope[stream] * row[g];
         }
-        for (int64_t m = 0; m < numbers; ++m) {
-            const int64_t at = (begin + e) * numbers + m * lanes<T>;
+        for (int64_t m = 0; m < num_coefficients; ++m) {
+            const int64_t at = (begin + e) * num_coefficients + m * lanes<T>;
             const Vec<T> w = load(weight + at);
             Vec<T> sum = load(grad_weight + at);
             XLAYER_UNROLL for (int g = 0; g < G; ++g) {
-                grad[g] += with[g].logits[m] * w;
-                sum += with[g].logits[m] * row[g];
+                grad[g] += terms[g].logits[m] * w;
+                sum += terms[g].logits[m] * row[g];
             }
             store(grad_weight + at, sum);
         }
         XLAYER_UNROLL for (int g = 0; g < G; ++g) {
-            const Vec<T> gx = io.load(with[g].grad_x + begin + e);
-            io.store(out[g] + e, io.load(handed_on[g] + begin + e) + (with[g].pre[stream] * gx + grad[g]));
+            const Vec<T> gx = io.load(terms[g].grad_x + begin + e);
+            io.store(out[g] + e, io.load(grad_next[g] + begin + e) + (terms[g].pre[stream] * gx + grad[g]));
         }
     });
 }

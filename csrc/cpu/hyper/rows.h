@@ -38,15 +38,15 @@ XLAYER_INLINE int64_t row_size(const HyperSizes& size) {
 // Where the next token's rows lie, in elements past this one's, so that they are on their way while this one is worked
 // on: rows are too short for the hardware to see a pattern. 0 where there is no next token or a row is not in T.
 template <class T>
-XLAYER_INLINE int64_t distance_ahead(const HyperSizes& size, DType dtype, const int64_t* stride, int64_t token) {
-    if (dtype != own_dtype<T> || token + 1 >= size.tokens()) return 0;
+XLAYER_INLINE int64_t prefetch_distance(const HyperSizes& size, DType dtype, const int64_t* stride, int64_t token) {
+    if (dtype != dtype_of<T> || token + 1 >= size.tokens()) return 0;
     return token_offset(size, stride, token + 1) - token_offset(size, stride, token);
 }
 // --- Mixtures of rows ------------------------------------------------------------------------------------------------
 
 // The number of streams, known to the compiler (N) or not (N = 0).
 template <int N>
-constexpr int kMost = N ? N : static_cast<int>(kHyperMostStreams);
+constexpr int kMaxStreamsOf = N ? N : static_cast<int>(kHyperMaxStreams);
 template <int N>
 XLAYER_INLINE int streams_of(int64_t n) {
     return N ? N : static_cast<int>(n);
@@ -59,7 +59,7 @@ __attribute__((noinline)) void mix_post(int64_t streams, const T* const* in, con
                                         int64_t ahead) {
     const int n = streams_of<N>(streams);
     for_vectors<T>(0, count, [&](int64_t e, auto io) XLAYER_FLATTEN {
-        Vec<T> x[kMost<N> + 1];
+        Vec<T> x[kMaxStreamsOf<N> + 1];
         for (int j = 0; j <= n; ++j) x[j] = io.load(in[j] + e);
         for (int k = 0; k < n; ++k) {
             Vec<T> sum = a[k * (n + 1)] * x[0];
@@ -91,14 +91,14 @@ inline void sum_vectors(const Vec<T>* from, int64_t count, T* to) {
     for (; i < count; ++i) to[i] = sum_lanes<T>(from[i]);
 }
 
-// sum[j] = ⟨in_j, with⟩, lane by lane, for n + Extra rows.
+// sum[j] = ⟨in_j, other⟩, lane by lane, for n + Extra rows.
 template <class T, int N, int Extra>
-__attribute__((noinline)) void dot_rows(int64_t streams, const T* const* in, const T* with, int64_t count,
+__attribute__((noinline)) void dot_rows(int64_t streams, const T* const* in, const T* other, int64_t count,
                                         Vec<T>* sum) {
     const int rows = streams_of<N>(streams) + Extra;
-    Vec<T> total[kMost<N> + Extra] = {};
+    Vec<T> total[kMaxStreamsOf<N> + Extra] = {};
     for_vectors<T>(0, count, [&](int64_t e, auto io) XLAYER_FLATTEN {
-        const Vec<T> w = io.load(with + e);
+        const Vec<T> w = io.load(other + e);
         for (int j = 0; j < rows; ++j) total[j] += io.load(in[j] + e) * w;
     });
     for (int j = 0; j < rows; ++j) sum[j] = total[j];
@@ -106,12 +106,12 @@ __attribute__((noinline)) void dot_rows(int64_t streams, const T* const* in, con
 
 // A tile of products, lane by lane: product[r·product_row + c] (+)= ⟨in_r − shift[r], weight_c⟩ for r < R, c < C, where
 // weight_c begins at weight + c·weight_row. With Moments also sum[r] = Σ_e (in_r[e] − shift[r]), and square[r] of its
-// squares. Meanwhile it asks for soon[r], soon_begin ≤ r < soon_end.
+// squares. Meanwhile it asks for soon[r], next_begin ≤ r < next_end.
 template <class T, int R, int C, bool Moments>
 __attribute__((noinline)) void product_tile(const T* const* in, const T* shift, const T* weight, int64_t weight_row,
                                             int64_t count, bool accumulate, Vec<T>* product, int64_t product_row,
-                                            Vec<T>* sum, Vec<T>* square, const T* const* soon, int soon_begin,
-                                            int soon_end) {
+                                            Vec<T>* sum, Vec<T>* square, const T* const* next_rows, int next_begin,
+                                            int next_end) {
     Vec<T> total[R][C] = {}, first[R] = {}, second[R] = {};
     auto add = [&](const Vec<T>(&x)[R], int64_t e, auto io) XLAYER_FLATTEN {
         XLAYER_UNROLL for (int r = 0; r < R; ++r) {
@@ -128,11 +128,11 @@ __attribute__((noinline)) void product_tile(const T* const* in, const T* shift, 
     for (; e + lanes<T> <= count; e += lanes<T>) {
         Vec<T> x[R];
         XLAYER_UNROLL for (int r = 0; r < R; ++r) { x[r] = load(in[r] + e) - shift[r]; }
-        for (int r = soon_begin; r < soon_end; ++r) prefetch(soon[r] + e);
-        add(x, e, Whole<T>{});
+        for (int r = next_begin; r < next_end; ++r) prefetch(next_rows[r] + e);
+        add(x, e, FullVector<T>{});
     }
     if (e < count) {
-        const Part<T> part{count - e};
+        const TailVector<T> part{count - e};
         Vec<T> x[R];
         XLAYER_UNROLL for (int r = 0; r < R; ++r) {
             T lane[lanes<T>] = {};
@@ -164,7 +164,7 @@ struct Product {
     Vec<T>* product;  // [rows, columns]
     Vec<T>* sum;      // [rows], or null: no moments are wanted
     Vec<T>* square;
-    const T* const* soon;  // rows that will be read next
+    const T* const* next_rows;  // rows that will be read next
 };
 
 // Each tile of a row of tiles asks for its share of what comes next: memory is then busy all the time.
@@ -174,7 +174,7 @@ XLAYER_INLINE void product_tile(const Product<T>& of, int64_t r, int64_t c) {
     const int begin = static_cast<int>(R * tile / tiles), end = static_cast<int>(R * (tile + 1) / tiles);
     product_tile<T, R, C, Moments>(of.in + r, of.shift + r, of.weight + c * of.weight_row, of.weight_row, of.count,
                                    of.accumulate, of.product + r * of.columns + c, of.columns, of.sum + r,
-                                   of.square + r, of.soon + r, begin, C < 3 && c % 3 != 0 ? begin : end);
+                                   of.square + r, of.next_rows + r, begin, C < 3 && c % 3 != 0 ? begin : end);
 }
 
 template <class T, int R>

@@ -8,7 +8,7 @@
 namespace xlayer::cpu::XLAYER_ISA::quantize {
 namespace {
 
-constexpr int64_t kPieceElements = 1024;  // of whole rows that one step takes
+constexpr int64_t kChunkElements = 1024;  // of whole rows that one step takes
 constexpr int64_t kTaskElements = 16384;
 
 // Lanes of whole numbers as wide as T.
@@ -18,7 +18,7 @@ using Whole32Or64 = typename std::conditional<sizeof(T) == 8, int64_t, int32_t>:
 // What the dimensions of a vector's lanes need.
 template <class T>
 struct Dimensions {
-    Vec<T> most;                   // L − 1
+    Vec<T> max_digit;              // L − 1
     Vec<T> shift, factor, offset;  // of the offset bound: the place of a number is factor·σ − offset
     Vec<T> center;                 // ⌊L/2⌋, the digit of 0 there
     Vec<T> inverse;                // of what codes are divided by, most or center
@@ -29,8 +29,9 @@ struct Dimensions {
 // The same of every dimension, repeated so that a vector can be loaded at any of them.
 template <class T>
 struct Constants {
-    static constexpr int kLength = kFsqMostDimensions + lanes<T>;
-    T most[kLength], shift[kLength], factor[kLength], offset[kLength], center[kLength], inverse[kLength], gain[kLength];
+    static constexpr int kLength = kFsqMaxDimensions + lanes<T>;
+    T max_digit[kLength], shift[kLength], factor[kLength], offset[kLength], center[kLength], inverse[kLength],
+        gain[kLength];
     Whole32Or64<T> basis[kLength];
 
     // Without `index` digits stay as they are.
@@ -39,10 +40,10 @@ struct Constants {
         for (int64_t i = 0; i < dimensions.width + lanes<T>; ++i) {
             const int64_t from = i % dimensions.width, levels = dimensions.levels[from];
             const T half = static_cast<T>(dimensions.half[from]);
-            most[i] = static_cast<T>(levels - 1), center[i] = static_cast<T>(levels / 2);
+            max_digit[i] = static_cast<T>(levels - 1), center[i] = static_cast<T>(levels / 2);
             shift[i] = static_cast<T>(dimensions.shift[from]);
             factor[i] = 2 * half, offset[i] = half + static_cast<T>(dimensions.middle[from]);
-            inverse[i] = 1 / (symmetric ? most[i] : center[i]);
+            inverse[i] = 1 / (symmetric ? max_digit[i] : center[i]);
             gain[i] = symmetric ? T(4) : 4 * half / center[i];
             basis[i] = index ? static_cast<Whole32Or64<T>>(dimensions.basis[from]) : 1;
         }
@@ -50,8 +51,8 @@ struct Constants {
     XLAYER_INLINE Dimensions<T> at(int64_t i) const {
         IntVec<T> parts;
         std::memcpy(&parts, basis + i, sizeof(parts));
-        return {load(most + i),   load(shift + i),   load(factor + i), load(offset + i),
-                load(center + i), load(inverse + i), load(gain + i),   parts};
+        return {load(max_digit + i), load(shift + i),   load(factor + i), load(offset + i),
+                load(center + i),    load(inverse + i), load(gain + i),   parts};
     }
 };
 
@@ -77,18 +78,18 @@ XLAYER_INLINE Vec<T> divide(Vec<T> n, Vec<T> d, [[maybe_unused]] Vec<T> inverse)
 
 // Calls f(first row, rows) for pieces of whole rows, on the pool.
 template <class F>
-void for_pieces(const ThreadPool& pool, int64_t rows, int64_t width, const F& f) {
-    const int64_t piece = greater<int64_t>(1, kPieceElements / width);
-    const int64_t pieces = greater<int64_t>(1, kTaskElements / (piece * width));
-    parallel_tasks(pool, ceil_div(rows, piece * pieces), [&](int64_t, int64_t task) {
-        const int64_t last = lesser(rows, (task + 1) * piece * pieces);
-        for (int64_t row = task * piece * pieces; row < last; row += piece) f(row, lesser(piece, last - row));
+void for_chunks(const ThreadPool& pool, int64_t rows, int64_t width, const F& f) {
+    const int64_t chunk = max<int64_t>(1, kChunkElements / width);
+    const int64_t chunks = max<int64_t>(1, kTaskElements / (chunk * width));
+    parallel_tasks(pool, ceil_div(rows, chunk * chunks), [&](int64_t, int64_t task) {
+        const int64_t last = min(rows, (task + 1) * chunk * chunks);
+        for (int64_t row = task * chunk * chunks; row < last; row += chunk) f(row, min(chunk, last - row));
     });
 }
 
 // Of one piece of the numbers: where they lie, or widened.
 template <class T>
-struct Piece {
+struct Chunk {
     const T* z;
     int64_t count;
     T* codes;
@@ -98,41 +99,41 @@ struct Piece {
 
 // One vector at e. With σ(2y) = (tanh y + 1)/2, as exact as the digits need, and sech²y = 4σ(2y)(1 − σ(2y)).
 template <class T, bool kSymmetric, bool kKeep, class InOut>
-XLAYER_INLINE void quantize_vector(const Dimensions<T>& d, const Piece<T>& piece, int64_t e, InOut io) {
+XLAYER_INLINE void quantize_vector(const Dimensions<T>& d, const Chunk<T>& chunk, int64_t e, InOut io) {
     const Vec<T> largest = splat<T>(80);  // e^80 is finite, and its inverse a normal number
-    const Vec<T> in = io.load(piece.z + e), y = kSymmetric ? in : in + d.shift, exponent = T(-2) * y;
+    const Vec<T> in = io.load(chunk.z + e), y = kSymmetric ? in : in + d.shift, exponent = T(-2) * y;
     const Vec<T> q = exponential(largest < exponent ? largest : exponent), sigma = T(1) / (T(1) + q);
-    Vec<T> digit = kSymmetric ? d.most * sigma + T(0.5) : round_nearest<T>(d.factor * sigma - d.offset) + d.center;
+    Vec<T> digit = kSymmetric ? d.max_digit * sigma + T(0.5) : round_nearest<T>(d.factor * sigma - d.offset) + d.center;
     digit = digit > T(0) ? digit : Vec<T>{};  // of NaN too
-    digit = digit < d.most ? digit : d.most;
+    digit = digit < d.max_digit ? digit : d.max_digit;
     const IntVec<T> whole = __builtin_convertvector(digit, IntVec<T>);  // rounded down
     const IntVec<T> part = whole * d.basis;
-    std::memcpy(piece.parts + e, &part, sizeof(part));  // past `count` too
+    std::memcpy(chunk.parts + e, &part, sizeof(part));  // past `count` too
     if constexpr (kSymmetric) digit = __builtin_convertvector(whole, Vec<T>);
-    const Vec<T> from_center = kSymmetric ? digit + digit - d.most : digit - d.center;
-    const Vec<T> code = divide<T>(from_center, kSymmetric ? d.most : d.center, d.inverse);
-    io.store(piece.codes + e, in == in ? code : in);
-    if constexpr (kKeep) io.store(piece.slope + e, d.gain * sigma * (q * sigma));  // 1 − σ would cancel
+    const Vec<T> from_center = kSymmetric ? digit + digit - d.max_digit : digit - d.center;
+    const Vec<T> code = divide<T>(from_center, kSymmetric ? d.max_digit : d.center, d.inverse);
+    io.store(chunk.codes + e, in == in ? code : in);
+    if constexpr (kKeep) io.store(chunk.slope + e, d.gain * sigma * (q * sigma));  // 1 − σ would cancel
 }
 
 // kFixed: every vector begins at the first dimension, and the constants stay in registers.
 template <class T, bool kSymmetric, bool kKeep, bool kFixed>
-void quantize(const Constants<T>& constants, int64_t width, Piece<T> piece) {
+void quantize(const Constants<T>& constants, int64_t width, Chunk<T> chunk) {
     const Dimensions<T> fixed = constants.at(0);
     int64_t i = 0;  // the dimension of the first lane
     const int64_t step = lanes<T> % width;
-    for_vectors<T>(0, piece.count, [&](int64_t e, auto io) XLAYER_FLATTEN {
+    for_vectors<T>(0, chunk.count, [&](int64_t e, auto io) XLAYER_FLATTEN {
         if constexpr (kFixed) {
-            quantize_vector<T, kSymmetric, kKeep>(fixed, piece, e, io);
+            quantize_vector<T, kSymmetric, kKeep>(fixed, chunk, e, io);
         } else {
-            quantize_vector<T, kSymmetric, kKeep>(constants.at(i), piece, e, io);
+            quantize_vector<T, kSymmetric, kKeep>(constants.at(i), chunk, e, io);
             i = i + step < width ? i + step : i + step - width;
         }
     });
 }
 
 template <class T>
-using Quantize = void (*)(const Constants<T>&, int64_t, Piece<T>);
+using Quantize = void (*)(const Constants<T>&, int64_t, Chunk<T>);
 
 template <class T, bool kSymmetric, bool kKeep>
 Quantize<T> choose_fixed(int64_t width) {
@@ -147,8 +148,8 @@ Quantize<T> choose(const FsqForward& args) {
 }
 
 // to[r] = the sum of row r of `parts`; of a known width without a loop.
-template <int64_t kWidth, class Whole>
-XLAYER_INLINE void sum_rows_of(const Whole* parts, int64_t rows, int64_t width, int64_t* to) {
+template <int64_t kWidth, class FullVector>
+XLAYER_INLINE void sum_rows_of(const FullVector* parts, int64_t rows, int64_t width, int64_t* to) {
     if (kWidth > 0) width = kWidth;
     for (int64_t r = 0; r < rows; ++r) {
         int64_t index = 0;
@@ -198,17 +199,17 @@ void forward(const FsqForward& args) {
     const int64_t last = dimensions.basis[width - 1], levels = dimensions.levels[width - 1];
     const bool fits = !args.digits && (sizeof(T) == 8 || last <= INT32_MAX / levels);
     const Constants<T> constants(dimensions, fits);
-    const Quantize<T> quantize_piece = choose<T>(args);
-    for_pieces(args.pool, args.rows, width, [&](int64_t row, int64_t rows) {
-        T in[kPieceElements], out[kPieceElements], slope[kPieceElements];
-        Whole32Or64<T> parts[kPieceElements + 2 * lanes<T>];  // whole vectors, and pairs of them
+    const Quantize<T> quantize_chunk = choose<T>(args);
+    for_chunks(args.pool, args.rows, width, [&](int64_t row, int64_t rows) {
+        T in[kChunkElements], out[kChunkElements], slope[kChunkElements];
+        Whole32Or64<T> parts[kChunkElements + 2 * lanes<T>];  // whole vectors, and pairs of them
         const int64_t first = row * width, count = rows * width;
-        Piece<T> piece{read_elements(args.dtype, args.z, first, count, in), count,
+        Chunk<T> chunk{read_elements(args.dtype, args.z, first, count, in), count,
                        write_target(args.dtype, args.codes, first, out), nullptr, parts};
-        if (args.slope != nullptr) piece.slope = write_target(args.dtype, args.slope, first, slope);
-        quantize_piece(constants, width, piece);
-        narrow_elements(args.dtype, piece.codes, args.codes, first, count);
-        if (args.slope != nullptr) narrow_elements(args.dtype, piece.slope, args.slope, first, count);
+        if (args.slope != nullptr) chunk.slope = write_target(args.dtype, args.slope, first, slope);
+        quantize_chunk(constants, width, chunk);
+        narrow_elements(args.dtype, chunk.codes, args.codes, first, count);
+        if (args.slope != nullptr) narrow_elements(args.dtype, chunk.slope, args.slope, first, count);
         if (args.digits) {
             for (int64_t e = 0; e < count; ++e) args.indices[first + e] = parts[e];
         } else if (fits) {

@@ -15,23 +15,23 @@ constexpr int kVectors = 2;  // of rows in a panel: with twice as many codes to 
 template <class T>
 constexpr int64_t kPanelRows = int64_t{kVectors} * lanes<T>;
 constexpr int64_t kBlockBytes = 256 << 10;  // of packed rows that one task keeps at hand
-constexpr int64_t kMostPanels = 64;         // of one task
-constexpr int64_t kStripCodes = 96;         // that meet all panels before the next
+constexpr int64_t kMaxPanels = 64;          // of one task
+constexpr int64_t kStripCodes = 96;         // that score_strip all panels before the next
 
 // How the work is cut: blocks of whole panels of rows, and where these are fewer than threads, spans of codes too. Each
 // row's result is the least of exact comparisons, so it does not depend on the cut.
 template <class T>
-struct Cut {
+struct Partition {
     int64_t panels, blocks, spans, span_codes;
 
-    explicit Cut(const VqNearest& args) {
+    explicit Partition(const VqNearest& args) {
         const int64_t all = ceil_div(args.rows, kPanelRows<T>);
-        const int64_t threads = greater<int64_t>(1, args.pool.threads);
+        const int64_t threads = max<int64_t>(1, args.pool.threads);
         const int64_t fit = kBlockBytes / (kPanelRows<T> * args.width * static_cast<int64_t>(sizeof(T)));
         const int64_t share = ceil_div(all * args.books, threads);
-        panels = greater<int64_t>(1, lesser(lesser(fit, kMostPanels), share));
+        panels = max<int64_t>(1, min(min(fit, kMaxPanels), share));
         blocks = ceil_div(all, panels);
-        const int64_t wanted = ceil_div(threads, greater<int64_t>(1, blocks * args.books));
+        const int64_t wanted = ceil_div(threads, max<int64_t>(1, blocks * args.books));
         span_codes = round_up(ceil_div(args.codes, wanted), kStripCodes);
         spans = ceil_div(args.codes, span_codes);
     }
@@ -48,10 +48,10 @@ struct Best {
 template <class T>
 class Nearest {
   public:
-    explicit Nearest(const VqNearest& args) : args_(args), cut_(args) {
+    explicit Nearest(const VqNearest& args) : args_(args), partition_(args) {
         Arena arena(args.workspace);
         terms_ = arena.take<T>(args.books, args.codes);
-        partial_ = arena.take<Best<T>>(args.books, cut_.blocks, cut_.spans, cut_.panels);
+        partial_ = arena.take<Best<T>>(args.books, partition_.blocks, partition_.spans, partition_.panels);
         workers_ = arena.take<char>(args.pool.threads, worker_size());
         bytes_ = arena.used;
     }
@@ -65,23 +65,25 @@ class Nearest {
     void run() const {
         parallel_tasks(args_.pool, args_.books * ceil_div(args_.codes, kStripCodes),
                        [&](int64_t worker, int64_t task) { prepare_codes(worker, task); });
-        parallel_tasks(args_.pool, args_.books * cut_.blocks * cut_.spans, [&](int64_t worker, int64_t task) {
-            const int64_t span = task % cut_.spans, block = task / cut_.spans;
-            search(worker, block / cut_.blocks, block % cut_.blocks, span);
+        parallel_tasks(args_.pool, args_.books * partition_.blocks * partition_.spans,
+                       [&](int64_t worker, int64_t task) {
+                           const int64_t span = task % partition_.spans, block = task / partition_.spans;
+                           search(worker, block / partition_.blocks, block % partition_.blocks, span);
+                       });
+        parallel_tasks(args_.pool, args_.books * partition_.blocks, [&](int64_t worker, int64_t task) {
+            finish(worker, task / partition_.blocks, task % partition_.blocks);
         });
-        parallel_tasks(args_.pool, args_.books * cut_.blocks,
-                       [&](int64_t worker, int64_t task) { finish(worker, task / cut_.blocks, task % cut_.blocks); });
     }
 
   private:
     int64_t row_size() const { return round_up(args_.width, lanes<T>); }
     // A worker's scratch: a block of packed rows; a strip of codes, and two rows, for dtypes other than T.
     int64_t worker_size() const {
-        const int64_t elements = cut_.block_rows() * args_.width + (kStripCodes + 2) * row_size();
+        const int64_t elements = partition_.block_rows() * args_.width + (kStripCodes + 2) * row_size();
         return round_up(elements * static_cast<int64_t>(sizeof(T)), 64);
     }
     T* packed_of(int64_t worker) const { return reinterpret_cast<T*>(workers_ + worker * worker_size()); }
-    T* strip_of(int64_t worker) const { return packed_of(worker) + cut_.block_rows() * args_.width; }
+    T* strip_of(int64_t worker) const { return packed_of(worker) + partition_.block_rows() * args_.width; }
 
     const T* row_of(const VqRows& rows, int64_t book, int64_t row, T* scratch) const {
         return read_elements(rows.dtype, rows.data, book * rows.book_stride + row * rows.row_stride, args_.width,
@@ -90,9 +92,9 @@ class Nearest {
 
     T dot(const T* a, const T* b) const {
         Vec<T> sum[4] = {};
-        int64_t turn = 0;
+        int64_t i = 0;
         for_vectors<T>(0, args_.width,
-                       [&](int64_t e, auto io) XLAYER_FLATTEN { sum[turn++ % 4] += io.load(a + e) * io.load(b + e); });
+                       [&](int64_t e, auto io) XLAYER_FLATTEN { sum[i++ % 4] += io.load(a + e) * io.load(b + e); });
         return sum_lanes<T>((sum[0] + sum[1]) + (sum[2] + sum[3]));
     }
     static bool is_finite(T x) { return x - x == 0; }
@@ -101,7 +103,7 @@ class Nearest {
     // Per code what its score needs: euclidean ½|c|², which is inf for a code that cannot be chosen; cosine 1/|c|, NaN.
     void prepare_codes(int64_t worker, int64_t task) const {
         const int64_t strips = ceil_div(args_.codes, kStripCodes), book = task / strips;
-        const int64_t first = task % strips * kStripCodes, last = lesser(first + kStripCodes, args_.codes);
+        const int64_t first = task % strips * kStripCodes, last = min(first + kStripCodes, args_.codes);
         for (int64_t k = first; k < last; ++k) {
             const T* code = row_of(args_.codebook, book, k, strip_of(worker));
             const T square = dot(code, code);
@@ -128,16 +130,16 @@ class Nearest {
 
     void search(int64_t worker, int64_t book, int64_t block, int64_t span) const {
         T *packed = packed_of(worker), *strip = strip_of(worker);
-        const int64_t first_row = block * cut_.block_rows();
-        const int64_t panels = lesser(cut_.panels, ceil_div(args_.rows - first_row, kPanelRows<T>));
-        Best<T>* best = partial_ + ((book * cut_.blocks + block) * cut_.spans + span) * cut_.panels;
+        const int64_t first_row = block * partition_.block_rows();
+        const int64_t panels = min(partition_.panels, ceil_div(args_.rows - first_row, kPanelRows<T>));
+        Best<T>* best = partial_ + ((book * partition_.blocks + block) * partition_.spans + span) * partition_.panels;
         for (int64_t p = 0; p < panels; ++p) {
             pack(book, first_row + p * kPanelRows<T>, packed + p * kPanelRows<T> * args_.width, strip);
             for (int64_t r = 0; r < kPanelRows<T>; ++r) best[p].score[r] = T(-HUGE_VAL), best[p].code[r] = 0;
         }
-        const int64_t begin = span * cut_.span_codes, end = lesser(begin + cut_.span_codes, args_.codes);
+        const int64_t begin = span * partition_.span_codes, end = min(begin + partition_.span_codes, args_.codes);
         for (int64_t k = begin; k < end; k += kStripCodes) {
-            const int64_t count = lesser(kStripCodes, end - k);
+            const int64_t count = min(kStripCodes, end - k);
             int64_t stride = args_.codebook.row_stride;
             const T* codes = row_of(args_.codebook, book, k, strip);
             if (codes == strip) {  // widened: then so must be the others
@@ -148,9 +150,9 @@ class Nearest {
             for (int64_t p = 0; p < panels; ++p) {
                 const T* x = packed + p * kPanelRows<T> * args_.width;
                 if (args_.metric == VqMetric::euclidean) {
-                    meet<false>(x, codes, stride, count, terms, k - begin, best[p]);
+                    score_strip<false>(x, codes, stride, count, terms, k - begin, best[p]);
                 } else {
-                    meet<true>(x, codes, stride, count, terms, k - begin, best[p]);
+                    score_strip<true>(x, codes, stride, count, terms, k - begin, best[p]);
                 }
             }
         }
@@ -158,8 +160,8 @@ class Nearest {
 
     // A strip of codes against a panel of rows.
     template <bool kCosine>
-    __attribute__((noinline)) void meet(const T* x, const T* codes, int64_t stride, int64_t count, const T* terms,
-                                        int64_t first, Best<T>& best) const {
+    __attribute__((noinline)) void score_strip(const T* x, const T* codes, int64_t stride, int64_t count,
+                                               const T* terms, int64_t first, Best<T>& best) const {
         gemm_panel<T, kVectors>(
             count, args_.width, codes, stride, 1, x, kPanelRows<T>, [&](int64_t row, auto& product) XLAYER_FLATTEN {
                 constexpr int kCodes = sizeof(product) / sizeof(product[0]);
@@ -185,17 +187,18 @@ class Nearest {
     // The best of all spans, and the distance to it.
     void finish(int64_t worker, int64_t book, int64_t block) const {
         T *scratch = strip_of(worker), *other = scratch + row_size();
-        const int64_t first = block * cut_.block_rows(), last = lesser(first + cut_.block_rows(), args_.rows);
+        const int64_t first = block * partition_.block_rows(), last = min(first + partition_.block_rows(), args_.rows);
         for (int64_t n = first; n < last; ++n) {
             const int64_t panel = (n - first) / kPanelRows<T>, lane = (n - first) % kPanelRows<T>;
-            const Best<T>* best = partial_ + (book * cut_.blocks + block) * cut_.spans * cut_.panels + panel;
+            const Best<T>* best =
+                partial_ + (book * partition_.blocks + block) * partition_.spans * partition_.panels + panel;
             T score = best->score[lane];
             int64_t index = best->code[lane];
-            for (int64_t span = 1; span < cut_.spans; ++span) {
-                const Best<T>& next = best[span * cut_.panels];
+            for (int64_t span = 1; span < partition_.spans; ++span) {
+                const Best<T>& next = best[span * partition_.panels];
                 if (next.score[lane] > score) {
                     score = next.score[lane];
-                    index = span * cut_.span_codes + next.code[lane];
+                    index = span * partition_.span_codes + next.code[lane];
                 }
             }
             const T* row = row_of(args_.x, book, n, scratch);
@@ -222,16 +225,16 @@ class Nearest {
             return cosine > 1 ? T(0) : 1 - cosine;
         }
         Vec<T> sum[4] = {};
-        int64_t turn = 0;
+        int64_t i = 0;
         for_vectors<T>(0, args_.width, [&](int64_t e, auto io) XLAYER_FLATTEN {
             const Vec<T> difference = io.load(row + e) - io.load(code + e);
-            sum[turn++ % 4] += difference * difference;
+            sum[i++ % 4] += difference * difference;
         });
         return sum_lanes<T>((sum[0] + sum[1]) + (sum[2] + sum[3]));
     }
 
     const VqNearest& args_;
-    Cut<T> cut_;
+    Partition<T> partition_;
     T* terms_;
     Best<T>* partial_;
     char* workers_;

@@ -10,14 +10,14 @@ namespace {
 constexpr int64_t kColumns = 64;        // of x that one task adds
 constexpr int64_t kLeafRows = 16;       // added one after the other; longer sums by halves
 constexpr int64_t kSortedRows = 16384;  // of one task of the sort, at least
-constexpr int64_t kMostSorters = 8;
+constexpr int64_t kMaxSorters = 8;
 constexpr int64_t kTasksPerThread = 16;  // some codes have many rows, most have few
 
 template <class T>
 class Statistics {
   public:
     explicit Statistics(const VqStatistics& args) : args_(args) {
-        sorters_ = greater<int64_t>(1, lesser(lesser(args.pool.threads, kMostSorters), args.rows / kSortedRows));
+        sorters_ = max<int64_t>(1, min(min(args.pool.threads, kMaxSorters), args.rows / kSortedRows));
         Arena arena(args.workspace);
         first_ = arena.take<int64_t>(args.books, sorters_, args.codes + 1);
         code_ = arena.take<int64_t>(args.books, args.rows);
@@ -34,21 +34,22 @@ class Statistics {
     void run() const {
         const int64_t books = args_.books;
         parallel_for_each(args_.pool, books * sorters_, [&](int64_t task) { count(task / sorters_, task % sorters_); });
-        parallel_for_each(args_.pool, books, [&](int64_t book) { find_places(book); });
-        parallel_for_each(args_.pool, books * sorters_, [&](int64_t task) { place(task / sorters_, task % sorters_); });
-        const int64_t slices = greater<int64_t>(1, ceil_div(args_.width, kColumns));
-        const int64_t codes = greater<int64_t>(1, args_.codes / (kTasksPerThread * args_.pool.threads));
+        parallel_for_each(args_.pool, books, [&](int64_t book) { compute_offsets(book); });
+        parallel_for_each(args_.pool, books * sorters_,
+                          [&](int64_t task) { scatter(task / sorters_, task % sorters_); });
+        const int64_t slices = max<int64_t>(1, ceil_div(args_.width, kColumns));
+        const int64_t codes = max<int64_t>(1, args_.codes / (kTasksPerThread * args_.pool.threads));
         const int64_t groups = ceil_div(args_.codes, codes);
         parallel_tasks(args_.pool, books * groups * slices, [&](int64_t, int64_t task) {
             const int64_t slice = task % slices, group = task / slices % groups, book = task / slices / groups;
-            for (int64_t k = group * codes; k < lesser((group + 1) * codes, args_.codes); ++k) finish(book, k, slice);
+            for (int64_t k = group * codes; k < min((group + 1) * codes, args_.codes); ++k) finish(book, k, slice);
         });
     }
 
   private:
     int64_t begin_of(int64_t sorter) const { return sorter * args_.rows / sorters_; }
     // Per sorter and code: first how many of its rows the code has, then where the next one goes.
-    int64_t* places_of(int64_t book, int64_t sorter) const {
+    int64_t* offsets_of(int64_t book, int64_t sorter) const {
         return first_ + (book * sorters_ + sorter) * (args_.codes + 1);
     }
     // A row's code, or `codes` for one that counts nowhere. Read once per call: another thread may write to the
@@ -60,36 +61,36 @@ class Statistics {
     }
 
     void count(int64_t book, int64_t sorter) const {
-        int64_t* places = places_of(book, sorter);
+        int64_t* offsets = offsets_of(book, sorter);
         int64_t* codes = code_ + book * args_.rows;
-        std::memset(places, 0, (args_.codes + 1) * sizeof(int64_t));
-        for (int64_t n = begin_of(sorter); n < begin_of(sorter + 1); ++n) ++places[codes[n] = code_of(book, n)];
+        std::memset(offsets, 0, (args_.codes + 1) * sizeof(int64_t));
+        for (int64_t n = begin_of(sorter); n < begin_of(sorter + 1); ++n) ++offsets[codes[n] = code_of(book, n)];
     }
 
-    void find_places(int64_t book) const {
+    void compute_offsets(int64_t book) const {
         int64_t next = 0;
         for (int64_t k = 0; k <= args_.codes; ++k) {
             for (int64_t sorter = 0; sorter < sorters_; ++sorter) {
-                int64_t* place = places_of(book, sorter) + k;
-                const int64_t found = *place;
-                *place = next;
+                int64_t* offset = offsets_of(book, sorter) + k;
+                const int64_t found = *offset;
+                *offset = next;
                 next += found;
             }
         }
     }
 
-    void place(int64_t book, int64_t sorter) const {
-        int64_t* places = places_of(book, sorter);
+    void scatter(int64_t book, int64_t sorter) const {
+        int64_t* offsets = offsets_of(book, sorter);
         const int64_t* codes = code_ + book * args_.rows;
         int64_t* rows = row_ + book * args_.rows;
-        for (int64_t n = begin_of(sorter); n < begin_of(sorter + 1); ++n) rows[places[codes[n]]++] = n;
+        for (int64_t n = begin_of(sorter); n < begin_of(sorter + 1); ++n) rows[offsets[codes[n]]++] = n;
     }
 
     void finish(int64_t book, int64_t k, int64_t slice) const {
         // After `place`, the last sorter's place of a code is where the next code's rows begin.
-        const int64_t* ends = places_of(book, sorters_ - 1);
+        const int64_t* ends = offsets_of(book, sorters_ - 1);
         const int64_t begin = k == 0 ? 0 : ends[k - 1], end = ends[k];
-        const int64_t column = slice * kColumns, columns = lesser(kColumns, args_.width - column);
+        const int64_t column = slice * kColumns, columns = min(kColumns, args_.width - column);
         T* sums = static_cast<T*>(args_.sums) + (book * args_.codes + k) * args_.width + column;
         if (slice == 0) static_cast<T*>(args_.counts)[book * args_.codes + k] = static_cast<T>(end - begin);
         if (columns <= 0) return;

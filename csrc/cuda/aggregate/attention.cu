@@ -14,16 +14,16 @@ namespace xlayer::cuda::aggregate {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kMostShared = 32 * 1024;
+constexpr int64_t kMaxSharedBytes = 32 * 1024;
 
 struct Call {
-    AttentionStepBackward with;
+    AttentionStepBackward args;
     int lanes;
 };
 
 // NaN wins, as it must: max would drop it.
 template <class A>
-__device__ __forceinline__ A greater(A a, A b) {
+__device__ __forceinline__ A max_nan(A a, A b) {
     return a > b || a != a ? a : b;
 }
 
@@ -104,7 +104,7 @@ class HeadThread {
         for (int64_t j = 0; j < count_; ++j) {
             const A logit = static_cast<A>(s_.scale) * dot(query == nullptr ? query : query + offset(), s_.keys, j);
             if (team_.lane == 0) logits[j] = logit;
-            top = greater(top, logit);
+            top = max_nan(top, logit);
         }
         return top;
     }
@@ -115,7 +115,7 @@ class HeadThread {
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads, 3) attention_step_kernel(Call call) {
     using A = Accumulator<T>;
-    const AttentionStep& s = call.with.step;
+    const AttentionStep& s = call.args.step;
     HeadThread<T, V> head(s, call.lanes);
     A* const weights = shared_memory<A>() + head.team_.index * s.memory;
     head.for_rows([&] {
@@ -136,12 +136,12 @@ __global__ void __launch_bounds__(kThreads, 3) attention_step_kernel(Call call) 
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads, 2) attention_step_backward_kernel(Call call) {
     using A = Accumulator<T>;
-    const AttentionStepBackward& with = call.with;
-    const AttentionStep& s = with.step;
+    const AttentionStepBackward& args = call.args;
+    const AttentionStep& s = args.step;
     HeadThread<T, V> head(s, call.lanes);
     A *const weights = shared_memory<A>() + head.team_.index * 2 * s.memory, *const grads = weights + s.memory;
     head.for_rows([&] {
-        const T* const grad = static_cast<const T*>(with.grad_attended) + head.offset();
+        const T* const grad = static_cast<const T*>(args.grad_attended) + head.offset();
         const A top = head.score(weights);
         for (int64_t j = 0; j < head.count_; ++j) {
             const A of_weight = head.dot(grad, s.values, j);
@@ -160,11 +160,11 @@ __global__ void __launch_bounds__(kThreads, 2) attention_step_backward_kernel(Ca
             const A weight = weights[j] / sum[0];
             grads[j] = weight * (grads[j] - sum[1] / sum[0]) * static_cast<A>(s.scale);
             if (!head.there_) continue;
-            static_cast<A*>(with.weights)[place + head.count_ - 1 - j] = weight;
-            static_cast<A*>(with.grad_logits)[place + head.count_ - 1 - j] = grads[j];
+            static_cast<A*>(args.weights)[place + head.count_ - 1 - j] = weight;
+            static_cast<A*>(args.grad_logits)[place + head.count_ - 1 - j] = grads[j];
         }
         sync_warp();
-        head.combine(grads, s.keys, static_cast<T*>(with.grad_query) + head.offset());
+        head.combine(grads, s.keys, static_cast<T*>(args.grad_query) + head.offset());
     });
 }
 
@@ -203,8 +203,8 @@ __global__ void __launch_bounds__(kThreads, 4) attention_gradients_kernel(Attent
 
 // Calls f(element, length of vectors) for what the arrays allow.
 template <class F>
-void with_vectors(const AttentionStep& s, std::initializer_list<const void*> arrays, const F& f) {
-    with_element(s.dtype, [&](auto element) {
+void dispatch_vector_length(const AttentionStep& s, std::initializer_list<const void*> arrays, const F& f) {
+    dispatch_dtype(s.dtype, [&](auto element) {
         using T = decltype(element);
         constexpr int full = 16 / sizeof(T);
         bool vectors = vector_length<T>(nullptr, s.head_width) > 1;
@@ -217,13 +217,13 @@ void with_vectors(const AttentionStep& s, std::initializer_list<const void*> arr
 
 // Launches a step's kernel, whose teams have `arrays` rows of numbers in shared memory each.
 void launch_step(const char* name, void (*kernel)(Call), Call call, int length, int arrays, void* stream) {
-    const AttentionStep& s = call.with.step;
+    const AttentionStep& s = call.args.step;
     const int64_t bytes = s.memory * arrays * (s.dtype == DType::float64 ? 8 : 4);
-    call.lanes = team_lanes(s.head_width, length, kWarp);
-    while (call.lanes < kWarp && kThreads / call.lanes * bytes > kMostShared) call.lanes *= 2;
+    call.lanes = team_lanes(s.head_width, length, kWarpSize);
+    while (call.lanes < kWarpSize && kThreads / call.lanes * bytes > kMaxSharedBytes) call.lanes *= 2;
     const int64_t teams = kThreads / call.lanes;
     launch(name, kernel,
-           {at_most(ceil_div(s.tokens * s.heads, teams), kMostBlocks), kThreads, stream,
+           {min_size(ceil_div(s.tokens * s.heads, teams), kMaxBlocks), kThreads, stream,
             static_cast<size_t>(teams * bytes)},
            call);
 }
@@ -231,32 +231,34 @@ void launch_step(const char* name, void (*kernel)(Call), Call call, int length, 
 }  // namespace
 
 void attention_step(const AttentionStep& args, void* stream) {
-    with_vectors(args, {args.query, args.attended}, [&](auto element, auto length) {
+    dispatch_vector_length(args, {args.query, args.attended}, [&](auto element, auto length) {
         using T = decltype(element);
         constexpr int V = decltype(length)::value;
         Call call{};
-        call.with.step = args;
+        call.args.step = args;
         launch_step("attention_step", attention_step_kernel<T, V>, call, V, 1, stream);
     });
 }
 
 void attention_step_backward(const AttentionStepBackward& args, void* stream) {
-    with_vectors(args.step, {args.step.query, args.grad_attended, args.grad_query}, [&](auto element, auto length) {
-        using T = decltype(element);
-        constexpr int V = decltype(length)::value;
-        launch_step("attention_step_backward", attention_step_backward_kernel<T, V>, Call{args, 0}, V, 2, stream);
-    });
+    dispatch_vector_length(
+        args.step, {args.step.query, args.grad_attended, args.grad_query}, [&](auto element, auto length) {
+            using T = decltype(element);
+            constexpr int V = decltype(length)::value;
+            launch_step("attention_step_backward", attention_step_backward_kernel<T, V>, Call{args, 0}, V, 2, stream);
+        });
 }
 
 void attention_gradients(const AttentionGradients& args, void* stream) {
     const AttentionStep& s = args.step;
-    with_vectors(s, {args.query, args.grad_attended, args.grad_keys, args.grad_values}, [&](auto element, auto length) {
-        using T = decltype(element);
-        constexpr int V = decltype(length)::value;
-        const int64_t count = s.layers * s.tokens * (s.heads * s.head_width / V);
-        launch("attention_gradients", attention_gradients_kernel<T, V>,
-               {at_most(ceil_div(count, kThreads), kMostBlocks), kThreads, stream}, args);
-    });
+    dispatch_vector_length(s, {args.query, args.grad_attended, args.grad_keys, args.grad_values},
+                           [&](auto element, auto length) {
+                               using T = decltype(element);
+                               constexpr int V = decltype(length)::value;
+                               const int64_t count = s.layers * s.tokens * (s.heads * s.head_width / V);
+                               launch("attention_gradients", attention_gradients_kernel<T, V>,
+                                      {min_size(ceil_div(count, kThreads), kMaxBlocks), kThreads, stream}, args);
+                           });
 }
 
 }  // namespace xlayer::cuda::aggregate

@@ -9,9 +9,9 @@
 
 namespace xlayer::cuda::aggregate {
 
-constexpr int64_t kMostBlocks = 65535;  // of kernels that loop over the rest
+constexpr int64_t kMaxBlocks = 65535;  // of kernels that loop over the rest
 
-inline int64_t at_most(int64_t count, int64_t most) { return count < most ? count : most; }
+inline int64_t min_size(int64_t count, int64_t limit) { return count < limit ? count : limit; }
 
 // --- Numbers ---------------------------------------------------------------------------------------------------------
 
@@ -61,24 +61,24 @@ __device__ __forceinline__ void load_wide(const T* from, bool there, Accumulator
 
 // V numbers of the accumulation type, in pieces of at most 16 bytes; `apart` is the distance of the pieces.
 template <class A, int V>
-constexpr int kPiece = V * sizeof(A) > 16 ? 16 / sizeof(A) : V;
+constexpr int kSplit = V * sizeof(A) > 16 ? 16 / sizeof(A) : V;
 template <int V, class A>
-__device__ __forceinline__ void load_pieces(const A* from, int apart, A (&to)[V]) {
+__device__ __forceinline__ void load_split(const A* from, int split_stride, A (&to)[V]) {
 #pragma unroll
-    for (int v = 0; v < V; v += kPiece<A, V>) {
-        const Vector<A, kPiece<A, V>> some = load_vec<kPiece<A, V>>(from + v / kPiece<A, V> * apart);
+    for (int v = 0; v < V; v += kSplit<A, V>) {
+        const Vector<A, kSplit<A, V>> some = load_vec<kSplit<A, V>>(from + v / kSplit<A, V> * split_stride);
 #pragma unroll
-        for (int i = 0; i < kPiece<A, V>; ++i) to[v + i] = some.at[i];
+        for (int i = 0; i < kSplit<A, V>; ++i) to[v + i] = some.at[i];
     }
 }
 template <int V, class A>
-__device__ __forceinline__ void store_pieces(A* to, int apart, const A (&from)[V]) {
+__device__ __forceinline__ void store_split(A* to, int split_stride, const A (&from)[V]) {
 #pragma unroll
-    for (int v = 0; v < V; v += kPiece<A, V>) {
-        Vector<A, kPiece<A, V>> some;
+    for (int v = 0; v < V; v += kSplit<A, V>) {
+        Vector<A, kSplit<A, V>> some;
 #pragma unroll
-        for (int i = 0; i < kPiece<A, V>; ++i) some.at[i] = from[v + i];
-        store_vec<Space::generic>(to + v / kPiece<A, V> * apart, some);
+        for (int i = 0; i < kSplit<A, V>; ++i) some.at[i] = from[v + i];
+        store_vec<Space::generic>(to + v / kSplit<A, V> * split_stride, some);
     }
 }
 
@@ -86,28 +86,28 @@ __device__ __forceinline__ void store_pieces(A* to, int apart, const A (&from)[V
 // vector the first piece, then the second.
 template <int V, class A>
 __device__ __forceinline__ void stage_row(const A* from, int64_t width, A* to) {
-    constexpr int P = kPiece<A, V>;
+    constexpr int P = kSplit<A, V>;
     for (int64_t e = threadIdx.x; e < width; e += blockDim.x)
         to[e % V / P * (width / V * P) + e / V * P + e % P] = from == nullptr ? A(0) : from[e];
 }
 template <int V, class A>
 __device__ __forceinline__ void load_staged(const A* staged, int64_t width, int64_t column, A (&to)[V]) {
-    constexpr int P = kPiece<A, V>;
-    load_pieces<V>(staged + column / V * P, static_cast<int>(width / V * P), to);
+    constexpr int P = kSplit<A, V>;
+    load_split<V>(staged + column / V * P, static_cast<int>(width / V * P), to);
 }
 
 // --- Teams: the threads that have a row together, a power of two of them ---------------------------------------------
 
-constexpr int kTeamCounts = 12;  // the most numbers that are summed together
+constexpr int kMaxTeamSums = 12;  // the most numbers that are summed together
 
 // As many lanes, up to `most`, as it takes for rows of `width` numbers if each has `numbers`.
-inline int team_lanes(int64_t width, int64_t numbers, int most) {
+inline int team_lanes(int64_t width, int64_t numbers, int limit) {
     int lanes = 1;
-    while (lanes < most && lanes * numbers < width) lanes *= 2;
+    while (lanes < limit && lanes * numbers < width) lanes *= 2;
     return lanes;
 }
 // Numbers in shared memory that the sums of a block take.
-__host__ __device__ constexpr int team_numbers(int threads) { return 2 * threads / kWarp * kTeamCounts; }
+__host__ __device__ constexpr int team_elements(int threads) { return 2 * threads / kWarpSize * kMaxTeamSums; }
 
 template <class A>
 class Team {
@@ -123,26 +123,26 @@ class Team {
     // Sums over the team, in a fixed order and equal in all its lanes. The whole block calls it.
     template <int Count>
     __device__ __forceinline__ void add(A (&x)[Count]) {
-        static_assert(Count <= kTeamCounts);
-        for (int mask = (lanes < kWarp ? lanes : kWarp) / 2; mask > 0; mask /= 2) {
+        static_assert(Count <= kMaxTeamSums);
+        for (int mask = (lanes < kWarpSize ? lanes : kWarpSize) / 2; mask > 0; mask /= 2) {
 #pragma unroll
             for (int c = 0; c < Count; ++c) x[c] += shuffle_xor(x[c], mask);
         }
-        if (lanes <= kWarp) return;
+        if (lanes <= kWarpSize) return;
         // Two places take turns: who writes to one has passed the barrier that followed all reading from it.
-        A* const place = shared_ + turn_ * static_cast<int>(blockDim.x) / kWarp * kTeamCounts;
+        A* const place = shared_ + turn_ * static_cast<int>(blockDim.x) / kWarpSize * kMaxTeamSums;
         turn_ ^= 1;
-        const int warp = static_cast<int>(threadIdx.x) / kWarp, warps = lanes / kWarp;
-        if (threadIdx.x % kWarp == 0) {
+        const int warp = static_cast<int>(threadIdx.x) / kWarpSize, warps = lanes / kWarpSize;
+        if (threadIdx.x % kWarpSize == 0) {
 #pragma unroll
-            for (int c = 0; c < Count; ++c) place[warp * kTeamCounts + c] = x[c];
+            for (int c = 0; c < Count; ++c) place[warp * kMaxTeamSums + c] = x[c];
         }
         sync_block();
 #pragma unroll
         for (int c = 0; c < Count; ++c) x[c] = 0;
         for (int w = warp / warps * warps, end = w + warps; w < end; ++w) {
 #pragma unroll
-            for (int c = 0; c < Count; ++c) x[c] += place[w * kTeamCounts + c];
+            for (int c = 0; c < Count; ++c) x[c] += place[w * kMaxTeamSums + c];
         }
     }
 
@@ -160,7 +160,7 @@ struct Norm {
 template <class A>
 __device__ __forceinline__ Norm<A> norm_of(A sum, A squares, int64_t width, double eps) {
     const A rest = sum / static_cast<A>(width);
-    const A inverse = 1 / sqrt(at_least_zero(squares / static_cast<A>(width) - rest * rest) + static_cast<A>(eps));
+    const A inverse = 1 / sqrt(clamp_min_zero(squares / static_cast<A>(width) - rest * rest) + static_cast<A>(eps));
     return {inverse, -rest * inverse};
 }
 
@@ -195,7 +195,7 @@ void finish_columns(const ColumnSums& args, void* stream);
 // -------------------------------------------------------------------------------------
 
 // The arguments in the sizes that a kernel sees, and its arrays in the workspace.
-struct EmaBackward {
+struct EmaBackwardPlan {
     EmaScanBackward args;
     int64_t blocks;  // of which each has a partial sum of the gates' gradients
     int64_t runs;    // of tokens, of which each has partial sums of the norm's gradients; 1 without norm
@@ -210,13 +210,11 @@ struct EmaBackward {
     int lanes;        // of a row there
 };
 
-int64_t most_shared(const char* name);
-
 // Mean and 1/deviation of every row of x, [layers, tokens, 2].
 void ema_statistics(const EmaScan& scan, void* statistics, void* stream);
-void ema_row_means(const EmaBackward& with, void* stream);
+void ema_row_means(const EmaBackwardPlan& plan, void* stream);
 // Whether the rows of a token, of all layers, find room in shared memory; fills in what a launch then takes.
-bool ema_norm_backward_fits(EmaBackward* with);
-void ema_norm_backward(const EmaBackward& with, void* stream);
+bool ema_norm_backward_fits(EmaBackwardPlan* plan);
+void ema_norm_backward(const EmaBackwardPlan& plan, void* stream);
 
 }  // namespace xlayer::cuda::aggregate

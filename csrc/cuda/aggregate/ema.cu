@@ -3,7 +3,7 @@
 // in bfloat16 a token is 48 KiB, 10 ns on an H200 (4.8 TB/s) and 15 ns on an H100 (3.35 TB/s).
 //
 // Without norm every vector of a row goes its own way. With it a row's threads are a team: its state stays in their
-// registers, and the next tap is on its way while they normalize this one. Rows of more than kMostTeamWidth numbers
+// registers, and the next tap is on its way while they normalize this one. Rows of more than kMaxTeamWidth numbers
 // take the second path, of two kernels, which reads x twice: the rows' statistics, then every vector alone.
 #include "cuda/aggregate/common.cuh"
 
@@ -11,9 +11,9 @@ namespace xlayer::cuda::aggregate {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kAhead = 4;      // layers whose taps are on their way together
+constexpr int kPrefetch = 4;   // layers whose taps are on their way together
 constexpr int kElements = 16;  // of a row in a thread of its team
-constexpr int64_t kMostTeamWidth = kElements * kThreads;
+constexpr int64_t kMaxTeamWidth = kElements * kThreads;
 
 struct Forward {
     EmaScanForward args;
@@ -36,16 +36,16 @@ __global__ void __launch_bounds__(kThreads, kNorm ? 2 : 4) ema_scan_kernel(Forwa
         A state[V], weight[V] = {}, bias[V] = {};
         load_wide<T, V>(static_cast<const T*>(s.initial) + token * s.width + e, s.initial != nullptr, state);
         if constexpr (kNorm) {
-            load_pieces<V>(static_cast<const A*>(s.norm_weight) + e, kPiece<A, V>, weight);
-            if (s.norm_bias != nullptr) load_pieces<V>(static_cast<const A*>(s.norm_bias) + e, kPiece<A, V>, bias);
+            load_split<V>(static_cast<const A*>(s.norm_weight) + e, kSplit<A, V>, weight);
+            if (s.norm_bias != nullptr) load_split<V>(static_cast<const A*>(s.norm_bias) + e, kSplit<A, V>, bias);
         }
-        for (int64_t first = 0; first < s.layers; first += kAhead) {
-            Vector<T, V> taps[kAhead];
+        for (int64_t first = 0; first < s.layers; first += kPrefetch) {
+            Vector<T, V> taps[kPrefetch];
 #pragma unroll
-            for (int i = 0; i < kAhead; ++i)
+            for (int i = 0; i < kPrefetch; ++i)
                 if (first + i < s.layers) taps[i] = load_vec<V>(x + (first + i) * s.x.layer_stride);
 #pragma unroll
-            for (int i = 0; i < kAhead; ++i) {
+            for (int i = 0; i < kPrefetch; ++i) {
                 const int64_t layer = first + i;
                 if (layer >= s.layers) break;
                 const Gate<A> gate = gate_of<A>(s.gate_logits, layer);
@@ -189,29 +189,29 @@ template <class T, int V>
 void scan(Forward call, void* stream) {
     using A = Accumulator<T>;
     const EmaScan& s = call.args.scan;
-    if (s.normalize && s.width <= kMostTeamWidth) {
+    if (s.normalize && s.width <= kMaxTeamWidth) {
         call.lanes = team_lanes(s.width, kElements, kThreads);
-        const size_t bytes = (2 * s.width + team_numbers(kThreads)) * sizeof(A);
+        const size_t bytes = (2 * s.width + team_elements(kThreads)) * sizeof(A);
         launch("ema_scan_norm", ema_scan_norm_kernel<T, V>,
-               {at_most(ceil_div(s.tokens, kThreads / call.lanes), kMostBlocks), kThreads, stream, bytes}, call);
+               {min_size(ceil_div(s.tokens, kThreads / call.lanes), kMaxBlocks), kThreads, stream, bytes}, call);
         return;
     }
     if (s.normalize) ema_statistics(s, call.args.workspace, stream);
     call.statistics = call.args.workspace;
     launch("ema_scan", s.normalize ? ema_scan_kernel<T, V, true> : ema_scan_kernel<T, V, false>,
-           {at_most(ceil_div(s.tokens * (s.width / V), kThreads), kMostBlocks), kThreads, stream}, call);
+           {min_size(ceil_div(s.tokens * (s.width / V), kThreads), kMaxBlocks), kThreads, stream}, call);
 }
 
 }  // namespace
 
 int64_t ema_scan_forward_workspace(const EmaScanForward& args) {
     const EmaScan& s = args.scan;
-    if (!s.normalize || s.width <= kMostTeamWidth) return 0;
+    if (!s.normalize || s.width <= kMaxTeamWidth) return 0;
     return product_of_sizes(s.layers, s.tokens, kStatistics, s.dtype == DType::float64 ? 8 : 4);
 }
 
 void ema_scan_forward(const EmaScanForward& args, void* stream) {
-    with_element(args.scan.dtype, [&](auto element) {
+    dispatch_dtype(args.scan.dtype, [&](auto element) {
         using T = decltype(element);
         using A = Accumulator<T>;
         Forward call{args, nullptr, 0};

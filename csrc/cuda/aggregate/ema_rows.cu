@@ -6,7 +6,7 @@ namespace xlayer::cuda::aggregate {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / kWarp;
+constexpr int kWarps = kThreads / kWarpSize;
 
 struct Statistics {
     EmaScan scan;
@@ -54,11 +54,11 @@ __global__ void __launch_bounds__(kThreads, 4) ema_statistics_kernel(Statistics 
 // resources: ema_row_means_kernel threads 256, registers 64, shared 65536, occupancy 0.25
 // sass: ema_row_means_kernel<*, [!1]> LDG.128
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads, 4) ema_row_means_kernel(EmaBackward with) {
+__global__ void __launch_bounds__(kThreads, 4) ema_row_means_kernel(EmaBackwardPlan plan) {
     using A = Accumulator<T>;
-    const EmaScan& s = with.args.scan;
-    const LayerRows &x = s.x, &grad = with.args.grad;
-    const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
+    const EmaScan& s = plan.args.scan;
+    const LayerRows &x = s.x, &grad = plan.args.grad;
+    const int warp = static_cast<int>(threadIdx.x) / kWarpSize, lane = static_cast<int>(threadIdx.x) % kWarpSize;
     A* const sums = shared_memory<A>();  // [layers][warps][2]
     for (int64_t token = blockIdx.x; token < s.tokens; token += gridDim.x) {
         for (int64_t i = threadIdx.x; i < s.layers * kWarps * 2; i += kThreads) sums[i] = 0;
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kThreads, 4) ema_row_means_kernel(EmaBackward 
             const int64_t e = first + static_cast<int64_t>(threadIdx.x) * V;
             const bool inside = e < s.width;
             A adjoint[V] = {}, weight[V] = {};
-            if (inside) load_pieces<V>(static_cast<const A*>(s.norm_weight) + e, kPiece<A, V>, weight);
+            if (inside) load_split<V>(static_cast<const A*>(s.norm_weight) + e, kSplit<A, V>, weight);
             A keep = 0;  // of the layer above
             for (int64_t layer = s.layers - 1; layer >= 0; --layer) {
                 A incoming[V], tap[V], sum[2] = {};
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads, 4) ema_row_means_kernel(EmaBackward 
                     inside && (!s.last_only || layer == s.layers - 1), incoming);
                 load_wide<T, V>(static_cast<const T*>(x.data) + layer * x.layer_stride + token * x.token_stride + e,
                                 inside, tap);
-                const RowNorm<A> norm = RowNorm<A>::load_of(with.statistics, layer * s.tokens + token);
+                const RowNorm<A> norm = RowNorm<A>::load_of(plan.statistics, layer * s.tokens + token);
                 const Gate<A> gate = gate_of<A>(s.gate_logits, layer);
 #pragma unroll
                 for (int v = 0; v < V; ++v) {
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kThreads, 4) ema_row_means_kernel(EmaBackward 
                 }
                 keep = gate.keep;
 #pragma unroll
-                for (int mask = kWarp / 2; mask > 0; mask /= 2) {
+                for (int mask = kWarpSize / 2; mask > 0; mask /= 2) {
                     sum[0] += shuffle_xor(sum[0], mask);
                     sum[1] += shuffle_xor(sum[1], mask);
                 }
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, 4) ema_row_means_kernel(EmaBackward 
             A sum = 0;
 #pragma unroll
             for (int w = 0; w < kWarps; ++w) sum += sums[(i / 2 * kWarps + w) * 2 + i % 2];
-            static_cast<A*>(with.row_means)[(i / 2 * s.tokens + token) * 2 + i % 2] = sum / static_cast<A>(s.width);
+            static_cast<A*>(plan.row_means)[(i / 2 * s.tokens + token) * 2 + i % 2] = sum / static_cast<A>(s.width);
         }
         sync_block();
     }
@@ -110,20 +110,20 @@ __global__ void __launch_bounds__(kThreads, 4) ema_row_means_kernel(EmaBackward 
 }  // namespace
 
 void ema_statistics(const EmaScan& scan, void* statistics, void* stream) {
-    with_element(scan.dtype, [&](auto element) {
+    dispatch_dtype(scan.dtype, [&](auto element) {
         using T = decltype(element);
         const bool vectors = vector_length<T>(scan.x.data, scan.x.layer_stride, scan.x.token_stride, scan.width) > 1;
         launch("ema_statistics", vectors ? ema_statistics_kernel<T, 16 / sizeof(T)> : ema_statistics_kernel<T, 1>,
-               {at_most(scan.layers * scan.tokens, kMostBlocks), kThreads, stream,
-                team_numbers(kThreads) * sizeof(Accumulator<T>)},
+               {min_size(scan.layers * scan.tokens, kMaxBlocks), kThreads, stream,
+                team_elements(kThreads) * sizeof(Accumulator<T>)},
                Statistics{scan, statistics});
     });
 }
 
-void ema_row_means(const EmaBackward& with, void* stream) {
-    const EmaScan& s = with.args.scan;
-    const LayerRows &x = s.x, &grad = with.args.grad;
-    with_element(s.dtype, [&](auto element) {
+void ema_row_means(const EmaBackwardPlan& plan, void* stream) {
+    const EmaScan& s = plan.args.scan;
+    const LayerRows &x = s.x, &grad = plan.args.grad;
+    dispatch_dtype(s.dtype, [&](auto element) {
         using T = decltype(element);
         using A = Accumulator<T>;
         const bool vectors = vector_length<T>(x.data, x.layer_stride, x.token_stride, s.width) > 1 &&
@@ -131,8 +131,8 @@ void ema_row_means(const EmaBackward& with, void* stream) {
                              vector_length<A>(s.norm_weight) > 1;
         launch(
             "ema_row_means", vectors ? ema_row_means_kernel<T, 16 / sizeof(T)> : ema_row_means_kernel<T, 1>,
-            {at_most(s.tokens, kMostBlocks), kThreads, stream, static_cast<size_t>(s.layers) * kWarps * 2 * sizeof(A)},
-            with);
+            {min_size(s.tokens, kMaxBlocks), kThreads, stream, static_cast<size_t>(s.layers) * kWarps * 2 * sizeof(A)},
+            plan);
     });
 }
 

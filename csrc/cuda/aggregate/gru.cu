@@ -95,13 +95,13 @@ __global__ void __launch_bounds__(kThreads, 4) gru_step_backward_kernel(GruStepB
 
 template <class Args>
 Launch launch_of(const Args& args, int length, void* stream) {
-    return {at_most(ceil_div(args.tokens * (args.width / length), kThreads), kMostBlocks), kThreads, stream};
+    return {min_size(ceil_div(args.tokens * (args.width / length), kThreads), kMaxBlocks), kThreads, stream};
 }
 
 }  // namespace
 
 void gru_step(const GruStep& args, void* stream) {
-    with_element(args.dtype, [&](auto element) {
+    dispatch_dtype(args.dtype, [&](auto element) {
         using T = decltype(element);
         constexpr int full = 16 / sizeof(T);
         const bool vectors = vector_length<T>(args.from_input, args.input_stride, args.width) > 1 &&
@@ -114,7 +114,7 @@ void gru_step(const GruStep& args, void* stream) {
 }
 
 void gru_step_backward(const GruStepBackward& args, void* stream) {
-    with_element(args.dtype, [&](auto element) {
+    dispatch_dtype(args.dtype, [&](auto element) {
         using T = decltype(element);
         constexpr int full = 16 / sizeof(T);
         const bool vectors = vector_length<T>(args.grad, args.grad_stride, args.width) > 1 &&

@@ -6,7 +6,7 @@ namespace xlayer::cuda::aggregate {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / kWarp;
+constexpr int kWarps = kThreads / kWarpSize;
 
 // What lane l of each warp has, added up over the warps.
 template <class A>
@@ -16,7 +16,7 @@ __device__ __forceinline__ A add_over_warps(A own, A* shared) {
     sync_block();
     A sum = 0;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) sum += shared[w * kWarp + threadIdx.x % kWarp];
+    for (int w = 0; w < kWarps; ++w) sum += shared[w * kWarpSize + threadIdx.x % kWarpSize];
     return sum;
 }
 
@@ -45,9 +45,9 @@ __device__ __forceinline__ A sum_in_chains(int64_t first, int64_t end, const F& 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4) aggregate_finish_kernel(ColumnSums args) {
     using A = Accumulator<T>;
-    const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
-    for (int64_t first = static_cast<int64_t>(blockIdx.x) * kWarp; first < args.columns;
-         first += static_cast<int64_t>(gridDim.x) * kWarp) {
+    const int warp = static_cast<int>(threadIdx.x) / kWarpSize, lane = static_cast<int>(threadIdx.x) % kWarpSize;
+    for (int64_t first = static_cast<int64_t>(blockIdx.x) * kWarpSize; first < args.columns;
+         first += static_cast<int64_t>(gridDim.x) * kWarpSize) {
         const int64_t c = first + lane;
         const A* const from = static_cast<const A*>(args.partials) + c;
         A sum =
@@ -75,10 +75,10 @@ struct Partials {
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4) aggregate_column_kernel(Partials args) {
     using A = Accumulator<T>;
-    const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int warp = static_cast<int>(threadIdx.x) / kWarpSize, lane = static_cast<int>(threadIdx.x) % kWarpSize;
     const int64_t begin = blockIdx.y * args.run, end = begin + args.run < args.rows ? begin + args.run : args.rows;
-    for (int64_t first = static_cast<int64_t>(blockIdx.x) * kWarp; first < args.columns;
-         first += static_cast<int64_t>(gridDim.x) * kWarp) {
+    for (int64_t first = static_cast<int64_t>(blockIdx.x) * kWarpSize; first < args.columns;
+         first += static_cast<int64_t>(gridDim.x) * kWarpSize) {
         const int64_t c = first + lane;
         const T* const from = static_cast<const T*>(args.x) + c;
         A sum = sum_in_chains<A>(begin + warp, c < args.columns ? end : 0,
@@ -109,21 +109,21 @@ __global__ void __launch_bounds__(kThreads, 6) aggregate_add_kernel(AddRows args
 
 // Rows of a partial sum: enough runs to fill a GPU, and no more than help.
 int64_t run_of(int64_t rows, int64_t columns) {
-    constexpr int64_t kEnoughBlocks = 1024, kFewRows = 64;
-    const int64_t runs = ceil_div(kEnoughBlocks, ceil_div(columns, kWarp));
+    constexpr int64_t kTargetBlocks = 1024, kMinRows = 64;
+    const int64_t runs = ceil_div(kTargetBlocks, ceil_div(columns, kWarpSize));
     const int64_t run = ceil_div(rows, runs);
-    return run > kFewRows ? run : kFewRows;
+    return run > kMinRows ? run : kMinRows;
 }
 
 }  // namespace
 
 void finish_columns(const ColumnSums& args, void* stream) {
-    with_element(args.dtype, [&](auto element) {
+    dispatch_dtype(args.dtype, [&](auto element) {
         using T = decltype(element);
-        launch(
-            "aggregate_finish", aggregate_finish_kernel<T>,
-            {at_most(ceil_div(args.columns, kWarp), kMostBlocks), kThreads, stream, kThreads * sizeof(Accumulator<T>)},
-            args);
+        launch("aggregate_finish", aggregate_finish_kernel<T>,
+               {min_size(ceil_div(args.columns, kWarpSize), kMaxBlocks), kThreads, stream,
+                kThreads * sizeof(Accumulator<T>)},
+               args);
     });
 }
 
@@ -135,10 +135,10 @@ int64_t sum_columns_workspace(const SumColumns& args) {
 void sum_columns(const SumColumns& args, void* stream) {
     const int64_t run = run_of(args.rows, args.columns), runs = ceil_div(args.rows, run);
     const Partials partials{args.dtype, args.x, args.rows, args.columns, run, args.workspace};
-    with_element(args.dtype, [&](auto element) {
+    dispatch_dtype(args.dtype, [&](auto element) {
         using T = decltype(element);
         launch("aggregate_column", aggregate_column_kernel<T>,
-               {at_most(ceil_div(args.columns, kWarp), kMostBlocks), kThreads, stream,
+               {min_size(ceil_div(args.columns, kWarpSize), kMaxBlocks), kThreads, stream,
                 kThreads * sizeof(Accumulator<T>), runs},
                partials);
     });
@@ -152,7 +152,7 @@ void sum_columns(const SumColumns& args, void* stream) {
 }
 
 void add_rows(const AddRows& args, void* stream) {
-    with_element(args.dtype, [&](auto element) {
+    dispatch_dtype(args.dtype, [&](auto element) {
         using T = decltype(element);
         constexpr int full = 16 / sizeof(T);
         const bool vectors = vector_length<T>(args.first, args.first_stride, args.width) > 1 &&
@@ -160,7 +160,7 @@ void add_rows(const AddRows& args, void* stream) {
                              vector_length<T>(args.out) > 1;
         const int64_t count = args.tokens * args.width / (vectors ? full : 1);
         launch("aggregate_add", vectors ? aggregate_add_kernel<T, full> : aggregate_add_kernel<T, 1>,
-               {at_most(ceil_div(count, kThreads), kMostBlocks), kThreads, stream}, args);
+               {min_size(ceil_div(count, kThreads), kMaxBlocks), kThreads, stream}, args);
     });
 }
 

@@ -18,10 +18,13 @@
 
 namespace xlayer::cuda {
 
-constexpr int kWarp = 32;
+constexpr int kWarpSize = 32;
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 __host__ __device__ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// The thread's lane in its warp, in a block of one dimension.
+__device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x) % kWarpSize; }
 
 using bfloat16 = __nv_bfloat16;
 using float16 = __half;
@@ -68,7 +71,7 @@ __device__ __forceinline__ float16 narrow<float16>(float x) {
 
 // Calls f with a value of the element type that `dtype` names.
 template <class F>
-void with_element(DType dtype, const F& f) {
+void dispatch_dtype(DType dtype, const F& f) {
     switch (dtype) {
         case DType::float64:
             return f(double{});
@@ -156,7 +159,7 @@ __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 
 // Bit l is set where lane l's vote is true.
 __device__ __forceinline__ unsigned ballot(bool vote) { return __ballot_sync(0xffffffffu, vote); }
-__device__ __forceinline__ int count_ones(unsigned bits) { return __popc(bits); }
+__device__ __forceinline__ int popcount(unsigned bits) { return __popc(bits); }
 
 // Lane `lane`'s value; the value of the lane whose number differs in the bits of `mask`. V: int, unsigned, float,
 // double.
@@ -266,12 +269,12 @@ __device__ __forceinline__ void mma_8x8x4(double& d0, double& d1, double a, doub
 }
 
 // max(x, 0), NaN if x is: one instruction, where a comparison takes two.
-__device__ __forceinline__ float at_least_zero(float x) {
+__device__ __forceinline__ float clamp_min_zero(float x) {
     float out;
     asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(out) : "f"(x));
     return out;
 }
-__device__ __forceinline__ double at_least_zero(double x) { return x < 0 ? 0 : x; }
+__device__ __forceinline__ double clamp_min_zero(double x) { return x < 0 ? 0 : x; }
 
 // 1/x within an ulp, where a division takes ten instructions; 0 where it is below the smallest normal number.
 __device__ __forceinline__ float reciprocal(float x) {
@@ -340,6 +343,14 @@ inline void check(cudaError_t status, const char* what) {
     if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
+// Shared memory that a block may have on the current device.
+inline int max_shared_bytes(const char* what) {
+    int device = 0, bytes = 0;
+    check(cudaGetDevice(&device), what);
+    check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), what);
+    return bytes;
+}
+
 struct Launch {
     int64_t blocks;  // x; of more than 2^31 − 1 the kernel must loop over the rest
     int threads;
@@ -352,21 +363,18 @@ struct Launch {
 template <class Args>
 void launch(const char* name, void (*kernel)(Args), const Launch& how, const Args& args) {
     if (how.blocks == 0 || how.blocks_y == 0) return;
-    constexpr int64_t most = (int64_t{1} << 31) - 1;
-    constexpr size_t without_asking = 48 * 1024;
+    constexpr int64_t kMaxGrid = (int64_t{1} << 31) - 1;
+    constexpr size_t kDefaultSharedBytes = 48 * 1024;
     const LaunchName named(name);
-    if (how.shared_bytes > without_asking) {
+    if (how.shared_bytes > kDefaultSharedBytes) {
         // Always as much as there is: the attribute is the kernel's, and another thread may launch it meanwhile.
-        int device = 0, most_shared = 0;
-        check(cudaGetDevice(&device), name);
-        check(cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), name);
         check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   most_shared),
+                                   max_shared_bytes(name)),
               name);
     }
     cudaLaunchConfig_t config{};
     config.gridDim =
-        dim3(static_cast<unsigned>(how.blocks < most ? how.blocks : most), static_cast<unsigned>(how.blocks_y));
+        dim3(static_cast<unsigned>(how.blocks < kMaxGrid ? how.blocks : kMaxGrid), static_cast<unsigned>(how.blocks_y));
     config.blockDim = dim3(static_cast<unsigned>(how.threads));
     config.dynamicSmemBytes = how.shared_bytes;
     config.stream = static_cast<cudaStream_t>(how.stream);

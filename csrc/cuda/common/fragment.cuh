@@ -1,9 +1,10 @@
 // Small matrices spread over a warp, in the places where the tensor cores want them: the same places for every element
 // type, so that one kernel source serves all of them. With g = lane / 4 and t = lane % 4 a lane holds
 //
-//   Left<T>   (16×8, left operand)     (g, 2t)  (g, 2t+1)  (g+8, 2t)  (g+8, 2t+1)
-//   Right<T>  (8×8, right operand)     (2t, g)  (2t+1, g)
-//   Sum<T>    (16×8, accumulator)      as Left, in the accumulation type: a Sum rounded to T is a Left
+//   FragmentA<T>   (16×8, left operand)     (g, 2t)  (g, 2t+1)  (g+8, 2t)  (g+8, 2t+1)
+//   FragmentB<T>  (8×8, right operand)     (2t, g)  (2t+1, g)
+//   FragmentC<T>    (16×8, accumulator)      as FragmentA, in the accumulation type: a FragmentC rounded to T is a
+//   FragmentA
 //
 // A product runs over groups of 8: sum += Σ_k left[k] · right[k]. bfloat16 and float16 take m16n8k16, float64 m8n8k4.
 // float32 is split into two tf32 parts, x = high + low, and takes three m16n8k8 products, which keeps 21 bits of each
@@ -18,7 +19,6 @@ namespace xlayer::cuda {
 template <class T>
 constexpr bool is_half = sizeof(T) == 2;
 
-__device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x) % kWarp; }
 __device__ __forceinline__ int lane_row() { return lane_id() / 4; }         // g
 __device__ __forceinline__ int lane_column() { return lane_id() % 4 * 2; }  // 2t
 
@@ -35,15 +35,15 @@ template <class T>
 using Pair = typename PairOf<T>::type;
 
 template <class T>
-struct Left {
+struct FragmentA {
     Pair<T> row[2];  // rows g and g+8
 };
 template <class T>
-struct Right {
+struct FragmentB {
     Pair<T> at;
 };
 template <class T>
-struct Sum {
+struct FragmentC {
     Accumulator<T> at[4];
 };
 
@@ -104,7 +104,7 @@ __device__ __forceinline__ Pair<T> distance(const Pair<T>& a, const Pair<T>& b) 
 }
 
 template <class T>
-__device__ __forceinline__ Left<T> round_to_left(const Sum<T>& sum) {
+__device__ __forceinline__ FragmentA<T> round_to_a(const FragmentC<T>& sum) {
     return {{make_pair<T>(sum.at[0], sum.at[1]), make_pair<T>(sum.at[2], sum.at[3])}};
 }
 
@@ -116,7 +116,7 @@ __host__ __device__ constexpr int tile_pitch(int groups) { return 8 * (groups | 
 
 // 16 rows of `K` groups of columns.
 template <class T, int K>
-__device__ __forceinline__ void load_left(Left<T> (&to)[K], const T* tile, int pitch) {
+__device__ __forceinline__ void load_a(FragmentA<T> (&to)[K], const T* tile, int pitch) {
     if constexpr (is_half<T>) {
         const int matrix = lane_id() / 8, row = lane_id() % 8 + matrix % 2 * 8;
 #pragma unroll
@@ -140,7 +140,7 @@ __device__ __forceinline__ void load_left(Left<T> (&to)[K], const T* tile, int p
 
 // The transpose of 8 rows of `K` groups of columns: to[k] is 8k.. of the columns by the 8 rows.
 template <class T, int K>
-__device__ __forceinline__ void load_right_from_rows(Right<T> (&to)[K], const T* tile, int pitch) {
+__device__ __forceinline__ void load_b_from_rows(FragmentB<T> (&to)[K], const T* tile, int pitch) {
     if constexpr (is_half<T>) {
         const int matrix = lane_id() / 8;
         const T* from = tile + lane_id() % 8 * pitch;
@@ -172,7 +172,7 @@ __device__ __forceinline__ void load_right_from_rows(Right<T> (&to)[K], const T*
 
 // 16 rows of 8 columns, as two groups of 8 rows.
 template <class T>
-__device__ __forceinline__ void load_right(Right<T> (&to)[2], const T* tile, int pitch) {
+__device__ __forceinline__ void load_b(FragmentB<T> (&to)[2], const T* tile, int pitch) {
     if constexpr (is_half<T>) {
         uint32_t two[2];
         load_matrices_transposed(two, tile + lane_id() % 16 * pitch);
@@ -195,7 +195,8 @@ struct Split {
         : high((bits_of(x) + 0x1000) & 0xFFFFE000), low(bits_of(x - float_of(high))) {}
 };
 
-__device__ __forceinline__ void multiply_group(Sum<float>& sum, const Left<float>& left, const Right<float>& right) {
+__device__ __forceinline__ void multiply_group(FragmentC<float>& sum, const FragmentA<float>& left,
+                                               const FragmentB<float>& right) {
     const Split a[4] = {Split(left.row[0].at[0]), Split(left.row[1].at[0]), Split(left.row[0].at[1]),
                         Split(left.row[1].at[1])};
     const Split b[2] = {Split(right.at.at[0]), Split(right.at.at[1])};
@@ -210,14 +211,16 @@ __device__ __forceinline__ void multiply_group(Sum<float>& sum, const Left<float
     for (int e = 0; e < 4; ++e) sum.at[e] += group[e];
 }
 
-__device__ __forceinline__ void multiply_group(Sum<tf32>& sum, const Left<tf32>& left, const Right<tf32>& right) {
+__device__ __forceinline__ void multiply_group(FragmentC<tf32>& sum, const FragmentA<tf32>& left,
+                                               const FragmentB<tf32>& right) {
     const uint32_t a[4] = {to_tf32(left.row[0].at[0]), to_tf32(left.row[1].at[0]), to_tf32(left.row[0].at[1]),
                            to_tf32(left.row[1].at[1])};
     const uint32_t b[2] = {to_tf32(right.at.at[0]), to_tf32(right.at.at[1])};
     mma_16x8x8_tf32(sum.at, a, b);
 }
 
-__device__ __forceinline__ void multiply_group(Sum<double>& sum, const Left<double>& left, const Right<double>& right) {
+__device__ __forceinline__ void multiply_group(FragmentC<double>& sum, const FragmentA<double>& left,
+                                               const FragmentB<double>& right) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -228,7 +231,8 @@ __device__ __forceinline__ void multiply_group(Sum<double>& sum, const Left<doub
 
 // sum += Σ_k left[k] · right[k].
 template <class T, int K>
-__device__ __forceinline__ void multiply(Sum<T>& sum, const Left<T> (&left)[K], const Right<T> (&right)[K]) {
+__device__ __forceinline__ void multiply(FragmentC<T>& sum, const FragmentA<T> (&left)[K],
+                                         const FragmentB<T> (&right)[K]) {
     if constexpr (is_half<T>) {  // two groups at a time; an odd one out meets zeros
 #pragma unroll
         for (int k = 0; k < K; k += 2) {

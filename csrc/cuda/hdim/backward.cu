@@ -8,14 +8,14 @@ constexpr int64_t kKeyBytes = 32 * 1024;  // of keys in shared memory, in grad_w
 
 template <class T, class Activation, int G>
 GradPlan make_plan(const PairSizes& s) {
-    constexpr int64_t kEnough = 2048;  // warps: two for each that a large GPU holds at once
+    constexpr int64_t kTargetWarps = 2048;  // warps: two for each that a large GPU holds at once
     GradPlan plan;
-    plan.keys = make_walk<T, G, kGradTiles<T, Activation, G>>(s, kEnough);
-    const int64_t most = kKeyBytes / static_cast<int64_t>(tile_pitch(G) * sizeof(T)) / 16 * 16;
-    plan.weight_chunk = s.pitch < most ? s.pitch : most;
+    plan.keys = make_pair_tiling<T, G, kGradTiles<T, Activation, G>>(s, kTargetWarps);
+    const int64_t limit = kKeyBytes / static_cast<int64_t>(tile_pitch(G) * sizeof(T)) / 16 * 16;
+    plan.weight_chunk = s.pitch < limit ? s.pitch : limit;
     plan.weight_chunks = plan.weight_chunk == 0 ? 0 : ceil_div(s.keys, plan.weight_chunk);
     plan.weight_tiles = s.hidden / 16;
-    plan.weight_slice = slice_length(s.queries, s.batch * plan.weight_chunks * plan.weight_tiles, kEnough);
+    plan.weight_slice = slice_length(s.queries, s.batch * plan.weight_chunks * plan.weight_tiles, kTargetWarps);
     plan.weight_slices = ceil_div(s.queries, plan.weight_slice);
     return plan;
 }
@@ -25,9 +25,9 @@ GradPartials<T> take_partials(Arena& arena, const PairSizes& s, const GradPlan& 
     using A = Accumulator<T>;
     const int64_t width = 8 * s.groups, chunks = plan.weight_chunks, slices = plan.weight_slices;
     GradPartials<T> to;
-    to.query_of_pairs = arena.take<A>(s.batch, plan.keys.tiles, s.queries, width);
+    to.query_of_pairs = arena.take<A>(s.batch, plan.keys.key_tiles, s.queries, width);
     to.query_of_weights = arena.take<A>(s.batch, chunks, plan.weight_tiles, s.queries, width);
-    to.key = arena.take<A>(s.batch, plan.keys.slices, s.keys, width);
+    to.key = arena.take<A>(s.batch, plan.keys.query_slices, s.keys, width);
     to.weight = arena.take<A>(s.batch, chunks, slices, s.hidden, 4, width);
     to.hidden = arena.take<A>(s.batch, chunks, slices, s.hidden, 2);
     return to;
@@ -38,7 +38,7 @@ GradPartials<T> take_partials(Arena& arena, const PairSizes& s, const GradPlan& 
 int64_t grad_pairs_workspace(const HdimInputs& in) {
     const PairSizes sizes(in);
     Arena arena{nullptr};
-    with_pair_types(in, [&](auto element, auto activation, auto groups) {
+    dispatch_pair_types(in, [&](auto element, auto activation, auto groups) {
         using T = decltype(element);
         take_packed<T>(arena, sizes);
         take_partials<T>(arena, sizes, make_plan<T, decltype(activation), decltype(groups)::value>(sizes));
@@ -48,7 +48,7 @@ int64_t grad_pairs_workspace(const HdimInputs& in) {
 
 void grad_pairs(const HdimGradPairs& args, void* stream) {
     const PairSizes sizes(args.in);
-    with_pair_types(args.in, [&](auto element, auto activation, auto groups) {
+    dispatch_pair_types(args.in, [&](auto element, auto activation, auto groups) {
         using T = decltype(element);
         using Activation = decltype(activation);
         constexpr int G = decltype(groups)::value;

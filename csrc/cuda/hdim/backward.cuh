@@ -11,7 +11,7 @@ namespace xlayer::cuda::hdim {
 // How the pairs are cut. grad_keys: a warp takes 16·R keys and a slice of queries. grad_weights: a warp takes
 // 16 hidden units, a block a chunk of keys and a slice of queries.
 struct GradPlan {
-    Walk keys;                            // of grad_keys
+    PairTiling keys;                      // of grad_keys
     int64_t weight_chunks, weight_chunk;  // of keys
     int64_t weight_slices, weight_slice, weight_tiles;
 };
@@ -57,7 +57,7 @@ void finish(const HdimGradPairs& args, const Packed<T>& packed, const PairSizes&
 
 }  // namespace xlayer::cuda::hdim
 
-// Every combination that with_pair_types() may ask for; expands XLAYER_HDIM_INSTANCE(T, Activation, G).
+// Every combination that dispatch_pair_types() may ask for; expands XLAYER_HDIM_INSTANCE(T, Activation, G).
 #define XLAYER_HDIM_ACTIVATIONS(T, G) XLAYER_HDIM_INSTANCE(T, Relu, G) XLAYER_HDIM_INSTANCE(T, Gelu, G)
 #define XLAYER_HDIM_INSTANCES            \
     XLAYER_HDIM_ACTIVATIONS(double, 4)   \

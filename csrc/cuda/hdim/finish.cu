@@ -6,7 +6,7 @@ namespace xlayer::cuda::hdim {
 namespace {
 
 constexpr int kFinishThreads = 256;
-constexpr int kFinishWarps = kFinishThreads / kWarp;
+constexpr int kFinishWarps = kFinishThreads / kWarpSize;
 constexpr int kFinishBlocks = 4;  // on a multiprocessor
 
 // `count` arrays lie `stride` elements apart.
@@ -64,7 +64,7 @@ struct FinishWeights {
 // What lane `lane` of each warp adds up, over all warps: every warp takes each kFinishWarps-th array.
 template <class A>
 __device__ __forceinline__ A sum_over_arrays(const A* from, int64_t count, int64_t stride, bool real, A* shared) {
-    const int warp = static_cast<int>(threadIdx.x) / kWarp;
+    const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
     A sum = 0;
 #pragma unroll 4
     for (int64_t n = warp; n < count && real; n += kFinishWarps) sum += from[n * stride];
@@ -73,7 +73,7 @@ __device__ __forceinline__ A sum_over_arrays(const A* from, int64_t count, int64
     sync_block();
     sum = 0;
 #pragma unroll
-    for (int w = 0; w < kFinishWarps; ++w) sum += shared[w * kWarp + lane_id()];
+    for (int w = 0; w < kFinishWarps; ++w) sum += shared[w * kWarpSize + lane_id()];
     return sum;
 }
 
@@ -84,7 +84,7 @@ template <class T>
 __global__ void __launch_bounds__(kFinishThreads, kFinishBlocks) hdim_finish_weights_kernel(FinishWeights<T> args) {
     using A = Accumulator<T>;
     A* const shared = shared_memory<A>();
-    const int m = static_cast<int>(blockIdx.x), d = static_cast<int>(blockIdx.y) * kWarp + lane_id();
+    const int m = static_cast<int>(blockIdx.x), d = static_cast<int>(blockIdx.y) * kWarpSize + lane_id();
     const bool real = d < args.proj_dim;
     const int64_t stride = static_cast<int64_t>(args.units) * 4 * args.width;
     A sum[4];
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kFinishThreads, kFinishBlocks) hdim_finish_wei
     const A unit =  // lane 0: Σ G, lane 1: Σ ∂L/∂logit · act
         sum_over_arrays(args.hidden + m * 2 + lane_id(), args.count, static_cast<int64_t>(args.units) * 2,
                         lane_id() < 2, shared);
-    if (threadIdx.x >= kWarp) return;
+    if (threadIdx.x >= kWarpSize) return;
     const A w2 = args.weight2[m];
     if (real) {
         T* const row = args.grad_weight1 + static_cast<int64_t>(m) * 4 * args.proj_dim + d;
@@ -112,10 +112,10 @@ __global__ void __launch_bounds__(kFinishThreads, kFinishBlocks) hdim_finish_wei
 
 template <class T>
 void finish_tokens(const char* name, const FinishTokens<T>& args, void* stream) {
-    constexpr int64_t kMostY = 65535;
+    constexpr int64_t kMaxGridY = 65535;
     launch(name, hdim_finish_tokens_kernel<T>,
            {ceil_div(args.tokens * args.width, kFinishThreads), kFinishThreads, stream, 0,
-            args.batch < kMostY ? args.batch : kMostY},
+            args.batch < kMaxGridY ? args.batch : kMaxGridY},
            args);
 }
 
@@ -128,7 +128,7 @@ void finish(const HdimGradPairs& args, const Packed<T>& packed, const PairSizes&
     const int width = 8 * s.groups, D = static_cast<int>(args.in.proj_dim);
     const int64_t query = s.queries * width, key = s.keys * width, in_weights = plan.weight_chunks * plan.weight_tiles;
     finish_tokens<T>("hdim_finish_query",
-                     {{from.query_of_pairs, plan.keys.tiles, query, plan.keys.tiles * query},
+                     {{from.query_of_pairs, plan.keys.key_tiles, query, plan.keys.key_tiles * query},
                       {from.query_of_weights, in_weights, query, in_weights * query},
                       static_cast<T*>(args.grad_query),
                       s.batch,
@@ -137,7 +137,7 @@ void finish(const HdimGradPairs& args, const Packed<T>& packed, const PairSizes&
                       width},
                      stream);
     finish_tokens<T>("hdim_finish_key",
-                     {{from.key, plan.keys.slices, key, plan.keys.slices * key},
+                     {{from.key, plan.keys.query_slices, key, plan.keys.query_slices * key},
                       {nullptr, 0, 0, 0},
                       static_cast<T*>(args.grad_key),
                       s.batch,
@@ -157,7 +157,7 @@ void finish(const HdimGradPairs& args, const Packed<T>& packed, const PairSizes&
                                    static_cast<T*>(args.grad_bias1),
                                    static_cast<T*>(args.grad_weight2)};
     launch("hdim_finish_weights", hdim_finish_weights_kernel<T>,
-           {args.in.mlp_dim, kFinishThreads, stream, sizeof(A) * kFinishThreads, D > 0 ? ceil_div(D, kWarp) : 1},
+           {args.in.mlp_dim, kFinishThreads, stream, sizeof(A) * kFinishThreads, D > 0 ? ceil_div(D, kWarpSize) : 1},
            weights);
 }
 

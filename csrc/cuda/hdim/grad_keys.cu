@@ -22,13 +22,13 @@ struct GradKeys {
     PairSizes sizes;
     const A* grad_logits;
     A *grad_query, *grad_key;
-    Walk walk;
+    PairTiling tiling;
 };
 
 // Whether the keys, and the query at hand, stay in registers; else they are read again from shared memory where they
 // are used.
 template <class T, int G>
-constexpr bool kHoldsKeys = is_half<T>;
+constexpr bool kKeysInRegisters = is_half<T>;
 
 // Adds the gradient of |q−k| to both.
 template <class A>
@@ -64,30 +64,30 @@ __device__ __forceinline__ bool load_grad_logits(A (&to)[R][2], const A* row, in
 
 // What a warp has of the query at hand.
 template <class T, class Activation, int G>
-struct AtQuery {
+struct QueryTile {
     using A = Accumulator<T>;
     static constexpr int kTiles = kGradTiles<T, Activation, G>, kGroups = kGradGroups<T, G>;
-    using Memory = WalkMemory<T, G, kTiles>;
-    using Keys = KeyTiles<T, G, kTiles, kHoldsKeys<T, G>>;
+    using Memory = TilingSmem<T, G, kTiles>;
+    using Keys = KeyTiles<T, G, kTiles, kKeysInRegisters<T, G>>;
 
     const Memory& memory;
     const Keys& keys;
     const T* row;
-    QueryRow<T, G, kHoldsKeys<T, G>> query;
+    QueryRow<T, G, kKeysInRegisters<T, G>> query;
     PairFeatures<T, G, kTiles> features;
 
-    __device__ __forceinline__ AtQuery(const Memory& memory_, const Keys& keys_, const T* row_)
+    __device__ __forceinline__ QueryTile(const Memory& memory_, const Keys& keys_, const T* row_)
         : memory(memory_), keys(keys_), row(row_), query(row_), features(keys_, query) {}
 
     // G of 16 hidden units from `m` of the chunk on; `u` is the query's own part of them.
-    __device__ __forceinline__ void grad_hidden(Left<T> (&to)[kTiles][2], const A (&grad_logit)[kTiles][2], const A* u,
-                                                int m) const {
+    __device__ __forceinline__ void grad_hidden(FragmentA<T> (&to)[kTiles][2], const A (&grad_logit)[kTiles][2],
+                                                const A* u, int m) const {
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
             const int unit = m + 8 * n;
             const Vector<A, 2> start = load_vec<2>(u + unit + lane_column());
             const Vector<A, 2> w2 = load_vec<2>(memory.weight2 + unit + lane_column());
-            Sum<T> pre[kTiles];
+            FragmentC<T> pre[kTiles];
 #pragma unroll
             for (int r = 0; r < kTiles; ++r) pre[r] = {{start.at[0], start.at[1], start.at[0], start.at[1]}};
             add_scores(pre, keys, features, memory.weights + unit * memory.kPitch, memory.kPitch, query);
@@ -96,23 +96,24 @@ struct AtQuery {
 #pragma unroll
                 for (int e = 0; e < 4; ++e)
                     pre[r].at[e] = grad_logit[r][e / 2] * w2.at[e % 2] * Activation::slope(pre[r].at[e]);
-                to[r][n] = round_to_left<T>(pre[r]);
+                to[r][n] = round_to_a<T>(pre[r]);
             }
         }
     }
 
     // G times the weights of these hidden units, for the columns from group `walk` on.
-    __device__ __forceinline__ void add_products(Sum<T> (&grad_key)[kTiles][kGroups],
-                                                 Sum<T> (&grad_distance)[kTiles][kGroups],
-                                                 const Left<T> (&grad_hidden)[kTiles][2], int m, int walk) const {
-        const T* const weights = memory.weights + m * memory.kPitch + 8 * walk;
+    __device__ __forceinline__ void add_products(FragmentC<T> (&grad_key)[kTiles][kGroups],
+                                                 FragmentC<T> (&grad_distance)[kTiles][kGroups],
+                                                 const FragmentA<T> (&grad_hidden)[kTiles][2], int m,
+                                                 int first_group) const {
+        const T* const weights = memory.weights + m * memory.kPitch + 8 * first_group;
 #pragma unroll
         for (int g = 0; g < kGroups; ++g) {
-            const Pair<T> here = load_twice(row + 8 * (walk + g) + lane_row());
-            Right<T> linear[2], hadamard[2], difference[2];
-            load_right(linear, weights + 8 * g, memory.kPitch);
-            load_right(hadamard, weights + 8 * (G + g), memory.kPitch);
-            load_right(difference, weights + 8 * (2 * G + g), memory.kPitch);
+            const Pair<T> here = load_twice(row + 8 * (first_group + g) + lane_row());
+            FragmentB<T> linear[2], hadamard[2], difference[2];
+            load_b(linear, weights + 8 * g, memory.kPitch);
+            load_b(hadamard, weights + 8 * (G + g), memory.kPitch);
+            load_b(difference, weights + 8 * (2 * G + g), memory.kPitch);
 #pragma unroll
             for (int n = 0; n < 2; ++n) linear[n] = {multiply_add<T>(hadamard[n].at, here, linear[n].at)};
 #pragma unroll
@@ -123,15 +124,15 @@ struct AtQuery {
         }
     }
 
-    __device__ __forceinline__ void split_distances(const Sum<T> (&grad_distance)[kTiles][kGroups],
-                                                    A (&grad_query)[kGroups][2], Sum<T> (&grad_key)[kTiles][kGroups],
-                                                    int walk) const {
+    __device__ __forceinline__ void split_distances(const FragmentC<T> (&grad_distance)[kTiles][kGroups],
+                                                    A (&grad_query)[kGroups][2],
+                                                    FragmentC<T> (&grad_key)[kTiles][kGroups], int first_group) const {
 #pragma unroll
         for (int r = 0; r < kTiles; ++r) {
 #pragma unroll
             for (int g = 0; g < kGroups; ++g) {
-                const Left<T> key = keys(r, walk + g);
-                const Pair<T> q = query(walk + g);
+                const FragmentA<T> key = keys(r, first_group + g);
+                const Pair<T> q = query(first_group + g);
 #pragma unroll
                 for (int e = 0; e < 4; ++e)
                     split_distance(grad_distance[r][g].at[e], element<T>(q, e % 2), element<T>(key.row[e / 2], e % 2),
@@ -149,40 +150,41 @@ struct AtQuery {
 template <class T, class Activation, int G>
 __global__ void __launch_bounds__(kThreads, kPairBlocks) hdim_grad_keys_kernel(GradKeys<T> args) {
     using A = Accumulator<T>;
-    using Query = AtQuery<T, Activation, G>;
+    using Query = QueryTile<T, Activation, G>;
     constexpr int kTiles = Query::kTiles, kGroups = Query::kGroups;
     const Packed<T>& p = args.packed;
     const PairSizes& s = args.sizes;
-    const Share share(args.walk, s, 16 * kTiles);
-    const typename Query::Memory memory(args.walk.chunk);
-    memory.load_keys(p, s, share);
+    const WarpTile tile(args.tiling, s, 16 * kTiles);
+    const typename Query::Memory memory(args.tiling.hidden_chunk);
+    memory.load_keys(p, s, tile);
     const typename Query::Keys keys(memory);
 
-    for (int walk = 0; walk < G; walk += kGroups) {
-        Sum<T> grad_key[kTiles][kGroups] = {};
-        for (int chunk = 0; chunk < s.hidden; chunk += args.walk.chunk) {
-            const int count = s.hidden - chunk < args.walk.chunk ? s.hidden - chunk : args.walk.chunk;
+    for (int first_group = 0; first_group < G; first_group += kGroups) {
+        FragmentC<T> grad_key[kTiles][kGroups] = {};
+        for (int chunk = 0; chunk < s.hidden; chunk += args.tiling.hidden_chunk) {
+            const int count = s.hidden - chunk < args.tiling.hidden_chunk ? s.hidden - chunk : args.tiling.hidden_chunk;
             memory.load_weights(p, chunk, count);
 
-            for (int64_t i = share.begin; i < share.end; ++i) {
-                const int64_t row = share.b * s.queries + i;
+            for (int64_t i = tile.begin; i < tile.end; ++i) {
+                const int64_t row = tile.b * s.queries + i;
                 A grad_logit[kTiles][2], grad_query[kGroups][2] = {};
-                if (load_grad_logits(grad_logit, args.grad_logits + row * s.pitch, share.first, s.pitch)) {
+                if (load_grad_logits(grad_logit, args.grad_logits + row * s.pitch, tile.first, s.pitch)) {
                     const Query at(memory, keys, p.query + row * 8 * G);
-                    Sum<T> grad_distance[kTiles][kGroups] = {};
+                    FragmentC<T> grad_distance[kTiles][kGroups] = {};
 #pragma unroll 1
                     for (int m = 0; m < count; m += 16) {
-                        if constexpr (!kHoldsKeys<T, G>)
+                        if constexpr (!kKeysInRegisters<T, G>)
                             sync_warp();  // else the compiler moves the keys out of the loop
-                        Left<T> grad_hidden[kTiles][2];
+                        FragmentA<T> grad_hidden[kTiles][2];
                         at.grad_hidden(grad_hidden, grad_logit, p.query_hidden + row * s.hidden + chunk, m);
-                        at.add_products(grad_key, grad_distance, grad_hidden, m, walk);
+                        at.add_products(grad_key, grad_distance, grad_hidden, m, first_group);
                     }
-                    at.split_distances(grad_distance, grad_query, grad_key, walk);
+                    at.split_distances(grad_distance, grad_query, grad_key, first_group);
                 }
 
-                A* const to = args.grad_query + ((share.b * args.walk.tiles + share.tile) * s.queries + i) * 8 * G +
-                              8 * walk + lane_column();
+                A* const to = args.grad_query +
+                              ((tile.b * args.tiling.key_tiles + tile.key_tile) * s.queries + i) * 8 * G +
+                              8 * first_group + lane_column();
 #pragma unroll
                 for (int g = 0; g < kGroups; ++g) {
                     const Vector<A, 2> sum{{add_over_rows(grad_query[g][0]), add_over_rows(grad_query[g][1])}};
@@ -192,16 +194,17 @@ __global__ void __launch_bounds__(kThreads, kPairBlocks) hdim_grad_keys_kernel(G
             }
         }
 
-        A* const to = args.grad_key + (share.b * args.walk.slices + share.part) * s.keys * 8 * G + 8 * walk;
+        A* const to =
+            args.grad_key + (tile.b * args.tiling.query_slices + tile.query_slice) * s.keys * 8 * G + 8 * first_group;
 #pragma unroll
         for (int r = 0; r < kTiles; ++r) {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 const int j = 16 * r + lane_row() + 8 * h;
-                if (j >= share.present) continue;
+                if (j >= tile.valid_keys) continue;
 #pragma unroll
                 for (int g = 0; g < kGroups; ++g)
-                    store_vec(to + (share.first + j) * 8 * G + 8 * g + lane_column(),
+                    store_vec(to + (tile.first + j) * 8 * G + 8 * g + lane_column(),
                               Vector<A, 2>{{grad_key[r][g].at[2 * h], grad_key[r][g].at[2 * h + 1]}});
             }
         }
@@ -216,8 +219,8 @@ void grad_keys(const HdimGradPairs& args, const Packed<T>& packed, const PairSiz
     constexpr int kTiles = kGradTiles<T, Activation, G>;
     const GradKeys<T> pairs{packed, s,        static_cast<const Accumulator<T>*>(args.logits), to.query_of_pairs,
                             to.key, plan.keys};
-    launch("hdim_grad_keys", hdim_grad_keys_kernel<T, Activation, G>, walk_launch<T, G, kTiles>(s, plan.keys, stream),
-           pairs);
+    launch("hdim_grad_keys", hdim_grad_keys_kernel<T, Activation, G>,
+           pair_tiling_launch<T, G, kTiles>(s, plan.keys, stream), pairs);
 }
 
 #define XLAYER_HDIM_INSTANCE(T, Activation, G)                                                          \

@@ -30,28 +30,28 @@ struct GradWeights {
 
 // A warp's own shared memory: its weights, and the sums for Wa, Wb and Wc.
 template <class T, int G>
-struct Own {
+struct WarpSmem {
     static constexpr int kPitch = tile_pitch(kWeightBlocks * G);
     alignas(16) T weight[16 * kPitch];
     alignas(16) Accumulator<T> sum[3][16][tile_pitch(G)];
 };
 
 template <class T, int G>
-constexpr int kOwners = sizeof(Own<T, G>) <= 16 * 1024   ? 4
-                        : sizeof(Own<T, G>) <= 32 * 1024 ? 2
-                                                         : 1;  // warps of a block
+constexpr int kBlockWarps = sizeof(WarpSmem<T, G>) <= 16 * 1024   ? 4
+                            : sizeof(WarpSmem<T, G>) <= 32 * 1024 ? 2
+                                                                  : 1;  // warps of a block
 
 // Whether a warp's weights and the query stay in registers; else they are read again where they are used.
 template <class T, int G>
-constexpr bool kHoldsWeights = is_half<T>;
+constexpr bool kWeightsInRegisters = is_half<T>;
 
 // pre += [Wb | Wc | Wd] · [k | q∘k | |q−k|]ᵀ for 8 keys, whose tile begins at `keys`. weight(g) is group g of the 3G.
 template <class T, int G, class Weight, class Query>
-__device__ __forceinline__ void score_keys(Sum<T>& pre, const Weight& weight, const Query& query, const T* keys) {
+__device__ __forceinline__ void score_keys(FragmentC<T>& pre, const Weight& weight, const Query& query, const T* keys) {
     if constexpr (is_half<T>) {
-        Left<T> weights[3 * G];
-        Right<T> key[G], features[3 * G];
-        load_right_from_rows(key, keys, tile_pitch(G));
+        FragmentA<T> weights[3 * G];
+        FragmentB<T> key[G], features[3 * G];
+        load_b_from_rows(key, keys, tile_pitch(G));
 #pragma unroll
         for (int g = 0; g < 3 * G; ++g) weights[g] = weight(g);
 #pragma unroll
@@ -65,8 +65,8 @@ __device__ __forceinline__ void score_keys(Sum<T>& pre, const Weight& weight, co
 #pragma unroll(sizeof(T) == 8 || G == 8 ? 1 : G)
         for (int g = 0; g < G; ++g) {
             const Pair<T> q = query(g);
-            Right<T> key[1];
-            load_right_from_rows(key, keys + 8 * g, tile_pitch(G));
+            FragmentB<T> key[1];
+            load_b_from_rows(key, keys + 8 * g, tile_pitch(G));
             multiply_group(pre, weight(g), key[0]);
             multiply_group(pre, weight(G + g), {product<T>(key[0].at, q)});
             multiply_group(pre, weight(2 * G + g), {distance<T>(key[0].at, q)});
@@ -90,17 +90,18 @@ __device__ __forceinline__ void add_pair(A* to, A first, A second) {
 // sass: hdim_grad_weights_kernel<tf32, *> HMMA.1688, LDGSTS.128
 // sass: hdim_grad_weights_kernel<double, *> DMMA, LDGSTS.128
 template <class T, class Activation, int G>
-__global__ void __launch_bounds__(kOwners<T, G>* kWarp, kPairBlocks * 4 / kOwners<T, G>)
+__global__ void __launch_bounds__(kBlockWarps<T, G>* kWarpSize, kPairBlocks * 4 / kBlockWarps<T, G>)
     hdim_grad_weights_kernel(GradWeights<T> args) {
     using A = Accumulator<T>;
-    constexpr int kKeyPitch = tile_pitch(G), kOwnPitch = Own<T, G>::kPitch, kBlock = kOwners<T, G> * kWarp;
+    constexpr int kKeyPitch = tile_pitch(G), kWeightPitch = WarpSmem<T, G>::kPitch,
+                  kBlock = kBlockWarps<T, G> * kWarpSize;
     constexpr int kGroups = kGradGroups<T, G>;
     const Packed<T>& p = args.packed;
     const PairSizes& s = args.sizes;
     const GradPlan& plan = args.plan;
-    const int warp = static_cast<int>(threadIdx.x) / kWarp;
-    Own<T, G>& own = shared_memory<Own<T, G>>()[warp];
-    T* const keys = reinterpret_cast<T*>(shared_memory<Own<T, G>>() + kOwners<T, G>);
+    const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+    WarpSmem<T, G>& smem = shared_memory<WarpSmem<T, G>>()[warp];
+    T* const keys = reinterpret_cast<T*>(shared_memory<WarpSmem<T, G>>() + kBlockWarps<T, G>);
 
     const int64_t item = blockIdx.x, part = item % plan.weight_slices;
     const int64_t chunk = item / plan.weight_slices % plan.weight_chunks;
@@ -109,23 +110,23 @@ __global__ void __launch_bounds__(kOwners<T, G>* kWarp, kPairBlocks * 4 / kOwner
     const int64_t end = begin + plan.weight_slice < s.queries ? begin + plan.weight_slice : s.queries;
     const int present = static_cast<int>(s.keys - first < plan.weight_chunk ? s.keys - first : plan.weight_chunk);
     const int count = static_cast<int>(round_up(present, 16));
-    const int64_t tile = static_cast<int64_t>(blockIdx.y) * kOwners<T, G> + warp, unit = 16 * tile;
+    const int64_t tile = static_cast<int64_t>(blockIdx.y) * kBlockWarps<T, G> + warp, unit = 16 * tile;
 
     copy_rows(keys, kKeyPitch, p.key + (b * s.keys + first) * 8 * G, 8 * G, count, present, 8 * G,
               static_cast<int>(threadIdx.x), kBlock);
     if (unit < s.hidden)
-        copy_rows(own.weight, kOwnPitch, p.weight + unit * kWeightBlocks * 8 * G, kWeightBlocks * 8 * G, 16, 16,
-                  kWeightBlocks * 8 * G, lane_id(), kWarp);
+        copy_rows(smem.weight, kWeightPitch, p.weight + unit * kWeightBlocks * 8 * G, kWeightBlocks * 8 * G, 16, 16,
+                  kWeightBlocks * 8 * G, lane_id(), kWarpSize);
     wait_copies<0>();
     sync_block();
     if (unit >= s.hidden) return;
 
-    Left<T> held[kHoldsWeights<T, G> ? 3 * G : 1];
-    if constexpr (kHoldsWeights<T, G>) load_left(held, own.weight, kOwnPitch);
+    FragmentA<T> held[kWeightsInRegisters<T, G> ? 3 * G : 1];
+    if constexpr (kWeightsInRegisters<T, G>) load_a(held, smem.weight, kWeightPitch);
     auto weight = [&](int g) {
-        if constexpr (kHoldsWeights<T, G>) return held[g];
-        Left<T> group[1];
-        load_left(group, own.weight + 8 * g, kOwnPitch);
+        if constexpr (kWeightsInRegisters<T, G>) return held[g];
+        FragmentA<T> group[1];
+        load_a(group, smem.weight + 8 * g, kWeightPitch);
         return group[0];
     };
 #pragma unroll
@@ -134,39 +135,40 @@ __global__ void __launch_bounds__(kOwners<T, G>* kWarp, kPairBlocks * 4 / kOwner
         for (int g = 0; g < G; ++g) {
 #pragma unroll
             for (int which = 0; which < 3; ++which)
-                store_vec<Space::generic>(&own.sum[which][lane_row() + 8 * h][8 * g + lane_column()], Vector<A, 2>{});
+                store_vec<Space::generic>(&smem.sum[which][lane_row() + 8 * h][8 * g + lane_column()], Vector<A, 2>{});
         }
     }
     const A weight2[2] = {p.weight2[unit + lane_row()], p.weight2[unit + lane_row() + 8]};
-    for (int walk = 0; walk < G; walk += kGroups) {
-        Sum<T> of_distance[kGroups] = {};
+    for (int first_group = 0; first_group < G; first_group += kGroups) {
+        FragmentC<T> of_distance[kGroups] = {};
         A of_hidden[2] = {}, of_weight2[2] = {};
 
         for (int64_t i = begin; i < end; ++i) {
             const int64_t row = b * s.queries + i;
             const T* const query_row = p.query + row * 8 * G;
-            const QueryRow<T, G, kHoldsWeights<T, G>> query(query_row);
-            Pair<T> across[kHoldsWeights<T, G> ? kGroups : 1];  // columns g, each twice
+            const QueryRow<T, G, kWeightsInRegisters<T, G>> query(query_row);
+            Pair<T> across[kWeightsInRegisters<T, G> ? kGroups : 1];  // columns g, each twice
 #pragma unroll
-            for (int g = 0; g < kGroups && kHoldsWeights<T, G>; ++g)
+            for (int g = 0; g < kGroups && kWeightsInRegisters<T, G>; ++g)
                 across[g] = load_twice(query_row + 8 * g + lane_row());
             const A* const grad_row = args.grad_logits + row * s.pitch + first + lane_column();
             const A u[2] = {p.query_hidden[row * s.hidden + unit + lane_row()],
                             p.query_hidden[row * s.hidden + unit + lane_row() + 8]};
-            Sum<T> of_key[kGroups] = {};
+            FragmentC<T> of_key[kGroups] = {};
             A of_query[2] = {};
 #pragma unroll 1
             for (int j = 0; j < count; j += 16) {
                 const Vector<A, 2> grad_logit[2] = {load_vec<2>(grad_row + j), load_vec<2>(grad_row + j + 8)};
                 const bool any = grad_logit[0].at[0] != 0 || grad_logit[0].at[1] != 0 || grad_logit[1].at[0] != 0 ||
                                  grad_logit[1].at[1] != 0;
-                if (ballot(any) == 0) continue;                   // masked, all of them
-                if constexpr (!kHoldsWeights<T, G>) sync_warp();  // else the compiler moves the weights out of the loop
+                if (ballot(any) == 0) continue;  // masked, all of them
+                if constexpr (!kWeightsInRegisters<T, G>)
+                    sync_warp();  // else the compiler moves the weights out of the loop
                 const T* const tile_of_keys = keys + j * kKeyPitch;
-                Left<T> grad_hidden[2];
+                FragmentA<T> grad_hidden[2];
 #pragma unroll
                 for (int n = 0; n < 2; ++n) {
-                    Sum<T> pre{{u[0], u[0], u[1], u[1]}};
+                    FragmentC<T> pre{{u[0], u[0], u[1], u[1]}};
                     score_keys<T, G>(pre, weight, query, tile_of_keys + 8 * n * kKeyPitch);
 #pragma unroll
                     for (int e = 0; e < 4; ++e) {
@@ -175,14 +177,15 @@ __global__ void __launch_bounds__(kOwners<T, G>* kWarp, kPairBlocks * 4 / kOwner
                         pre.at[e] = grad * Activation::slope(pre.at[e]);
                         of_query[e / 2] += pre.at[e];
                     }
-                    grad_hidden[n] = round_to_left<T>(pre);
+                    grad_hidden[n] = round_to_a<T>(pre);
                 }
 #pragma unroll
                 for (int g = 0; g < kGroups; ++g) {
-                    Right<T> key[2];
-                    const Pair<T> here = kHoldsWeights<T, G> ? across[kHoldsWeights<T, G> ? g : 0]
-                                                             : load_twice(query_row + 8 * (walk + g) + lane_row());
-                    load_right(key, tile_of_keys + 8 * (walk + g), kKeyPitch);
+                    FragmentB<T> key[2];
+                    const Pair<T> here = kWeightsInRegisters<T, G>
+                                             ? across[kWeightsInRegisters<T, G> ? g : 0]
+                                             : load_twice(query_row + 8 * (first_group + g) + lane_row());
+                    load_b(key, tile_of_keys + 8 * (first_group + g), kKeyPitch);
                     multiply(of_key[g], grad_hidden, key);
 #pragma unroll
                     for (int n = 0; n < 2; ++n) key[n] = {distance<T>(key[n].at, here)};
@@ -197,18 +200,18 @@ __global__ void __launch_bounds__(kOwners<T, G>* kWarp, kPairBlocks * 4 / kOwner
             }
             A* const to = args.to.query_of_weights +
                           (((b * plan.weight_chunks + chunk) * plan.weight_tiles + tile) * s.queries + i) * 8 * G +
-                          8 * walk + lane_column();
+                          8 * first_group + lane_column();
 #pragma unroll
             for (int g = 0; g < kGroups; ++g) {
-                Left<T> hadamard[1], direct[1];
-                load_left(hadamard, own.weight + 8 * (G + walk + g), kOwnPitch);
-                load_left(direct, own.weight + 8 * (3 * G + walk + g), kOwnPitch);
-                const A q[2] = {element<T>(query(walk + g), 0), element<T>(query(walk + g), 1)};
+                FragmentA<T> hadamard[1], direct[1];
+                load_a(hadamard, smem.weight + 8 * (G + first_group + g), kWeightPitch);
+                load_a(direct, smem.weight + 8 * (3 * G + first_group + g), kWeightPitch);
+                const A q[2] = {element<T>(query(first_group + g), 0), element<T>(query(first_group + g), 1)};
                 A grad_query[2] = {};
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
                     const A x[2] = {of_key[g].at[2 * h], of_key[g].at[2 * h + 1]};
-                    A* const place = &own.sum[0][lane_row() + 8 * h][8 * (walk + g) + lane_column()];
+                    A* const place = &smem.sum[0][lane_row() + 8 * h][8 * (first_group + g) + lane_column()];
                     add_pair(place, of_query[h] * q[0], of_query[h] * q[1]);
                     add_pair(place + 16 * tile_pitch(G), x[0], x[1]);
                     add_pair(place + 2 * 16 * tile_pitch(G), x[0] * q[0], x[1] * q[1]);
@@ -226,13 +229,13 @@ __global__ void __launch_bounds__(kOwners<T, G>* kWarp, kPairBlocks * 4 / kOwner
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const int64_t m = unit + lane_row() + 8 * h;
-            A* const weight = args.to.weight + (item * s.hidden + m) * 4 * 8 * G + 8 * walk + lane_column();
+            A* const weight = args.to.weight + (item * s.hidden + m) * 4 * 8 * G + 8 * first_group + lane_column();
 #pragma unroll
             for (int g = 0; g < kGroups; ++g) {
 #pragma unroll
                 for (int which = 0; which < 3; ++which)
                     store_vec(weight + which * 8 * G + 8 * g,
-                              load_vec<2>(&own.sum[which][lane_row() + 8 * h][8 * (walk + g) + lane_column()]));
+                              load_vec<2>(&smem.sum[which][lane_row() + 8 * h][8 * (first_group + g) + lane_column()]));
                 store_vec(weight + 3 * 8 * G + 8 * g,
                           Vector<A, 2>{{of_distance[g].at[2 * h], of_distance[g].at[2 * h + 1]}});
             }
@@ -251,8 +254,8 @@ void grad_weights(const HdimGradPairs& args, const Packed<T>& packed, const Pair
     const GradWeights<T> pairs{packed, s, plan, to, static_cast<const Accumulator<T>*>(args.logits)};
     const size_t keys = static_cast<size_t>(plan.weight_chunk) * tile_pitch(G) * sizeof(T);
     launch("hdim_grad_weights", hdim_grad_weights_kernel<T, Activation, G>,
-           {s.batch * plan.weight_chunks * plan.weight_slices, kOwners<T, G> * kWarp, stream,
-            kOwners<T, G> * sizeof(Own<T, G>) + keys, ceil_div(plan.weight_tiles, kOwners<T, G>)},
+           {s.batch * plan.weight_chunks * plan.weight_slices, kBlockWarps<T, G> * kWarpSize, stream,
+            kBlockWarps<T, G> * sizeof(WarpSmem<T, G>) + keys, ceil_div(plan.weight_tiles, kBlockWarps<T, G>)},
            pairs);
 }
 

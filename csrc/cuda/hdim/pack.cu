@@ -6,7 +6,7 @@ namespace xlayer::cuda::hdim {
 namespace {
 
 constexpr int kPackThreads = 256;
-constexpr int kPackWarps = kPackThreads / kWarp;
+constexpr int kPackWarps = kPackThreads / kWarpSize;
 constexpr int kPackBlocks = 4;  // on a multiprocessor
 
 template <class A>
@@ -15,7 +15,7 @@ __device__ __forceinline__ bool finite(A x) {
 }
 
 __device__ __forceinline__ int64_t warp_index() {
-    return static_cast<int64_t>(blockIdx.x) * kPackWarps + threadIdx.x / kWarp;
+    return static_cast<int64_t>(blockIdx.x) * kPackWarps + threadIdx.x / kWarpSize;
 }
 __device__ __forceinline__ int64_t warp_count() { return static_cast<int64_t>(gridDim.x) * kPackWarps; }
 
@@ -26,8 +26,8 @@ __device__ __forceinline__ void for_each_token(int64_t batch, int64_t tokens, co
         for (int64_t s = warp_index(); s < tokens; s += warp_count()) f(b, s);
 }
 Launch token_launch(int64_t batch, int64_t tokens, void* stream) {
-    constexpr int64_t kMostY = 65535;
-    return {ceil_div(tokens, kPackWarps), kPackThreads, stream, 0, batch < kMostY ? batch : kMostY};
+    constexpr int64_t kMaxGridY = 65535;
+    return {ceil_div(tokens, kPackWarps), kPackThreads, stream, 0, batch < kMaxGridY ? batch : kMaxGridY};
 }
 
 template <class T>
@@ -86,15 +86,15 @@ __global__ void __launch_bounds__(kPackThreads, kPackBlocks) hdim_pack_tokens_ke
         const int64_t row = b * args.tokens + s;
         const bool masked = !args.mask.allows(b, s);
         const T* from = args.from + b * args.stride[0] + s * args.stride[1];
-        bool good = true;
-        for (int d = lane_id(); d < args.proj_dim && !masked; d += kWarp)
-            good = good && finite(widen(from[d * args.stride[2]]));
-        good = ballot(!good) == 0;
-        for (int d = lane_id(); d < args.width; d += kWarp) {
-            const bool take = good && !masked && d < args.proj_dim;
+        bool usable = true;
+        for (int d = lane_id(); d < args.proj_dim && !masked; d += kWarpSize)
+            usable = usable && finite(widen(from[d * args.stride[2]]));
+        usable = ballot(!usable) == 0;
+        for (int d = lane_id(); d < args.width; d += kWarpSize) {
+            const bool take = usable && !masked && d < args.proj_dim;
             args.to[row * args.width + d] = take ? from[d * args.stride[2]] : narrow<T>(A(0));
         }
-        if (lane_id() == 0) args.bias[row] = masked ? -infinity<A>() : good ? A(0) : not_a_number<A>();
+        if (lane_id() == 0) args.bias[row] = masked ? -infinity<A>() : usable ? A(0) : not_a_number<A>();
     });
 }
 
@@ -104,7 +104,7 @@ struct PackValues {
     int64_t stride[3];
     int64_t batch, keys, width;
     TokenFlags mask;
-    bool isolate;  // keep values that are not finite away from the rows that may not use them
+    bool mask_nonfinite;  // keep values that are not finite away from the rows that may not use them
     T* to;
     Accumulator<T>* key_bias;
 };
@@ -122,22 +122,22 @@ __global__ void __launch_bounds__(kPackThreads, kPackBlocks) hdim_pack_values_ke
         const int64_t row = b * args.keys + j;
         const bool masked = !args.mask.allows(b, j);
         const T* from = args.from + b * args.stride[0] + j * args.stride[1];
-        bool good = !masked;
-        if (args.isolate && good) {
-            for (int64_t h = lane_id() * N; h < args.width; h += kWarp * N) {
+        bool usable = !masked;
+        if (args.mask_nonfinite && usable) {
+            for (int64_t h = lane_id() * N; h < args.width; h += kWarpSize * N) {
                 const Vector<T, N> some = load_vec<N>(from + h * args.stride[2]);
 #pragma unroll
-                for (int n = 0; n < N; ++n) good = good && finite(widen(some.at[n]));
+                for (int n = 0; n < N; ++n) usable = usable && finite(widen(some.at[n]));
             }
         }
-        good = ballot(!good) == 0;
+        usable = ballot(!usable) == 0;
         T* const to = args.to + row * args.width;
-        for (int64_t h = lane_id() * N; h < args.width; h += kWarp * N) {
+        for (int64_t h = lane_id() * N; h < args.width; h += kWarpSize * N) {
             Vector<T, N> some = zero;
-            if (good) some = load_vec<N>(from + h * args.stride[2]);
+            if (usable) some = load_vec<N>(from + h * args.stride[2]);
             store_vec(to + h, some);
         }
-        if (lane_id() == 0 && !good && !masked) args.key_bias[row] = not_a_number<A>();
+        if (lane_id() == 0 && !usable && !masked) args.key_bias[row] = not_a_number<A>();
     });
 }
 
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kPackThreads) hdim_query_hidden_kernel(QueryHi
     const Packed<T>& p = args.packed;
     for (int64_t first = warp_index() * kQueries; first < args.rows; first += warp_count() * kQueries) {
         const int count = static_cast<int>(args.rows - first < kQueries ? args.rows - first : kQueries);
-        for (int m = lane_id(); m < args.hidden; m += kWarp) {
+        for (int m = lane_id(); m < args.hidden; m += kWarpSize) {
             A sum[kQueries];
 #pragma unroll
             for (int r = 0; r < kQueries; ++r) sum[r] = p.bias1[m];

@@ -1,36 +1,38 @@
-// How score and grad_keys divide the pairs: a warp keeps a tile of 16·R keys and walks over a slice of the
-// queries, past hidden units whose weights lie in the block's shared memory, a chunk of them at a time.
+// Tiling of the pairs in the score and key-gradient kernels: a warp keeps a tile of 16·R keys and loops over a slice of
+// the queries; the hidden units' weights pass through the block's shared memory, a chunk of them at a time.
 #pragma once
 
 #include "cuda/hdim/pairs.cuh"
 
 namespace xlayer::cuda::hdim {
 
-struct Walk {
-    int64_t tiles, slices, slice;  // of keys; of queries; queries in a slice
-    int chunk;                     // hidden units in shared memory at a time
+struct PairTiling {
+    int64_t key_tiles, query_slices;
+    int64_t slice_queries;
+    int hidden_chunk;  // hidden units in shared memory at a time
 };
 
-// A warp's share of a walk; nothing of it (begin == end, present == 0) past the end of the batch.
-struct Share {
-    int64_t b, tile, part;
-    int64_t first, begin, end;  // key; queries
-    int present;                // keys of the tile that exist
+// One warp's tile of keys and slice of queries; empty (begin == end, valid_keys == 0) past the end of the batch.
+struct WarpTile {
+    int64_t b, key_tile, query_slice;
+    int64_t first, begin, end;  // first key; queries [begin, end)
+    int valid_keys;             // keys of the tile that exist
 
     // Neighbouring warps take the same queries.
-    __device__ __forceinline__ Share(const Walk& walk, const PairSizes& s, int keys) {
-        const int64_t item = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
-        tile = item % walk.tiles, part = item / walk.tiles % walk.slices, b = item / walk.tiles / walk.slices;
-        first = tile * keys, begin = part * walk.slice;
+    __device__ __forceinline__ WarpTile(const PairTiling& tiling, const PairSizes& s, int keys) {
+        const int64_t item = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarpSize;
+        key_tile = item % tiling.key_tiles, query_slice = item / tiling.key_tiles % tiling.query_slices;
+        b = item / tiling.key_tiles / tiling.query_slices;
+        first = key_tile * keys, begin = query_slice * tiling.slice_queries;
         const bool real = b < s.batch;
-        end = !real ? begin : begin + walk.slice < s.queries ? begin + walk.slice : s.queries;
-        present = !real ? 0 : static_cast<int>(s.keys - first < keys ? s.keys - first : keys);
+        end = !real ? begin : begin + tiling.slice_queries < s.queries ? begin + tiling.slice_queries : s.queries;
+        valid_keys = !real ? 0 : static_cast<int>(s.keys - first < keys ? s.keys - first : keys);
     }
 };
 
 // The block's shared memory: weights and w2 of a chunk of hidden units, and the keys of each warp.
 template <class T, int G, int R>
-struct WalkMemory {
+struct TilingSmem {
     using A = Accumulator<T>;
     static constexpr int kPitch = tile_pitch(3 * G), kKeyPitch = tile_pitch(G);
 
@@ -43,14 +45,14 @@ struct WalkMemory {
         return weight_bytes(chunk) + size_t{kWarps} * 16 * R * kKeyPitch * sizeof(T);
     }
 
-    __device__ __forceinline__ explicit WalkMemory(int chunk)
+    __device__ __forceinline__ explicit TilingSmem(int chunk)
         : weights(shared_memory<T>()),
           weight2(reinterpret_cast<A*>(weights + chunk * kPitch)),
-          keys(reinterpret_cast<T*>(weight2 + chunk) + threadIdx.x / kWarp * 16 * R * kKeyPitch) {}
+          keys(reinterpret_cast<T*>(weight2 + chunk) + threadIdx.x / kWarpSize * 16 * R * kKeyPitch) {}
 
-    __device__ __forceinline__ void load_keys(const Packed<T>& p, const PairSizes& s, const Share& share) const {
-        copy_rows(keys, kKeyPitch, p.key + (share.b * s.keys + share.first) * 8 * G, 8 * G, 16 * R, share.present,
-                  8 * G, lane_id(), kWarp);
+    __device__ __forceinline__ void load_keys(const Packed<T>& p, const PairSizes& s, const WarpTile& tile) const {
+        copy_rows(keys, kKeyPitch, p.key + (tile.b * s.keys + tile.first) * 8 * G, 8 * G, 16 * R, tile.valid_keys,
+                  8 * G, lane_id(), kWarpSize);
         wait_copies<0>();
         sync_warp();
     }
@@ -67,43 +69,43 @@ struct WalkMemory {
 };
 
 // A warp's keys, as left operands: in registers, or read from its shared memory where they are used.
-template <class T, int G, int R, bool Hold>
+template <class T, int G, int R, bool InRegisters>
 class KeyTiles {
   public:
-    __device__ __forceinline__ explicit KeyTiles(const WalkMemory<T, G, R>& memory) : from_(memory.keys) {
-        if constexpr (Hold) {
+    __device__ __forceinline__ explicit KeyTiles(const TilingSmem<T, G, R>& memory) : from_(memory.keys) {
+        if constexpr (InRegisters) {
 #pragma unroll
-            for (int r = 0; r < R; ++r) load_left(held_[r], from_ + 16 * r * kPitch, kPitch);
+            for (int r = 0; r < R; ++r) load_a(held_[r], from_ + 16 * r * kPitch, kPitch);
         }
     }
-    __device__ __forceinline__ Left<T> operator()(int r, int g) const {
-        if constexpr (Hold) return held_[r][g];
-        Left<T> group[1];
-        load_left(group, from_ + 16 * r * kPitch + 8 * g, kPitch);
+    __device__ __forceinline__ FragmentA<T> operator()(int r, int g) const {
+        if constexpr (InRegisters) return held_[r][g];
+        FragmentA<T> group[1];
+        load_a(group, from_ + 16 * r * kPitch + 8 * g, kPitch);
         return group[0];
     }
 
   private:
     static constexpr int kPitch = tile_pitch(G);
     const T* from_;
-    Left<T> held_[Hold ? R : 1][Hold ? G : 1];
+    FragmentA<T> held_[InRegisters ? R : 1][InRegisters ? G : 1];
 };
 
 template <class T, int G, int R>
-Walk make_walk(const PairSizes& s, int64_t enough) {
-    constexpr int kMost = static_cast<int>(kWeightBytes / WalkMemory<T, G, R>::weight_bytes(1) / 16 * 16);
-    Walk walk;
-    walk.tiles = ceil_div(s.keys, 16 * R);
-    walk.slice = slice_length(s.queries, s.batch * walk.tiles, enough);
-    walk.slices = ceil_div(s.queries, walk.slice);
-    walk.chunk = kMost < s.hidden ? kMost : s.hidden;
-    return walk;
+PairTiling make_pair_tiling(const PairSizes& s, int64_t target_warps) {
+    constexpr int kMaxChunk = static_cast<int>(kWeightBytes / TilingSmem<T, G, R>::weight_bytes(1) / 16 * 16);
+    PairTiling tiling;
+    tiling.key_tiles = ceil_div(s.keys, 16 * R);
+    tiling.slice_queries = slice_length(s.queries, s.batch * tiling.key_tiles, target_warps);
+    tiling.query_slices = ceil_div(s.queries, tiling.slice_queries);
+    tiling.hidden_chunk = kMaxChunk < s.hidden ? kMaxChunk : s.hidden;
+    return tiling;
 }
 
 template <class T, int G, int R>
-Launch walk_launch(const PairSizes& s, const Walk& walk, void* stream) {
-    return {ceil_div(s.batch * walk.tiles * walk.slices, kWarps), kThreads, stream,
-            WalkMemory<T, G, R>::bytes(walk.chunk)};
+Launch pair_tiling_launch(const PairSizes& s, const PairTiling& tiling, void* stream) {
+    return {ceil_div(s.batch * tiling.key_tiles * tiling.query_slices, kWarps), kThreads, stream,
+            TilingSmem<T, G, R>::bytes(tiling.hidden_chunk)};
 }
 
 }  // namespace xlayer::cuda::hdim

@@ -25,7 +25,7 @@
 namespace xlayer::cuda::hdim {
 
 constexpr int kWarps = 4;  // in a block of the pair kernels
-constexpr int kThreads = kWarps * kWarp;
+constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kPairBlocks = 2;              // on a multiprocessor, so that a thread has all registers that it can use
 constexpr int kWeightBlocks = 4;            // Wb, Wc, Wd, Wa
 constexpr size_t kWeightBytes = 48 * 1024;  // of weights in shared memory at a time; more hidden units take more passes
@@ -112,7 +112,7 @@ Packed<T> take_packed(Arena& arena, const PairSizes& s) {
 struct Relu {
     template <class A>
     static __device__ __forceinline__ A value(A x) {
-        return at_least_zero(x);
+        return clamp_min_zero(x);
     }
     template <class A>
     static __device__ __forceinline__ A slope(A x) {
@@ -156,23 +156,23 @@ __device__ __forceinline__ void copy_rows(T* to, int to_pitch, const T* from, in
 }
 
 // A query's columns 2t and 2t+1 of each group: kept in registers, or read where they are used.
-template <class T, int G, bool Hold>
+template <class T, int G, bool InRegisters>
 class QueryRow {
   public:
     __device__ __forceinline__ explicit QueryRow(const T* row) : from_(row + lane_column()) {
-        if constexpr (Hold) {
+        if constexpr (InRegisters) {
 #pragma unroll
             for (int g = 0; g < G; ++g) held_[g] = load_pair(from_ + 8 * g);
         }
     }
     __device__ __forceinline__ Pair<T> operator()(int g) const {
-        if constexpr (Hold) return held_[g];
+        if constexpr (InRegisters) return held_[g];
         return load_pair(from_ + 8 * g);
     }
 
   private:
     const T* from_;
-    Pair<T> held_[Hold ? G : 1];
+    Pair<T> held_[InRegisters ? G : 1];
 };
 
 // q∘k and |q−k| of R tiles of 16 keys, for the query at hand. In half precision they are made once and kept: the
@@ -187,7 +187,7 @@ class PairFeatures {
             for (int r = 0; r < R; ++r) {
 #pragma unroll
                 for (int g = 0; g < G; ++g) {
-                    const Left<T> key = keys(r, g);
+                    const FragmentA<T> key = keys(r, g);
 #pragma unroll
                     for (int h = 0; h < 2; ++h) {
                         held_[r][g].row[h] = product<T>(key.row[h], query(g));
@@ -197,23 +197,24 @@ class PairFeatures {
             }
         }
     }
-    __device__ __forceinline__ const Left<T>& operator()(int r, int g) const { return held_[r][g]; }
+    __device__ __forceinline__ const FragmentA<T>& operator()(int r, int g) const { return held_[r][g]; }
 
   private:
-    Left<T> held_[is_half<T> ? R : 1][is_half<T> ? 2 * G : 1];
+    FragmentA<T> held_[is_half<T> ? R : 1][is_half<T> ? 2 * G : 1];
 };
 
 // pre[r] += [k | q∘k | |q−k|] · [Wb | Wc | Wd]ᵀ for R tiles of 16 keys and 8 hidden units, whose weights begin at
 // `weights`. keys(r, g) is group g of tile r; query is a QueryRow.
 template <class T, int G, int R, class Keys, class Query>
-__device__ __forceinline__ void add_scores(Sum<T> (&pre)[R], const Keys& keys, const PairFeatures<T, G, R>& features,
-                                           const T* weights, int pitch, const Query& query) {
+__device__ __forceinline__ void add_scores(FragmentC<T> (&pre)[R], const Keys& keys,
+                                           const PairFeatures<T, G, R>& features, const T* weights, int pitch,
+                                           const Query& query) {
     if constexpr (is_half<T>) {
-        Right<T> columns[3 * G];
-        load_right_from_rows(columns, weights, pitch);
+        FragmentB<T> columns[3 * G];
+        load_b_from_rows(columns, weights, pitch);
 #pragma unroll
         for (int r = 0; r < R; ++r) {
-            Left<T> all[3 * G];
+            FragmentA<T> all[3 * G];
 #pragma unroll
             for (int g = 0; g < 3 * G; ++g) all[g] = g < G ? keys(r, g) : features(r, g - G);
             multiply(pre[r], all, columns);
@@ -221,14 +222,14 @@ __device__ __forceinline__ void add_scores(Sum<T> (&pre)[R], const Keys& keys, c
     } else {  // one group at a time: all of them would not fit in registers
 #pragma unroll(sizeof(T) == 8 ? 1 : G)
         for (int g = 0; g < G; ++g) {
-            Right<T> linear[1], hadamard[1], difference[1];
-            load_right_from_rows(linear, weights + 8 * g, pitch);
-            load_right_from_rows(hadamard, weights + 8 * (G + g), pitch);
-            load_right_from_rows(difference, weights + 8 * (2 * G + g), pitch);
+            FragmentB<T> linear[1], hadamard[1], difference[1];
+            load_b_from_rows(linear, weights + 8 * g, pitch);
+            load_b_from_rows(hadamard, weights + 8 * (G + g), pitch);
+            load_b_from_rows(difference, weights + 8 * (2 * G + g), pitch);
             const Pair<T> q = query(g);
 #pragma unroll
             for (int r = 0; r < R; ++r) {
-                const Left<T> key = keys(r, g);
+                const FragmentA<T> key = keys(r, g);
                 multiply_group(pre[r], key, linear[0]);
                 multiply_group(pre[r], {{product<T>(key.row[0], q), product<T>(key.row[1], q)}}, hadamard[0]);
                 multiply_group(pre[r], {{distance<T>(key.row[0], q), distance<T>(key.row[1], q)}}, difference[0]);
@@ -240,16 +241,16 @@ __device__ __forceinline__ void add_scores(Sum<T> (&pre)[R], const Keys& keys, c
 // Every kernel that walks over pairs cuts the queries into slices, so that `enough` warps find work where `tasks` of
 // them have it without: a function of the sizes alone, so that results do not depend on the machine. At least 1.
 inline int64_t slice_length(int64_t queries, int64_t tasks, int64_t enough) {
-    constexpr int64_t kShortest = 16;
+    constexpr int64_t kMinLength = 16;
     const int64_t slices = ceil_div(enough, tasks > 0 ? tasks : 1), length = ceil_div(queries, slices);
-    return length > kShortest ? length : kShortest;
+    return length > kMinLength ? length : kMinLength;
 }
 
 // Calls f(element, activation, groups) with values of the types that the inputs ask for.
 template <class F>
-void with_pair_types(const HdimInputs& in, const F& f) {
+void dispatch_pair_types(const HdimInputs& in, const F& f) {
     const int groups = PairSizes(in).groups;
-    auto with_groups = [&](auto element, auto activation) {
+    auto dispatch_groups = [&](auto element, auto activation) {
         if constexpr (is_half<decltype(element)>) {
             if (groups == 2) return f(element, activation, std::integral_constant<int, 2>{});
             if (groups == 3) return f(element, activation, std::integral_constant<int, 3>{});
@@ -257,11 +258,11 @@ void with_pair_types(const HdimInputs& in, const F& f) {
         if (groups == 4) return f(element, activation, std::integral_constant<int, 4>{});
         return f(element, activation, std::integral_constant<int, 8>{});
     };
-    auto with_activation = [&](auto element) {
-        return in.gelu ? with_groups(element, Gelu{}) : with_groups(element, Relu{});
+    auto dispatch_activation = [&](auto element) {
+        return in.gelu ? dispatch_groups(element, Gelu{}) : dispatch_groups(element, Relu{});
     };
-    if (in.dtype == DType::float32 && in.tf32) return with_activation(tf32{});
-    with_element(in.dtype, with_activation);
+    if (in.dtype == DType::float32 && in.tf32) return dispatch_activation(tf32{});
+    dispatch_dtype(in.dtype, dispatch_activation);
 }
 
 }  // namespace xlayer::cuda::hdim

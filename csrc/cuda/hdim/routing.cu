@@ -8,23 +8,23 @@ namespace xlayer::cuda::hdim {
 namespace {
 
 constexpr int kWarps = 8;
-constexpr int kThreads = kWarps * kWarp;
+constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kBlocksPerMultiprocessor = 4;
 
-// One block's share: sequence b and columns [column, column + kWarp·N).
+// One block's share: sequence b and columns [column, column + kWarpSize·N).
 struct Tile {
     int64_t b, column;
 };
 
 template <int N>
 __host__ __device__ int64_t tiles_of(int64_t width) {
-    return (width + kWarp * N - 1) / (kWarp * N);
+    return (width + kWarpSize * N - 1) / (kWarpSize * N);
 }
 
 template <int N>
 __device__ Tile tile_of(int64_t index, int64_t width) {
     const int64_t tiles = tiles_of<N>(width);
-    return {index / tiles, index % tiles * kWarp * N};
+    return {index / tiles, index % tiles * kWarpSize * N};
 }
 
 __device__ bool allowed(const TokenMask& mask, int64_t b, int64_t s, int64_t tokens) {
@@ -35,13 +35,13 @@ __device__ bool allowed(const TokenMask& mask, int64_t b, int64_t s, int64_t tok
 template <class A, int N>
 struct Shared {
     int64_t counts[kWarps];
-    A partial[kWarps][kWarp * N];
+    A partial[kWarps][kWarpSize * N];
 };
 
-// Sum of `value` over the block's warps, equal in all threads; `value` is the same in all lanes of a warp.
+// FragmentC of `value` over the block's warps, equal in all threads; `value` is the same in all lanes of a warp.
 __device__ int64_t sum_over_warps(int64_t value, int64_t* shared) {
     sync_block();  // the last use of `shared` is over
-    if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = value;
+    if (threadIdx.x % kWarpSize == 0) shared[threadIdx.x / kWarpSize] = value;
     sync_block();
     int64_t sum = 0;
 #pragma unroll
@@ -55,7 +55,7 @@ template <class T, int N>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) masked_mean_kernel(MaskedMeanForward args) {
     using A = Accumulator<T>;
     Shared<A, N>& shared = *shared_memory<Shared<A, N>>();
-    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
     const int64_t tiles = args.batch * tiles_of<N>(args.width);
 
     for (int64_t index = blockIdx.x; index < tiles; index += gridDim.x) {
@@ -68,14 +68,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) masked_mea
         // 32 are added to a sum of sums, so that rounding does not grow with the number of tokens in one chain.
         A sum[N] = {};
         int64_t count = 0;
-        for (int64_t first = warp; first < args.tokens; first += kWarps * kWarp) {
+        for (int64_t first = warp; first < args.tokens; first += kWarps * kWarpSize) {
             const unsigned bits = ballot(allowed(args.mask, tile.b, first + lane * kWarps, args.tokens));
-            count += count_ones(bits);
+            count += popcount(bits);
             A step[N] = {};
 #pragma unroll 4
-            for (int turn = 0; turn < kWarp; ++turn) {
-                if (!inside || !(bits >> turn & 1)) continue;
-                const Vector<T, N> row = load_vec<N>(x + (first + turn * kWarps) * args.x_token_stride);
+            for (int i = 0; i < kWarpSize; ++i) {
+                if (!inside || !(bits >> i & 1)) continue;
+                const Vector<T, N> row = load_vec<N>(x + (first + i * kWarps) * args.x_token_stride);
 #pragma unroll
                 for (int n = 0; n < N; ++n) step[n] += widen(row.at[n]);
             }
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) masked_mea
 #pragma unroll
         for (int n = 0; n < N; ++n) shared.partial[warp][lane * N + n] = sum[n];
         const int64_t total = sum_over_warps(count, shared.counts);  // its barrier also completes `partial`
-        for (int c = threadIdx.x; c < kWarp * N && tile.column + c < args.width; c += kThreads) {
+        for (int c = threadIdx.x; c < kWarpSize * N && tile.column + c < args.width; c += kThreads) {
             A mean = 0;
 #pragma unroll
             for (int w = 0; w < kWarps; ++w) mean += shared.partial[w][c];
@@ -104,31 +104,31 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     masked_mean_backward_kernel(MaskedMeanBackward args) {
     using A = Accumulator<T>;
     int64_t* counts = shared_memory<int64_t>();
-    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
     const int64_t tiles = args.batch * tiles_of<N>(args.width);
 
     for (int64_t index = blockIdx.x; index < tiles; index += gridDim.x) {
         const Tile tile = tile_of<N>(index, args.width);
         const int64_t column = tile.column + lane * N;
         int64_t count = 0;
-        for (int64_t first = warp * kWarp; first < args.tokens; first += kThreads) {
-            count += count_ones(ballot(allowed(args.mask, tile.b, first + lane, args.tokens)));
+        for (int64_t first = warp * kWarpSize; first < args.tokens; first += kThreads) {
+            count += popcount(ballot(allowed(args.mask, tile.b, first + lane, args.tokens)));
         }
         const A total = static_cast<A>(sum_over_warps(count, counts));
         if (column >= args.width) continue;  // all barriers of this tile are behind
 
         const Vector<T, N> grad =
             load_vec<N>(static_cast<const T*>(args.grad) + tile.b * args.grad_batch_stride + column);
-        Vector<T, N> share;
+        Vector<T, N> scaled;
 #pragma unroll
-        for (int n = 0; n < N; ++n) share.at[n] = narrow<T>(widen(grad.at[n]) / total);
+        for (int n = 0; n < N; ++n) scaled.at[n] = narrow<T>(widen(grad.at[n]) / total);
         Vector<T, N> zero;
 #pragma unroll
         for (int n = 0; n < N; ++n) zero.at[n] = narrow<T>(A(0));
 
         T* row = static_cast<T*>(args.grad_x) + tile.b * args.tokens * args.width + column;
         for (int64_t s = warp; s < args.tokens; s += kWarps) {
-            store_vec(row + s * args.width, allowed(args.mask, tile.b, s, args.tokens) ? share : zero);
+            store_vec(row + s * args.width, allowed(args.mask, tile.b, s, args.tokens) ? scaled : zero);
         }
     }
 }
@@ -150,7 +150,7 @@ void backward(const MaskedMeanBackward& args, void* stream) {
 }  // namespace
 
 void masked_mean_forward(const MaskedMeanForward& args, void* stream) {
-    with_element(args.dtype, [&](auto element) {
+    dispatch_dtype(args.dtype, [&](auto element) {
         using T = decltype(element);
         const int length = vector_length<T>(args.x, args.x_batch_stride, args.x_token_stride, args.width);
         return length > 1 ? forward<T, 16 / sizeof(T)>(args, stream) : forward<T, 1>(args, stream);
@@ -158,7 +158,7 @@ void masked_mean_forward(const MaskedMeanForward& args, void* stream) {
 }
 
 void masked_mean_backward(const MaskedMeanBackward& args, void* stream) {
-    with_element(args.dtype, [&](auto element) {
+    dispatch_dtype(args.dtype, [&](auto element) {
         using T = decltype(element);
         const int length = vector_length<T>(args.grad, args.grad_batch_stride, args.width);
         return length > 1 ? backward<T, 16 / sizeof(T)>(args, stream) : backward<T, 1>(args, stream);

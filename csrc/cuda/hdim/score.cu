@@ -22,7 +22,7 @@ struct Score {
     const uint8_t* pair_mask;
     int64_t pair_mask_stride[3];
     Accumulator<T>* logits;
-    Walk walk;
+    PairTiling tiling;
 };
 
 // Adds a pair's share of these hidden units to its logit; with the last ones, what its tokens and masks say.
@@ -53,37 +53,37 @@ template <class T, class Activation, int G>
 __global__ void __launch_bounds__(kThreads, kPairBlocks) hdim_score_kernel(Score<T> args) {
     using A = Accumulator<T>;
     constexpr int kTiles = kScoreTiles<T, G>;
-    constexpr bool kHolds = sizeof(T) < 8;  // keys and query in registers, else read where they are used
+    constexpr bool kInRegisters = sizeof(T) < 8;  // keys and query in registers, else read where they are used
     const Packed<T>& p = args.packed;
     const PairSizes& s = args.sizes;
-    const Share share(args.walk, s, 16 * kTiles);
-    const WalkMemory<T, G, kTiles> memory(args.walk.chunk);
-    memory.load_keys(p, s, share);
-    const KeyTiles<T, G, kTiles, kHolds> keys(memory);
+    const WarpTile tile(args.tiling, s, 16 * kTiles);
+    const TilingSmem<T, G, kTiles> memory(args.tiling.hidden_chunk);
+    memory.load_keys(p, s, tile);
+    const KeyTiles<T, G, kTiles, kInRegisters> keys(memory);
 
     // Of the four lanes that share a row, lane t writes tile t.
     const int t = lane_id() % 4;
-    const int64_t mine[2] = {share.first + 16 * t + lane_row(), share.first + 16 * t + lane_row() + 8};
+    const int64_t mine[2] = {tile.first + 16 * t + lane_row(), tile.first + 16 * t + lane_row() + 8};
     A key_bias[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        const bool real = t < kTiles && share.b < s.batch && mine[h] < s.keys;
-        key_bias[h] = real ? p.key_bias[share.b * s.keys + mine[h]] : -infinity<A>();
+        const bool real = t < kTiles && tile.b < s.batch && mine[h] < s.keys;
+        key_bias[h] = real ? p.key_bias[tile.b * s.keys + mine[h]] : -infinity<A>();
     }
 
-    for (int chunk = 0; chunk < s.hidden; chunk += args.walk.chunk) {
-        const int count = s.hidden - chunk < args.walk.chunk ? s.hidden - chunk : args.walk.chunk;
+    for (int chunk = 0; chunk < s.hidden; chunk += args.tiling.hidden_chunk) {
+        const int count = s.hidden - chunk < args.tiling.hidden_chunk ? s.hidden - chunk : args.tiling.hidden_chunk;
         memory.load_weights(p, chunk, count);
-        for (int64_t i = share.begin; i < share.end; ++i) {
-            const int64_t row = share.b * s.queries + i;
-            const QueryRow<T, G, kHolds> query(p.query + row * 8 * G);
+        for (int64_t i = tile.begin; i < tile.end; ++i) {
+            const int64_t row = tile.b * s.queries + i;
+            const QueryRow<T, G, kInRegisters> query(p.query + row * 8 * G);
             const PairFeatures<T, G, kTiles> features(keys, query);
             const A* const hidden = p.query_hidden + row * s.hidden + chunk + lane_column();
             A logit[kTiles][2] = {};
 #pragma unroll(is_half<T> ? 2 : 1)
             for (int m = 0; m < count; m += 8) {
                 const Vector<A, 2> u = load_vec<2>(hidden + m), w2 = load_vec<2>(memory.weight2 + m + lane_column());
-                Sum<T> pre[kTiles];
+                FragmentC<T> pre[kTiles];
 #pragma unroll
                 for (int r = 0; r < kTiles; ++r) pre[r] = {{u.at[0], u.at[1], u.at[0], u.at[1]}};
                 add_scores(pre, keys, features, memory.weights + m * memory.kPitch, memory.kPitch, query);
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kThreads, kPairBlocks) hdim_score_kernel(Score
             if (t < kTiles) {
 #pragma unroll
                 for (int h = 0; h < 2; ++h)
-                    write(args, share.b, i, mine[h], out[h], key_bias[h], chunk == 0, chunk + count == s.hidden);
+                    write(args, tile.b, i, mine[h], out[h], key_bias[h], chunk == 0, chunk + count == s.hidden);
             }
             sync_warp();  // matrix instructions want the warp back together
         }
@@ -115,29 +115,29 @@ __global__ void __launch_bounds__(kThreads, kPairBlocks) hdim_score_kernel(Score
 
 template <class T, class Activation, int G>
 void launch_score(const HdimScore& args, const Packed<T>& packed, const PairSizes& s, void* stream) {
-    constexpr int64_t kEnough = 4096;  // warps
+    constexpr int64_t kTargetWarps = 4096;  // warps
     const HdimInputs& in = args.in;
     const Score<T> score{packed,
                          s,
                          in.pair_mask,
                          {in.pair_mask_stride[0], in.pair_mask_stride[1], in.pair_mask_stride[2]},
                          static_cast<Accumulator<T>*>(args.logits),
-                         make_walk<T, G, kScoreTiles<T, G>>(s, kEnough)};
+                         make_pair_tiling<T, G, kScoreTiles<T, G>>(s, kTargetWarps)};
     launch("hdim_score", hdim_score_kernel<T, Activation, G>,
-           walk_launch<T, G, kScoreTiles<T, G>>(s, score.walk, stream), score);
+           pair_tiling_launch<T, G, kScoreTiles<T, G>>(s, score.tiling, stream), score);
 }
 
 }  // namespace
 
 int64_t score_workspace(const HdimInputs& in) {
     Arena arena{nullptr};
-    with_element(in.dtype, [&](auto element) { take_packed<decltype(element)>(arena, PairSizes(in)); });
+    dispatch_dtype(in.dtype, [&](auto element) { take_packed<decltype(element)>(arena, PairSizes(in)); });
     return arena.used;
 }
 
 void score(const HdimScore& args, void* stream) {
     const PairSizes sizes(args.in);
-    with_pair_types(args.in, [&](auto element, auto activation, auto groups) {
+    dispatch_pair_types(args.in, [&](auto element, auto activation, auto groups) {
         using T = decltype(element);
         Arena arena{static_cast<char*>(args.workspace)};
         const Packed<T> packed = take_packed<T>(arena, sizes);

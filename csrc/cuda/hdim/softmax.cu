@@ -11,35 +11,35 @@ namespace xlayer::cuda::hdim {
 namespace {
 
 constexpr int kRowThreads = 256;
-constexpr int kRowWarps = kRowThreads / kWarp;
+constexpr int kRowWarps = kRowThreads / kWarpSize;
 constexpr int kRowBlocks = 4;  // on a multiprocessor
 template <class A>
-constexpr int kTogether = 16 / sizeof(A);  // logits in one load
+constexpr int kVec = 16 / sizeof(A);  // logits in one load
 
 template <class A>
 __device__ __forceinline__ A add_over_lanes(A x) {
 #pragma unroll
-    for (int mask = kWarp / 2; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
+    for (int mask = kWarpSize / 2; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
     return x;
 }
 
 // NaN wins, as it must: max would drop it.
 template <class A>
-__device__ __forceinline__ A greater(A a, A b) {
+__device__ __forceinline__ A max_nan(A a, A b) {
     return a > b || a != a ? a : b;
 }
 
 // The largest logit of a row; −inf where no pair is allowed.
 template <class A>
-__device__ __forceinline__ A top_of_row(const A* logits, int64_t pitch) {
+__device__ __forceinline__ A max_of_row(const A* logits, int64_t pitch) {
     A top = -infinity<A>();
-    for (int64_t j = lane_id() * kTogether<A>; j < pitch; j += kWarp * kTogether<A>) {
-        const Vector<A, kTogether<A>> some = load_vec<kTogether<A>>(logits + j);
+    for (int64_t j = lane_id() * kVec<A>; j < pitch; j += kWarpSize * kVec<A>) {
+        const Vector<A, kVec<A>> some = load_vec<kVec<A>>(logits + j);
 #pragma unroll
-        for (int n = 0; n < kTogether<A>; ++n) top = greater(top, some.at[n]);
+        for (int n = 0; n < kVec<A>; ++n) top = max_nan(top, some.at[n]);
     }
 #pragma unroll
-    for (int mask = kWarp / 2; mask > 0; mask /= 2) top = greater(top, shuffle_xor(top, mask));
+    for (int mask = kWarpSize / 2; mask > 0; mask /= 2) top = max_nan(top, shuffle_xor(top, mask));
     return top == lowest<A>() ? not_a_number<A>() : top;  // all logits −inf: nothing to be divided by
 }
 
@@ -58,17 +58,17 @@ template <class T>
 __global__ void __launch_bounds__(kRowThreads, kRowBlocks) hdim_softmax_kernel(Softmax<T> args) {
     using A = Accumulator<T>;
     const int64_t step = static_cast<int64_t>(gridDim.x) * kRowWarps;
-    for (int64_t row = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / kWarp; row < args.rows;
+    for (int64_t row = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / kWarpSize; row < args.rows;
          row += step) {
         const A* const logits = args.logits + row * args.pitch;
         T* const probability = args.probability + row * args.pitch;
-        const A top = top_of_row(logits, args.pitch);
+        const A top = max_of_row(logits, args.pitch);
         const bool empty = top == -infinity<A>();
         A total = 0, moment = 0;  // Σ w and Σ w·log w of the weights w = exp(logit − top)
-        for (int64_t j = lane_id() * kTogether<A>; j < args.pitch && !empty; j += kWarp * kTogether<A>) {
-            const Vector<A, kTogether<A>> some = load_vec<kTogether<A>>(logits + j);
+        for (int64_t j = lane_id() * kVec<A>; j < args.pitch && !empty; j += kWarpSize * kVec<A>) {
+            const Vector<A, kVec<A>> some = load_vec<kVec<A>>(logits + j);
 #pragma unroll
-            for (int n = 0; n < kTogether<A>; ++n) {
+            for (int n = 0; n < kVec<A>; ++n) {
                 const A shifted = some.at[n] - top, weight = exp(shifted);
                 total += weight;
                 moment += weight == 0 ? weight : weight * shifted;
@@ -77,11 +77,11 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks) hdim_softmax_kernel(S
         total = add_over_lanes(total);
         moment = add_over_lanes(moment);
         const A inverse = empty ? A(0) : A(1) / total, mean = moment * inverse;
-        for (int64_t j = lane_id() * kTogether<A>; j < args.pitch; j += kWarp * kTogether<A>) {
-            const Vector<A, kTogether<A>> some = load_vec<kTogether<A>>(logits + j);
-            Vector<T, kTogether<A>> out;
+        for (int64_t j = lane_id() * kVec<A>; j < args.pitch; j += kWarpSize * kVec<A>) {
+            const Vector<A, kVec<A>> some = load_vec<kVec<A>>(logits + j);
+            Vector<T, kVec<A>> out;
 #pragma unroll
-            for (int n = 0; n < kTogether<A>; ++n) {
+            for (int n = 0; n < kVec<A>; ++n) {
                 const bool allowed = some.at[n] != -infinity<A>();  // in a row with NaN, others stay 0
                 out.at[n] = narrow<T>(allowed ? exp(some.at[n] - top) * inverse : A(0));
             }
@@ -110,14 +110,14 @@ template <class T>
 __global__ void __launch_bounds__(kRowThreads, kRowBlocks) hdim_softmax_backward_kernel(SoftmaxBackward<T> args) {
     using A = Accumulator<T>;
     const int64_t step = static_cast<int64_t>(gridDim.x) * kRowWarps;
-    for (int64_t row = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / kWarp; row < args.rows;
+    for (int64_t row = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / kWarpSize; row < args.rows;
          row += step) {
         A* const logits = args.logits + row * args.pitch;
         T* const probability = args.probability + row * args.keys;
-        const A top = top_of_row(logits, args.pitch);
+        const A top = max_of_row(logits, args.pitch);
         const bool empty = top == -infinity<A>();
         A total = 0, moment = 0, mean = 0;  // of the weights, of w·log w, and of w·∂L/∂P
-        for (int64_t j = lane_id(); j < args.keys && !empty; j += kWarp) {
+        for (int64_t j = lane_id(); j < args.keys && !empty; j += kWarpSize) {
             const A shifted = logits[j] - top, weight = exp(shifted);
             total += weight;
             moment += weight == 0 ? weight : weight * shifted;
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks) hdim_softmax_backward
         mean = add_over_lanes(mean) * inverse;
         if constexpr (!is_half<T>) {  // what rounding has left of Σ p (∂L/∂P − mean), which is 0, belongs to the mean
             A rest = 0;
-            for (int64_t j = lane_id(); j < args.keys && !empty; j += kWarp) {
+            for (int64_t j = lane_id(); j < args.keys && !empty; j += kWarpSize) {
                 const A weight = exp(logits[j] - top);
                 rest += weight == 0 ? weight : weight * (widen(probability[j]) - mean);
             }
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks) hdim_softmax_backward
         const A center = add_over_lanes(moment) * inverse;  // of logit − top
         const A grad_entropy = args.grad_row_entropy == nullptr ? A(0) : args.grad_row_entropy[row];
         sync_warp();  // logits change hands: other lanes have read what this one overwrites
-        for (int64_t j = lane_id(); j < args.pitch; j += kWarp) {
+        for (int64_t j = lane_id(); j < args.pitch; j += kWarpSize) {
             const A logit = logits[j];
             A p = 0, grad = 0;
             if (logit != -infinity<A>()) {
@@ -175,7 +175,7 @@ template void softmax_backward<float16>(const HdimGradPairs&, const PairSizes&, 
 
 void softmax(const HdimSoftmax& args, void* stream) {
     const PairSizes s(args.in);
-    with_element(args.in.dtype, [&](auto element) {
+    dispatch_dtype(args.in.dtype, [&](auto element) {
         using T = decltype(element);
         using A = Accumulator<T>;
         const Softmax<T> rows{static_cast<const A*>(args.logits),

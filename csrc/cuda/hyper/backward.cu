@@ -4,77 +4,77 @@
 namespace xlayer::cuda::hyper {
 namespace {
 
-constexpr int64_t kMostRuns = 256;
-constexpr int64_t kFewestRunTokens = 16;
-constexpr int64_t kEnoughBlocks = 1024;  // of the streams' kernel: several for every place on an H200
-constexpr int64_t kMostRunsOfAll = 32;   // of rms_all's weight, which is large
+constexpr int64_t kMaxRuns = 256;
+constexpr int64_t kMinRunTokens = 16;
+constexpr int64_t kTargetBlocks = 1024;  // of the streams' kernel: several for every place on an H200
+constexpr int64_t kMaxWeightRuns = 32;   // of rms_all's weight, which is large
 
-int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
+int64_t max_size(int64_t a, int64_t b) { return a > b ? a : b; }
 
 template <class T, int N>
-void plan_runs(Backward& with) {
+void plan_runs(BackwardPlan& plan) {
     using A = Accumulator<T>;
-    const HyperBackward& args = with.args;
+    const HyperBackward& args = plan.args;
     const int64_t tokens = args.size.tokens(), n = args.size.streams;
-    with.tiles = ceil_div(args.size.width, kStreamTile<T, N>);
+    plan.tiles = ceil_div(args.size.width, kStreamTile<T, N>);
     // Long enough that a run's partial sums are few beside what its tokens move, short enough for many blocks.
-    with.run_tokens =
-        greater(greater(kFewestRunTokens, ceil_div(tokens, kMostRuns)), ceil_div(tokens * with.tiles, kEnoughBlocks));
-    with.runs = ceil_div(tokens, with.run_tokens);
-    with.weight_run_tokens = with.all ? greater(kFewestRunTokens, ceil_div(tokens, kMostRunsOfAll)) : with.run_tokens;
-    with.weight_runs = ceil_div(tokens, with.weight_run_tokens);
-    with.number_run_tokens = round_up(greater(1, ceil_div(tokens, kMostRuns)), kNumberTokens<N>);
-    with.number_runs = ceil_div(tokens, with.number_run_tokens);
-    with.history = with.dynamic && is_constrained(args.connection) ? (2 * args.connection.iterations + 1) * n * n : 0;
-    const int64_t history_bytes = kNumberTokens<N> * with.history * static_cast<int64_t>(sizeof(A));
-    with.history_shared = static_cast<int64_t>(sizeof(NumberShared<A, N>)) + history_bytes <= kNumberBytes;
-    if (!with.history_shared) with.histories_bytes = with.number_runs * history_bytes;
+    plan.run_tokens =
+        max_size(max_size(kMinRunTokens, ceil_div(tokens, kMaxRuns)), ceil_div(tokens * plan.tiles, kTargetBlocks));
+    plan.runs = ceil_div(tokens, plan.run_tokens);
+    plan.weight_run_tokens = plan.all ? max_size(kMinRunTokens, ceil_div(tokens, kMaxWeightRuns)) : plan.run_tokens;
+    plan.weight_runs = ceil_div(tokens, plan.weight_run_tokens);
+    plan.coefficient_run_tokens = round_up(max_size(1, ceil_div(tokens, kMaxRuns)), kCoefficientTokens<N>);
+    plan.coefficient_runs = ceil_div(tokens, plan.coefficient_run_tokens);
+    plan.history = plan.dynamic && is_constrained(args.connection) ? (2 * args.connection.iterations + 1) * n * n : 0;
+    const int64_t history_bytes = kCoefficientTokens<N> * plan.history * static_cast<int64_t>(sizeof(A));
+    plan.history_shared = static_cast<int64_t>(sizeof(CoefficientShared<A, N>)) + history_bytes <= kCoefficientBytes;
+    if (!plan.history_shared) plan.histories_bytes = plan.coefficient_runs * history_bytes;
 }
 
-// The bytes of the workspace, whose pieces `with` is given.
-int64_t plan(const HyperBackward& args, Backward& with) {
+// Fills in `plan`, whose arrays point into the workspace, and returns the workspace's bytes.
+int64_t make_plan(const HyperBackward& args, BackwardPlan& plan) {
     const HyperSizes& size = args.size;
     const int64_t n = size.streams, tokens = size.tokens();
-    with.args = args;
-    with.post = args.post.branch.data != nullptr;
-    with.dynamic = args.pre && args.connection.norm != HyperNorm::none;
-    with.all = with.dynamic && args.connection.norm == HyperNorm::rms_all;
-    with.numbers = size.coefficients();
-    with_element(size.dtype, [&](auto element) {
+    plan.args = args;
+    plan.post = args.post.branch.data != nullptr;
+    plan.dynamic = args.pre && args.connection.norm != HyperNorm::none;
+    plan.all = plan.dynamic && args.connection.norm == HyperNorm::rms_all;
+    plan.num_coefficients = size.coefficients();
+    dispatch_dtype(size.dtype, [&](auto element) {
         using T = decltype(element);
-        with_streams(n, [&](auto streams) { plan_runs<T, decltype(streams)::value>(with); });
+        dispatch_streams(n, [&](auto streams) { plan_runs<T, decltype(streams)::value>(plan); });
     });
     Arena arena(args.workspace);
     const int64_t element = size.dtype == DType::float64 ? 8 : 4;
     if (args.pre) {
-        with.dots = arena.take<char>(element, tokens, n);
-        with.records = arena.take<char>(element, tokens, record_size(n));
-        with.weight_sum = arena.take<char>(element, size.columns());
-        with.number_partials = arena.take<char>(8, with.number_runs, 3, with.numbers);
-        with.histories = arena.take<char>(with.histories_bytes);
+        plan.dots = arena.take<char>(element, tokens, n);
+        plan.records = arena.take<char>(element, tokens, record_size(n));
+        plan.weight_sum = arena.take<char>(element, size.columns());
+        plan.coefficient_partials = arena.take<char>(8, plan.coefficient_runs, 3, plan.num_coefficients);
+        plan.histories = arena.take<char>(plan.histories_bytes);
     }
-    if (with.post) {
-        const int64_t places = args.post.shared ? with.runs : tokens;
-        with.post_partials = arena.take<char>(element, places, with.tiles, n, n + 1);
+    if (plan.post) {
+        const int64_t places = args.post.shared ? plan.runs : tokens;
+        plan.post_partials = arena.take<char>(element, places, plan.tiles, n, n + 1);
     }
-    if (with.dynamic) with.weight_partials = arena.take<char>(element, with.weight_runs, args.connection.weights(size));
+    if (plan.dynamic) plan.weight_partials = arena.take<char>(element, plan.weight_runs, args.connection.weights(size));
     return arena.used;
 }
 
 }  // namespace
 
 int64_t backward_workspace(const HyperBackward& args) {
-    Backward with{};
-    return plan(args, with);
+    BackwardPlan plan{};
+    return make_plan(args, plan);
 }
 
 void backward(const HyperBackward& args, void* stream) {
-    Backward with{};
-    plan(args, with);
-    if (args.pre) backward_numbers(with, stream);
-    backward_streams(with, stream);
-    if (with.all) backward_weight_of_all(with, stream);
-    backward_finish(with, stream);
+    BackwardPlan plan{};
+    make_plan(args, plan);
+    if (args.pre) backward_coefficients(plan, stream);
+    backward_streams(plan, stream);
+    if (plan.all) backward_weight_of_all(plan, stream);
+    backward_finish(plan, stream);
 }
 
 }  // namespace xlayer::cuda::hyper

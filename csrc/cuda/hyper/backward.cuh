@@ -14,22 +14,22 @@
 
 namespace xlayer::cuda::hyper {
 
-constexpr int kNumberWarps = 4;  // of a block that goes from ∂L/∂c to ∂L/∂z
+constexpr int kCoefficientWarps = 4;  // of a block that goes from ∂L/∂c to ∂L/∂z
 
 // Lanes that have a token together, one for each of its streams.
 template <int N>
-constexpr int kTokenLanes = kMost<N>;
+constexpr int kTokenLanes = kMaxStreamsOf<N>;
 template <int N>
-constexpr int kNumberTokens = kNumberWarps * kWarp / kTokenLanes<N>;  // that a block has at a time
+constexpr int kCoefficientTokens = kCoefficientWarps * kWarpSize / kTokenLanes<N>;  // that a block has at a time
 
 // Their scratch, beside Sinkhorn's matrices where these fit.
 template <class A, int N>
-struct NumberShared {
-    A grad[kNumberTokens<N>][kMost<N> * kMost<N>];  // of Sinkhorn's matrix
-    double partial[kNumberWarps][3 * kMostNumbers<N>];
+struct CoefficientShared {
+    A grad[kCoefficientTokens<N>][kMaxStreamsOf<N> * kMaxStreamsOf<N>];  // of Sinkhorn's matrix
+    double partial[kCoefficientWarps][3 * kMaxCoefficientsOf<N>];
 };
 
-constexpr int64_t kNumberBytes = 92 * 1024;
+constexpr int64_t kCoefficientBytes = 92 * 1024;
 
 // Elements of d that a thread of the streams' kernel has, and groups of n warps in its block. The block has one warp
 // for each stream and group.
@@ -38,35 +38,35 @@ constexpr int kStreamElements = N == 0 || sizeof(T) == 8 ? 1 : (N == 8 ? 4 : 8) 
 template <int N>
 constexpr int kStreamGroups = N == 0 ? 1 : 8 / N;
 template <class T, int N>
-constexpr int kStreamTile = kStreamGroups<N> * kWarp * kStreamElements<T, N>;  // columns of a block
+constexpr int kStreamTile = kStreamGroups<N> * kWarpSize * kStreamElements<T, N>;  // columns of a block
 
 // Numbers of a token, in A: c_j0, the mean of h'_j in two parts, and what is multiplied with h'_j − mean and what is
 // added because of the norm, for all j; then ∂L/∂z ÷ root of the variance, what the weight's rows are multiplied with.
 enum Record { kPre, kMean, kRest, kSlope, kLevel, kLogits };
 __host__ __device__ constexpr int64_t record_size(int64_t n) { return 5 * n + n * (n + 2); }
 
-struct Backward {
+struct BackwardPlan {
     HyperBackward args;
     bool post, dynamic, all;
-    int64_t numbers;  // n·(n+2)
+    int64_t num_coefficients;  // n·(n+2)
     // Runs, and the tokens of one, of the streams' kernel, of that which sums the weight's gradient, and of the
     // numbers' kernel; stretches of d in the first.
-    int64_t runs, run_tokens, weight_runs, weight_run_tokens, number_runs, number_run_tokens, tiles;
+    int64_t runs, run_tokens, weight_runs, weight_run_tokens, coefficient_runs, coefficient_run_tokens, tiles;
     bool history_shared;               // Sinkhorn's matrices fit into shared memory
     int64_t history, histories_bytes;  // of one token: numbers; of all blocks, in the workspace
-    // In the workspace, of A but for number_partials, which are double:
-    void* dots;             // [tokens, n]
-    void* records;          // [tokens, record_size]
-    void* weight_sum;       // [n+2]
-    void* number_partials;  // [number_runs, 3, n·(n+2)]: base, scale, bias
+    // In the workspace, of A but for coefficient_partials, which are double:
+    void* dots;                  // [tokens, n]
+    void* records;               // [tokens, record_size]
+    void* weight_sum;            // [n+2]
+    void* coefficient_partials;  // [coefficient_runs, 3, n·(n+2)]: base, scale, bias
     void* post_partials;    // [n+1, n] for each run and tile or, where coefficients differ, for each token and tile
     void* weight_partials;  // [weight_runs, weights]
     void* histories;
 };
 
-void backward_numbers(const Backward& with, void* stream);
-void backward_streams(const Backward& with, void* stream);
-void backward_weight_of_all(const Backward& with, void* stream);
-void backward_finish(const Backward& with, void* stream);
+void backward_coefficients(const BackwardPlan& plan, void* stream);
+void backward_streams(const BackwardPlan& plan, void* stream);
+void backward_weight_of_all(const BackwardPlan& plan, void* stream);
+void backward_finish(const BackwardPlan& plan, void* stream);
 
 }  // namespace xlayer::cuda::hyper

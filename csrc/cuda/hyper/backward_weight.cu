@@ -15,35 +15,35 @@ template <class T>
 constexpr int kWeightBlocks = sizeof(T) == 8 ? 2 : 4;  // on a multiprocessor
 
 struct WeightCall {
-    Backward with;
-    bool whole_in, whole_branch, whole_weight;
+    BackwardPlan plan;
+    bool vec_in, vec_branch, vec_weight;
     int64_t column_tiles, row_tiles;
 };
 
 template <class A, int N>
 struct WeightShared {
-    A logits[kTokens][kRows], post[kTokens][kMost<N> + 1];
+    A logits[kTokens][kRows], post[kTokens][kMaxStreamsOf<N> + 1];
 };
 
 // A thread has V columns of one stream and kRows rows, over a run of tokens.
-// resources: hyper_weight_kernel<double, *> threads 128, registers 255, shared 5376, occupancy 0.125
-// resources: hyper_weight_kernel threads 128, registers 128, shared 2688, occupancy 0.25
-// sass: hyper_weight_kernel LDG, STG
+// resources: hyper_backward_weight_kernel<double, *> threads 128, registers 255, shared 5376, occupancy 0.125
+// resources: hyper_backward_weight_kernel threads 128, registers 128, shared 2688, occupancy 0.25
+// sass: hyper_backward_weight_kernel LDG, STG
 template <class T, int N>
-__global__ void __launch_bounds__(kWeightThreads, kWeightBlocks<T>) hyper_weight_kernel(WeightCall call) {
+__global__ void __launch_bounds__(kWeightThreads, kWeightBlocks<T>) hyper_backward_weight_kernel(WeightCall call) {
     using A = Accumulator<T>;
     constexpr int V = kWeightElements<T, N>;
     WeightShared<A, N>& shared = *shared_memory<WeightShared<A, N>>();
-    const Backward& with = call.with;
-    const HyperBackward& args = with.args;
+    const BackwardPlan& plan = call.plan;
+    const HyperBackward& args = plan.args;
     const HyperSizes& size = args.size;
-    const int n = streams_of<N>(size), numbers = n * (n + 2), thread = static_cast<int>(threadIdx.x);
+    const int n = streams_of<N>(size), num_coefficients = n * (n + 2), thread = static_cast<int>(threadIdx.x);
     const int j = static_cast<int>(blockIdx.x / call.column_tiles % n);
     const int row = static_cast<int>(blockIdx.x / (call.column_tiles * n)) * kRows;
     const int64_t e = (blockIdx.x % call.column_tiles * kWeightThreads + thread) * V, count = size.width - e;
     const bool inside = count > 0;
-    const int64_t first = blockIdx.y * with.weight_run_tokens, tokens = tokens_of(size);
-    const int64_t last = first + with.weight_run_tokens < tokens ? first + with.weight_run_tokens : tokens;
+    const int64_t first = blockIdx.y * plan.weight_run_tokens, tokens = tokens_of(size);
+    const int64_t last = first + plan.weight_run_tokens < tokens ? first + plan.weight_run_tokens : tokens;
 
     A sum[kRows][V] = {};
     for (int64_t begin = first; begin < last; begin += kTokens) {
@@ -51,13 +51,13 @@ __global__ void __launch_bounds__(kWeightThreads, kWeightBlocks<T>) hyper_weight
         sync_block();  // the tokens before are done with shared memory
         for (int at = thread; at < some * kRows; at += kWeightThreads) {
             const int t = at / kRows, m = at % kRows;
-            const A* const record = static_cast<const A*>(with.records) + (begin + t) * record_size(n);
-            shared.logits[t][m] = row + m < numbers ? record[kLogits * n + row + m] : A(0);
+            const A* const record = static_cast<const A*>(plan.records) + (begin + t) * record_size(n);
+            shared.logits[t][m] = row + m < num_coefficients ? record[kLogits * n + row + m] : A(0);
         }
-        for (int at = thread; at < some * (n + 1) && with.post; at += kWeightThreads) {
+        for (int at = thread; at < some * (n + 1) && plan.post; at += kWeightThreads) {
             const int t = at / (n + 1), i = at % (n + 1);
             const A* const c =
-                static_cast<const A*>(args.post.coefficients) + (args.post.shared ? 0 : (begin + t) * numbers);
+                static_cast<const A*>(args.post.coefficients) + (args.post.shared ? 0 : (begin + t) * num_coefficients);
             shared.post[t][i] = c[post_index(n, i, j)];
         }
         sync_block();
@@ -66,19 +66,19 @@ __global__ void __launch_bounds__(kWeightThreads, kWeightBlocks<T>) hyper_weight
             const int64_t token = begin + t;
             const T* const in = static_cast<const T*>(args.in.data) + token_offset(size, args.in.stride, token) + e;
             Vector<T, V> h;
-            if (with.post) {
+            if (plan.post) {
                 A y[V] = {};
-                Vector<T, V> all[kMost<N>];
+                Vector<T, V> all[kMaxStreamsOf<N>];
 #pragma unroll
-                for (int i = 0; i < kMost<N>; ++i) {
-                    if (N != 0 || i < n) all[i] = read<V>(in + i * args.in.stride[2], count, call.whole_in && inside);
+                for (int i = 0; i < kMaxStreamsOf<N>; ++i) {
+                    if (N != 0 || i < n) all[i] = read<V>(in + i * args.in.stride[2], count, call.vec_in && inside);
                 }
                 read_branch<T>(size.branch_dtype, args.post.branch.data,
-                               token_offset(size, args.post.branch.stride, token) + e, count,
-                               call.whole_branch && inside, y);
+                               token_offset(size, args.post.branch.stride, token) + e, count, call.vec_branch && inside,
+                               y);
                 h = mix<T, N>(n, [&](int i) { return shared.post[t][i]; }, all, y);
             } else {
-                h = read<V>(in + j * args.in.stride[2], count, call.whole_in && inside);
+                h = read<V>(in + j * args.in.stride[2], count, call.vec_in && inside);
             }
 #pragma unroll
             for (int m = 0; m < kRows; ++m) {
@@ -88,40 +88,40 @@ __global__ void __launch_bounds__(kWeightThreads, kWeightBlocks<T>) hyper_weight
             }
         }
     }
-    A* const to = static_cast<A*>(with.weight_partials) + static_cast<int64_t>(blockIdx.y) * numbers * n * size.width +
-                  j * size.width + e;
+    A* const to = static_cast<A*>(plan.weight_partials) +
+                  static_cast<int64_t>(blockIdx.y) * num_coefficients * n * size.width + j * size.width + e;
 #pragma unroll
     for (int m = 0; m < kRows; ++m) {
-        Vector<A, V> own;
+        Vector<A, V> local;
 #pragma unroll
-        for (int v = 0; v < V; ++v) own.at[v] = sum[m][v];
-        if (row + m < numbers) write(to + (row + m) * n * size.width, own, count, call.whole_weight && inside);
+        for (int v = 0; v < V; ++v) local.at[v] = sum[m][v];
+        if (row + m < num_coefficients) write(to + (row + m) * n * size.width, local, count, call.vec_weight && inside);
     }
 }
 
 template <class T, int N>
-void launch_weight(const Backward& with, void* stream) {
+void launch_weight(const BackwardPlan& plan, void* stream) {
     constexpr int V = kWeightElements<T, N>;
-    const HyperBackward& args = with.args;
-    const bool whole = args.size.width % V == 0;
-    const WeightCall call{with,
-                          whole && aligned(args.in, sizeof(T), V),
-                          whole && aligned(args.post.branch, element_size(args.size.branch_dtype), V),
-                          whole,
+    const HyperBackward& args = plan.args;
+    const bool vectorized = args.size.width % V == 0;
+    const WeightCall call{plan,
+                          vectorized && aligned(args.in, sizeof(T), V),
+                          vectorized && aligned(args.post.branch, element_size(args.size.branch_dtype), V),
+                          vectorized,
                           ceil_div(args.size.width, kWeightThreads * V),
-                          ceil_div(with.numbers, kRows)};
-    launch("hyper_weight", hyper_weight_kernel<T, N>,
+                          ceil_div(plan.num_coefficients, kRows)};
+    launch("hyper_backward_weight", hyper_backward_weight_kernel<T, N>,
            {call.column_tiles * args.size.streams * call.row_tiles, kWeightThreads, stream,
-            sizeof(WeightShared<Accumulator<T>, N>), with.weight_runs},
+            sizeof(WeightShared<Accumulator<T>, N>), plan.weight_runs},
            call);
 }
 
 }  // namespace
 
-void backward_weight_of_all(const Backward& with, void* stream) {
-    with_element(with.args.size.dtype, [&](auto element) {
+void backward_weight_of_all(const BackwardPlan& plan, void* stream) {
+    dispatch_dtype(plan.args.size.dtype, [&](auto element) {
         using T = decltype(element);
-        with_streams(with.args.size.streams, [&](auto n) { launch_weight<T, decltype(n)::value>(with, stream); });
+        dispatch_streams(plan.args.size.streams, [&](auto n) { launch_weight<T, decltype(n)::value>(plan, stream); });
     });
 }
 

@@ -13,15 +13,13 @@ namespace xlayer::cuda::hyper {
 // The number of streams, known to the compiler (N) or not (N = 0: any up to the most). Arrays have room for the most;
 // loops over them are unrolled, so that they stay in registers.
 template <int N>
-constexpr int kMost = N ? N : static_cast<int>(kHyperMostStreams);
+constexpr int kMaxStreamsOf = N ? N : static_cast<int>(kHyperMaxStreams);
 template <int N>
-constexpr int kMostNumbers = kMost<N> * (kMost<N> + 2);
+constexpr int kMaxCoefficientsOf = kMaxStreamsOf<N> * (kMaxStreamsOf<N> + 2);
 template <int N>
 __device__ __forceinline__ int streams_of(const HyperSizes& size) {
     return N ? N : static_cast<int>(size.streams);
 }
-
-__device__ __forceinline__ int lane_of_warp() { return static_cast<int>(threadIdx.x) % kWarp; }
 
 __host__ __device__ inline bool is_constrained(const HyperConnection& connection) {
     return connection.form == HyperForm::sinkhorn_rows || connection.form == HyperForm::sinkhorn_columns;
@@ -35,7 +33,7 @@ struct Streams {
     static constexpr int value = N;
 };
 template <class F>
-void with_streams(int64_t n, const F& f) {
+void dispatch_streams(int64_t n, const F& f) {
     switch (n) {
         case 2:
             return f(Streams<2>{});
@@ -71,16 +69,16 @@ bool aligned(const HyperRows<Pointer>& rows, size_t element, int64_t v) {
 
 // V elements of a row, `count` of which exist; zeros for the others. Whole: they all exist, and lie aligned.
 template <int V, class T>
-__device__ __forceinline__ Vector<T, V> read(const T* from, int64_t count, bool whole) {
-    if (whole) return load_vec<V>(from);
+__device__ __forceinline__ Vector<T, V> read(const T* from, int64_t count, bool vectorized) {
+    if (vectorized) return load_vec<V>(from);
     Vector<T, V> some;
 #pragma unroll
     for (int v = 0; v < V; ++v) some.at[v] = v < count ? from[v] : narrow<T>(Accumulator<T>(0));
     return some;
 }
 template <int V, class T>
-__device__ __forceinline__ void write(T* to, const Vector<T, V>& some, int64_t count, bool whole) {
-    if (whole) return store_vec(to, some);
+__device__ __forceinline__ void write(T* to, const Vector<T, V>& some, int64_t count, bool vectorized) {
+    if (vectorized) return store_vec(to, some);
 #pragma unroll
     for (int v = 0; v < V; ++v) {
         if (v < count) to[v] = some.at[v];
@@ -89,11 +87,11 @@ __device__ __forceinline__ void write(T* to, const Vector<T, V>& some, int64_t c
 
 // The same of the branch output, whose elements are T or, beside float, have 16 bits.
 template <class T, int V>
-__device__ __forceinline__ void read_branch(DType dtype, const void* data, int64_t offset, int64_t count, bool whole,
-                                            Accumulator<T> (&to)[V]) {
+__device__ __forceinline__ void read_branch(DType dtype, const void* data, int64_t offset, int64_t count,
+                                            bool vectorized, Accumulator<T> (&to)[V]) {
     auto get = [&](auto element) {
         using B = decltype(element);
-        const Vector<B, V> some = read<V>(static_cast<const B*>(data) + offset, count, whole);
+        const Vector<B, V> some = read<V>(static_cast<const B*>(data) + offset, count, vectorized);
 #pragma unroll
         for (int v = 0; v < V; ++v) to[v] = widen(some.at[v]);
     };
@@ -104,14 +102,14 @@ __device__ __forceinline__ void read_branch(DType dtype, const void* data, int64
     get(T{});
 }
 template <class T, int V>
-__device__ __forceinline__ void write_branch(DType dtype, void* data, int64_t offset, int64_t count, bool whole,
+__device__ __forceinline__ void write_branch(DType dtype, void* data, int64_t offset, int64_t count, bool vectorized,
                                              const Accumulator<T> (&from)[V]) {
     auto put = [&](auto element) {
         using B = decltype(element);
         Vector<B, V> some;
 #pragma unroll
         for (int v = 0; v < V; ++v) some.at[v] = narrow<B>(from[v]);
-        write(static_cast<B*>(data) + offset, some, count, whole);
+        write(static_cast<B*>(data) + offset, some, count, vectorized);
     };
     if constexpr (std::is_same_v<T, float>) {
         if (dtype == DType::bfloat16) return put(bfloat16{});
@@ -123,13 +121,13 @@ __device__ __forceinline__ void write_branch(DType dtype, void* data, int64_t of
 // --- Sums ------------------------------------------------------------------------------------------------------------
 
 // Sums of `Count` numbers over the lanes of a warp, in about Count shuffles: at every step a lane hands on one half of
-// what it has and keeps the other. Afterwards lane l holds in v[i], i < kept<Count>, the sum of number
-// kept_number<Count>(i), or of none if that is negative.
-template <int Count, int Mask = kWarp / 2, class A, size_t Size>
+// what it has and keeps the other. Afterwards lane l holds in v[i], i < kLaneSums<Count>, the sum of number
+// lane_sum_index<Count>(i), or of none if that is negative.
+template <int Count, int Mask = kWarpSize / 2, class A, size_t Size>
 __device__ __forceinline__ void sum_over_lanes(A (&v)[Size]) {
     if constexpr (Mask > 0) {
         constexpr int half = (Count + 1) / 2;
-        const bool upper = (lane_of_warp() & Mask) != 0;
+        const bool upper = (lane_id() & Mask) != 0;
 #pragma unroll
         for (int i = 0; i < half; ++i) {
             const A other = i + half < Count ? v[i + half < Count ? i + half : 0] : A(0);
@@ -139,15 +137,15 @@ __device__ __forceinline__ void sum_over_lanes(A (&v)[Size]) {
     }
 }
 template <int Count>
-constexpr int kept = (Count + kWarp - 1) / kWarp;
-template <int Count, int Mask = kWarp / 2>
-__device__ __forceinline__ int kept_number(int i) {
+constexpr int kLaneSums = (Count + kWarpSize - 1) / kWarpSize;
+template <int Count, int Mask = kWarpSize / 2>
+__device__ __forceinline__ int lane_sum_index(int i) {
     if constexpr (Mask == 0) {
         return i;
     } else {
         constexpr int half = (Count + 1) / 2;
-        const int within = kept_number<half, Mask / 2>(i);
-        const int number = within + ((lane_of_warp() & Mask) != 0 ? half : 0);
+        const int within = lane_sum_index<half, Mask / 2>(i);
+        const int number = within + ((lane_id() & Mask) != 0 ? half : 0);
         return within >= 0 && within < half && number < Count ? number : -1;
     }
 }
@@ -157,14 +155,14 @@ __device__ __forceinline__ int kept_number(int i) {
 template <int Count, int Warps, class A>
 __device__ __forceinline__ void sum_over_block(A (&v)[Count], A* partial, A* to) {
     sum_over_lanes<Count>(v);
-    const int warp = static_cast<int>(threadIdx.x) / kWarp;
+    const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
 #pragma unroll
-    for (int i = 0; i < kept<Count>; ++i) {
-        const int number = kept_number<Count>(i);
+    for (int i = 0; i < kLaneSums<Count>; ++i) {
+        const int number = lane_sum_index<Count>(i);
         if (number >= 0) partial[warp * Count + number] = v[i];
     }
     sync_block();
-    for (int number = static_cast<int>(threadIdx.x); number < Count; number += Warps * kWarp) {
+    for (int number = static_cast<int>(threadIdx.x); number < Count; number += Warps * kWarpSize) {
         A sum = 0;
 #pragma unroll
         for (int w = 0; w < Warps; ++w) sum += partial[w * Count + number];
@@ -181,10 +179,10 @@ __device__ __forceinline__ A sigmoid(A x) {
 
 // Base, scale and bias of one of a token's numbers, j·(n+2) + m.
 template <class A>
-struct NumberParameters {
+struct CoefficientParameters {
     A base, scale, bias;
 
-    __device__ __forceinline__ NumberParameters(const HyperConnection& connection, int at, int columns) {
+    __device__ __forceinline__ CoefficientParameters(const HyperConnection& connection, int at, int columns) {
         const int m = at % columns;
         base = static_cast<const A*>(connection.base)[at];
         scale = connection.scale == nullptr ? A(0) : static_cast<const A*>(connection.scale)[m];
@@ -203,14 +201,14 @@ template <class A>
 struct Sinkhorn {
     int n, line;
     int64_t steps;  // normalizations
-    bool rows_last, busy;
+    bool rows_last, active;
 
     __device__ __forceinline__ Sinkhorn(const HyperConnection& connection, int streams, int lane, bool has_token)
         : n(streams),
           line(lane),
           steps(2 * connection.iterations),
           rows_last(connection.form == HyperForm::sinkhorn_rows),
-          busy(has_token && lane < streams) {}
+          active(has_token && lane < streams) {}
 
     // In place.
     __device__ __forceinline__ void forward(A* matrix) const {
@@ -218,7 +216,7 @@ struct Sinkhorn {
         exponentiate(matrix, wide);
         for (int64_t step = 0; step < steps; ++step) normalize(matrix, matrix, step, wide);
         sync_warp();
-        for (int s = 0; s < n && busy && wide; ++s) matrix[line * n + s] = exp(matrix[line * n + s]);
+        for (int s = 0; s < n && active && wide; ++s) matrix[line * n + s] = exp(matrix[line * n + s]);
         sync_warp();
     }
 
@@ -231,10 +229,10 @@ struct Sinkhorn {
             normalize(history + step * size, history + (step + 1) * size, step, wide);
         sync_warp();
         // From here on grad is by the logarithms: log M loses the logarithm of its lines' sums at every step.
-        for (int s = 0; s < n && busy; ++s) grad[line * n + s] *= element(history + steps * size, line * n + s, wide);
+        for (int s = 0; s < n && active; ++s) grad[line * n + s] *= element(history + steps * size, line * n + s, wide);
         for (int64_t step = steps - 1; step >= 0; --step) {
             sync_warp();
-            if (busy) normalize_backward(history + (step + 1) * size, grad, step, wide);
+            if (active) normalize_backward(history + (step + 1) * size, grad, step, wide);
         }
         sync_warp();
     }
@@ -245,44 +243,44 @@ struct Sinkhorn {
     __device__ __forceinline__ int begin(int64_t step) const { return line * (over_j(step) ? 1 : n); }
     __device__ __forceinline__ int stride(int64_t step) const { return over_j(step) ? n : 1; }
 
-    // A matrix that is wide is kept as logarithms.
+    // A matrix that is wide is kLaneSums as logarithms.
     __device__ __forceinline__ static A element(const A* matrix, int at, bool wide) {
         return wide ? exp(matrix[at]) : matrix[at];
     }
 
     __device__ __forceinline__ bool is_wide(const A* a) const {
         sync_warp();
-        if (!busy) return false;
-        A most = a[0], least = a[0];
+        if (!active) return false;
+        A maximum = a[0], minimum = a[0];
         for (int at = 1; at < n * n; ++at) {
-            most = a[at] > most ? a[at] : most;
-            least = a[at] < least ? a[at] : least;
+            maximum = a[at] > maximum ? a[at] : maximum;
+            minimum = a[at] < minimum ? a[at] : minimum;
         }
-        return most - least > kSinkhornSpan<A>;
+        return maximum - minimum > kSinkhornSpan<A>;
     }
 
     // exp(a − its maximum along what is normalized first), which that normalization takes away again. In place.
     __device__ __forceinline__ void exponentiate(A* matrix, bool wide) const {
         sync_warp();
-        if (!busy || wide) return;
+        if (!active || wide) return;
         const int at = begin(0), next = stride(0);
-        A most = matrix[at];
-        for (int s = 1; s < n; ++s) most = matrix[at + s * next] > most ? matrix[at + s * next] : most;
-        for (int s = 0; s < n; ++s) matrix[at + s * next] = exp(matrix[at + s * next] - most);
+        A maximum = matrix[at];
+        for (int s = 1; s < n; ++s) maximum = matrix[at + s * next] > maximum ? matrix[at + s * next] : maximum;
+        for (int s = 0; s < n; ++s) matrix[at + s * next] = exp(matrix[at + s * next] - maximum);
     }
 
     __device__ __forceinline__ void normalize(const A* from, A* to, int64_t step, bool wide) const {
         sync_warp();
-        if (!busy) return;
+        if (!active) return;
         const int at = begin(step), next = stride(step);
         A sum = from[at];
         if (wide) {
-            A most = sum;
-            for (int s = 1; s < n; ++s) most = from[at + s * next] > most ? from[at + s * next] : most;
+            A maximum = sum;
+            for (int s = 1; s < n; ++s) maximum = from[at + s * next] > maximum ? from[at + s * next] : maximum;
             sum = 0;
-            for (int s = 0; s < n; ++s) sum += exp(from[at + s * next] - most);
+            for (int s = 0; s < n; ++s) sum += exp(from[at + s * next] - maximum);
             const A logarithm = log(sum);
-            for (int s = 0; s < n; ++s) to[at + s * next] = from[at + s * next] - most - logarithm;
+            for (int s = 0; s < n; ++s) to[at + s * next] = from[at + s * next] - maximum - logarithm;
             return;
         }
         for (int s = 1; s < n; ++s) sum += from[at + s * next];
@@ -304,7 +302,7 @@ __device__ __forceinline__ int post_index(int n, int j, int k) {
 
 // h'_k = Σ_j a(j) h_j + a(n) y, as stored in T: the same bits wherever it is made.
 template <class T, int N, int V, class F>
-__device__ __forceinline__ Vector<T, V> mix(int n, const F& a, const Vector<T, V> (&h)[kMost<N>],
+__device__ __forceinline__ Vector<T, V> mix(int n, const F& a, const Vector<T, V> (&h)[kMaxStreamsOf<N>],
                                             const Accumulator<T> (&y)[V]) {
     using A = Accumulator<T>;
     A sum[V];
@@ -312,7 +310,7 @@ __device__ __forceinline__ Vector<T, V> mix(int n, const F& a, const Vector<T, V
 #pragma unroll
     for (int v = 0; v < V; ++v) sum[v] = of_y * y[v];
 #pragma unroll
-    for (int j = 0; j < kMost<N>; ++j) {
+    for (int j = 0; j < kMaxStreamsOf<N>; ++j) {
         if (N == 0 && j >= n) continue;
         const A factor = a(j);
 #pragma unroll
@@ -325,8 +323,8 @@ __device__ __forceinline__ Vector<T, V> mix(int n, const F& a, const Vector<T, V
 }
 // The same with a token's coefficients.
 template <class T, int N, int V>
-__device__ __forceinline__ Vector<T, V> mix(int n, int k, const Accumulator<T>* c, const Vector<T, V> (&h)[kMost<N>],
-                                            const Accumulator<T> (&y)[V]) {
+__device__ __forceinline__ Vector<T, V> mix(int n, int k, const Accumulator<T>* c,
+                                            const Vector<T, V> (&h)[kMaxStreamsOf<N>], const Accumulator<T> (&y)[V]) {
     return mix<T, N>(n, [&](int j) { return c[post_index(n, j, k)]; }, h, y);
 }
 

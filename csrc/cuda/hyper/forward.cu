@@ -18,61 +18,62 @@ namespace {
 // sass: hyper_forward_kernel<*, [24]> LDGSTS.128, STG.128
 // sass: hyper_forward_kernel<*, [08]> LDG, STG
 template <class T, int N>
-__global__ void __launch_bounds__(kForwardThreads, kForwardBlocks<T, N>) hyper_forward_kernel(Forward with) {
-    if (with.ahead > 0) ForwardToken<T, N>(with, blockIdx.x).copy_ahead();
-    for (int64_t token = blockIdx.x; token < tokens_of(with.args.size); token += gridDim.x)
-        ForwardToken<T, N>(with, token).run();
+__global__ void __launch_bounds__(kForwardThreads, kForwardBlocks<T, N>) hyper_forward_kernel(ForwardPlan plan) {
+    if (plan.prefetch_offset > 0) ForwardToken<T, N>(plan, blockIdx.x).prefetch();
+    for (int64_t token = blockIdx.x; token < tokens_of(plan.args.size); token += gridDim.x)
+        ForwardToken<T, N>(plan, token).run();
 }
 
-// What is kept in shared memory, as far as it fits.
+// What is kLaneSums in shared memory, as far as it fits.
 template <class T, int N>
-void plan_shared(Forward& with) {
+void plan_shared(ForwardPlan& plan) {
     constexpr int V = kForwardElements<T, N>;
-    const HyperForward& args = with.args;
-    with.pitch = round_up(args.size.width, V);
-    with.shared_bytes = kForwardShared<Accumulator<T>, N>;
-    const int64_t row = with.pitch * static_cast<int64_t>(sizeof(T));
+    const HyperForward& args = plan.args;
+    plan.pitch = round_up(args.size.width, V);
+    plan.shared_bytes = kForwardShared<Accumulator<T>, N>;
+    const int64_t row = plan.pitch * static_cast<int64_t>(sizeof(T));
     const auto take = [&](bool wanted, int64_t rows) {
-        const bool taken = wanted && with.shared_bytes + rows * row <= kSharedBytes;
-        if (taken) with.shared_bytes += rows * row;
+        const bool taken = wanted && plan.shared_bytes + rows * row <= kSharedBytes;
+        if (taken) plan.shared_bytes += rows * row;
         return taken;
     };
     // Rows are read once more for x, and before that for z: worth a place on the chip, but not for a last time alone.
-    const bool layer = with.dynamic && args.connection.norm == HyperNorm::layer;
-    with.staged = take(args.pre && (with.post || (with.dynamic && !with.has_logits)), args.size.streams);
+    const bool layer = plan.dynamic && args.connection.norm == HyperNorm::layer;
+    plan.staged = take(args.pre && (plan.post || (plan.dynamic && !plan.has_logits)), args.size.streams);
     const bool aligned_rows =
-        with.whole_in && (!with.post || (with.whole_branch && args.size.branch_dtype == args.size.dtype));
-    const int64_t ahead = with.shared_bytes;
-    if (take(ForwardToken<T, N>::kCopies && aligned_rows && (with.post || layer || with.staged), args.size.streams + 1))
-        with.ahead = ahead;
+        plan.vec_in && (!plan.post || (plan.vec_branch && args.size.branch_dtype == args.size.dtype));
+    const int64_t prefetch_offset = plan.shared_bytes;
+    if (take(ForwardToken<T, N>::kCopies && aligned_rows && (plan.post || layer || plan.staged), args.size.streams + 1))
+        plan.prefetch_offset = prefetch_offset;
 }
 
 template <class T, int N>
 void launch_forward(const HyperForward& args, bool has_logits, void* stream) {
     using A = Accumulator<T>;
     constexpr int V = kForwardElements<T, N>;
-    Forward with{};
-    with.args = args;
-    with.post = args.post.branch.data != nullptr;
-    with.dynamic = args.pre && args.connection.norm != HyperNorm::none;
-    with.has_logits = has_logits;
-    const bool whole = args.size.width % V == 0;
-    with.whole_in = whole && aligned(args.in, sizeof(T), V);
-    with.whole_out = whole && aligned(args.out, sizeof(T), V);
-    with.whole_branch = whole && aligned(args.post.branch, element_size(args.size.branch_dtype), V);
-    with.whole_rest =
-        whole && aligned(args.branch_input, sizeof(T), V, {}) && aligned(args.connection.weight, sizeof(A), V, {});
-    plan_shared<T, N>(with);
-    const int64_t blocks = with.ahead > 0 && kForwardGrid < args.size.tokens() ? kForwardGrid : args.size.tokens();
+    ForwardPlan plan{};
+    plan.args = args;
+    plan.post = args.post.branch.data != nullptr;
+    plan.dynamic = args.pre && args.connection.norm != HyperNorm::none;
+    plan.has_logits = has_logits;
+    const bool vectorized = args.size.width % V == 0;
+    plan.vec_in = vectorized && aligned(args.in, sizeof(T), V);
+    plan.vec_out = vectorized && aligned(args.out, sizeof(T), V);
+    plan.vec_branch = vectorized && aligned(args.post.branch, element_size(args.size.branch_dtype), V);
+    plan.vec_rest =
+        vectorized && aligned(args.branch_input, sizeof(T), V, {}) && aligned(args.connection.weight, sizeof(A), V, {});
+    plan_shared<T, N>(plan);
+    const int64_t blocks =
+        plan.prefetch_offset > 0 && kForwardGrid < args.size.tokens() ? kForwardGrid : args.size.tokens();
     launch("hyper_forward", hyper_forward_kernel<T, N>,
-           {blocks, kForwardThreads, stream, static_cast<size_t>(with.shared_bytes)}, with);
+           {blocks, kForwardThreads, stream, static_cast<size_t>(plan.shared_bytes)}, plan);
 }
 
 void launch_forward(const HyperForward& args, bool has_logits, void* stream) {
-    with_element(args.size.dtype, [&](auto element) {
+    dispatch_dtype(args.size.dtype, [&](auto element) {
         using T = decltype(element);
-        with_streams(args.size.streams,
-                     [&](auto n) { launch_forward<T, decltype(n)::value>(args, has_logits, stream); });
+        dispatch_streams(args.size.streams,
+                         [&](auto n) { launch_forward<T, decltype(n)::value>(args, has_logits, stream); });
     });
 }
 

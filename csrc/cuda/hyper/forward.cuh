@@ -6,7 +6,7 @@
 namespace xlayer::cuda::hyper {
 
 constexpr int kForwardWarps = 8;
-constexpr int kForwardThreads = kForwardWarps * kWarp;
+constexpr int kForwardThreads = kForwardWarps * kWarpSize;
 constexpr int64_t kSharedBytes = 80 * 1024;  // at most: two blocks on a multiprocessor
 
 // Elements of d that a thread has at a time, and columns of the weight in one pass over them: what registers hold.
@@ -23,23 +23,23 @@ constexpr int kForwardBlocks = sizeof(T) == 8 || N == 8 ? 1 : 2;
 
 constexpr int64_t kForwardGrid = 264;  // blocks that are there at once on an H200, where each has several tokens
 
-struct Forward {
+struct ForwardPlan {
     HyperForward args;
     bool post, dynamic, has_logits;  // has_logits: z and statistics are there already
-    bool whole_in, whole_out, whole_branch, whole_rest;
+    bool vec_in, vec_out, vec_branch, vec_rest;
     int64_t pitch;  // of rows in shared memory
     int64_t shared_bytes;
-    bool staged;    // h' is kept in shared memory
-    int64_t ahead;  // where in it lies what is copied ahead for the next token, h and y: bytes; 0: nowhere
+    bool staged;              // h' is kLaneSums in shared memory
+    int64_t prefetch_offset;  // where in it lies what is copied ahead for the next token, h and y: bytes; 0: nowhere
 };
 
 template <class A, int N>
 struct ForwardShared {
-    static constexpr int kSums = kMost<N> * (kColumns<N> + 2);
-    A post[kMostNumbers<N>], z[kMostNumbers<N>], c[kMostNumbers<N>];
-    A mean[kMost<N>], inverse[kMost<N>];
+    static constexpr int kSums = kMaxStreamsOf<N> * (kColumns<N> + 2);
+    A post[kMaxCoefficientsOf<N>], z[kMaxCoefficientsOf<N>], c[kMaxCoefficientsOf<N>];
+    A mean[kMaxStreamsOf<N>], inverse[kMaxStreamsOf<N>];
     A partial[kForwardWarps * kSums], sum[kSums];
-    A matrix[kMost<N> * kMost<N>];
+    A matrix[kMaxStreamsOf<N> * kMaxStreamsOf<N>];
 };
 template <class A, int N>
 constexpr int64_t kForwardShared = (sizeof(ForwardShared<A, N>) + 127) / 128 * 128;
@@ -53,47 +53,48 @@ class ForwardToken {
   public:
     static constexpr bool kCopies = sizeof(Vector<T, V>) == 16;
 
-    __device__ __forceinline__ ForwardToken(const Forward& with, int64_t token)
-        : with_(with), args_(with.args), token_(token), n_(streams_of<N>(with.args.size)), d_(with.args.size.width) {
+    __device__ __forceinline__ ForwardToken(const ForwardPlan& plan, int64_t token)
+        : plan_(plan), args_(plan.args), token_(token), n_(streams_of<N>(plan.args.size)), d_(plan.args.size.width) {
         const HyperStreams<const void*>& in = args_.in;
         in_ = static_cast<const T*>(in.data) + token_offset(args_.size, in.stride, token);
-        if (with.post) out_ = static_cast<T*>(args_.out.data) + token_offset(args_.size, args_.out.stride, token);
-        if (with.staged) {
+        if (plan.post) out_ = static_cast<T*>(args_.out.data) + token_offset(args_.size, args_.out.stride, token);
+        if (plan.staged) {
             rows_ = reinterpret_cast<T*>(shared_memory<char>() + kForwardShared<A, N>);
-            pitch_ = with.pitch;
-            whole_rows_ = true;
+            pitch_ = plan.pitch;
+            vec_rows_ = true;
         } else {
-            rows_ = with.post ? out_ : const_cast<T*>(in_);
-            pitch_ = with.post ? args_.out.stride[2] : in.stride[2];
-            whole_rows_ = with.post ? with.whole_out : with.whole_in;
+            rows_ = plan.post ? out_ : const_cast<T*>(in_);
+            pitch_ = plan.post ? args_.out.stride[2] : in.stride[2];
+            vec_rows_ = plan.post ? plan.vec_out : plan.vec_in;
         }
     }
 
     // Has the thread's elements of h and y at e copied to shared memory.
-    __device__ __forceinline__ void copy_ahead(int64_t e) const {
+    __device__ __forceinline__ void prefetch(int64_t e) const {
         if constexpr (kCopies) {
-            T* const to = ahead() + e;
+            T* const to = prefetched() + e;
 #pragma unroll
-            for (int j = 0; j < kMost<N>; ++j) copy_async(to + j * with_.pitch, in_ + j * args_.in.stride[2] + e);
-            if (!with_.post) return;
+            for (int j = 0; j < kMaxStreamsOf<N>; ++j)
+                copy_async(to + j * plan_.pitch, in_ + j * args_.in.stride[2] + e);
+            if (!plan_.post) return;
             const T* y = static_cast<const T*>(args_.post.branch.data) +
                          token_offset(args_.size, args_.post.branch.stride, token_);
-            copy_async(to + kMost<N> * with_.pitch, y + e);
+            copy_async(to + kMaxStreamsOf<N> * plan_.pitch, y + e);
         }
     }
-    __device__ __forceinline__ void copy_ahead() const {
-        for (int64_t e = static_cast<int64_t>(threadIdx.x) * V; e < d_; e += kStep) copy_ahead(e);
+    __device__ __forceinline__ void prefetch() const {
+        for (int64_t e = static_cast<int64_t>(threadIdx.x) * V; e < d_; e += kStep) prefetch(e);
         commit_copies();
     }
 
     __device__ __forceinline__ void run() {
-        load_numbers();
-        const bool layer = with_.dynamic && args_.connection.norm == HyperNorm::layer;
-        if (with_.post || layer || with_.staged) mix_streams(layer);
+        load_coefficients();
+        const bool layer = plan_.dynamic && args_.connection.norm == HyperNorm::layer;
+        if (plan_.post || layer || plan_.staged) mix_streams(layer);
         if (!args_.pre) return;
-        if (with_.dynamic) {
-            if (!with_.has_logits) products();
-            if (threadIdx.x < kWarp) coefficients();
+        if (plan_.dynamic) {
+            if (!plan_.has_logits) products();
+            if (threadIdx.x < kWarpSize) coefficients();
             sync_block();
         }
         branch_input();
@@ -101,74 +102,76 @@ class ForwardToken {
 
   private:
     __device__ __forceinline__ static ForwardShared<A, N>& shared() { return *shared_memory<ForwardShared<A, N>>(); }
-    __device__ __forceinline__ T* ahead() const { return reinterpret_cast<T*>(shared_memory<char>() + with_.ahead); }
+    __device__ __forceinline__ T* prefetched() const {
+        return reinterpret_cast<T*>(shared_memory<char>() + plan_.prefetch_offset);
+    }
     __device__ __forceinline__ bool real(int j) const { return N != 0 || j < n_; }
 
     // The numbers that the token comes with: post's coefficients, z, or what is static.
-    __device__ __forceinline__ void load_numbers() {
-        const int numbers = n_ * (n_ + 2);
+    __device__ __forceinline__ void load_coefficients() {
+        const int num_coefficients = n_ * (n_ + 2);
         sync_block();  // the token before is done with them
         const A* post = static_cast<const A*>(args_.post.coefficients);
-        if (with_.post && !args_.post.shared) post += token_ * numbers;
-        for (int at = static_cast<int>(threadIdx.x); at < numbers; at += kForwardThreads) {
-            if (with_.post) shared().post[at] = post[at];
-            if (args_.pre && !with_.dynamic) shared().c[at] = static_cast<const A*>(args_.connection.base)[at];
-            if (with_.has_logits) shared().z[at] = static_cast<const A*>(args_.logits)[token_ * numbers + at];
+        if (plan_.post && !args_.post.shared) post += token_ * num_coefficients;
+        for (int at = static_cast<int>(threadIdx.x); at < num_coefficients; at += kForwardThreads) {
+            if (plan_.post) shared().post[at] = post[at];
+            if (args_.pre && !plan_.dynamic) shared().c[at] = static_cast<const A*>(args_.connection.base)[at];
+            if (plan_.has_logits) shared().z[at] = static_cast<const A*>(args_.logits)[token_ * num_coefficients + at];
         }
         sync_block();
     }
 
     // The thread's elements of h and y at e, copied ahead or not.
-    __device__ __forceinline__ void read_token(int64_t e, Vector<T, V> (&h)[kMost<N>], A (&y)[V]) const {
+    __device__ __forceinline__ void read_token(int64_t e, Vector<T, V> (&h)[kMaxStreamsOf<N>], A (&y)[V]) const {
         const int64_t count = d_ - e;
-        if (kCopies && with_.ahead > 0) {
+        if (kCopies && plan_.prefetch_offset > 0) {
 #pragma unroll
-            for (int j = 0; j < kMost<N>; ++j) {
-                if (real(j)) h[j] = load_vec<V>(ahead() + j * with_.pitch + e);
+            for (int j = 0; j < kMaxStreamsOf<N>; ++j) {
+                if (real(j)) h[j] = load_vec<V>(prefetched() + j * plan_.pitch + e);
             }
-            if (!with_.post) return;
-            const Vector<T, V> some = load_vec<V>(ahead() + n_ * with_.pitch + e);
+            if (!plan_.post) return;
+            const Vector<T, V> some = load_vec<V>(prefetched() + n_ * plan_.pitch + e);
 #pragma unroll
             for (int v = 0; v < V; ++v) y[v] = widen(some.at[v]);
             return;
         }
 #pragma unroll
-        for (int j = 0; j < kMost<N>; ++j) {
-            if (real(j)) h[j] = read<V>(in_ + j * args_.in.stride[2] + e, count, with_.whole_in);
+        for (int j = 0; j < kMaxStreamsOf<N>; ++j) {
+            if (real(j)) h[j] = read<V>(in_ + j * args_.in.stride[2] + e, count, plan_.vec_in);
         }
-        if (!with_.post) return;
+        if (!plan_.post) return;
         read_branch<T>(args_.size.branch_dtype, args_.post.branch.data,
-                       token_offset(args_.size, args_.post.branch.stride, token_) + e, count, with_.whole_branch, y);
+                       token_offset(args_.size, args_.post.branch.stride, token_) + e, count, plan_.vec_branch, y);
     }
 
     // h' to memory and to shared memory, and the means of its rows.
     __device__ __forceinline__ void mix_streams(bool layer) {
-        A sum[kMost<N>] = {};
+        A sum[kMaxStreamsOf<N>] = {};
         const int64_t next = token_ + gridDim.x;
-        if (with_.ahead > 0) wait_copies<0>();
+        if (plan_.prefetch_offset > 0) wait_copies<0>();
         for (int64_t begin = 0; begin < d_; begin += kStep) {
             sync_warp();  // holds the loads of the coefficients: they would take too
                           // many registers
             const int64_t e = begin + static_cast<int64_t>(threadIdx.x) * V;
             if (e >= d_) continue;
             const int64_t count = d_ - e;
-            Vector<T, V> h[kMost<N>];
+            Vector<T, V> h[kMaxStreamsOf<N>];
             A y[V] = {};
             read_token(e, h, y);
 #pragma unroll
-            for (int k = 0; k < kMost<N>; ++k) {
+            for (int k = 0; k < kMaxStreamsOf<N>; ++k) {
                 if (!real(k)) continue;
-                const Vector<T, V> mixed = with_.post ? mix<T, N>(n_, k, shared().post, h, y) : h[k];
-                if (with_.post) write(out_ + k * args_.out.stride[2] + e, mixed, count, with_.whole_out);
-                if (with_.staged) store_vec<Space::generic>(rows_ + k * pitch_ + e, mixed);
+                const Vector<T, V> mixed = plan_.post ? mix<T, N>(n_, k, shared().post, h, y) : h[k];
+                if (plan_.post) write(out_ + k * args_.out.stride[2] + e, mixed, count, plan_.vec_out);
+                if (plan_.staged) store_vec<Space::generic>(rows_ + k * pitch_ + e, mixed);
 #pragma unroll
                 for (int v = 0; v < V; ++v) sum[k] += widen(mixed.at[v]);
             }
         }
         // Only now, when what lay there has been used.
-        if (with_.ahead > 0 && next < tokens_of(args_.size)) ForwardToken(with_, next).copy_ahead();
+        if (plan_.prefetch_offset > 0 && next < tokens_of(args_.size)) ForwardToken(plan_, next).prefetch();
         if (!layer) return;
-        sum_over_block<kMost<N>, kForwardWarps>(sum, shared().partial, shared().sum);
+        sum_over_block<kMaxStreamsOf<N>, kForwardWarps>(sum, shared().partial, shared().sum);
         sync_block();
         if (static_cast<int>(threadIdx.x) < n_)
             shared().mean[threadIdx.x] = shared().sum[threadIdx.x] / static_cast<A>(d_);
@@ -178,35 +181,35 @@ class ForwardToken {
     // z = norm(h') · weight, for norms of each stream.
     __device__ __forceinline__ void products() {
         const bool layer = args_.connection.norm == HyperNorm::layer;
-        A mean[kMost<N>];
+        A mean[kMaxStreamsOf<N>];
 #pragma unroll
-        for (int j = 0; j < kMost<N>; ++j) mean[j] = layer && real(j) ? shared().mean[j] : A(0);
+        for (int j = 0; j < kMaxStreamsOf<N>; ++j) mean[j] = layer && real(j) ? shared().mean[j] : A(0);
         for (int first = 0; first < n_ + 2; first += kColumns<N>) {
-            A sum[kMost<N> * (kColumns<N> + 2)] = {};  // of products, then of h' − mean and its squares
+            A sum[kMaxStreamsOf<N> * (kColumns<N> + 2)] = {};  // of products, then of h' − mean and its squares
             for (int64_t begin = 0; begin < d_; begin += kStep) {
                 sync_warp();  // and of the means
                 const int64_t e = begin + static_cast<int64_t>(threadIdx.x) * V;
                 if (e >= d_) continue;
                 const int64_t count = d_ - e;
-                A h[kMost<N>][V];
+                A h[kMaxStreamsOf<N>][V];
 #pragma unroll
-                for (int j = 0; j < kMost<N>; ++j) {
+                for (int j = 0; j < kMaxStreamsOf<N>; ++j) {
                     if (!real(j)) continue;
-                    const Vector<T, V> row = read<V>(rows_ + j * pitch_ + e, count, whole_rows_);
+                    const Vector<T, V> row = read<V>(rows_ + j * pitch_ + e, count, vec_rows_);
 #pragma unroll
                     for (int v = 0; v < V; ++v) {
                         h[j][v] = v < count ? widen(row.at[v]) - mean[j] : A(0);
-                        sum[kMost<N> * kColumns<N> + j] += h[j][v];
-                        A& squares = sum[kMost<N> * (kColumns<N> + 1) + j];
+                        sum[kMaxStreamsOf<N> * kColumns<N> + j] += h[j][v];
+                        A& squares = sum[kMaxStreamsOf<N> * (kColumns<N> + 1) + j];
                         squares = fma(h[j][v], h[j][v], squares);
                     }
                 }
 #pragma unroll
                 for (int m = 0; m < kColumns<N>; ++m) {
                     const A* weight = static_cast<const A*>(args_.connection.weight) + (first + m) * d_ + e;
-                    const Vector<A, V> w = read<V>(weight, count, with_.whole_rest);
+                    const Vector<A, V> w = read<V>(weight, count, plan_.vec_rest);
 #pragma unroll
-                    for (int j = 0; j < kMost<N>; ++j) {
+                    for (int j = 0; j < kMaxStreamsOf<N>; ++j) {
                         if (!real(j)) continue;
 #pragma unroll
                         for (int v = 0; v < V; ++v) {
@@ -216,7 +219,7 @@ class ForwardToken {
                     }
                 }
             }
-            sum_over_block<kMost<N>*(kColumns<N> + 2), kForwardWarps>(sum, shared().partial, shared().sum);
+            sum_over_block<kMaxStreamsOf<N>*(kColumns<N> + 2), kForwardWarps>(sum, shared().partial, shared().sum);
             sync_block();
             finish_products(first);
             sync_block();
@@ -225,15 +228,15 @@ class ForwardToken {
 
     __device__ __forceinline__ void finish_products(int first) {
         const int thread = static_cast<int>(threadIdx.x), j = thread / kColumns<N>, m = first + thread % kColumns<N>;
-        if (thread >= kMost<N> * kColumns<N> || j >= n_) return;
+        if (thread >= kMaxStreamsOf<N> * kColumns<N> || j >= n_) return;
         const A width = static_cast<A>(d_);
         A mean = 0, off = 0, level = 0;  // off: by how much the mean had been rounded, level: what it adds to z
         if (args_.connection.norm == HyperNorm::layer) {
-            off = shared().sum[kMost<N> * kColumns<N> + j] / width;
+            off = shared().sum[kMaxStreamsOf<N> * kColumns<N> + j] / width;
             mean = shared().mean[j];
             level = off * static_cast<const A*>(args_.workspace)[m];
         }
-        const A squares = shared().sum[kMost<N> * (kColumns<N> + 1) + j];
+        const A squares = shared().sum[kMaxStreamsOf<N> * (kColumns<N> + 1) + j];
         const A inverse = A(1) / sqrt(squares / width - off * off + static_cast<A>(args_.connection.eps));
         shared().z[j * (n_ + 2) + m] = inverse * (shared().sum[thread] - level);
         if (m > 0) return;
@@ -244,20 +247,20 @@ class ForwardToken {
     // c from z, by the first warp.
     __device__ __forceinline__ void coefficients() {
         const HyperConnection& connection = args_.connection;
-        const int columns = n_ + 2, numbers = n_ * columns;
+        const int columns = n_ + 2, num_coefficients = n_ * columns;
         const bool constrained = is_constrained(connection);
-        A* const c = static_cast<A*>(args_.coefficients) + token_ * numbers;
-        for (int at = lane_of_warp(); at < numbers; at += kWarp) {
+        A* const c = static_cast<A*>(args_.coefficients) + token_ * num_coefficients;
+        for (int at = lane_id(); at < num_coefficients; at += kWarpSize) {
             const A z = shared().z[at];
-            if (!with_.has_logits) static_cast<A*>(args_.logits)[token_ * numbers + at] = z;
-            const NumberParameters<A> with(connection, at, columns);
+            if (!plan_.has_logits) static_cast<A*>(args_.logits)[token_ * num_coefficients + at] = z;
+            const CoefficientParameters<A> params(connection, at, columns);
             const int j = at / columns, m = at % columns;
             A number;
             if (!constrained) {
-                const A in = z + with.bias;
-                number = with.base + with.scale * (connection.form == HyperForm::tanh ? tanh(in) : in);
+                const A in = z + params.bias;
+                number = params.base + params.scale * (connection.form == HyperForm::tanh ? tanh(in) : in);
             } else {
-                number = with.base + with.scale * z;
+                number = params.base + params.scale * z;
                 if (m > 0 && m <= n_) {
                     shared().matrix[j * n_ + m - 1] = number;
                     continue;
@@ -267,8 +270,8 @@ class ForwardToken {
             shared().c[at] = c[at] = number;
         }
         if (!constrained) return;
-        Sinkhorn<A>(connection, n_, lane_of_warp(), true).forward(shared().matrix);
-        for (int at = lane_of_warp(); at < n_ * n_; at += kWarp) {
+        Sinkhorn<A>(connection, n_, lane_id(), true).forward(shared().matrix);
+        for (int at = lane_id(); at < n_ * n_; at += kWarpSize) {
             const int to = at / n_ * columns + 1 + at % n_;
             shared().c[to] = c[to] = shared().matrix[at];
         }
@@ -280,21 +283,21 @@ class ForwardToken {
             const int64_t count = d_ - e;
             A sum[V] = {};
 #pragma unroll
-            for (int j = 0; j < kMost<N>; ++j) {
+            for (int j = 0; j < kMaxStreamsOf<N>; ++j) {
                 if (!real(j)) continue;
                 const A factor = shared().c[j * (n_ + 2)];
-                const Vector<T, V> row = read<V>(rows_ + j * pitch_ + e, count, whole_rows_);
+                const Vector<T, V> row = read<V>(rows_ + j * pitch_ + e, count, vec_rows_);
 #pragma unroll
                 for (int v = 0; v < V; ++v) sum[v] = fma(factor, widen(row.at[v]), sum[v]);
             }
             Vector<T, V> out;
 #pragma unroll
             for (int v = 0; v < V; ++v) out.at[v] = narrow<T>(sum[v]);
-            write(x + e, out, count, with_.whole_rest);
+            write(x + e, out, count, plan_.vec_rest);
         }
     }
 
-    const Forward& with_;
+    const ForwardPlan& plan_;
     const HyperForward& args_;
     int64_t token_;
     int n_;
@@ -303,7 +306,7 @@ class ForwardToken {
     T* out_ = nullptr;
     T* rows_;  // h', for a thread's own elements
     int64_t pitch_;
-    bool whole_rows_;
+    bool vec_rows_;
 };
 
 }  // namespace xlayer::cuda::hyper

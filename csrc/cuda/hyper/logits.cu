@@ -13,7 +13,7 @@ constexpr int kGroup = 4;    // rows of a thread
 constexpr int kLogitThreads = kTokens * kRows / kGroup;
 
 constexpr int kSumWarps = 4;
-constexpr int kSumThreads = kSumWarps * kWarp;
+constexpr int kSumThreads = kSumWarps * kWarpSize;
 
 template <class A>
 struct LogitsShared {
@@ -28,7 +28,7 @@ template <class T>
 __global__ void __launch_bounds__(kLogitThreads, 2) hyper_logits_kernel(LogitsOfAll args) {
     using A = Accumulator<T>;
     LogitsShared<A>& shared = *shared_memory<LogitsShared<A>>();
-    const int thread = static_cast<int>(threadIdx.x), lane = lane_of_warp(), warp = thread / kWarp;
+    const int thread = static_cast<int>(threadIdx.x), lane = lane_id(), warp = thread / kWarpSize;
     const HyperSizes& size = args.size;
     const int64_t tokens = tokens_of(size), d = size.width, all = size.streams * d;
     const int64_t rows = size.streams * (size.streams + 2);
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kLogitThreads, 2) hyper_logits_kernel(LogitsOf
         for (int64_t begin = 0; begin < all; begin += kStep) {
             // A warp brings rows warp, warp + 8, … of both, a lane one element.
             const int64_t e = begin + lane, j = e / d;
-            for (int r = warp; r < kTokens; r += kLogitThreads / kWarp) {
+            for (int r = warp; r < kTokens; r += kLogitThreads / kWarpSize) {
                 const bool real = first + r < tokens && e < all;
                 const int64_t offset =
                     token_offset(size, args.in.stride, first + r) + j * args.in.stride[2] + e - j * d;
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kLogitThreads, 2) hyper_logits_kernel(LogitsOf
             static_cast<A*>(args.logits)[token * rows + row + warp * kGroup + g] = inverse * sum[g];
         if (blockIdx.y > 0) continue;
         A* const statistics = static_cast<A*>(args.statistics) + token * size.streams * kHyperStatistics;
-        for (int64_t j = warp; j < size.streams; j += kLogitThreads / kWarp) {
+        for (int64_t j = warp; j < size.streams; j += kLogitThreads / kWarpSize) {
             A* const of = statistics + j * kHyperStatistics;
             of[0] = of[1] = 0, of[2] = inverse;
         }
@@ -106,7 +106,7 @@ void sum_weights(const HyperSizes& size, const void* weight, void* sums, void* s
 }
 
 void logits_of_all(const LogitsOfAll& args, void* stream) {
-    with_element(args.size.dtype, [&](auto element) {
+    dispatch_dtype(args.size.dtype, [&](auto element) {
         using T = decltype(element);
         launch("hyper_logits", hyper_logits_kernel<T>,
                {ceil_div(args.size.tokens(), kTokens), kLogitThreads, stream, sizeof(LogitsShared<Accumulator<T>>),

@@ -9,13 +9,13 @@
 
 namespace xlayer::cuda::quantize {
 
-constexpr int64_t kMostBlocks = 65535;  // of kernels that loop over the rest
+constexpr int64_t kMaxBlocks = 65535;  // of kernels that loop over the rest
 
 // A sum over the warp in a fixed order, equal in all lanes.
 template <class A>
 __device__ __forceinline__ A add_over_warp(A x) {
 #pragma unroll
-    for (int mask = kWarp / 2; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
+    for (int mask = kWarpSize / 2; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
     return x;
 }
 

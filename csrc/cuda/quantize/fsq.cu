@@ -17,7 +17,7 @@ constexpr int64_t kTileNumbers = 2048;
 // Of a dimension; `factor` and `offset` so that the place of a number among the digits is factor·σ − offset.
 template <class A>
 struct alignas(16) Dimension {
-    A factor, offset, shift, most;
+    A factor, offset, shift, max_digit;
     A center, divisor, inverse;
     A gain;  // four times the slope of the code per slope of tanh
 };
@@ -41,14 +41,14 @@ template <class A>
 __device__ __forceinline__ void make_dimensions(const FsqDimensions& from, Dimension<A>* to, int64_t* basis) {
     const bool symmetric = from.bound == FsqBound::symmetric;
     for (int i = static_cast<int>(threadIdx.x); i < from.width; i += kThreads) {
-        const A most = static_cast<A>(from.levels[i] - 1), center = static_cast<A>(from.levels[i] / 2);
-        const A half = static_cast<A>(from.half[i]), divisor = symmetric ? most : center;
-        to[i] = {symmetric ? most : 2 * half,
+        const A max_digit = static_cast<A>(from.levels[i] - 1), center = static_cast<A>(from.levels[i] / 2);
+        const A half = static_cast<A>(from.half[i]), divisor = symmetric ? max_digit : center;
+        to[i] = {symmetric ? max_digit : 2 * half,
                  symmetric ? A(-0.5) : half + static_cast<A>(from.middle[i]),
                  static_cast<A>(from.shift[i]),
-                 most,
-                 symmetric ? most / 2 : center,
-                 symmetric ? most / 2 : center,
+                 max_digit,
+                 symmetric ? max_digit / 2 : center,
+                 symmetric ? max_digit / 2 : center,
                  1 / divisor,
                  symmetric ? A(4) : 4 * half / center};
         basis[i] = from.basis[i];
@@ -63,8 +63,10 @@ struct Logistic {
 };
 template <class A>
 __device__ __forceinline__ Logistic<A> logistic(A y) {
-    constexpr A kMinusTwoOverLn2 = A(-2.88539008177792681472), kMost = 115;  // 2^115 and its inverse are normal numbers
-    const A exponent = kMinusTwoOverLn2 * y, q = exp2(exponent > kMost ? kMost : exponent), value = reciprocal(1 + q);
+    constexpr A kMinusTwoOverLn2 = A(-2.88539008177792681472),
+                kMaxExponent = 115;  // 2^115 and its inverse are normal numbers
+    const A exponent = kMinusTwoOverLn2 * y, q = exp2(exponent > kMaxExponent ? kMaxExponent : exponent),
+            value = reciprocal(1 + q);
     return {value, q * value};
 }
 
@@ -122,8 +124,8 @@ __global__ void __launch_bounds__(kThreads) fsq_kernel(Fsq<Accumulator<T>> args)
                 A digit = fma(d.factor, sigma.value, -d.offset);
                 digit = kSymmetric ? floor(digit) : rint(digit) + d.center;
                 digit = digit > 0 ? digit : A(0);  // of NaN too
-                digit = digit < d.most ? digit : d.most;
-                const A code = kSymmetric ? divide(2 * digit - d.most, d.most, d.inverse)
+                digit = digit < d.max_digit ? digit : d.max_digit;
+                const A code = kSymmetric ? divide(2 * digit - d.max_digit, d.max_digit, d.inverse)
                                           : divide(digit - d.center, d.center, d.inverse);
                 codes.at[n] = narrow<T>(number == number ? code : number);
                 slopes.at[n] = narrow<T>(d.gain * sigma.value * sigma.rest);
@@ -164,7 +166,7 @@ auto choose(bool symmetric, bool keep) {
 }  // namespace
 
 void fsq_forward(const FsqForward& args, void* stream) {
-    with_element(args.dtype, [&](auto element) {
+    dispatch_dtype(args.dtype, [&](auto element) {
         using T = decltype(element);
         using A = Accumulator<T>;
         const int64_t width = args.dimensions.width, rows = tile_rows(width), blocks = ceil_div(args.rows, rows);
@@ -177,7 +179,7 @@ void fsq_forward(const FsqForward& args, void* stream) {
                              (args.slope == nullptr || vector_length<T>(args.slope) > 1);
         const bool symmetric = args.dimensions.bound == FsqBound::symmetric, keep = args.slope != nullptr;
         launch("fsq", vectors ? choose<T, 16 / sizeof(T)>(symmetric, keep) : choose<T, 1>(symmetric, keep),
-               Launch{blocks < kMostBlocks ? blocks : kMostBlocks, kThreads, stream, static_cast<size_t>(bytes)}, fsq);
+               Launch{blocks < kMaxBlocks ? blocks : kMaxBlocks, kThreads, stream, static_cast<size_t>(bytes)}, fsq);
     });
 }
 

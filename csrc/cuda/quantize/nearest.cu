@@ -22,12 +22,12 @@ struct CodeTerms {
 };
 
 constexpr int kRowThreads = 256;  // of the kernels with a warp to a row
-constexpr int kRowWarps = kRowThreads / kWarp;
+constexpr int kRowWarps = kRowThreads / kWarpSize;
 
 // Calls f(columns) for the vectors of a row that are this lane's.
 template <int N, class T, class F>
-__device__ __forceinline__ void for_my_columns(const T* row, int64_t width, const F& f) {
-    for (int64_t d = static_cast<int64_t>(lane_id()) * N; d < width; d += kWarp * N) f(d, load_vec<N>(row + d));
+__device__ __forceinline__ void for_lane_columns(const T* row, int64_t width, const F& f) {
+    for (int64_t d = static_cast<int64_t>(lane_id()) * N; d < width; d += kWarpSize * N) f(d, load_vec<N>(row + d));
 }
 
 // resources: vq_terms_kernel threads 256, registers 40, shared 0, occupancy 0.75
@@ -36,13 +36,13 @@ template <class T, int N>
 __global__ void __launch_bounds__(kRowThreads) vq_terms_kernel(CodeTerms<Accumulator<T>> args) {
     using A = Accumulator<T>;
     const int64_t count = args.books * args.padded, step = static_cast<int64_t>(gridDim.x) * kRowWarps;
-    for (int64_t at = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / kWarp; at < count; at += step) {
+    for (int64_t at = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / kWarpSize; at < count; at += step) {
         const int64_t book = at / args.padded, code = at % args.padded;
         A square = 0, poison = 0;  // poison: 0, or NaN
         if (code < args.codes) {
             const T* const row = static_cast<const T*>(args.codebook.data) + book * args.codebook.book_stride +
                                  code * args.codebook.row_stride;
-            for_my_columns<N>(row, args.width, [&](int64_t, const Vector<T, N>& c) {
+            for_lane_columns<N>(row, args.width, [&](int64_t, const Vector<T, N>& c) {
 #pragma unroll
                 for (int n = 0; n < N; ++n) {
                     const A value = widen(c.at[n]);
@@ -80,13 +80,13 @@ template <class T, int N>
 __global__ void __launch_bounds__(kRowThreads) vq_merge_kernel(Merge<Accumulator<T>> args) {
     using A = Accumulator<T>;
     const int64_t count = args.books * args.rows, step = static_cast<int64_t>(gridDim.x) * kRowWarps;
-    for (int64_t at = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / kWarp; at < count; at += step) {
+    for (int64_t at = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / kWarpSize; at < count; at += step) {
         const int64_t book = at / args.rows, n = at % args.rows;
         Best<A> best{A(INFINITY), 0};
-        for (int64_t split = lane_id(); split < args.splits; split += kWarp)
+        for (int64_t split = lane_id(); split < args.splits; split += kWarpSize)
             best = better(best, {args.scores[split * count + at], args.found[split * count + at]});
 #pragma unroll
-        for (int mask = kWarp / 2; mask > 0; mask /= 2)
+        for (int mask = kWarpSize / 2; mask > 0; mask /= 2)
             best = better(best, {shuffle_xor(best.score, mask), shuffle_xor(best.code, mask)});
 
         const T* const x = static_cast<const T*>(args.x.data) + book * args.x.book_stride + n * args.x.row_stride;
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kRowThreads) vq_merge_kernel(Merge<Accumulator
             const T* const c = codes + best.code * args.codebook.row_stride;
             A poison = 0;  // NaN where x is not finite
             first = cross = last = 0;
-            for_my_columns<N>(x, args.width, [&](int64_t d, const Vector<T, N>& left) {
+            for_lane_columns<N>(x, args.width, [&](int64_t d, const Vector<T, N>& left) {
                 const Vector<T, N> right = load_vec<N>(c + d);
 #pragma unroll
                 for (int i = 0; i < N; ++i) {
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kRowThreads) vq_merge_kernel(Merge<Accumulator
         A distance = first;
         if (args.cosine) {
             const A x_scale = first > 0 ? 1 / sqrt(first) : A(0), c_scale = last > 0 ? 1 / sqrt(last) : A(0);
-            distance = finite ? at_least_zero(1 - cross * x_scale * c_scale) : A(NAN);
+            distance = finite ? clamp_min_zero(1 - cross * x_scale * c_scale) : A(NAN);
         }
         if (lane_id() != 0) continue;
         args.indices[at] = best.code;
@@ -144,14 +144,15 @@ struct Plan {
         : row_blocks(ceil_div(args.rows, S::kBlockRows)),
           tiles(ceil_div(args.codes, S::kBlockCodes)),
           padded(tiles * S::kBlockCodes) {
-        const int64_t blocks = args.books * row_blocks, wanted = ceil_div(kEnoughBlocks, blocks > 0 ? blocks : 1);
+        const int64_t blocks = args.books * row_blocks, wanted = ceil_div(kTargetBlocks, blocks > 0 ? blocks : 1);
         span = ceil_div(tiles, wanted < tiles ? wanted : tiles);
         splits = ceil_div(tiles, span);
 
         const int64_t slices = ceil_div(args.width, S::kDepth), row_tile = S::kBlockRows * kRowBytes;
         const int64_t staged =
             S::kBlockCodes * static_cast<int64_t>(kStages * kRowBytes + kTermStages * sizeof(Terms<A>));
-        resident = staged + slices * row_tile <= most_shared();
+        const int64_t device_bytes = max_shared_bytes("vq_nearest");
+        resident = staged + slices * row_tile <= (device_bytes < kMaxSharedBytes ? device_bytes : kMaxSharedBytes);
         int64_t bytes = staged + (resident ? slices : kStages) * row_tile;
         const int64_t last = kCodeGroups * S::kBlockRows * static_cast<int64_t>(sizeof(Best<A>));
         shared = static_cast<size_t>(bytes > last ? bytes : last);
@@ -165,20 +166,13 @@ struct Plan {
     int64_t bytes() const { return bytes_; }
 
   private:
-    static int64_t most_shared() {
-        int device = 0, most = 0;
-        check(cudaGetDevice(&device), "vq_nearest");
-        check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "vq_nearest");
-        return most < kMostShared ? most : kMostShared;
-    }
-
     int64_t bytes_;
 };
 
 template <class F>
-void with_search_type(const VqNearest& args, const F& f) {
+void dispatch_search_type(const VqNearest& args, const F& f) {
     if (args.x.dtype == DType::float32 && args.tf32) return f(tf32{});
-    with_element(args.x.dtype, f);
+    dispatch_dtype(args.x.dtype, f);
 }
 
 template <class T, bool kVectors>
@@ -190,7 +184,7 @@ void nearest(const VqNearest& args, void* stream) {
     const bool cosine = args.metric == VqMetric::cosine;
     const auto blocks_of = [](int64_t rows) {
         const int64_t blocks = ceil_div(rows, kRowWarps);
-        return blocks < kMostBlocks ? blocks : kMostBlocks;
+        return blocks < kMaxBlocks ? blocks : kMaxBlocks;
     };
     launch("vq_terms", vq_terms_kernel<Stored, N>, {blocks_of(args.books * plan.padded), kRowThreads, stream},
            CodeTerms<A>{args.codebook, cosine, args.books, args.codes, plan.padded, args.width, plan.terms});
@@ -207,13 +201,13 @@ void nearest(const VqNearest& args, void* stream) {
 
 int64_t vq_nearest_workspace(const VqNearest& args) {
     int64_t bytes = 0;
-    with_search_type(args, [&](auto element) { bytes = Plan<decltype(element)>(args, nullptr).bytes(); });
+    dispatch_search_type(args, [&](auto element) { bytes = Plan<decltype(element)>(args, nullptr).bytes(); });
     return bytes;
 }
 
 void vq_nearest(const VqNearest& args, void* stream) {
     if (args.codes >= int64_t{1} << 31) throw std::runtime_error("vq_nearest: 2^31 codes or more");
-    with_search_type(args, [&](auto element) {
+    dispatch_search_type(args, [&](auto element) {
         using T = decltype(element);
         const VqRows &x = args.x, &codebook = args.codebook;
         const bool one = args.books == 1;  // then its stride says nothing

@@ -27,8 +27,8 @@ constexpr int kStages = 3;
 // Of bias and scale of a tile's codes: they are read after the barrier that frees the stage of the tile's last slice.
 constexpr int kTermStages = kStages + 1;
 constexpr int kChunk = 16, kChunks = 4, kRowBytes = kChunk * kChunks;
-constexpr int64_t kMostShared = 163 * 1024;  // of sm_80; sm_90 has more
-constexpr int64_t kEnoughBlocks = 264;       // two for each multiprocessor of an H100: codes are split until there are
+constexpr int64_t kMaxSharedBytes = 163 * 1024;  // of sm_80; sm_90 has more
+constexpr int64_t kTargetBlocks = 264;  // two for each multiprocessor of an H100: codes are split until there are
 
 template <class T>
 struct Shape {
@@ -38,7 +38,7 @@ struct Shape {
     static constexpr int kBlockRows = kRowGroups * 16 * kRows, kBlockCodes = kCodeGroups * 8 * kCodes;
     static constexpr int kDepth = kRowBytes / sizeof(T);  // of a slice of the width
     static constexpr int kGroups = is_half<T> ? 2 : 1;    // of 8 columns that one product takes
-    static constexpr bool kAhead = sizeof(T) != 4;        // operands are loaded one product before their use
+    static constexpr bool kPrefetch = sizeof(T) != 4;     // operands are loaded one product before their use
     static constexpr int kProducts = kDepth / (8 * kGroups);
 };
 
@@ -66,9 +66,9 @@ struct Search {
 };
 
 // Where chunk `chunk` of row `row` lies in a tile, in bytes.
-__device__ __forceinline__ int place(int row, int chunk) {
-    const int turn = row / 2 % 2 * 2 + row / 4 % 2;
-    return row * kRowBytes + (chunk ^ turn) * kChunk;
+__device__ __forceinline__ int swizzled_offset(int row, int chunk) {
+    const int swizzle = row / 2 % 2 * 2 + row / 4 % 2;
+    return row * kRowBytes + (chunk ^ swizzle) * kChunk;
 }
 
 // Copies columns [column, column + kDepth) of the first `valid` of kRows rows, of which the first is at `from`; zeros
@@ -80,7 +80,7 @@ __device__ __forceinline__ void copy_slice(char* tile, const T* from, int64_t ro
     const int chunk = static_cast<int>(threadIdx.x) % kChunks, row = static_cast<int>(threadIdx.x) / kChunks;
     column += chunk * kElements;
     const T* source = from + row * row_stride + column;
-    char* const to = tile + place(row, chunk);
+    char* const to = tile + swizzled_offset(row, chunk);
     if (column >= width) valid = 0;
 #pragma unroll
     for (int r = 0; r < kRows; r += kStep) {
@@ -104,8 +104,8 @@ __device__ __forceinline__ void copy_slice(char* tile, const T* from, int64_t ro
 template <class T>
 struct Operands {
     using S = Shape<T>;
-    Left<T> x[S::kRows][S::kGroups];
-    Right<T> code[S::kCodes][S::kGroups];
+    FragmentA<T> x[S::kRows][S::kGroups];
+    FragmentB<T> code[S::kCodes][S::kGroups];
 
     // Of columns [8·kGroups·product, …) of a slice; the warp's rows and codes begin at `first_row` and
     // `first_code`, multiples of 8.
@@ -115,8 +115,8 @@ struct Operands {
         // Rows 8 apart turn their chunks alike.
         if constexpr (is_half<T>) {
             const int lane = lane_id();
-            rows += place(lane % 16, 2 * product + lane / 16);
-            codes += place(lane / 16 * 8 + lane % 8, 2 * product + lane / 8 % 2);
+            rows += swizzled_offset(lane % 16, 2 * product + lane / 16);
+            codes += swizzled_offset(lane / 16 * 8 + lane % 8, 2 * product + lane / 8 % 2);
 #pragma unroll
             for (int r = 0; r < S::kRows; ++r) {
                 uint32_t four[4];
@@ -136,7 +136,7 @@ struct Operands {
         } else {
             constexpr int kPair = 2 * sizeof(T);
             const int byte = 4 * product * kPair + lane_id() % 4 * kPair;
-            const int mine = place(lane_row(), byte / kChunk) + byte % kChunk;
+            const int mine = swizzled_offset(lane_row(), byte / kChunk) + byte % kChunk;
             const auto pair = [&](const char* tile, int row) {
                 return load_pair(reinterpret_cast<const T*>(tile + mine + row * kRowBytes));
             };
@@ -149,7 +149,7 @@ struct Operands {
 };
 
 template <class T, int R, int C>
-__device__ __forceinline__ void multiply_all(Sum<T> (&sum)[R][C], const Operands<T>& operands) {
+__device__ __forceinline__ void multiply_all(FragmentC<T> (&sum)[R][C], const Operands<T>& operands) {
 #pragma unroll
     for (int r = 0; r < R; ++r) {
 #pragma unroll
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kThreads, 1) vq_search_kernel(Search<Accumulat
     const int64_t first_row = blockIdx.x % args.row_blocks * S::kBlockRows;
     const int64_t first_tile = blockIdx.y * args.span;
     const int tiles = static_cast<int>(args.tiles - first_tile < args.span ? args.tiles - first_tile : args.span);
-    const int warp = static_cast<int>(threadIdx.x) / kWarp;
+    const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
     const int warp_row = warp / kCodeGroups * 16 * S::kRows, warp_code = warp % kCodeGroups * 8 * S::kCodes;
     const T* const x = static_cast<const T*>(args.x.data) + book * args.x.book_stride + first_row * args.x.row_stride;
     const int valid = static_cast<int>(args.rows - first_row < S::kBlockRows ? args.rows - first_row : S::kBlockRows);
@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(kThreads, 1) vq_search_kernel(Search<Accumulat
     };
 
     Best<A> best[S::kRows][2];  // of rows g and g+8
-    Sum<T> sum[S::kRows][S::kCodes];
+    FragmentC<T> sum[S::kRows][S::kCodes];
 #pragma unroll
     for (int r = 0; r < S::kRows; ++r) {
         best[r][0] = best[r][1] = {A(INFINITY), 0};
@@ -229,8 +229,8 @@ __global__ void __launch_bounds__(kThreads, 1) vq_search_kernel(Search<Accumulat
     for (int stage = 0; stage + 1 < kStages; ++stage) copy_next();
     wait_copies<kStages - 2>();
     sync_block();
-    Operands<T> now;
-    now.load(rows_of(at), warp_row, codes, warp_code, 0);
+    Operands<T> operands;
+    operands.load(rows_of(at), warp_row, codes, warp_code, 0);
     for (int tile = 0; tile < tiles; ++tile) {
         for (int slice = 0; slice < slices; ++slice) {
             const Step step = at;
@@ -239,18 +239,19 @@ __global__ void __launch_bounds__(kThreads, 1) vq_search_kernel(Search<Accumulat
             copy_next();
 #pragma unroll
             for (int p = 0; p < S::kProducts; ++p) {
-                Operands<T> then;
-                if constexpr (!S::kAhead) multiply_all(sum, now);
+                Operands<T> next_operands;
+                if constexpr (!S::kPrefetch) multiply_all(sum, operands);
                 if (p + 1 < S::kProducts) {
-                    then.load(rows_of(step), warp_row, codes + step.stage * kCodesBytes, warp_code, p + 1);
+                    next_operands.load(rows_of(step), warp_row, codes + step.stage * kCodesBytes, warp_code, p + 1);
                 } else {
                     wait_copies<kStages - 2>();
                     sync_block();
                     const Step following = at.tile < tiles ? at : step;  // no branch; after the last, anything
-                    then.load(rows_of(following), warp_row, codes + following.stage * kCodesBytes, warp_code, 0);
+                    next_operands.load(rows_of(following), warp_row, codes + following.stage * kCodesBytes, warp_code,
+                                       0);
                 }
-                if constexpr (S::kAhead) multiply_all(sum, now);
-                now = then;
+                if constexpr (S::kPrefetch) multiply_all(sum, operands);
+                operands = next_operands;
             }
         }
         // Codes ascend: a later one must be nearer.

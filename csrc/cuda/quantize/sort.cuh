@@ -14,10 +14,10 @@ namespace xlayer::cuda::quantize {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / kWarp;
+constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kBits = 8, kDigits = 1 << kBits;  // of one pass
-constexpr int kTurns = 4;                       // rows of a lane
-constexpr int kChunkRows = kThreads * kTurns;   // that one block sorts
+constexpr int kRounds = 4;                      // rows of a lane
+constexpr int kChunkRows = kThreads * kRounds;  // that one block sorts
 
 static_assert(kThreads == kDigits, "a thread per digit");
 
@@ -58,13 +58,13 @@ __device__ __forceinline__ unsigned same_digit(int digit, bool real) {
     return same;
 }
 
-// A warp takes kTurns·32 neighbouring rows, 32 in a turn. Calls f(entry, digit, lanes with it) in every turn.
+// A warp takes kRounds·32 neighbouring rows, 32 in a turn. Calls f(entry, digit, lanes with it) in every turn.
 template <class F>
-__device__ __forceinline__ void for_my_rows(const Pass& args, int64_t book, int64_t chunk, const F& f) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
-    const int64_t first = chunk * kChunkRows + warp * kWarp * kTurns + lane;
-    for (int turn = 0; turn < kTurns; ++turn) {
-        const int64_t at = first + turn * kWarp;
+__device__ __forceinline__ void for_thread_rows(const Pass& args, int64_t book, int64_t chunk, const F& f) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarpSize, warp = static_cast<int>(threadIdx.x) / kWarpSize;
+    const int64_t first = chunk * kChunkRows + warp * kWarpSize * kRounds + lane;
+    for (int round = 0; round < kRounds; ++round) {
+        const int64_t at = first + round * kWarpSize;
         const bool real = at < args.rows;
         const Entry entry = real ? args.entry(book, at) : Entry{0, 0};
         const int digit = args.digit(entry);
@@ -74,7 +74,9 @@ __device__ __forceinline__ void for_my_rows(const Pass& args, int64_t book, int6
     }
 }
 
-__device__ __forceinline__ bool is_first_of(unsigned lanes) { return (lanes & ((1u << threadIdx.x % kWarp) - 1)) == 0; }
+__device__ __forceinline__ bool is_first_of(unsigned lanes) {
+    return (lanes & ((1u << threadIdx.x % kWarpSize) - 1)) == 0;
+}
 
 // resources: vq_count_kernel threads 256, registers 32, shared 8192, occupancy 1
 // sass: vq_count_kernel VOTE
@@ -86,9 +88,9 @@ __global__ void __launch_bounds__(kThreads) vq_count_kernel(Pass args) {
 #pragma unroll
         for (int warp = 0; warp < kWarps; ++warp) counts[warp * kDigits + thread] = 0;
         sync_block();
-        uint32_t* const mine = counts + thread / kWarp * kDigits;
-        for_my_rows(args, book, chunk, [&](const Entry& entry, int digit, unsigned same, bool real) {
-            if (real && is_first_of(same)) mine[digit] += count_ones(same);
+        uint32_t* const mine = counts + thread / kWarpSize * kDigits;
+        for_thread_rows(args, book, chunk, [&](const Entry& entry, int digit, unsigned same, bool real) {
+            if (real && is_first_of(same)) mine[digit] += popcount(same);
             if (real && args.indices != nullptr)
                 store_vec(args.from + book * args.rows + entry.row, Vector<Entry, 1>{{entry}});
         });
@@ -102,15 +104,15 @@ __global__ void __launch_bounds__(kThreads) vq_count_kernel(Pass args) {
 }
 
 // The sum of `value` over the threads before this one, and over all in `total`. `shared`: kWarps numbers, free again.
-__device__ __forceinline__ uint32_t add_before(uint32_t value, uint32_t* shared, uint32_t& total) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+__device__ __forceinline__ uint32_t exclusive_sum(uint32_t value, uint32_t* shared, uint32_t& total) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarpSize, warp = static_cast<int>(threadIdx.x) / kWarpSize;
     uint32_t through = value;
 #pragma unroll
-    for (int distance = 1; distance < kWarp; distance *= 2) {
+    for (int distance = 1; distance < kWarpSize; distance *= 2) {
         const uint32_t before = shuffle(through, lane >= distance ? lane - distance : lane);
         if (lane >= distance) through += before;
     }
-    if (lane == kWarp - 1) shared[warp] = through;
+    if (lane == kWarpSize - 1) shared[warp] = through;
     sync_block();
     uint32_t before = 0;
     total = 0;
@@ -134,7 +136,7 @@ __global__ void __launch_bounds__(kThreads) vq_scan_kernel(Pass args) {
         for (int64_t first = 0; first < args.chunks; first += kThreads) {
             const int64_t chunk = first + threadIdx.x;
             uint32_t total;
-            const uint32_t before = add_before(chunk < args.chunks ? counts[chunk] : 0, shared, total);
+            const uint32_t before = exclusive_sum(chunk < args.chunks ? counts[chunk] : 0, shared, total);
             if (chunk < args.chunks) counts[chunk] = sum + before;
             sum += total;
         }
@@ -153,11 +155,12 @@ __global__ void __launch_bounds__(kThreads) vq_scatter_kernel(Pass args) {
 #pragma unroll
         for (int warp = 0; warp < kWarps; ++warp) places[warp * kDigits + thread] = 0;
         uint32_t all;
-        uint32_t place = add_before(args.totals[book * kDigits + thread], sums, all);  // its barriers: zeros are there
+        uint32_t place =
+            exclusive_sum(args.totals[book * kDigits + thread], sums, all);  // its barriers: zeros are there
         place += args.counts[(book * kDigits + thread) * args.chunks + chunk];
-        uint32_t* const mine = places + thread / kWarp * kDigits;
-        for_my_rows(args, book, chunk, [&](const Entry&, int digit, unsigned same, bool real) {
-            if (real && is_first_of(same)) mine[digit] += count_ones(same);
+        uint32_t* const mine = places + thread / kWarpSize * kDigits;
+        for_thread_rows(args, book, chunk, [&](const Entry&, int digit, unsigned same, bool real) {
+            if (real && is_first_of(same)) mine[digit] += popcount(same);
         });
         sync_block();
 #pragma unroll
@@ -167,12 +170,12 @@ __global__ void __launch_bounds__(kThreads) vq_scatter_kernel(Pass args) {
             place += count;
         }
         sync_block();
-        for_my_rows(args, book, chunk, [&](const Entry& entry, int digit, unsigned same, bool real) {
-            const unsigned before = same & ((1u << threadIdx.x % kWarp) - 1);
-            const uint32_t at = real ? mine[digit] + count_ones(before) : 0;
+        for_thread_rows(args, book, chunk, [&](const Entry& entry, int digit, unsigned same, bool real) {
+            const unsigned before = same & ((1u << threadIdx.x % kWarpSize) - 1);
+            const uint32_t at = real ? mine[digit] + popcount(before) : 0;
             sync_warp();
             if (!real) return;
-            if (before == 0) mine[digit] += count_ones(same);
+            if (before == 0) mine[digit] += popcount(same);
             store_vec(args.to + book * args.rows + at, Vector<Entry, 1>{{entry}});
         });
         sync_block();

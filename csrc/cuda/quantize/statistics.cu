@@ -11,26 +11,26 @@
 namespace xlayer::cuda::quantize {
 namespace {
 
-constexpr int kPiece = 128;  // rows of a piece of a sum
+constexpr int kPartialRows = 128;  // rows of a piece of a sum
 
 // --- Sums ----------------------------------------------------------------------------------------------------------
 
 template <class A>
 struct Sums {
-    int64_t books, rows, codes, width, windows;  // windows of kPiece sorted rows
+    int64_t books, rows, codes, width, windows;  // windows of kPartialRows sorted rows
     VqRows x;
     const Entry* sorted;  // [books][rows]
-    uint32_t* starts;     // [books][codes + 1]: where the rows of a code begin
-    A* pieces;            // [books][windows][width]
+    uint32_t* offsets;    // [books][codes + 1]: where the rows of a code begin
+    A* partials;          // [books][windows][width]
     A* counts;
     A* sums;
 };
 
 // A thread per code and one for the end: the first sorted row whose code is not below it.
-// resources: vq_starts_kernel threads 256, registers 32, shared 0, occupancy 1
-// sass: vq_starts_kernel LDG
+// resources: vq_offsets_kernel threads 256, registers 32, shared 0, occupancy 1
+// sass: vq_offsets_kernel LDG
 template <class A>
-__global__ void __launch_bounds__(kThreads) vq_starts_kernel(Sums<A> args) {
+__global__ void __launch_bounds__(kThreads) vq_offsets_kernel(Sums<A> args) {
     const int64_t count = args.books * (args.codes + 1), step = static_cast<int64_t>(gridDim.x) * kThreads;
     for (int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; at < count; at += step) {
         const int64_t book = at / (args.codes + 1);
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kThreads) vq_starts_kernel(Sums<A> args) {
                 high = middle;
             }
         }
-        args.starts[at] = static_cast<uint32_t>(low);
+        args.offsets[at] = static_cast<uint32_t>(low);
     }
 }
 
@@ -70,7 +70,7 @@ struct Cascade {
 // Tiles of columns that warps take; one for rows of no columns, whose counts are wanted too.
 template <int N>
 __host__ __device__ int64_t tiles_of(int64_t width) {
-    return width > 0 ? ceil_div(width, kWarp * N) : 1;
+    return width > 0 ? ceil_div(width, kWarpSize * N) : 1;
 }
 
 // Calls f(book, item, tile of columns) for what is this warp's: items along x of the grid, the others along y, whose
@@ -80,12 +80,13 @@ __device__ __forceinline__ void for_warps(int64_t books, int64_t items, int64_t 
     const int64_t step = static_cast<int64_t>(gridDim.x) * kWarps;
     const auto tiles = static_cast<unsigned>(tiles_of<N>(width));
     for (unsigned y = blockIdx.y; y < books * tiles; y += gridDim.y) {
-        for (int64_t item = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp; item < items; item += step)
+        for (int64_t item = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarpSize; item < items;
+             item += step)
             f(y / tiles, item, y % tiles);
     }
 }
 
-// What a warp adds in: `kWarp · N` columns, from `column` of this lane on.
+// What a warp adds in: `kWarpSize · N` columns, from `column` of this lane on.
 template <class T, int N>
 struct Columns {
     using A = Accumulator<T>;
@@ -93,16 +94,16 @@ struct Columns {
     bool inside;
 
     __device__ __forceinline__ Columns(int64_t tile, int64_t width)
-        : column((tile * kWarp + threadIdx.x % kWarp) * N), inside(column < width) {}
+        : column((tile * kWarpSize + threadIdx.x % kWarpSize) * N), inside(column < width) {}
 
     // Rows sorted[0 … count) of x, a book's; all lanes together.
     __device__ __forceinline__ void add_rows(Cascade<A, N>& to, const VqRows& rows, int64_t book, const Entry* sorted,
                                              int count) const {
         const T* const x = static_cast<const T*>(rows.data) + book * rows.book_stride + column;
-        const int lane = static_cast<int>(threadIdx.x) % kWarp;
-        for (int base = 0; base < count; base += kWarp) {
+        const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+        for (int base = 0; base < count; base += kWarpSize) {
             const unsigned row = base + lane < count ? sorted[base + lane].row : 0;
-            for (int first = base; first < base + kWarp && first < count; first += Cascade<A, N>::kFirst) {
+            for (int first = base; first < base + kWarpSize && first < count; first += Cascade<A, N>::kFirst) {
                 A sum[N] = {};
 #pragma unroll
                 for (int i = 0; i < Cascade<A, N>::kFirst; ++i) {
@@ -121,35 +122,35 @@ struct Columns {
 // The first position of a piece other than a code's first in window `window` of sorted rows, and where the code's rows
 // end; there is one at most. `end` 0: none.
 template <class A>
-__device__ __forceinline__ void find_piece(const Sums<A>& args, int64_t book, int64_t window, int64_t& begin,
-                                           int64_t& end) {
-    const int64_t first = window * kPiece;
+__device__ __forceinline__ void find_partial(const Sums<A>& args, int64_t book, int64_t window, int64_t& begin,
+                                             int64_t& end) {
+    const int64_t first = window * kPartialRows;
     const uint32_t code = args.sorted[book * args.rows + first].code;
     end = 0;
     if (code >= args.codes) return;
-    const uint32_t* const starts = args.starts + book * (args.codes + 1) + code;
-    const int64_t start = starts[0];
-    begin = start + round_up(first - start, kPiece);
-    if (begin == start || begin >= starts[1]) return;
-    end = begin + kPiece < starts[1] ? begin + kPiece : starts[1];
+    const uint32_t* const offsets = args.offsets + book * (args.codes + 1) + code;
+    const int64_t start = offsets[0];
+    begin = start + round_up(first - start, kPartialRows);
+    if (begin == start || begin >= offsets[1]) return;
+    end = begin + kPartialRows < offsets[1] ? begin + kPartialRows : offsets[1];
 }
 
 // A warp per window and tile of columns: the piece that begins there.
-// resources: vq_pieces_kernel threads 256, registers 72, shared 0, occupancy 0.375
-// sass: vq_pieces_kernel<*, [!1]> LDG.128
+// resources: vq_partial_sums_kernel threads 256, registers 72, shared 0, occupancy 0.375
+// sass: vq_partial_sums_kernel<*, [!1]> LDG.128
 template <class T, int N>
-__global__ void __launch_bounds__(kThreads, 3) vq_pieces_kernel(Sums<Accumulator<T>> args) {
+__global__ void __launch_bounds__(kThreads, 3) vq_partial_sums_kernel(Sums<Accumulator<T>> args) {
     using A = Accumulator<T>;
     for_warps<N>(args.books, args.windows, args.width, [&](int64_t book, int64_t window, int64_t tile) {
         int64_t begin = 0, end;
-        find_piece(args, book, window, begin, end);
+        find_partial(args, book, window, begin, end);
         if (end == 0) return;
         const Columns<T, N> columns(tile, args.width);
         Cascade<A, N> sum;
         columns.add_rows(sum, args.x, book, args.sorted + book * args.rows + begin, static_cast<int>(end - begin));
         sum.flush();
         if (!columns.inside) return;
-        A* const to = args.pieces + (book * args.windows + window) * args.width + columns.column;
+        A* const to = args.partials + (book * args.windows + window) * args.width + columns.column;
 #pragma unroll
         for (int n = 0; n < N; ++n) to[n] = sum.third[n];
     });
@@ -162,25 +163,25 @@ template <class T, int N>
 __global__ void __launch_bounds__(kThreads, 3) vq_sums_kernel(Sums<Accumulator<T>> args) {
     using A = Accumulator<T>;
     for_warps<N>(args.books, args.codes, args.width, [&](int64_t book, int64_t code, int64_t tile) {
-        const uint32_t* const starts = args.starts + book * (args.codes + 1) + code;
-        const int64_t start = starts[0], rows = starts[1] - start;
+        const uint32_t* const offsets = args.offsets + book * (args.codes + 1) + code;
+        const int64_t start = offsets[0], rows = offsets[1] - start;
         const Columns<T, N> columns(tile, args.width);
         Cascade<A, N> sum;
         columns.add_rows(sum, args.x, book, args.sorted + book * args.rows + start,
-                         static_cast<int>(rows < kPiece ? rows : kPiece));
+                         static_cast<int>(rows < kPartialRows ? rows : kPartialRows));
         sum.flush();
         if (columns.inside) {
             // The other pieces, each in the window in which it begins.
-            const int64_t pieces = rows > 0 ? (rows - 1) / kPiece : 0, first = start / kPiece + 1;
-            const A* const from = args.pieces + (book * args.windows + first) * args.width + columns.column;
+            const int64_t partials = rows > 0 ? (rows - 1) / kPartialRows : 0, first = start / kPartialRows + 1;
+            const A* const from = args.partials + (book * args.windows + first) * args.width + columns.column;
             Cascade<A, N> others;
-            for (int64_t piece = 0; piece < pieces; piece += Cascade<A, N>::kFirst) {
+            for (int64_t partial = 0; partial < partials; partial += Cascade<A, N>::kFirst) {
                 A some[N] = {};
 #pragma unroll
                 for (int i = 0; i < Cascade<A, N>::kFirst; ++i) {
-                    if (piece + i >= pieces) break;
+                    if (partial + i >= partials) break;
 #pragma unroll
-                    for (int n = 0; n < N; ++n) some[n] += from[(piece + i) * args.width + n];
+                    for (int n = 0; n < N; ++n) some[n] += from[(partial + i) * args.width + n];
                 }
                 others.add(some);
             }
@@ -189,7 +190,7 @@ __global__ void __launch_bounds__(kThreads, 3) vq_sums_kernel(Sums<Accumulator<T
 #pragma unroll
             for (int n = 0; n < N; ++n) to[n] = sum.third[n] + others.third[n];
         }
-        if (tile == 0 && threadIdx.x % kWarp == 0) args.counts[book * args.codes + code] = static_cast<A>(rows);
+        if (tile == 0 && threadIdx.x % kWarpSize == 0) args.counts[book * args.codes + code] = static_cast<A>(rows);
     });
 }
 
@@ -199,25 +200,25 @@ template <class A>
 struct Plan {
     int64_t chunks, windows;
     Entry* entries[2];
-    uint32_t *counts, *totals, *starts;
-    A* pieces;
+    uint32_t *counts, *totals, *offsets;
+    A* partials;
     int64_t bytes;
 
     explicit Plan(const VqStatistics& args)
-        : chunks(ceil_div(args.rows, kChunkRows)), windows(ceil_div(args.rows, kPiece)) {
+        : chunks(ceil_div(args.rows, kChunkRows)), windows(ceil_div(args.rows, kPartialRows)) {
         Arena arena{static_cast<char*>(args.workspace)};
         for (Entry*& some : entries) some = arena.take<Entry>(args.books, args.rows);
         counts = arena.take<uint32_t>(args.books, kDigits, chunks);
         totals = arena.take<uint32_t>(args.books, kDigits);
-        starts = arena.take<uint32_t>(args.books, args.codes + 1);
-        pieces = arena.take<A>(args.books, windows, args.width);
+        offsets = arena.take<uint32_t>(args.books, args.codes + 1);
+        partials = arena.take<A>(args.books, windows, args.width);
         bytes = arena.used;
     }
 };
 
 int64_t blocks_of(int64_t count, int64_t each) {
     const int64_t blocks = ceil_div(count, each);
-    return blocks < kMostBlocks ? blocks : kMostBlocks;
+    return blocks < kMaxBlocks ? blocks : kMaxBlocks;
 }
 
 // Sorts, and returns where the sorted entries are.
@@ -251,7 +252,8 @@ const Entry* sort(const VqStatistics& args, const Plan<A>& plan, void* stream) {
 template <class T, int N>
 void add_up(const Sums<Accumulator<T>>& sums, void* stream) {
     const int64_t across = blocks_of(sums.books * tiles_of<N>(sums.width), 1);
-    launch("vq_pieces", vq_pieces_kernel<T, N>, {blocks_of(sums.windows, kWarps), kThreads, stream, 0, across}, sums);
+    launch("vq_partial_sums", vq_partial_sums_kernel<T, N>,
+           {blocks_of(sums.windows, kWarps), kThreads, stream, 0, across}, sums);
     launch("vq_sums", vq_sums_kernel<T, N>, {blocks_of(sums.codes, kWarps), kThreads, stream, 0, across}, sums);
 }
 
@@ -264,9 +266,9 @@ int64_t vq_statistics_workspace(const VqStatistics& args) {
 }
 
 void vq_statistics(const VqStatistics& args, void* stream) {
-    constexpr int64_t most = (int64_t{1} << 32) - 2;
-    if (args.rows > most || args.codes > most) throw std::runtime_error("vq_statistics: 2^32 rows or codes, or more");
-    with_element(args.x.dtype, [&](auto element) {
+    constexpr int64_t limit = (int64_t{1} << 32) - 2;
+    if (args.rows > limit || args.codes > limit) throw std::runtime_error("vq_statistics: 2^32 rows or codes, or more");
+    dispatch_dtype(args.x.dtype, [&](auto element) {
         using T = decltype(element);
         using A = Accumulator<T>;
         constexpr int full = 16 / sizeof(T);
@@ -279,12 +281,12 @@ void vq_statistics(const VqStatistics& args, void* stream) {
                            plan.windows,
                            args.x,
                            sorted,
-                           plan.starts,
-                           plan.pieces,
+                           plan.offsets,
+                           plan.partials,
                            static_cast<A*>(args.counts),
                            static_cast<A*>(args.sums)};
-        launch("vq_starts", vq_starts_kernel<A>, {blocks_of(args.books * (args.codes + 1), kThreads), kThreads, stream},
-               sums);
+        launch("vq_offsets", vq_offsets_kernel<A>,
+               {blocks_of(args.books * (args.codes + 1), kThreads), kThreads, stream}, sums);
         // Narrow rows would leave most lanes without a vector.
         const int64_t book_stride = args.books == 1 ? 0 : args.x.book_stride;
         const bool vectors =

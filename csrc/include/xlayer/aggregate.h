@@ -133,8 +133,8 @@ void depth_attention_backward(const DepthAttentionBackward& args);
 
 // `stream` is a cudaStream_t of the current device; the pool is not used. Throws std::runtime_error if a launch fails.
 namespace cuda::aggregate {
-constexpr int64_t kEmaMostLayers = 512;             // of ema_scan's backward
-constexpr int64_t kDepthAttentionMostMemory = 256;  // the most taps that a state may attend to
+constexpr int64_t kEmaMaxLayers = 512;             // of ema_scan's backward
+constexpr int64_t kDepthAttentionMaxMemory = 256;  // the most taps that a state may attend to
 
 int64_t ema_scan_forward_workspace(const EmaScanForward& args);
 void ema_scan_forward(const EmaScanForward& args, void* stream);
@@ -175,7 +175,7 @@ void gru_step_backward(const GruStepBackward& args, void* stream);
 struct AttentionStep {
     DType dtype;
     int64_t layers, tokens, heads, head_width;
-    int64_t memory;  // at most kDepthAttentionMostMemory
+    int64_t memory;  // at most kDepthAttentionMaxMemory
     double scale;
     int64_t layer;
     LayerRows keys, values;  // of all layers

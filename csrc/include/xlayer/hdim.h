@@ -85,7 +85,7 @@ void backward(const HdimBackward& args);
 // pair whose query or key holds NaN or inf has the logit NaN, and with a pair mask so has one whose value does.
 namespace cuda::hdim {
 
-constexpr int64_t kHdimMostProjections = 64;  // the largest D
+constexpr int64_t kHdimMaxProjDim = 64;  // the largest D
 
 // Rows of logits lie this many elements apart: vectors of them are aligned, and tiles of 16 never run past a row.
 inline int64_t logits_pitch(int64_t keys) { return (keys + 15) / 16 * 16; }

@@ -27,8 +27,8 @@
 
 namespace xlayer {
 
-constexpr int64_t kHyperMostStreams = 16;       // the largest n
-constexpr int64_t kHyperMostIterations = 1000;  // of Sinkhorn's algorithm
+constexpr int64_t kHyperMaxStreams = 16;       // the largest n
+constexpr int64_t kHyperMaxIterations = 1000;  // of Sinkhorn's algorithm
 
 // Numbers that pre keeps of a row for the backward: a number near its mean, the mean less that number, and 1 / root of
 // variance + eps. In two parts, because where a mean is large beside the deviations, what one number would round away

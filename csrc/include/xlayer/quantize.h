@@ -50,15 +50,15 @@ enum class FsqBound { symmetric, offset };
 // symmetric: digit = ⌊(L−1)(tanh z + 1)/2 + ½⌋, code = 2·digit/(L−1) − 1.
 // offset: digit = round(tanh(z + shift)·half − middle) + ⌊L/2⌋, code = (digit − ⌊L/2⌋)/⌊L/2⌋.
 // Digits stay in [0, L−1]; a NaN has the code NaN and the digit 0. Arithmetic in float32, in float64 for float64.
-constexpr int kFsqMostDimensions = 64;
+constexpr int kFsqMaxDimensions = 64;
 struct FsqDimensions {
     FsqBound bound;
-    int64_t width;                       // at most kFsqMostDimensions
-    int64_t levels[kFsqMostDimensions];  // symmetric: at least 2, offset: at least 3; at most 2²⁰
-    double shift[kFsqMostDimensions];    // offset only, as are `half` and `middle`
-    double half[kFsqMostDimensions];
-    double middle[kFsqMostDimensions];  // ½ where L is even, else 0
-    int64_t basis[kFsqMostDimensions];  // of the index: Σ digit_i · basis_i
+    int64_t width;                      // at most kFsqMaxDimensions
+    int64_t levels[kFsqMaxDimensions];  // symmetric: at least 2, offset: at least 3; at most 2²⁰
+    double shift[kFsqMaxDimensions];    // offset only, as are `half` and `middle`
+    double half[kFsqMaxDimensions];
+    double middle[kFsqMaxDimensions];  // ½ where L is even, else 0
+    int64_t basis[kFsqMaxDimensions];  // of the index: Σ digit_i · basis_i
 };
 
 // The gradient goes straight through the rounding: slope = d bound/dz in units of the code, symmetric sech²(z), offset

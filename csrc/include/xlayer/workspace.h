@@ -1,5 +1,5 @@
-// Sizes of scratch memory, and its division into arrays. Sizes are not negative and saturate: from kTooLarge on they
-// are kTooLarge, which no caller can allocate. Forced inline, as CPU kernels must not share a function across
+// Sizes of scratch memory, and its division into arrays. Sizes are not negative and saturate: from kMaxBytes on they
+// are kMaxBytes, which no caller can allocate. Forced inline, as CPU kernels must not share a function across
 // instruction sets.
 #pragma once
 
@@ -9,11 +9,11 @@ namespace xlayer {
 
 #define XLAYER_SIZE __attribute__((always_inline)) inline
 
-constexpr int64_t kTooLarge = int64_t{1} << 61;  // small enough that two of them and a rounding fit an int64
+constexpr int64_t kMaxBytes = int64_t{1} << 61;  // small enough that two of them and a rounding fit an int64
 
-XLAYER_SIZE int64_t sum_of_sizes(int64_t a, int64_t b) { return a > kTooLarge - b ? kTooLarge : a + b; }
+XLAYER_SIZE int64_t sum_of_sizes(int64_t a, int64_t b) { return a > kMaxBytes - b ? kMaxBytes : a + b; }
 
-XLAYER_SIZE int64_t product_of_sizes(int64_t a, int64_t b) { return a != 0 && b > kTooLarge / a ? kTooLarge : a * b; }
+XLAYER_SIZE int64_t product_of_sizes(int64_t a, int64_t b) { return a != 0 && b > kMaxBytes / a ? kMaxBytes : a * b; }
 template <class... Sizes>
 XLAYER_SIZE int64_t product_of_sizes(int64_t a, int64_t b, int64_t c, Sizes... rest) {
     return product_of_sizes(product_of_sizes(a, b), c, static_cast<int64_t>(rest)...);

@@ -23,10 +23,10 @@ __global__ void matrix_to_registers(Args args) {
 }
 
 const Fault planted("missing_sync_warp", [](const char* name, bool fixed) {
-    auto x = input<uint32_t>("x", kWarp);
-    auto out = output<uint32_t>("out", kWarp);
+    auto x = input<uint32_t>("x", kWarpSize);
+    auto out = output<uint32_t>("out", kWarpSize);
     launch(name, fixed ? matrix_to_registers<true> : matrix_to_registers<false>,
-           {1, kWarp, nullptr, kWarp * sizeof(uint32_t)}, {x.data(), out.data()});
+           {1, kWarpSize, nullptr, kWarpSize * sizeof(uint32_t)}, {x.data(), out.data()});
 });
 
 }  // namespace
