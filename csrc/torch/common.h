@@ -182,9 +182,9 @@ inline Tensor allocate(const Tensor& like, std::initializer_list<int64_t> shape,
 // Scratch for one call, aligned.
 inline Tensor new_workspace(const Tensor& like, int64_t bytes, void** aligned) {
     STD_TORCH_CHECK(bytes < kMaxBytes, "the scratch memory of this call would exceed 2^61 bytes");
-    Tensor buffer = new_memory(like, {bytes + 64}, ScalarType::Byte, "workspace");
+    Tensor buffer = new_memory(like, {bytes + kWorkspaceAlignment}, ScalarType::Byte, "workspace");
     const auto address = reinterpret_cast<uintptr_t>(buffer.mutable_data_ptr());
-    *aligned = reinterpret_cast<void*>((address + 63) / 64 * 64);
+    *aligned = reinterpret_cast<void*>((address + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment);
     return buffer;
 }
 

@@ -1,6 +1,5 @@
-// CPU kernel of depth_attention, forward (xlayer/aggregate.h): 4·L·N·d·e flops in the two products, e =
-// heads·head_width, beside which the attention to a few taps is small. A tile of tokens walks through all layers with
-// its state in the caches; queries and scores are never written.
+// depth_attention forward (xlayer/aggregate.h). One task is a tile of tokens, taken through all layers with its states
+// in the caches: query product, softmax over the window, output product. Queries and scores are never stored.
 #include "cpu/aggregate/attention.h"
 
 namespace xlayer::cpu::XLAYER_ISA::aggregate {
@@ -13,17 +12,17 @@ class Forward {
         : args_(args),
           attention_(args.attention),
           inner_(inner_width(attention_)),
-          scratch_(args.workspace),
-          to_query_(attention_.width, inner_, scratch_),
-          to_state_(inner_, attention_.width, scratch_),
+          workspace_(args.workspace),
+          to_query_(attention_.width, inner_, workspace_),
+          to_state_(inner_, attention_.width, workspace_),
           tiles_(attention_.tokens, max_tile(), attention_.pool.threads) {
-        workers_ = scratch_.take<T>(attention_.pool.threads, worker_size());
+        workers_ = workspace_.take<T>(attention_.pool.threads, worker_size());
     }
 
     static int64_t workspace(const DepthAttentionForward& args) {
         DepthAttentionForward sizes = args;
         sizes.workspace = nullptr;
-        return Forward(sizes).scratch_.used;
+        return Forward(sizes).workspace_.bytes;
     }
 
     void run() const {
@@ -75,7 +74,7 @@ class Forward {
     const DepthAttentionForward& args_;
     const DepthAttention& attention_;
     int64_t inner_;
-    Arena scratch_;
+    Workspace workspace_;
     PackedWeight<T> to_query_, to_state_;
     TokenTiles tiles_;
     T* workers_;

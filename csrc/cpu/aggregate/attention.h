@@ -1,11 +1,11 @@
-// What depth_attention's forward and backward share: the taps that one token's state may use, and its softmax.
+// Shared parts of depth_attention's forward and backward: the taps in a token's window, and the softmax over them.
 #pragma once
 
 #include "cpu/aggregate/products.h"
 
 namespace xlayer::cpu::XLAYER_ISA::aggregate {
 
-constexpr int64_t kAttentionTile = 96;              // tokens that walk together, at most
+constexpr int64_t kAttentionTile = 96;              // at most, of a tile
 constexpr int64_t kAttentionTileBytes = 512 << 10;  // of their states and the like
 
 // Keys and values of one token, from the oldest tap of the window on.

@@ -1,8 +1,8 @@
-// CPU kernel of depth_attention, backward (xlayer/aggregate.h): the forward's flops three times over, one of them to
-// make the queries again, from which follow the softmax weights. Layers descend in two steps. By tiles of tokens: the
-// gradients of the state, `carry`, of the query, and of the window's keys and values. By columns of the weights: their
-// gradients, in which each sum runs over the tokens in order. A tap's gradients are summed from the newest layer that
-// saw it to the oldest, its own: for float in place, else in a ring of float rows that is as long as the window.
+// depth_attention backward (xlayer/aggregate.h); queries and softmax weights are recomputed. Layers descend in two
+// steps. Per tile of tokens: the gradients of the state, `carry`, of the query, and of the window's keys and values.
+// Per panel of the weights' columns: their gradients, in which each sum runs over the tokens in order. A tap's
+// gradients are summed from the newest layer that attended to it to the oldest: for T itself in place, else in a ring
+// of rows of T as long as the window.
 #include "cpu/aggregate/attention.h"
 
 namespace xlayer::cpu::XLAYER_ISA::aggregate {
@@ -15,24 +15,24 @@ class Backward {
         : args_(args),
           attention_(args.attention),
           inner_(inner_width(attention_)),
-          scratch_(args.workspace),
-          to_query_(attention_.width, inner_, scratch_),
-          from_query_(inner_, attention_.width, scratch_),
-          from_state_(attention_.width, inner_, scratch_),
-          grad_query_weight_(attention_.dtype, attention_.tokens, attention_.width, inner_, scratch_),
-          grad_out_weight_(attention_.dtype, attention_.tokens, inner_, attention_.width, scratch_),
+          workspace_(args.workspace),
+          to_query_(attention_.width, inner_, workspace_),
+          from_query_(inner_, attention_.width, workspace_),
+          from_state_(attention_.width, inner_, workspace_),
+          grad_query_weight_(attention_.dtype, attention_.tokens, attention_.width, inner_, workspace_),
+          grad_out_weight_(attention_.dtype, attention_.tokens, inner_, attention_.width, workspace_),
           tiles_(attention_.tokens, max_tile(), attention_.pool.threads) {
-        zeros_ = scratch_.take<T>(attention_.width);
-        carry_ = scratch_.take<T>(attention_.tokens, state_row());
-        grad_query_ = scratch_.take<T>(attention_.tokens, inner_row());
-        ring_ = scratch_.take<T>(same_dtype() ? 0 : attention_.tokens, max_taps(attention_), 2, inner_);
-        workers_ = scratch_.take<T>(attention_.pool.threads, worker_size());
+        zeros_ = workspace_.take<T>(attention_.width);
+        carry_ = workspace_.take<T>(attention_.tokens, state_row());
+        grad_query_ = workspace_.take<T>(attention_.tokens, inner_row());
+        ring_ = workspace_.take<T>(same_dtype() ? 0 : attention_.tokens, max_taps(attention_), 2, inner_);
+        workers_ = workspace_.take<T>(attention_.pool.threads, worker_size());
     }
 
     static int64_t workspace(const DepthAttentionBackward& args) {
         DepthAttentionBackward sizes = args;
         sizes.workspace = nullptr;
-        return Backward(sizes).scratch_.used;
+        return Backward(sizes).workspace_.bytes;
     }
 
     void run() const {
@@ -193,7 +193,7 @@ class Backward {
     const DepthAttentionBackward& args_;
     const DepthAttention& attention_;
     int64_t inner_;
-    Arena scratch_;
+    Workspace workspace_;
     PackedWeight<T> to_query_, from_query_, from_state_;  // W_qᵀ, W_q, W_o
     WeightGradient<T> grad_query_weight_, grad_out_weight_;
     TokenTiles tiles_;

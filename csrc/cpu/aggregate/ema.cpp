@@ -1,6 +1,5 @@
-// CPU kernel of ema_scan, forward (xlayer/aggregate.h). Bound by memory: in units of d per token it reads L and writes
-// L, or 1. A tile of tokens walks through the layers with its states in the caches. Tokens do not depend on each other:
-// the bits do not depend on the tiles.
+// ema_scan forward (xlayer/aggregate.h). One task is a tile of tokens, scanned through all layers with its states in
+// the caches. Tokens do not depend on each other: the bits do not depend on the tiles.
 #include "cpu/aggregate/ema.h"
 
 namespace xlayer::cpu::XLAYER_ISA::aggregate {

@@ -1,4 +1,4 @@
-// What the forward and the backward of ema_scan share on CPUs: how tokens are cut, where rows lie, and LayerNorm.
+// Shared parts of ema_scan's forward and backward: tiles of tokens, rows of a group of tokens, and LayerNorm.
 #pragma once
 
 #include <type_traits>
@@ -171,7 +171,7 @@ class Scan {
     }
 
     const EmaScan& args;
-    const int64_t row, tile;  // elements of a row of scratch; tokens that walk together
+    const int64_t row, tile;  // elements of a row of scratch; tokens of a tile
     const bool same_dtype;    // rows in memory are of T: neither widened nor narrowed
 };
 

@@ -1,7 +1,6 @@
-// CPU kernel of ema_scan, backward (xlayer/aggregate.h). Bound by memory: in units of d per token it reads 2L (or L)
-// and writes L. A tile of tokens walks up through the layers, leaving what it needs of every layer in scratch that
-// stays in L2, and down again. Sums over tokens are made per chunk and then in the order of chunks, and chunks follow
-// from sizes: the bits do not depend on the threads.
+// ema_scan backward (xlayer/aggregate.h). A tile of tokens is scanned up the layers, storing each layer's normalized
+// taps and states in the worker's buffers, and then down again. One task is a chunk of tiles; sums over tokens are made
+// per chunk and then in the order of chunks, which follow from the sizes: the bits do not depend on the threads.
 #include "cpu/aggregate/ema.h"
 
 namespace xlayer::cpu::XLAYER_ISA::aggregate {
@@ -18,18 +17,26 @@ class Backward {
         const int64_t tiles = ceil_div(args.scan.tokens, scan_.tile);
         chunk_ = max<int64_t>(1, ceil_div(tiles, kMaxChunks)) * scan_.tile;
         chunks_ = ceil_div(args.scan.tokens, chunk_);
+        Workspace space(args.workspace), worker_space(nullptr), partial_space(nullptr);
+        Worker(*this, worker_space);
+        Partial(*this, partial_space);
+        worker_bytes_ = worker_space.bytes, partial_bytes_ = partial_space.bytes;
+        workers_ = space.take<char>(args.scan.pool.threads, worker_bytes_);
+        partials_ = space.take<char>(chunks_, partial_bytes_);
+        bytes_ = space.bytes;
     }
 
-    int64_t workspace() const {
-        return sum_of_sizes(product_of_sizes(args_.scan.pool.threads, worker_size()),
-                            product_of_sizes(chunks_, partial_size()));
+    static int64_t workspace(EmaScanBackward args) {
+        args.workspace = nullptr;
+        return Backward(args).bytes_;
     }
 
     void run() const {
         const EmaScan& scan = args_.scan;
         parallel_tasks(scan.pool, chunks_, [&](int64_t index, int64_t chunk) {
-            Worker worker(*this, static_cast<char*>(args_.workspace) + index * worker_size());
-            const Partial sums(*this, chunk);
+            Workspace space(workers_ + index * worker_bytes_);
+            Worker worker(*this, space);
+            const Partial sums = partial(chunk);
             const int64_t begin = chunk * chunk_, end = min(scan.tokens, begin + chunk_);
             for (int64_t l = 0; l < scan.layers; ++l) sums.gate[l] = 0;
             for (int64_t e = 0; e < 2 * scan_.row; ++e) sums.weight[e] = 0, worker.weight[e] = 0;
@@ -45,46 +52,40 @@ class Backward {
     }
 
   private:
-    int64_t rows_of_layers() const { return args_.scan.layers * scan_.tile; }
-    int64_t worker_size() const {
-        const int64_t rows = 2 * rows_of_layers() + 2 * scan_.tile + 2 * kGroup + 2;
-        return round_up((rows * scan_.row + rows_of_layers()) * static_cast<int64_t>(sizeof(T)), 64);
-    }
-    int64_t partial_size() const {
-        return round_up((args_.scan.layers + 2 * scan_.row) * static_cast<int64_t>(sizeof(double)), 64);
-    }
-
-    // Scratch of a worker, rows of a tile: x̂ of each layer, S before each and after the last, ∂L/∂S of the layer above;
-    // rows to widen and to narrow in; the norm's gradients of a few tokens; the norm's 1/deviation.
+    // One worker's arrays, for the rows of a tile.
     struct Worker {
-        T *normal, *state, *grad, *wide, *narrow, *weight, *bias, *scale;
-        int64_t pending = 0;  // to weight and bias, one after another
+        T* normal;            // [layers][tile][row]  x̂ of each layer
+        T* state;             // [layers + 1][tile][row]  S before each layer and after the last
+        T* grad;              // [tile][row]  ∂L/∂S of the layer above
+        T *wide, *narrow;     // [kGroup][row] each, to widen and to narrow in
+        T *weight, *bias;     // [row] each, one after the other: the norm's gradients of a few tokens
+        T* scale;             // [layers][tile]  the norm's 1/deviation
+        int64_t pending = 0;  // tokens in weight and bias
 
-        Worker(const Backward& of, char* memory) {
-            const int64_t row = of.scan_.row, tile = of.scan_.tile, layers = of.rows_of_layers();
-            normal = reinterpret_cast<T*>(memory);
-            state = normal + layers * row;
-            grad = state + (layers + tile) * row;
-            wide = grad + tile * row;
-            narrow = wide + kGroup * row;
-            weight = narrow + kGroup * row;
-            bias = weight + row;
-            scale = bias + row;
+        Worker(const Backward& of, Workspace& space) {
+            const int64_t row = of.scan_.row, tile = of.scan_.tile, layers = of.args_.scan.layers;
+            normal = space.take<T>(layers, tile, row);
+            state = space.take<T>(layers + 1, tile, row);
+            grad = space.take<T>(tile, row);
+            wide = space.take<T>(kGroup, row), narrow = space.take<T>(kGroup, row);
+            weight = space.take<T>(2, row), bias = weight == nullptr ? nullptr : weight + row;
+            scale = space.take<T>(layers, tile);
         }
     };
 
     // Sums over a chunk's tokens, which may be many, in double.
     struct Partial {
-        double *gate, *weight, *bias;
+        double *gate, *weight, *bias;  // [layers]; [row] each, one after the other
 
-        Partial(const Backward& of, int64_t chunk) {
-            char* memory = static_cast<char*>(of.args_.workspace) + of.args_.scan.pool.threads * of.worker_size() +
-                           chunk * of.partial_size();
-            gate = reinterpret_cast<double*>(memory);
-            weight = gate + of.args_.scan.layers;
-            bias = weight + of.scan_.row;
+        Partial(const Backward& of, Workspace& space) {
+            gate = space.take<double>(of.args_.scan.layers);
+            weight = space.take<double>(2, of.scan_.row), bias = weight == nullptr ? nullptr : weight + of.scan_.row;
         }
     };
+    Partial partial(int64_t chunk) const {
+        Workspace space(partials_ + chunk * partial_bytes_);
+        return Partial(*this, space);
+    }
 
     void forward_pass(const Worker& worker, int64_t first, int64_t count) const {
         for (int64_t t = 0; t < count; ++t) scan_.load_initial(first + t, worker.state + t * scan_.row);
@@ -286,7 +287,7 @@ class Backward {
         const EmaScan& scan = args_.scan;
         for (int64_t l = 0; l < scan.layers; ++l) {
             double sum = 0;
-            for (int64_t chunk = 0; chunk < chunks_; ++chunk) sum += Partial(*this, chunk).gate[l];
+            for (int64_t chunk = 0; chunk < chunks_; ++chunk) sum += partial(chunk).gate[l];
             const double gate = scan_.gate(l);
             static_cast<T*>(args_.grad_gate_logits)[l] = static_cast<T>(sum * gate * (1 - gate));
         }
@@ -296,7 +297,7 @@ class Backward {
         for (int64_t e = 0; e < scan.width; ++e) {
             double of_weight = 0, of_bias = 0;
             for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
-                const Partial sums(*this, chunk);
+                const Partial sums = partial(chunk);
                 of_weight += sums.weight[e], of_bias += sums.bias[e];
             }
             weight[e] = static_cast<T>(of_weight);
@@ -308,12 +309,14 @@ class Backward {
     Scan<T> scan_;
     bool streaming_;
     int64_t chunk_, chunks_;  // tokens of a chunk, and how many chunks
+    int64_t worker_bytes_, partial_bytes_, bytes_;
+    char *workers_, *partials_;
 };
 
 }  // namespace
 
 int64_t ema_scan_backward_workspace(const EmaScanBackward& args) {
-    return args.scan.dtype == DType::float64 ? Backward<double>(args).workspace() : Backward<float>(args).workspace();
+    return args.scan.dtype == DType::float64 ? Backward<double>::workspace(args) : Backward<float>::workspace(args);
 }
 
 void ema_scan_backward(const EmaScanBackward& args) {

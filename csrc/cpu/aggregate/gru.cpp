@@ -1,7 +1,6 @@
-// CPU kernel of depth_gru, forward (xlayer/aggregate.h): 2·L·N·3d·(i + d) flops. Tokens are independent, so a tile of
-// them walks through all layers with its state in the caches, and nothing of size L × N × 3d is written. The three
-// gates of a vector of hidden columns are summed side by side, over x and then over h; they meet the pointwise part
-// while still at hand, which writes h and, if wanted, the gates once.
+// depth_gru forward (xlayer/aggregate.h). One task is a tile of tokens, taken through all layers with its states in the
+// caches; nothing of size L × N × 3d is stored. A register tile accumulates the three gates of a vector of hidden
+// columns, over x and then over h, and the pointwise part follows before it leaves the registers.
 #include "cpu/aggregate/products.h"
 
 namespace xlayer::cpu::XLAYER_ISA::aggregate {
@@ -40,16 +39,16 @@ class Forward {
           panels_(ceil_div(gru_.width, lanes<T>)),
           padded_(panels_ * lanes<T>),
           tiles_(gru_.tokens, max_tile(), gru_.pool.threads),
-          scratch_(args.workspace) {
-        weights_ = scratch_.take<T>(panels_, panel_size());
-        biases_ = scratch_.take<T>(panels_, kBiases, lanes<T>);
-        workers_ = scratch_.take<T>(gru_.pool.threads, worker_size());
+          workspace_(args.workspace) {
+        weights_ = workspace_.take<T>(panels_, panel_size());
+        biases_ = workspace_.take<T>(panels_, kBiases, lanes<T>);
+        workers_ = workspace_.take<T>(gru_.pool.threads, worker_size());
     }
 
     static int64_t workspace(const DepthGruForward& args) {
         DepthGruForward sizes = args;
         sizes.workspace = nullptr;
-        return Forward(sizes).scratch_.used;
+        return Forward(sizes).workspace_.bytes;
     }
 
     void run() const {
@@ -168,7 +167,7 @@ class Forward {
     const DepthGru& gru_;
     int64_t panels_, padded_;
     TokenTiles tiles_;
-    Arena scratch_;
+    Workspace workspace_;
     T *weights_, *biases_, *workers_;
 };
 

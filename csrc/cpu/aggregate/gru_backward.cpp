@@ -1,7 +1,6 @@
-// CPU kernel of depth_gru, backward (xlayer/aggregate.h): twice the forward's flops, from the gates that it kept.
-// Layers descend in two steps. By tiles of tokens: the gradients of what enters the gates, `inner`, from which follow
-// those of x and of the state before, `carry`. By columns of the weights: their gradients, in which each sum runs over
-// the tokens in order. Scratch is 5d per token, whatever the number of layers.
+// depth_gru backward (xlayer/aggregate.h), from the gates that the forward saved. Layers descend in two steps. Per tile
+// of tokens: the gradients of the gates' inputs, `inner`, and from them those of x and of the previous state, `carry`.
+// Per panel of the weights' columns: their gradients, in which each sum runs over the tokens in order.
 #include "cpu/aggregate/products.h"
 
 namespace xlayer::cpu::XLAYER_ISA::aggregate {
@@ -20,21 +19,21 @@ class Backward {
           gru_(args.gru),
           padded_(round_up(gru_.width, lanes<T>)),
           tiles_(gru_.tokens, max_tile(), gru_.pool.threads),
-          scratch_(args.workspace),
-          weight_i_(kGates * gru_.width, gru_.input, scratch_),
-          weight_h_(kGates * gru_.width, gru_.width, scratch_),
+          workspace_(args.workspace),
+          weight_i_(kGates * gru_.width, gru_.input, workspace_),
+          weight_h_(kGates * gru_.width, gru_.width, workspace_),
           grad_i_{gradient(gru_.input), gradient(gru_.input), gradient(gru_.input)},
           grad_h_{gradient(gru_.width), gradient(gru_.width), gradient(gru_.width)} {
-        zeros_ = scratch_.take<T>(gru_.width);
-        carry_ = scratch_.take<T>(gru_.tokens, padded_);
-        inner_ = scratch_.take<T>(gru_.tokens, inner_size());
-        workers_ = scratch_.take<T>(gru_.pool.threads, worker_size());
+        zeros_ = workspace_.take<T>(gru_.width);
+        carry_ = workspace_.take<T>(gru_.tokens, padded_);
+        inner_ = workspace_.take<T>(gru_.tokens, inner_size());
+        workers_ = workspace_.take<T>(gru_.pool.threads, worker_size());
     }
 
     static int64_t workspace(const DepthGruBackward& args) {
         DepthGruBackward sizes = args;
         sizes.workspace = nullptr;
-        return Backward(sizes).scratch_.used;
+        return Backward(sizes).workspace_.bytes;
     }
 
     void run() const {
@@ -59,7 +58,7 @@ class Backward {
     }
 
   private:
-    WeightGradient<T> gradient(int64_t depth) { return {gru_.dtype, gru_.tokens, depth, gru_.width, scratch_}; }
+    WeightGradient<T> gradient(int64_t depth) { return {gru_.dtype, gru_.tokens, depth, gru_.width, workspace_}; }
     int64_t inner_size() const { return kInner * padded_; }
     int64_t inner_of_state(int g) const { return (g == 2 ? 3 : g) * padded_; }  // where W_h's are
     int64_t max_tile() const {
@@ -153,7 +152,7 @@ class Backward {
     const DepthGru& gru_;
     int64_t padded_;
     TokenTiles tiles_;
-    Arena scratch_;
+    Workspace workspace_;
     PackedWeight<T> weight_i_, weight_h_;
     WeightGradient<T> grad_i_[kGates], grad_h_[kGates];
     T *zeros_, *carry_, *inner_, *workers_;

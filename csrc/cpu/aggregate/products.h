@@ -1,5 +1,5 @@
-// What the recurrent aggregators share: tiles of tokens, weights packed once per call for products with
-// rows of tokens, and sums over tokens of products of two rows, which are the weights' gradients.
+// Shared parts of the recurrent aggregators: tiles of tokens, weights packed once per call for products with rows of
+// tokens, and weight gradients, which are sums over tokens of outer products of two rows.
 #pragma once
 
 #include "cpu/common/gemm.h"
@@ -78,11 +78,11 @@ XLAYER_INLINE void write_vector(DType dtype, Vec<T> value, void* data, int64_t o
 template <class T>
 class PackedWeight {
   public:
-    PackedWeight(int64_t depth, int64_t columns, Arena& scratch)
+    PackedWeight(int64_t depth, int64_t columns, Workspace& space)
         : depth_(depth),
           columns_(columns),
           panels_(ceil_div(columns, lanes<T>)),
-          data_(scratch.take<T>(depth, padded())) {}
+          data_(space.take<T>(depth, padded())) {}
 
     int64_t padded() const { return panels_.vectors * lanes<T>; }  // columns of C
 
@@ -131,14 +131,14 @@ class WeightGradient {
     static constexpr int64_t kTokens = 128;  // of a slice
     static constexpr int64_t kGroup = 3;     // panels of a task, which meet a slice of x together
 
-    WeightGradient(DType dtype, int64_t tokens, int64_t depth, int64_t columns, Arena& scratch)
+    WeightGradient(DType dtype, int64_t tokens, int64_t depth, int64_t columns, Workspace& space)
         : dtype_(dtype),
           tokens_(tokens),
           depth_(depth),
           columns_(columns),
           panels_(ceil_div(columns, lanes<T>)),
-          total_(scratch.take<T>(depth, padded())),
-          bias_(scratch.take<double>(padded())) {}
+          total_(space.take<T>(depth, padded())),
+          bias_(space.take<double>(padded())) {}
 
     int64_t tasks() const { return ceil_div(panels_.count, kGroup); }
     // What a worker needs: sums, slices of ∂L/∂y and, for dtypes other than T, of x.

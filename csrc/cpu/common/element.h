@@ -1,5 +1,5 @@
-// Elements as they lie in tensors: reading any dtype into the accumulation type and writing it back, rounded to
-// nearest.
+// Conversions between the elements of a tensor, of any dtype, and the accumulation type: widened when read, rounded to
+// nearest when written.
 #pragma once
 
 #include "cpu/common/simd.h"

@@ -1,7 +1,6 @@
-// The one matrix product of the CPU kernels: C[rows × columns] (+)= A[rows × depth] · B[depth × columns].
-// A is read element by element with any strides; B row by row in whole vectors, so its rows (and C's) are padded to
-// them. A tile of C stays in registers over the whole depth. Sums run over the depth in order: the bits of one element
-// of C depend on no other dimension.
+// Matrix product of the CPU kernels: C[rows × columns] (+)= A[rows × depth] · B[depth × columns]. A is read element by
+// element with any strides; B in whole vectors, so its rows and C's are padded to them. A register tile of C
+// accumulates over the whole depth in order, so the bits of an element of C depend on no other dimension.
 #pragma once
 
 #include <type_traits>

@@ -1,5 +1,5 @@
-// Which instruction set the CPU kernels run with. Each kernel file is compiled once per set into its own namespace
-// (xlayer::cpu::baseline, ::avx2, ::avx512); this header picks one, once, at run time.
+// Run-time choice of the instruction set. Each CPU kernel file is compiled once per set into its own namespace
+// (xlayer::cpu::baseline, ::avx2, ::avx512); the choice is made once per process.
 #pragma once
 
 namespace xlayer::cpu {

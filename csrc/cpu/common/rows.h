@@ -1,4 +1,4 @@
-// Rows of elements in any dtype: where they lie, in the accumulation type, and loops over them in whole vectors.
+// Rows of elements of any dtype in the accumulation type, and loops over them in whole vectors.
 #pragma once
 
 #include "cpu/common/element.h"
@@ -48,8 +48,7 @@ XLAYER_INLINE void prefetch_to_write(const T* row) {
 
 // --- Loops over a row ------------------------------------------------------------------------------------------------
 
-// How a loop's body reads and writes: whole vectors, or at the row's end the elements that are left, as if zeros
-// followed.
+// Loads and stores of a loop's body: whole vectors, or the tail of a row as if zeros followed.
 template <class T>
 struct FullVector {
     XLAYER_INLINE Vec<T> load(const T* from) const { return cpu::XLAYER_ISA::load(from); }

@@ -1,7 +1,6 @@
-// hdim backward: scores are computed again and probabilities rebuilt from each row's statistics, so nothing of
-// size Sq × Sk × anything is kept. A task owns a chunk of keys of one batch element and walks over all its queries:
-// gradients of keys and values are complete inside the task, those of queries and weights leave it as partial sums,
-// which are added up in task order. Work per pair: 6 products of 2·D·M flops and two of 2·H.
+// hdim backward: recomputes the scores and rebuilds the probabilities from each row's statistics, so nothing of size
+// Sq × Sk is stored. One task is one batch element and chunk of keys, and loops over all queries: gradients of keys and
+// values are complete within the task; those of queries and weights are partial sums, added in task order.
 #include "cpu/hdim/pairs.h"
 
 namespace xlayer::cpu::XLAYER_ISA::hdim {
@@ -21,12 +20,12 @@ template <class T>
 struct Partial {
     T *query_weight, *key_weight, *pair_weight, *bias1, *weight2;  // [M][Dp], [M][Dp], [M][Fp], [Mp], [Mp]
 
-    void allocate(Arena& arena, const HdimSizes& s) {
-        query_weight = arena.take<T>(s.M, s.Dp);
-        key_weight = arena.take<T>(s.M, s.Dp);
-        pair_weight = arena.take<T>(s.M, s.Fp);
-        bias1 = arena.take<T>(s.Mp);
-        weight2 = arena.take<T>(s.Mp);
+    void allocate(Workspace& space, const HdimSizes& s) {
+        query_weight = space.take<T>(s.M, s.Dp);
+        key_weight = space.take<T>(s.M, s.Dp);
+        pair_weight = space.take<T>(s.M, s.Fp);
+        bias1 = space.take<T>(s.Mp);
+        weight2 = space.take<T>(s.Mp);
     }
     T* begin() const { return query_weight; }  // all of it is one array
 };
@@ -45,19 +44,19 @@ struct Worker {
     T *packed, *grad_value;  // for gemm_streamed
     int32_t* position;       // [chunk]
 
-    void allocate(Arena& arena, const HdimInputs& in, const HdimSizes& s, int64_t chunk) {
-        queries.allocate(arena, s);
-        tile.allocate(arena, s, true, in.gelu);
-        block.allocate(arena, s);
-        probability = arena.take<T>(in.queries, chunk);
-        grad_logit = arena.take<T>(kPairTile);
-        grad_feature = arena.take<T>((kPairTile + 1) * s.Fp + 2 * lanes<T>);
-        grad_query_hidden = arena.take<T>(kQueryBlock, s.Mp);
-        grad_key_hidden = arena.take<T>(chunk, s.Mp);
-        grad_key = arena.take<T>(chunk, s.Dp);
-        packed = arena.take<T>(packed_size<T>);
-        grad_value = arena.take<T>(chunk, kPanelColumns<T>);
-        position = arena.take<int32_t>(chunk);
+    void allocate(Workspace& space, const HdimInputs& in, const HdimSizes& s, int64_t chunk) {
+        queries.allocate(space, s);
+        tile.allocate(space, s, true, in.gelu);
+        block.allocate(space, s);
+        probability = space.take<T>(in.queries, chunk);
+        grad_logit = space.take<T>(kPairTile);
+        grad_feature = space.take<T>((kPairTile + 1) * s.Fp + 2 * lanes<T>);
+        grad_query_hidden = space.take<T>(kQueryBlock, s.Mp);
+        grad_key_hidden = space.take<T>(chunk, s.Mp);
+        grad_key = space.take<T>(chunk, s.Dp);
+        packed = space.take<T>(packed_size<T>);
+        grad_value = space.take<T>(chunk, kPanelColumns<T>);
+        position = space.take<int32_t>(chunk);
     }
 };
 
@@ -79,31 +78,31 @@ struct Plan {
         const HdimSizes& s = sizes;
         chunk = chunk_size(in);
         chunks = ceil_div(in.keys, chunk);
-        Arena arena{static_cast<char*>(args.workspace)}, one{nullptr}, two{nullptr};
-        weights.allocate(arena, s);
-        query_back = arena.take<T>(s.M, s.Dp);
-        key_back = arena.take<T>(s.M, s.Dp);
-        pair_back = arena.take<T>(s.M, s.Fp);
-        keys.allocate(arena, in, s);
+        Workspace space(args.workspace), partial_space{nullptr}, worker_space{nullptr};
+        weights.allocate(space, s);
+        query_back = space.take<T>(s.M, s.Dp);
+        key_back = space.take<T>(s.M, s.Dp);
+        pair_back = space.take<T>(s.M, s.Fp);
+        keys.allocate(space, in, s);
         const bool copy = element_size(in.dtype) != sizeof(T);
-        const T* copied = arena.take<T>(copy ? in.batch : 0, in.queries, in.value_dim);
+        const T* copied = space.take<T>(copy ? in.batch : 0, in.queries, in.value_dim);
         grad_context = copy ? copied : static_cast<const T*>(args.grad_context);
-        delta = arena.take<T>(in.batch, in.queries);
-        grad_query = arena.take<T>(in.batch, chunks, in.queries, s.Dp);
-        Partial<T>{}.allocate(one, s);
-        partial_bytes = one.used;
-        partials = arena.take<char>(partial_bytes, in.batch, chunks);
-        Worker<T>{}.allocate(two, in, s, chunk);
-        worker_bytes = two.used;
-        workers = arena.take<char>(worker_bytes, threads);
-        bytes = arena.used;
+        delta = space.take<T>(in.batch, in.queries);
+        grad_query = space.take<T>(in.batch, chunks, in.queries, s.Dp);
+        Partial<T>{}.allocate(partial_space, s);
+        partial_bytes = partial_space.bytes;
+        partials = space.take<char>(partial_bytes, in.batch, chunks);
+        Worker<T>{}.allocate(worker_space, in, s, chunk);
+        worker_bytes = worker_space.bytes;
+        workers = space.take<char>(worker_bytes, threads);
+        bytes = space.bytes;
     }
 
     int64_t partial_size() const { return partial_bytes / static_cast<int64_t>(sizeof(T)); }
     Partial<T> partial(int64_t task) const {
         Partial<T> p;
-        Arena arena{partials + task * partial_bytes};
-        p.allocate(arena, sizes);
+        Workspace space{partials + task * partial_bytes};
+        p.allocate(space, sizes);
         return p;
     }
 
@@ -414,8 +413,8 @@ void run_backward(const HdimBackward& args) {
     });
     parallel_tasks(args.pool, in.batch * plan.chunks, [&](int64_t index, int64_t task) {
         Worker<T> worker;
-        Arena arena{plan.workers + index * plan.worker_bytes};
-        worker.allocate(arena, in, plan.sizes, plan.chunk);
+        Workspace space{plan.workers + index * plan.worker_bytes};
+        worker.allocate(space, in, plan.sizes, plan.chunk);
         worker.tile.reset(plan.sizes);
         clear(worker.grad_feature, (kPairTile + 1) * plan.sizes.Fp + 2 * lanes<T>);
         backward_chunk<Activation, S>(args, plan, worker, task / plan.chunks, task % plan.chunks);

@@ -1,5 +1,6 @@
-// hdim forward: for a block of queries, score every allowed pair, softmax each row, then one product with the values.
-// Work per pair: 2·2D·M flops for the scores and 2·H for the context; nothing of size Sq × Sk is kept.
+// hdim forward: scores a block of queries against their allowed pairs, applies softmax to each row, and multiplies the
+// block's probabilities with the values. One task is one batch element and block of kQueryBlock queries; nothing of
+// size Sq × Sk is stored.
 #include "cpu/hdim/pairs.h"
 
 namespace xlayer::cpu::XLAYER_ISA::hdim {
@@ -15,14 +16,14 @@ struct Worker {
     int32_t* position;    // [Sk] of those pairs in the key list
     T *packed, *context;  // for gemm_streamed
 
-    void allocate(Arena& arena, const HdimInputs& in, const HdimSizes& s) {
-        queries.allocate(arena, s);
-        tile.allocate(arena, s, false, false);
-        probability = arena.take<T>(kQueryBlock, in.keys);
-        row = arena.take<T>(round_up(in.keys, kPairTile));
-        position = arena.take<int32_t>(in.keys);
-        packed = arena.take<T>(packed_size<T>);
-        context = arena.take<T>(kQueryBlock, kPanelColumns<T>);
+    void allocate(Workspace& space, const HdimInputs& in, const HdimSizes& s) {
+        queries.allocate(space, s);
+        tile.allocate(space, s, false, false);
+        probability = space.take<T>(kQueryBlock, in.keys);
+        row = space.take<T>(round_up(in.keys, kPairTile));
+        position = space.take<int32_t>(in.keys);
+        packed = space.take<T>(packed_size<T>);
+        context = space.take<T>(kQueryBlock, kPanelColumns<T>);
     }
 };
 
@@ -36,14 +37,14 @@ struct Plan {
     int64_t worker_bytes, bytes;
 
     Plan(const HdimInputs& in, void* workspace, int64_t threads) : sizes(HdimSizes::of<T>(in)) {
-        Arena arena{static_cast<char*>(workspace)}, one{nullptr};
-        weights.allocate(arena, sizes);
-        keys.allocate(arena, in, sizes);
-        finite = arena.take<bool>(in.pair_mask == nullptr ? 0 : in.batch, in.keys);
-        Worker<T>{}.allocate(one, in, sizes);
-        worker_bytes = one.used;
-        workers = arena.take<char>(worker_bytes, threads);
-        bytes = arena.used;
+        Workspace space(workspace), worker_space{nullptr};
+        weights.allocate(space, sizes);
+        keys.allocate(space, in, sizes);
+        finite = space.take<bool>(in.pair_mask == nullptr ? 0 : in.batch, in.keys);
+        Worker<T>{}.allocate(worker_space, in, sizes);
+        worker_bytes = worker_space.bytes;
+        workers = space.take<char>(worker_bytes, threads);
+        bytes = space.bytes;
     }
 };
 
@@ -153,8 +154,8 @@ void run_forward(const HdimForward& args) {
     const int64_t blocks = ceil_div(in.queries, kQueryBlock);
     parallel_tasks(args.pool, in.batch * blocks, [&](int64_t index, int64_t task) {
         Worker<T> worker;
-        Arena arena{plan.workers + index * plan.worker_bytes};
-        worker.allocate(arena, in, plan.sizes);
+        Workspace space{plan.workers + index * plan.worker_bytes};
+        worker.allocate(space, in, plan.sizes);
         worker.tile.reset(plan.sizes);
         const int64_t first = task % blocks * kQueryBlock;
         forward_block<Activation, S>(args, plan, worker, task / blocks, first, min(kQueryBlock, in.queries - first));

@@ -1,5 +1,5 @@
-// What forward and backward of hdim share: the weights in kernel layout, the list of usable keys, and the score of one
-// query row against a tile of its allowed pairs.
+// Shared parts of hdim's forward and backward: the weights in kernel layout, the list of usable keys, and the scores of
+// one query against a tile of its allowed pairs.
 //
 // Layout. "Packed" arrays hold the accumulation type T, rows padded with zeros to whole vectors: Dp = D, Mp = M, Fp =
 // 2D rounded up. A pair's features are [q∘k | |q−k|] (2D of them); the q- and k-only columns of W1 act outside the pair
@@ -37,12 +37,12 @@ template <class T>
 struct HdimWeights {
     T *query, *key, *pair, *bias1, *weight2;
 
-    XLAYER_INLINE void allocate(Arena& arena, const HdimSizes& s) {
-        query = arena.take<T>(s.D, s.Mp);
-        key = arena.take<T>(s.D, s.Mp);
-        pair = arena.take<T>(2, s.D, s.Mp);
-        bias1 = arena.take<T>(s.Mp);
-        weight2 = arena.take<T>(s.Mp);
+    XLAYER_INLINE void allocate(Workspace& space, const HdimSizes& s) {
+        query = space.take<T>(s.D, s.Mp);
+        key = space.take<T>(s.D, s.Mp);
+        pair = space.take<T>(2, s.D, s.Mp);
+        bias1 = space.take<T>(s.Mp);
+        weight2 = space.take<T>(s.Mp);
     }
 
     template <class S>
@@ -73,12 +73,12 @@ struct HdimKeys {
     T* packed;         // [B][Sk][Dp]
     T* hidden;         // [B][Sk][Mp]  w_j
 
-    XLAYER_INLINE void allocate(Arena& arena, const HdimInputs& in, const HdimSizes& s) {
+    XLAYER_INLINE void allocate(Workspace& space, const HdimInputs& in, const HdimSizes& s) {
         capacity = in.keys;
-        count = arena.take<int32_t>(in.batch);
-        index = arena.take<int32_t>(in.batch, in.keys);
-        packed = arena.take<T>(in.batch, in.keys, s.Dp);
-        hidden = arena.take<T>(in.batch, in.keys, s.Mp);
+        count = space.take<int32_t>(in.batch);
+        index = space.take<int32_t>(in.batch, in.keys);
+        packed = space.take<T>(in.batch, in.keys, s.Dp);
+        hidden = space.take<T>(in.batch, in.keys, s.Mp);
     }
 
     // usable[j] = 1 if some query may use key j, else 0.
@@ -114,9 +114,9 @@ template <class T>
 struct HdimQueries {
     T *packed, *hidden;  // [kQueryBlock][Dp], [kQueryBlock][Mp]
 
-    XLAYER_INLINE void allocate(Arena& arena, const HdimSizes& s) {
-        packed = arena.take<T>(kQueryBlock, s.Dp);
-        hidden = arena.take<T>(kQueryBlock, s.Mp);
+    XLAYER_INLINE void allocate(Workspace& space, const HdimSizes& s) {
+        packed = space.take<T>(kQueryBlock, s.Dp);
+        hidden = space.take<T>(kQueryBlock, s.Mp);
     }
 
     template <class S>
@@ -163,13 +163,13 @@ struct HdimTile {
     T* value;           // [kPairTile][Mp] act(pre); only where hidden units are kept (backward)
     T* slope;           // [kPairTile][Mp] act'(pre), for GELU
 
-    XLAYER_INLINE void allocate(Arena& arena, const HdimSizes& s, bool keep, bool keep_slope) {
-        features = arena.take<T>((kPairTile + 1) * s.Fp + 2 * lanes<T>);
-        partial = arena.take<T>(kPairTile, lanes<T>);
-        logit = arena.take<T>(kPairTile);
-        position = arena.take<int32_t>(kPairTile);
-        value = keep ? arena.take<T>(kPairTile, s.Mp) : nullptr;
-        slope = keep && keep_slope ? arena.take<T>(kPairTile, s.Mp) : nullptr;
+    XLAYER_INLINE void allocate(Workspace& space, const HdimSizes& s, bool keep, bool keep_slope) {
+        features = space.take<T>((kPairTile + 1) * s.Fp + 2 * lanes<T>);
+        partial = space.take<T>(kPairTile, lanes<T>);
+        logit = space.take<T>(kPairTile);
+        position = space.take<int32_t>(kPairTile);
+        value = keep ? space.take<T>(kPairTile, s.Mp) : nullptr;
+        slope = keep && keep_slope ? space.take<T>(kPairTile, s.Mp) : nullptr;
     }
 
     // Call once before the first tile: columns that no row writes stay zero.

@@ -1,5 +1,5 @@
-// CPU kernels of masked_mean (xlayer/routing.h). Bound by memory: each allowed token is read once, and one task is one
-// sequence times a slice of its width, so the bits do not depend on how tasks fall on threads.
+// masked_mean (xlayer/routing.h) and its backward. One task is one sequence and a slice of its width (forward) or of
+// its tokens (backward), so the bits do not depend on the threads.
 #include "xlayer/routing.h"
 
 #include <cstring>

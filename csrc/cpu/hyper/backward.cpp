@@ -1,10 +1,9 @@
-// CPU kernel of hyper, backward (xlayer/hyper.h). Bound by memory: in units of d per token the boundary reads 2n+2 (h,
-// y, and the gradients of h' and x) and writes n+1; h' is made again. Two steps per token, its rows in the caches
-// between: products of ∂L/∂x and h', from which ∂L/∂z follows; then, stretch by stretch of d, ∂L/∂h', the weight's
-// gradient, and from ∂L/∂h' what post wants.
+// hyper backward (xlayer/hyper.h); h' is recomputed. Two steps per token, its rows in the caches between: the products
+// of ∂L/∂x and h', from which ∂L/∂z follows; then, per chunk of columns, ∂L/∂h', the weight's gradient, and from ∂L/∂h'
+// the gradients of post's inputs.
 //
-// What tokens have in common (gradients of base, weight, …) is summed over runs of tokens whose number depends on the
-// sizes alone, then over the runs in order: the bits do not depend on the threads.
+// Gradients of what tokens share (base, weight, …) are summed over runs of tokens whose number depends on the sizes
+// alone, then over the runs in order: the bits do not depend on the threads.
 #include "cpu/hyper/coefficients.h"
 #include "cpu/hyper/gradients.h"
 #include "xlayer/workspace.h"
@@ -16,17 +15,17 @@ constexpr int64_t kColumnChunk = 512;  // elements of d at a time in the second 
 constexpr int64_t kMaxRuns = 256;
 constexpr int64_t kGroup = 4;  // tokens that meet the weight of rms_all together
 
-// How the tokens are cut into runs, and what one run sums: `numbers` in double, then the weight's gradient in T.
+// How the tokens are cut into runs, and what one run sums: `sums` numbers in double and the gradient of
+// `weights` elements in T.
 template <class T>
 struct Runs {
-    int64_t tokens, length, count, num_coefficients, weights;
+    int64_t tokens, length, count, sums, weights;
 
     explicit Runs(const HyperBackward& args) {
         const HyperSizes& size = args.size;
         tokens = size.tokens();
         weights = PackedWeight<T>(args).size();
-        num_coefficients =
-            2 * size.coefficients() + 2 * size.columns();  // base and post's coefficients; bias and scale
+        sums = 2 * size.coefficients() + 2 * size.columns();  // base and post's coefficients; bias and scale
         // A run's sums are written and read once more: they shall be few beside what its tokens move.
         const int64_t moved = (3 * size.streams + 3) * size.width;
         length = max<int64_t>(max<int64_t>(16, 8 * weights / moved), ceil_div(tokens, kMaxRuns));
@@ -38,21 +37,6 @@ struct Runs {
 template <class T>
 int64_t scratch_rows(const HyperBackward& args) {  // of one token
     return 4 * args.size.streams + 4;
-}
-
-template <class T>
-int64_t worker_size(const HyperBackward& args) {
-    const int64_t n = args.size.streams, block = lanes<T>, vector = static_cast<int64_t>(sizeof(Vec<T>));
-    const int64_t history = is_constrained(args.connection) ? 2 * args.connection.iterations * n * n * vector : 0;
-    const int64_t elements = kGroup * scratch_rows<T>(args) * row_size<T>(args.size) + kGroup * n * kColumnChunk +
-                             row_size<T>(args.size) + 2 * max<int64_t>(block, kGroup) * kMaxCoefficients;
-    return round_up(static_cast<int64_t>(sizeof(ConstrainedScratch<T>)) + history, 64) +
-           round_up(elements * static_cast<int64_t>(sizeof(T)), 64);
-}
-
-template <class T>
-int64_t run_size(const Runs<T>& runs) {
-    return round_up(runs.num_coefficients * 8 + runs.weights * static_cast<int64_t>(sizeof(T)), 64);
 }
 
 template <class T, int N>
@@ -67,20 +51,34 @@ class Backward {
           runs_(args),
           packed_(args),
           params_(args.connection, args.pre ? n_ : 0) {
+        Workspace space(args.workspace), worker_space(nullptr), run_space(nullptr);
+        Worker(args, worker_space);
+        Sums(*this, run_space);
+        worker_bytes_ = worker_space.bytes, run_bytes_ = run_space.bytes;
+        worker_memory_ = space.take<char>(args.pool.threads, worker_bytes_);
+        run_memory_ = space.take<char>(runs_.count, run_bytes_);
+        packed_weight_ = space.take<T>(runs_.weights);
+        bytes_ = space.bytes;
+        if (args.workspace == nullptr) return;
         if (dynamic_ && args.connection.norm == HyperNorm::layer)
             sum_weights(static_cast<const T*>(args.connection.weight), args.size, weight_sum_);
         for (int64_t block = 0; block < packed_.streams * packed_.blocks; ++block) {
             packed_.for_each_vector(block, [&](int64_t to, int64_t from, int64_t count) {
                 const T* row = static_cast<const T*>(args.connection.weight) + from;
-                for (int64_t l = 0; l < lanes<T>; ++l) packed_weight()[to + l] = l < count ? row[l] : T(0);
+                for (int64_t l = 0; l < lanes<T>; ++l) packed_weight_[to + l] = l < count ? row[l] : T(0);
             });
         }
     }
 
+    int64_t bytes() const { return bytes_; }
+
     void run() {
         parallel_tasks(args_.pool, runs_.count, [&](int64_t index, int64_t run) {
-            Worker worker(args_, index);
-            Sums sums(*this, run);
+            Workspace space(worker_memory_ + index * worker_bytes_);
+            Worker worker(args_, space);
+            for (int64_t e = 0; e < worker.row; ++e) worker.zeros[e] = 0;
+            Sums sums = sums_of(run);
+            sums.clear(runs_);
             const int64_t last = min(runs_.tokens, (run + 1) * runs_.length);
             const int64_t step = is_constrained(args_.connection) && dynamic_ ? lanes<T> : all_ ? kGroup : 1;
             for (int64_t first = run * runs_.length; first < last; first += step)
@@ -103,37 +101,27 @@ class Backward {
         int64_t ahead_out[kMaxStreamsOf<N> + 1];
     };
 
+    // One worker's arrays.
     struct Worker {
-        ConstrainedScratch<T>* constrained;
+        SinkhornBuffers<T>* sinkhorn;
         Vec<T>* history;
         Token token[kGroup];
         StreamGradient<T> gradient[kGroup];
-        T* chunk_grad;   // ∂L/∂h' of a stretch: n rows for each token of a group
-        const T* zeros;  // a row
+        T* chunk_grad;  // [kGroup][n][kColumnChunk] ∂L/∂h'
+        T* zeros;       // a row
         T *grad_c, *grad_z;
         int64_t row;
 
-        Worker(const HyperBackward& args, int64_t index) {
-            char* memory = static_cast<char*>(args.workspace) + index * worker_size<T>(args);
-            constrained = reinterpret_cast<ConstrainedScratch<T>*>(memory);
-            history = reinterpret_cast<Vec<T>*>(memory + sizeof(ConstrainedScratch<T>));
+        Worker(const HyperBackward& args, Workspace& space) : row(row_size<T>(args.size)) {
             const int64_t n = args.size.streams, block = max<int64_t>(lanes<T>, kGroup);
-            row = row_size<T>(args.size);
-            T* next = reinterpret_cast<T*>(memory + worker_size<T>(args));
-            next -=
-                (kGroup * scratch_rows<T>(args) + 1) * row + kGroup * n * kColumnChunk + 2 * block * kMaxCoefficients;
-            // From the end of the memory backwards: what comes before it is of a size that depends on the iterations.
-            next = reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(next) & ~uintptr_t{63});
-            for (Token& one : token) {
-                one.scratch = next;
-                next += scratch_rows<T>(args) * row;
-            }
-            chunk_grad = next;
-            T* zero = chunk_grad + kGroup * n * kColumnChunk;
-            for (int64_t e = 0; e < row; ++e) zero[e] = 0;
-            zeros = zero;
-            grad_c = zero + row;
-            grad_z = grad_c + block * kMaxCoefficients;
+            const int64_t steps = is_constrained(args.connection) ? 2 * args.connection.iterations : 0;
+            sinkhorn = space.take<SinkhornBuffers<T>>(1);
+            history = space.take<Vec<T>>(steps, n, n);
+            for (Token& one : token) one.scratch = space.take<T>(scratch_rows<T>(args), row);
+            chunk_grad = space.take<T>(kGroup, n, kColumnChunk);
+            zeros = space.take<T>(row);
+            grad_c = space.take<T>(block, kMaxCoefficients);
+            grad_z = space.take<T>(block, kMaxCoefficients);
         }
     };
 
@@ -142,25 +130,25 @@ class Backward {
         double *base, *post, *bias, *scale;
         T* weight;
 
-        Sums(const Backward& of, int64_t run) {
+        Sums(const Backward& of, Workspace& space) {
             const HyperSizes& size = of.args_.size;
-            char* memory = of.run_memory(run);
-            base = reinterpret_cast<double*>(memory);
+            base = space.take<double>(of.runs_.sums);
+            weight = space.take<T>(of.runs_.weights);
+            if (base == nullptr) return;
             post = base + size.coefficients();
             bias = post + size.coefficients();
             scale = bias + size.columns();
-            weight = reinterpret_cast<T*>(memory + of.runs_.num_coefficients * 8);
-            for (int64_t at = 0; at < of.runs_.num_coefficients; ++at) base[at] = 0;
-            std::memset(weight, 0, static_cast<size_t>(of.runs_.weights) * sizeof(T));
+        }
+        void clear(const Runs<T>& runs) const {
+            for (int64_t at = 0; at < runs.sums; ++at) base[at] = 0;
+            if (runs.weights > 0) std::memset(weight, 0, static_cast<size_t>(runs.weights) * sizeof(T));
         }
     };
 
-    char* run_memory(int64_t run) const {
-        return static_cast<char*>(args_.workspace) + args_.pool.threads * worker_size<T>(args_) +
-               run * run_size<T>(runs_);
+    Sums sums_of(int64_t run) const {
+        Workspace space(run_memory_ + run * run_bytes_);
+        return Sums(*this, space);
     }
-
-    T* packed_weight() const { return reinterpret_cast<T*>(run_memory(runs_.count)); }
 
     void read(const Worker& worker, int64_t index, Token& token) const {
         const HyperSizes& size = args_.size;
@@ -264,7 +252,7 @@ class Backward {
         if (is_constrained(args_.connection)) {
             T* grad_a = worker.grad_z;
             constrained_coefficients_backward(args_.connection, params_, n_, z, worker.grad_c, grad_a, count,
-                                              *worker.constrained, worker.history);
+                                              *worker.sinkhorn, worker.history);
             for (int64_t t = 0; t < count; ++t) {
                 T* grad = grad_a + t * num_coefficients;
                 for (int64_t j = 0, at = 0; j < n_; ++j) {
@@ -386,7 +374,7 @@ class Backward {
         if (!all_) {
             for (int64_t g = 0; g < count; ++g) {
                 const auto function = dynamic_ ? stream_gradient<T, N, true> : stream_gradient<T, N, false>;
-                function(n_, worker.gradient[g], worker.token[g].grad_next, worker.token[g].next, packed_weight(),
+                function(n_, worker.gradient[g], worker.token[g].grad_next, worker.token[g].next, packed_weight_,
                          sums.weight, begin, length, grad[g]);
             }
             return;
@@ -402,7 +390,7 @@ class Backward {
                     out[i] = grad[g + i][j];
                 }
                 stream_gradient_all<T, kTokens>(j, num_coefficients, worker.gradient + g, grad_next, next,
-                                                packed_weight() + packed_.of_stream(j),
+                                                packed_weight_ + packed_.of_stream(j),
                                                 sums.weight + packed_.of_stream(j), begin, length, out);
             };
             int64_t g = 0;
@@ -449,7 +437,7 @@ class Backward {
         const HyperSizes& size = args_.size;
         auto add = [&](int64_t at) {
             double sum = 0;
-            for (int64_t run = 0; run < runs_.count; ++run) sum += reinterpret_cast<const double*>(run_memory(run))[at];
+            for (int64_t run = 0; run < runs_.count; ++run) sum += sums_of(run).base[at];
             return static_cast<T>(sum);
         };
         const int64_t num_coefficients = size.coefficients(), columns = size.columns();
@@ -466,7 +454,7 @@ class Backward {
             packed_.for_each_vector(block, [&](int64_t from, int64_t to, int64_t count) {
                 double sum[lanes<T>] = {};
                 for (int64_t run = 0; run < runs_.count; ++run) {
-                    const T* part = reinterpret_cast<const T*>(run_memory(run) + runs_.num_coefficients * 8) + from;
+                    const T* part = sums_of(run).weight + from;
                     for (int64_t l = 0; l < lanes<T>; ++l) sum[l] += part[l];
                 }
                 for (int64_t l = 0; l < count; ++l) static_cast<T*>(args_.grad_weight)[to + l] = static_cast<T>(sum[l]);
@@ -486,6 +474,9 @@ class Backward {
     PackedWeight<T> packed_;
     CoefficientParameters<T> params_;
     T weight_sum_[kHyperMaxStreams + 2] = {};  // of each of the weight's rows, for layer
+    int64_t worker_bytes_, run_bytes_, bytes_;
+    char *worker_memory_, *run_memory_;
+    T* packed_weight_;
 };
 
 template <class T>
@@ -502,19 +493,17 @@ void run_backward(const HyperBackward& args) {
     }
 }
 
+// The layout depends on the number of streams, but not on whether the compiler knows it.
 template <class T>
-int64_t backward_workspace(const HyperBackward& args) {
-    const Runs<T> runs(args);
-    const int64_t workers = product_of_sizes(args.pool.threads, worker_size<T>(args));
-    const int64_t sums = product_of_sizes(runs.count, run_size<T>(runs)),
-                  weight = product_of_sizes(runs.weights, sizeof(T));
-    return sum_of_sizes(workers, sum_of_sizes(sums, weight));
+int64_t workspace_bytes(HyperBackward args) {
+    args.workspace = nullptr;
+    return Backward<T, 0>(args).bytes();
 }
 
 }  // namespace
 
 int64_t backward_workspace(const HyperBackward& args) {
-    return args.size.dtype == DType::float64 ? backward_workspace<double>(args) : backward_workspace<float>(args);
+    return args.size.dtype == DType::float64 ? workspace_bytes<double>(args) : workspace_bytes<float>(args);
 }
 
 void backward(const HyperBackward& args) {

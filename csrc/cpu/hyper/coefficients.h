@@ -1,5 +1,5 @@
-// From the products z of norm and weight to a sublayer's coefficients c, and back from ∂L/∂c to ∂L/∂z: O(n²) numbers
-// per token. tanh goes over a token's numbers in vectors; Sinkhorn's algorithm has one token in each lane.
+// A sublayer's coefficients c from the products z of norm and weight, and back from ∂L/∂c to ∂L/∂z. identity and tanh
+// vectorize over a token's coefficients; Sinkhorn's algorithm has one token in each lane.
 #pragma once
 
 #include "cpu/hyper/rows.h"
@@ -201,7 +201,7 @@ inline void lanes_to_tokens(const Vec<T>* from, int64_t tokens, int64_t count, T
 
 // Scratch for lanes<T> tokens.
 template <class T>
-struct ConstrainedScratch {
+struct SinkhornBuffers {
     Vec<T> values[kMaxCoefficients], grads[kMaxCoefficients];
     Vec<T> a[kHyperMaxStreams * kHyperMaxStreams], mixing[kHyperMaxStreams * kHyperMaxStreams];
 };
@@ -209,7 +209,7 @@ struct ConstrainedScratch {
 // c from z for up to lanes<T> tokens, [token][n·(n+2)].
 template <class T>
 inline void constrained_coefficients(const HyperConnection& connection, const CoefficientParameters<T>& params,
-                                     int64_t n, const T* z, T* c, int64_t tokens, ConstrainedScratch<T>& scratch) {
+                                     int64_t n, const T* z, T* c, int64_t tokens, SinkhornBuffers<T>& scratch) {
     const Sinkhorn<T> sinkhorn(connection, n);
     const int64_t columns = n + 2, count = n * columns;
     tokens_to_lanes(z, tokens, count, scratch.values);
@@ -230,7 +230,7 @@ inline void constrained_coefficients(const HyperConnection& connection, const Co
 template <class T>
 inline void constrained_coefficients_backward(const HyperConnection& connection, const CoefficientParameters<T>& params,
                                               int64_t n, const T* z, const T* grad_c, T* grad_a, int64_t tokens,
-                                              ConstrainedScratch<T>& scratch, Vec<T>* history) {
+                                              SinkhornBuffers<T>& scratch, Vec<T>* history) {
     const Sinkhorn<T> sinkhorn(connection, n);
     const int64_t columns = n + 2, count = n * columns;
     tokens_to_lanes(z, tokens, count, scratch.values);

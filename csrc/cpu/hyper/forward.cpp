@@ -1,6 +1,6 @@
-// CPU kernel of hyper, forward (xlayer/hyper.h). Bound by memory: in units of d per token it reads n (+1) and writes
-// n (+1); 2n+2 for the boundary. A token's rows stay in the caches between the steps: mix, norm and products, x. Tokens
-// do not depend on each other, so neither do the bits on how they fall on threads.
+// hyper forward (xlayer/hyper.h): post, pre or both for blocks of tokens. A token's rows are mixed, normalized,
+// multiplied with the weight and mixed again while they are in the caches. Tokens do not depend on each other, so the
+// bits do not depend on the threads.
 #include "cpu/hyper/coefficients.h"
 #include "xlayer/workspace.h"
 
@@ -12,11 +12,25 @@ template <class T>
 constexpr int64_t kBlock = lanes<T> > 4 ? lanes<T> : 4;
 constexpr int64_t kBlocksPerTask = 2;
 
-// Scratch of one worker: bytes.
+// One worker's arrays.
 template <class T>
-int64_t worker_size(const HyperForward& args) {
-    const int64_t rows = (2 * args.size.streams + 2) * row_size<T>(args.size);
-    return round_up(static_cast<int64_t>(sizeof(ConstrainedScratch<T>) + rows * sizeof(T)), 64);
+struct Worker {
+    SinkhornBuffers<T>* sinkhorn;
+    int64_t row;
+    T *in, *out;  // [n+1][row] each: rows that are not of type T, widened
+
+    Worker(const HyperForward& args, Workspace& space) : row(row_size<T>(args.size)) {
+        sinkhorn = space.take<SinkhornBuffers<T>>(1);
+        in = space.take<T>(args.size.streams + 1, row);
+        out = space.take<T>(args.size.streams + 1, row);
+    }
+};
+
+template <class T>
+int64_t worker_bytes(const HyperForward& args) {
+    Workspace space(nullptr);
+    Worker<T>(args, space);
+    return space.bytes;
 }
 
 template <class T, int N>
@@ -32,7 +46,8 @@ class Forward {
     void run() {
         const int64_t blocks = ceil_div(args_.size.tokens(), kBlock<T>);
         parallel_tasks(args_.pool, ceil_div(blocks, kBlocksPerTask), [&](int64_t index, int64_t task) {
-            Worker worker(args_, index);
+            Workspace space(static_cast<char*>(args_.workspace) + index * worker_bytes<T>(args_));
+            const Worker<T> worker(args_, space);
             const int64_t last = min(blocks, (task + 1) * kBlocksPerTask);
             for (int64_t b = task * kBlocksPerTask; b < last; ++b) {
                 const int64_t first = b * kBlock<T>;
@@ -42,22 +57,8 @@ class Forward {
     }
 
   private:
-    struct Worker {
-        ConstrainedScratch<T>* constrained;
-        int64_t row;
-        T *in, *out;  // n+1 rows each, for streams that are not of type T, and y or x
-
-        Worker(const HyperForward& args, int64_t index) {
-            char* memory = static_cast<char*>(args.workspace) + index * worker_size<T>(args);
-            constrained = reinterpret_cast<ConstrainedScratch<T>*>(memory);
-            row = row_size<T>(args.size);
-            in = reinterpret_cast<T*>(memory + sizeof(ConstrainedScratch<T>));
-            out = in + (args.size.streams + 1) * row;
-        }
-    };
-
     // The streams that pre reads, h', of one token.
-    void read_streams(const Worker& worker, int64_t token, const T** rows) const {
+    void read_streams(const Worker<T>& worker, int64_t token, const T** rows) const {
         const bool post = args_.post.branch.data != nullptr;
         const int64_t* stride = post ? args_.out.stride : args_.in.stride;
         const void* data = post ? args_.out.data : args_.in.data;
@@ -67,7 +68,7 @@ class Forward {
         }
     }
 
-    void post(const Worker& worker, int64_t token) const {
+    void post(const Worker<T>& worker, int64_t token) const {
         const HyperSizes& size = args_.size;
         const T* in[kMaxStreamsOf<N> + 1];
         T* out[kMaxStreamsOf<N>];
@@ -137,7 +138,7 @@ class Forward {
 
     // The same of `count` tokens for rms_all. Four tokens at a time meet the weight, which is large; but rows of
     // another dtype are widened into one token's scratch, so there each meets it alone.
-    void logits_of_all(const Worker& worker, int64_t first, int64_t count, T* z, T* statistics) const {
+    void logits_of_all(const Worker<T>& worker, int64_t first, int64_t count, T* z, T* statistics) const {
         const HyperSizes& size = args_.size;
         const int64_t num_coefficients = size.coefficients();
         const T* weight = static_cast<const T*>(args_.connection.weight);
@@ -168,7 +169,7 @@ class Forward {
         }
     }
 
-    void coefficients(const Worker& worker, int64_t first, int64_t count) const {
+    void coefficients(const Worker<T>& worker, int64_t first, int64_t count) const {
         const int64_t num_coefficients = args_.size.coefficients();
         T* z = static_cast<T*>(args_.logits) + first * num_coefficients;
         if (args_.connection.norm == HyperNorm::rms_all)
@@ -177,8 +178,7 @@ class Forward {
         if (is_constrained(args_.connection)) {
             for (int64_t t = 0; t < count; t += lanes<T>) {
                 constrained_coefficients(args_.connection, params_, n_, z + t * num_coefficients,
-                                         c + t * num_coefficients, min<int64_t>(lanes<T>, count - t),
-                                         *worker.constrained);
+                                         c + t * num_coefficients, min<int64_t>(lanes<T>, count - t), *worker.sinkhorn);
             }
             return;
         }
@@ -187,7 +187,7 @@ class Forward {
             plain_coefficients(params_, tanh, z + t * num_coefficients, c + t * num_coefficients, num_coefficients);
     }
 
-    void pre(const Worker& worker, int64_t token) const {
+    void pre(const Worker<T>& worker, int64_t token) const {
         const HyperSizes& size = args_.size;
         const T* c = dynamic_ ? static_cast<const T*>(args_.coefficients) + token * size.coefficients() : params_.base;
         const T* rows[kMaxStreamsOf<N>];
@@ -199,7 +199,7 @@ class Forward {
         narrow_elements(size.dtype, x, args_.branch_input, token * size.width, size.width);
     }
 
-    void block(const Worker& worker, int64_t first, int64_t count) const {
+    void block(const Worker<T>& worker, int64_t first, int64_t count) const {
         const bool has_post = args_.post.branch.data != nullptr;
         // Unless they are wanted together, tokens go one by one: then a token's rows are still in the caches.
         const bool together =
@@ -215,7 +215,7 @@ class Forward {
         }
     }
 
-    void logits(const Worker& worker, int64_t token) const {
+    void logits(const Worker<T>& worker, int64_t token) const {
         const T* rows[kMaxStreamsOf<N>];
         read_streams(worker, token, rows);
         const T* next_rows[kMaxStreamsOf<N>];
@@ -251,7 +251,7 @@ void run_forward(const HyperForward& args) {
 }  // namespace
 
 int64_t forward_workspace(const HyperForward& args) {
-    const int64_t worker = args.size.dtype == DType::float64 ? worker_size<double>(args) : worker_size<float>(args);
+    const int64_t worker = args.size.dtype == DType::float64 ? worker_bytes<double>(args) : worker_bytes<float>(args);
     return product_of_sizes(args.pool.threads, worker);
 }
 

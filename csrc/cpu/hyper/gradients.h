@@ -1,4 +1,4 @@
-// What hyper's backward does with stretches of rows: the gradients of a mixture and of a norm's products.
+// Gradients of a mixture of rows and of a norm's products, over a chunk of columns, for hyper's backward.
 #pragma once
 
 #include "cpu/hyper/rows.h"

@@ -1,6 +1,6 @@
-// What the hyper kernels do with rows of d elements: read and write them in any dtype, mix them, multiply them with
-// each other. The products are functions that are not inlined: post, pre and the boundary call the same machine code,
-// so one pass over two sublayers' edges has the bits of two passes.
+// Operations on rows of d elements for the hyper kernels: conversion, mixtures and products. The products are not
+// inlined: post, pre and the boundary call the same machine code, so one pass over two sublayers' edges has the bits of
+// two passes.
 #pragma once
 
 #include "cpu/common/rows.h"

@@ -1,5 +1,5 @@
-// CPU kernel of fsq (xlayer/quantize.h): one pass over the numbers as one long line, whose dimensions repeat. Bound by
-// memory with fast vectors: reads z, writes codes, indices and where kept the slope, which the same exponential gives.
+// fsq (xlayer/quantize.h): one elementwise pass over whole rows as one line of numbers, whose dimensions repeat. The
+// exponential of the bound gives its slope too.
 #include <type_traits>
 
 #include "cpu/common/rows.h"

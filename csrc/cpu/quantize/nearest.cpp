@@ -1,8 +1,7 @@
-// CPU kernel of vq_nearest (xlayer/quantize.h): 2·N·K·D flops and nothing of size N × K. Rows of x lie in the lanes of
-// the vectors and codes are the scalars, so that the best code of each row is kept lane by lane: a tile of scores meets
-// it while still in registers, and no codebook is packed. A block of rows stays in the second-level cache while all
-// codes pass by. The score is ½|c|² less x·c, summed over the width in order: equal codes have equal scores wherever
-// they stand, and the first of them wins, whatever the split into tiles and tasks.
+// vq_nearest (xlayer/quantize.h). Rows of x lie in the lanes of the vectors and codes are the scalars of a matrix
+// product: a register tile of scores updates the best code of each row before it leaves the registers, and no codebook
+// is packed. One task is a block of rows and a span of codes. A score is ½|c|² − x·c, summed over the width in order:
+// equal codes have equal scores wherever they stand and the lowest wins, whatever the split into tiles and tasks.
 #include "cpu/common/gemm.h"
 #include "cpu/common/rows.h"
 #include "xlayer/quantize.h"
@@ -49,11 +48,11 @@ template <class T>
 class Nearest {
   public:
     explicit Nearest(const VqNearest& args) : args_(args), partition_(args) {
-        Arena arena(args.workspace);
-        terms_ = arena.take<T>(args.books, args.codes);
-        partial_ = arena.take<Best<T>>(args.books, partition_.blocks, partition_.spans, partition_.panels);
-        workers_ = arena.take<char>(args.pool.threads, worker_size());
-        bytes_ = arena.used;
+        Workspace space(args.workspace);
+        terms_ = space.take<T>(args.books, args.codes);
+        partial_ = space.take<Best<T>>(args.books, partition_.blocks, partition_.spans, partition_.panels);
+        workers_ = space.take<char>(args.pool.threads, worker_size());
+        bytes_ = space.bytes;
     }
 
     static int64_t workspace(const VqNearest& args) {

@@ -1,5 +1,5 @@
-// CPU kernel of vq_statistics (xlayer/quantize.h): rows are sorted by their code, each code's keeping their order, and
-// then every code adds its own, by halves. Reads x once, N·D elements, and writes K·D.
+// vq_statistics (xlayer/quantize.h): a stable counting sort of the rows by code, then one sum per code and slice of
+// columns, pairwise over its rows.
 #include "cpu/common/rows.h"
 #include "xlayer/quantize.h"
 #include "xlayer/workspace.h"
@@ -18,11 +18,11 @@ class Statistics {
   public:
     explicit Statistics(const VqStatistics& args) : args_(args) {
         sorters_ = max<int64_t>(1, min(min(args.pool.threads, kMaxSorters), args.rows / kSortedRows));
-        Arena arena(args.workspace);
-        first_ = arena.take<int64_t>(args.books, sorters_, args.codes + 1);
-        code_ = arena.take<int64_t>(args.books, args.rows);
-        row_ = arena.take<int64_t>(args.books, args.rows);
-        bytes_ = arena.used;
+        Workspace space(args.workspace);
+        first_ = space.take<int64_t>(args.books, sorters_, args.codes + 1);
+        code_ = space.take<int64_t>(args.books, args.rows);
+        row_ = space.take<int64_t>(args.books, args.rows);
+        bytes_ = space.bytes;
     }
 
     static int64_t workspace(const VqStatistics& args) {

@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kThreads, 4) ema_scan_backward_kernel(EmaBackw
 
 // Sizes of the call as the kernels see them, and its arrays.
 template <class T, int V>
-EmaBackwardPlan make_plan(const EmaScanBackward& args, Arena& arena) {
+EmaBackwardPlan make_plan(const EmaScanBackward& args, Workspace& space) {
     using A = Accumulator<T>;
     EmaBackwardPlan plan{};
     plan.args = args;
@@ -216,8 +216,8 @@ EmaBackwardPlan make_plan(const EmaScanBackward& args, Arena& arena) {
             plan.runs = min_size(ceil_div(kTargetBlocks, tiles), s.tokens);
             plan.run_tokens = ceil_div(s.tokens, plan.runs);
             plan.runs = ceil_div(s.tokens, plan.run_tokens);
-            plan.statistics = arena.take<A>(s.layers, s.tokens, kStatistics);
-            plan.row_means = arena.take<A>(s.layers, s.tokens, 2);
+            plan.statistics = space.take<A>(s.layers, s.tokens, kStatistics);
+            plan.row_means = space.take<A>(s.layers, s.tokens, 2);
         }
         plan.blocks = min_size(tiles * plan.runs, kTargetBlocks);
         plan.shared_bytes = round_up((kWarps + 2) * s.layers + 1, 16) * sizeof(A);
@@ -225,19 +225,19 @@ EmaBackwardPlan make_plan(const EmaScanBackward& args, Arena& arena) {
         if (static_cast<int64_t>(plan.shared_bytes) + adjoints <= max_shared_bytes("ema_scan_backward")) {
             plan.shared_bytes += adjoints;
         } else {
-            plan.adjoints = arena.take<char>(plan.blocks, adjoints);
-            if (arena.base == nullptr) plan.adjoints = nullptr;
+            plan.adjoints = space.take<char>(plan.blocks, adjoints);
+            if (space.base == nullptr) plan.adjoints = nullptr;
         }
     }
-    plan.gate_partials = arena.take<A>(plan.blocks, s.layers);
-    if (s.normalize) plan.norm_partials = arena.take<A>(plan.runs, 2, s.width);
+    plan.gate_partials = space.take<A>(plan.blocks, s.layers);
+    if (s.normalize) plan.norm_partials = space.take<A>(plan.runs, 2, s.width);
     return plan;
 }
 
 template <class T, int V>
 void backward(const EmaScanBackward& args, void* stream) {
-    Arena arena{static_cast<char*>(args.workspace)};
-    const EmaBackwardPlan plan = make_plan<T, V>(args, arena);
+    Workspace space(args.workspace);
+    const EmaBackwardPlan plan = make_plan<T, V>(args, space);
     const EmaScan& s = args.scan;
     if (plan.whole_rows) {
         ema_norm_backward(plan, stream);
@@ -280,12 +280,12 @@ void dispatch_vector_length(EmaScanBackward args, const F& f) {
 }  // namespace
 
 int64_t ema_scan_backward_workspace(const EmaScanBackward& args) {
-    Arena arena{nullptr};
+    Workspace space(nullptr);
     dispatch_vector_length(args, [&](const EmaScanBackward& seen, auto vector) {
         using T = std::decay_t<decltype(vector.at[0])>;
-        make_plan<T, sizeof(vector) / sizeof(T)>(seen, arena);
+        make_plan<T, sizeof(vector) / sizeof(T)>(seen, space);
     });
-    return arena.used;
+    return space.bytes;
 }
 
 void ema_scan_backward(const EmaScanBackward& args, void* stream) {

@@ -21,15 +21,15 @@ GradPlan make_plan(const PairSizes& s) {
 }
 
 template <class T>
-GradPartials<T> take_partials(Arena& arena, const PairSizes& s, const GradPlan& plan) {
+GradPartials<T> take_partials(Workspace& space, const PairSizes& s, const GradPlan& plan) {
     using A = Accumulator<T>;
     const int64_t width = 8 * s.groups, chunks = plan.weight_chunks, slices = plan.weight_slices;
     GradPartials<T> to;
-    to.query_of_pairs = arena.take<A>(s.batch, plan.keys.key_tiles, s.queries, width);
-    to.query_of_weights = arena.take<A>(s.batch, chunks, plan.weight_tiles, s.queries, width);
-    to.key = arena.take<A>(s.batch, plan.keys.query_slices, s.keys, width);
-    to.weight = arena.take<A>(s.batch, chunks, slices, s.hidden, 4, width);
-    to.hidden = arena.take<A>(s.batch, chunks, slices, s.hidden, 2);
+    to.query_of_pairs = space.take<A>(s.batch, plan.keys.key_tiles, s.queries, width);
+    to.query_of_weights = space.take<A>(s.batch, chunks, plan.weight_tiles, s.queries, width);
+    to.key = space.take<A>(s.batch, plan.keys.query_slices, s.keys, width);
+    to.weight = space.take<A>(s.batch, chunks, slices, s.hidden, 4, width);
+    to.hidden = space.take<A>(s.batch, chunks, slices, s.hidden, 2);
     return to;
 }
 
@@ -37,13 +37,13 @@ GradPartials<T> take_partials(Arena& arena, const PairSizes& s, const GradPlan& 
 
 int64_t grad_pairs_workspace(const HdimInputs& in) {
     const PairSizes sizes(in);
-    Arena arena{nullptr};
+    Workspace space(nullptr);
     dispatch_pair_types(in, [&](auto element, auto activation, auto groups) {
         using T = decltype(element);
-        take_packed<T>(arena, sizes);
-        take_partials<T>(arena, sizes, make_plan<T, decltype(activation), decltype(groups)::value>(sizes));
+        take_packed<T>(space, sizes);
+        take_partials<T>(space, sizes, make_plan<T, decltype(activation), decltype(groups)::value>(sizes));
     });
-    return arena.used;
+    return space.bytes;
 }
 
 void grad_pairs(const HdimGradPairs& args, void* stream) {
@@ -52,10 +52,10 @@ void grad_pairs(const HdimGradPairs& args, void* stream) {
         using T = decltype(element);
         using Activation = decltype(activation);
         constexpr int G = decltype(groups)::value;
-        Arena arena{static_cast<char*>(args.workspace)};
-        const Packed<T> packed = take_packed<T>(arena, sizes);
+        Workspace space(args.workspace);
+        const Packed<T> packed = take_packed<T>(space, sizes);
         const GradPlan plan = make_plan<T, Activation, G>(sizes);
-        const GradPartials<T> partials = take_partials<T>(arena, sizes, plan);
+        const GradPartials<T> partials = take_partials<T>(space, sizes, plan);
         softmax_backward<T>(args, sizes, stream);
         grad_keys<T, Activation, G>(args, packed, sizes, plan, partials, stream);
         grad_weights<T, Activation, G>(args, packed, sizes, plan, partials, stream);

@@ -92,18 +92,18 @@ struct Packed {
 };
 
 template <class T>
-Packed<T> take_packed(Arena& arena, const PairSizes& s) {
+Packed<T> take_packed(Workspace& space, const PairSizes& s) {
     using A = Accumulator<T>;
     Packed<T> p;
-    p.query = arena.take<T>(s.batch, s.queries, 8, s.groups);
-    p.key = arena.take<T>(s.batch, s.keys, 8, s.groups);
-    p.weight = arena.take<T>(s.hidden, kWeightBlocks, 8, s.groups);
-    p.query_weight = arena.take<A>(8, s.groups, s.hidden);
-    p.bias1 = arena.take<A>(s.hidden);
-    p.weight2 = arena.take<A>(s.hidden);
-    p.query_hidden = arena.take<A>(s.batch, s.queries, s.hidden);
-    p.query_bias = arena.take<A>(s.batch, s.queries);
-    p.key_bias = arena.take<A>(s.batch, s.keys);
+    p.query = space.take<T>(s.batch, s.queries, 8, s.groups);
+    p.key = space.take<T>(s.batch, s.keys, 8, s.groups);
+    p.weight = space.take<T>(s.hidden, kWeightBlocks, 8, s.groups);
+    p.query_weight = space.take<A>(8, s.groups, s.hidden);
+    p.bias1 = space.take<A>(s.hidden);
+    p.weight2 = space.take<A>(s.hidden);
+    p.query_hidden = space.take<A>(s.batch, s.queries, s.hidden);
+    p.query_bias = space.take<A>(s.batch, s.queries);
+    p.key_bias = space.take<A>(s.batch, s.keys);
     return p;
 }
 

@@ -130,17 +130,17 @@ void launch_score(const HdimScore& args, const Packed<T>& packed, const PairSize
 }  // namespace
 
 int64_t score_workspace(const HdimInputs& in) {
-    Arena arena{nullptr};
-    dispatch_dtype(in.dtype, [&](auto element) { take_packed<decltype(element)>(arena, PairSizes(in)); });
-    return arena.used;
+    Workspace space(nullptr);
+    dispatch_dtype(in.dtype, [&](auto element) { take_packed<decltype(element)>(space, PairSizes(in)); });
+    return space.bytes;
 }
 
 void score(const HdimScore& args, void* stream) {
     const PairSizes sizes(args.in);
     dispatch_pair_types(args.in, [&](auto element, auto activation, auto groups) {
         using T = decltype(element);
-        Arena arena{static_cast<char*>(args.workspace)};
-        const Packed<T> packed = take_packed<T>(arena, sizes);
+        Workspace space(args.workspace);
+        const Packed<T> packed = take_packed<T>(space, sizes);
         pack_inputs<T>(args, packed, sizes, stream);
         launch_score<T, decltype(activation), decltype(groups)::value>(args, packed, sizes, stream);
     });

@@ -44,21 +44,21 @@ int64_t make_plan(const HyperBackward& args, BackwardPlan& plan) {
         using T = decltype(element);
         dispatch_streams(n, [&](auto streams) { plan_runs<T, decltype(streams)::value>(plan); });
     });
-    Arena arena(args.workspace);
+    Workspace space(args.workspace);
     const int64_t element = size.dtype == DType::float64 ? 8 : 4;
     if (args.pre) {
-        plan.dots = arena.take<char>(element, tokens, n);
-        plan.records = arena.take<char>(element, tokens, record_size(n));
-        plan.weight_sum = arena.take<char>(element, size.columns());
-        plan.coefficient_partials = arena.take<char>(8, plan.coefficient_runs, 3, plan.num_coefficients);
-        plan.histories = arena.take<char>(plan.histories_bytes);
+        plan.dots = space.take<char>(element, tokens, n);
+        plan.records = space.take<char>(element, tokens, record_size(n));
+        plan.weight_sum = space.take<char>(element, size.columns());
+        plan.coefficient_partials = space.take<char>(8, plan.coefficient_runs, 3, plan.num_coefficients);
+        plan.histories = space.take<char>(plan.histories_bytes);
     }
     if (plan.post) {
         const int64_t places = args.post.shared ? plan.runs : tokens;
-        plan.post_partials = arena.take<char>(element, places, plan.tiles, n, n + 1);
+        plan.post_partials = space.take<char>(element, places, plan.tiles, n, n + 1);
     }
-    if (plan.dynamic) plan.weight_partials = arena.take<char>(element, plan.weight_runs, args.connection.weights(size));
-    return arena.used;
+    if (plan.dynamic) plan.weight_partials = space.take<char>(element, plan.weight_runs, args.connection.weights(size));
+    return space.bytes;
 }
 
 }  // namespace

@@ -157,11 +157,11 @@ struct Plan {
         const int64_t last = kCodeGroups * S::kBlockRows * static_cast<int64_t>(sizeof(Best<A>));
         shared = static_cast<size_t>(bytes > last ? bytes : last);
 
-        Arena arena{static_cast<char*>(workspace)};
-        terms = arena.take<Terms<A>>(args.books, padded);
-        scores = arena.take<A>(splits, args.books, args.rows);
-        found = arena.take<int>(splits, args.books, args.rows);
-        bytes_ = arena.used;
+        Workspace space(workspace);
+        terms = space.take<Terms<A>>(args.books, padded);
+        scores = space.take<A>(splits, args.books, args.rows);
+        found = space.take<int>(splits, args.books, args.rows);
+        bytes_ = space.bytes;
     }
     int64_t bytes() const { return bytes_; }
 

@@ -206,13 +206,13 @@ struct Plan {
 
     explicit Plan(const VqStatistics& args)
         : chunks(ceil_div(args.rows, kChunkRows)), windows(ceil_div(args.rows, kPartialRows)) {
-        Arena arena{static_cast<char*>(args.workspace)};
-        for (Entry*& some : entries) some = arena.take<Entry>(args.books, args.rows);
-        counts = arena.take<uint32_t>(args.books, kDigits, chunks);
-        totals = arena.take<uint32_t>(args.books, kDigits);
-        offsets = arena.take<uint32_t>(args.books, args.codes + 1);
-        partials = arena.take<A>(args.books, windows, args.width);
-        bytes = arena.used;
+        Workspace space(args.workspace);
+        for (Entry*& some : entries) some = space.take<Entry>(args.books, args.rows);
+        counts = space.take<uint32_t>(args.books, kDigits, chunks);
+        totals = space.take<uint32_t>(args.books, kDigits);
+        offsets = space.take<uint32_t>(args.books, args.codes + 1);
+        partials = space.take<A>(args.books, windows, args.width);
+        bytes = space.bytes;
     }
 };
 

@@ -1,5 +1,5 @@
 // The contract of the aggregation kernels: a state that is carried across the layers of a model, token by token.
-// Implemented by csrc/cpu/aggregate_*.cpp and csrc/cuda/aggregate_*.cu, called by csrc/torch/aggregate*.cpp.
+// Implemented by csrc/cpu/aggregate and csrc/cuda/aggregate, called by csrc/torch/aggregate*.cpp.
 #pragma once
 
 #include "xlayer/types.h"

@@ -14,10 +14,10 @@
 
 namespace xlayer {
 
-// What forward keeps of a row of logits for backward: the largest, M; Σ_j exp(logit_j − M), which is 0 where no pair is
-// allowed and else at least 1; and the mean of logit − M under P. Apart from each other, because their sum, the
-// logsumexp, rounded to one number, would put all of a row's probabilities off by the rounding of the largest logit.
-// With them P_j = exp(logit_j − M) / Σ, and the entropy's derivative P_j·(mean − (logit_j − M)) cancels nothing.
+// Statistics of a row of logits that forward saves for backward: the largest, M; Σ_j exp(logit_j − M), which is 0 where
+// no pair is allowed and else at least 1; and the mean of logit − M under P. Apart from each other, because their sum,
+// the logsumexp, rounded to one number, would put all of a row's probabilities off by the rounding of the largest
+// logit. With them P_j = exp(logit_j − M) / Σ, and the entropy's derivative P_j·(mean − (logit_j − M)) cancels nothing.
 constexpr int64_t kHdimStatistics = 3;
 
 struct HdimInputs {

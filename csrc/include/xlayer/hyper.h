@@ -59,7 +59,7 @@ struct HyperRows {  // [outer, inner, d]
     int64_t stride[2];
 };
 
-// How pre makes its coefficients. Null: weight, bias, scale where norm is none; bias also means 0.
+// Parameters of pre's coefficients. Null: weight, bias, scale where norm is none; bias also means 0.
 struct HyperConnection {
     HyperNorm norm;
     HyperForm form;
@@ -78,7 +78,7 @@ struct HyperConnection {
     }
 };
 
-// What post is given, forward and backward. branch.data == nullptr: there is no post, and h' is h.
+// The inputs of post, forward and backward. branch.data == nullptr: there is no post, and h' is h.
 struct HyperPost {
     HyperRows<const void*> branch;  // y, branch_dtype
     const void* coefficients;       // [tokens, n, n+2], or [n, n+2] if shared

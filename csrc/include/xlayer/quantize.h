@@ -1,5 +1,6 @@
-// The contract of the quantization kernels: nearest codes of a codebook, what falls to each code, and finite scalar
-// quantization. Implemented by csrc/cpu/quantize*.cpp and csrc/cuda/quantize*.cu, called by csrc/torch/quantize.cpp.
+// The contract of the quantization kernels: nearest codes of a codebook, counts and sums of the rows of each code, and
+// finite scalar quantization. Implemented by csrc/cpu/quantize and csrc/cuda/quantize, called by
+// csrc/torch/quantize.cpp.
 #pragma once
 
 #include "xlayer/types.h"

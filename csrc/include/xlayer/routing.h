@@ -1,5 +1,5 @@
 // The contract of the routing kernels: the mean of each sequence over the tokens that its mask allows.
-// Implemented by csrc/cpu/routing.cpp and csrc/cuda/routing.cu, called by csrc/torch/routing.cpp.
+// Implemented by csrc/cpu/hdim/routing.cpp and csrc/cuda/hdim/routing.cu, called by csrc/torch/routing.cpp.
 #pragma once
 
 #include "xlayer/types.h"
