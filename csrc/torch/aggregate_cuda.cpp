@@ -38,21 +38,22 @@ Tensor layers_of(const Tensor& rows, int64_t tokens, int64_t first, int64_t last
 Tensor layer_of(const Tensor& rows, int64_t tokens, int64_t layer) { return layers_of(rows, tokens, layer, layer + 1); }
 
 // The state before `layer`; none before the first if it starts from zeros.
-Optional state_before(const Tensor& states, const Optional& initial, int64_t layer) {
+OptionalTensor state_before(const Tensor& states, const OptionalTensor& initial, int64_t layer) {
     if (layer == 0) return initial;
     return select(states, 0, layer - 1);
 }
-const void* data_of(const Optional& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
+const void* data_of(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
 
 // out = first + second + third, rows [tokens, width]; all but the first contiguous, all but the first optional.
-void add(const Tensor& first, const Optional& second, const Optional& third, const Tensor& out, void* stream) {
+void add(const Tensor& first, const OptionalTensor& second, const OptionalTensor& third, const Tensor& out,
+         void* stream) {
     cuda::aggregate::add_rows({kernel_dtype(out, "out"), out.size(0), out.size(1), first.const_data_ptr(),
                                first.stride(0), data_of(second), data_of(third), out.mutable_data_ptr()},
                               stream);
 }
 
 // Σ_l grads_lᵀ · S_{l−1}, the gradient of a weight that states were multiplied with. grads: [layers·tokens, …].
-void state_weight_gradient(const Tensor& grads, const Tensor& states, const Optional& initial, const Tensor& out,
+void state_weight_gradient(const Tensor& grads, const Tensor& states, const OptionalTensor& initial, const Tensor& out,
                            void* stream) {
     const int64_t layers = states.size(0), tokens = states.size(1), width = states.size(2);
     const Tensor rows = view(states, {layers * tokens, width});
@@ -69,29 +70,29 @@ void state_weight_gradient(const Tensor& grads, const Tensor& states, const Opti
 
 // --- ema_scan --------------------------------------------------------------------------------------------------------
 
-Tensor ema_scan_cuda(const Tensor& x, const Tensor& gate_logits, const Optional& initial, const Optional& norm_weight,
-                     const Optional& norm_bias, double eps, bool last_only) {
+Tensor ema_scan_cuda(const Tensor& x, const Tensor& gate_logits, const OptionalTensor& initial,
+                     const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double eps, bool last_only) {
     const CudaScope scope(x);
     EmaArguments given(x, gate_logits, initial, norm_weight, norm_bias, eps, last_only);
     EmaScanForward args{};
-    args.scan = given.scan;
+    args.scan = given.args;
     Tensor states = given.new_states("states");
     args.states = states.mutable_data_ptr();
     if (states.numel() == 0) return states;
-    const Tensor workspace = new_workspace(x, cuda::aggregate::ema_scan_forward_workspace(args), &args.workspace);
-    cuda::aggregate::ema_scan_forward(args, scope.stream());
+    scope.run(x, args, cuda::aggregate::ema_scan_forward_workspace, cuda::aggregate::ema_scan_forward);
     return states;
 }
 
-Five ema_scan_backward_cuda(const Tensor& grad, const Tensor& x, const Tensor& gate_logits, const Optional& initial,
-                            const Optional& norm_weight, const Optional& norm_bias, double eps, bool last_only) {
+Five ema_scan_backward_cuda(const Tensor& grad, const Tensor& x, const Tensor& gate_logits,
+                            const OptionalTensor& initial, const OptionalTensor& norm_weight,
+                            const OptionalTensor& norm_bias, double eps, bool last_only) {
     const CudaScope scope(x);
     EmaArguments given(x, gate_logits, initial, norm_weight, norm_bias, eps, last_only);
-    STD_TORCH_CHECK(given.scan.layers <= cuda::aggregate::kEmaMaxLayers,
+    STD_TORCH_CHECK(given.args.layers <= cuda::aggregate::kEmaMaxLayers,
                     "the CUDA kernels of ema_scan's backward take at most ", cuda::aggregate::kEmaMaxLayers,
-                    " layers, got ", given.scan.layers);
+                    " layers, got ", given.args.layers);
     EmaScanBackward args{};
-    args.scan = given.scan;
+    args.scan = given.args;
     const Tensor grads = given.checked_grad(grad);
     args.grad = given.grad_rows(grads);
     Five out = given.new_grads();
@@ -105,8 +106,7 @@ Five ema_scan_backward_cuda(const Tensor& grad, const Tensor& x, const Tensor& g
     args.grad_initial = initial ? grad_initial.mutable_data_ptr() : nullptr;
     args.grad_norm_weight = norm_weight ? grad_weight.mutable_data_ptr() : nullptr;
     args.grad_norm_bias = norm_bias ? grad_bias.mutable_data_ptr() : nullptr;
-    const Tensor workspace = new_workspace(x, cuda::aggregate::ema_scan_backward_workspace(args), &args.workspace);
-    cuda::aggregate::ema_scan_backward(args, scope.stream());
+    scope.run(x, args, cuda::aggregate::ema_scan_backward_workspace, cuda::aggregate::ema_scan_backward);
     return out;
 }
 
@@ -115,7 +115,7 @@ Five ema_scan_backward_cuda(const Tensor& grad, const Tensor& x, const Tensor& g
 // Beside the outputs: W_h h of one layer, [N, 3d], and of all layers W_i x, [L, N, 3d], which lies where the gates will
 // be if they are kept.
 Two depth_gru_cuda(const Tensor& x, const Tensor& weight_ih, const Tensor& weight_hh, const Tensor& bias_ih,
-                   const Tensor& bias_hh, const Optional& initial, bool keep) {
+                   const Tensor& bias_hh, const OptionalTensor& initial, bool keep) {
     const CudaScope scope(x);
     GruArguments given(x, weight_ih, weight_hh, initial);
     const Tensor input_bias = given.checked_bias(bias_ih, "bias_ih"),
@@ -123,18 +123,18 @@ Two depth_gru_cuda(const Tensor& x, const Tensor& weight_ih, const Tensor& weigh
     Two out = given.new_states(keep);
     auto& [states, gates] = out;
     if (states.numel() == 0) return out;
-    const int64_t L = given.gru.layers, N = given.gru.tokens, d = given.gru.width;
+    const int64_t L = given.args.layers, N = given.args.tokens, d = given.args.width;
 
     const Tensor from_input =
         keep ? part_of(view(gates, {L * N, 4 * d}), 1, 0, 3 * d) : allocate(x, {L * N, 3 * d}, "W_i x");
-    multiply(view(as_contiguous(given.x()), {L * N, given.gru.input}), transposed(given.weight_ih()), from_input);
+    multiply(view(as_contiguous(given.x()), {L * N, given.args.input}), transposed(given.weight_ih()), from_input);
     const Tensor from_state = allocate(x, {N, 3 * d}, "W_h h");
     cuda::aggregate::GruStep step{};
-    step.dtype = given.gru.dtype, step.tokens = N, step.width = d;
+    step.dtype = given.args.dtype, step.tokens = N, step.width = d;
     step.input_stride = from_input.stride(0);
     step.bias_ih = kernel_input(input_bias, "bias_ih"), step.bias_hh = kernel_input(state_bias, "bias_hh");
     for (int64_t layer = 0; layer < L; ++layer) {
-        const Optional previous = state_before(states, given.initial(), layer);
+        const OptionalTensor previous = state_before(states, given.initial(), layer);
         if (previous) multiply(*previous, transposed(given.weight_hh()), from_state);
         step.from_input = layer_of(from_input, N, layer).const_data_ptr();
         step.from_state = previous ? from_state.const_data_ptr() : nullptr;
@@ -149,7 +149,7 @@ Two depth_gru_cuda(const Tensor& x, const Tensor& weight_ih, const Tensor& weigh
 // Beside the outputs: the gradients inside the gates, [L, N, 4, d] in the order n, r, z, m, so that what goes through
 // W_i (n, r, z) and what goes through W_h (r, z, m) both are matrices; 2·[N, d]; and W_i in that order, [3d, i].
 Six depth_gru_backward_cuda(const Tensor& grad, const Tensor& states_, const Tensor& gates_, const Tensor& x,
-                            const Tensor& weight_ih, const Tensor& weight_hh, const Optional& initial) {
+                            const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& initial) {
     const CudaScope scope(x);
     GruArguments given(x, weight_ih, weight_hh, initial);
     const Tensor grads = given.checked_grad(grad), states = given.checked_states(states_),
@@ -160,14 +160,14 @@ Six depth_gru_backward_cuda(const Tensor& grad, const Tensor& states_, const Ten
         zero_all({grad_x, grad_ih, grad_hh, grad_bias_ih, grad_bias_hh, grad_initial});
         return out;
     }
-    const int64_t L = given.gru.layers, N = given.gru.tokens, d = given.gru.width, i = given.gru.input;
+    const int64_t L = given.args.layers, N = given.args.tokens, d = given.args.width, i = given.args.input;
     kernel_input(states, "states"), kernel_input(gates, "gates"), kernel_input(grads, "grad");
 
     const Tensor inside = allocate(x, {L * N, 4 * d}, "inside the gates");
     const Tensor direct = allocate(x, {N, d}, "direct"), product = allocate(x, {N, d}, "product");
     const Tensor through_state = part_of(inside, 1, d, 3 * d);
     cuda::aggregate::GruStepBackward step{};
-    step.dtype = given.gru.dtype, step.tokens = N, step.width = d;
+    step.dtype = given.args.dtype, step.tokens = N, step.width = d;
     step.grad_stride = grads.stride(1);
     step.direct = direct.mutable_data_ptr();
     for (int64_t layer = L - 1; layer >= 0; --layer) {
@@ -191,12 +191,11 @@ Six depth_gru_backward_cuda(const Tensor& grad, const Tensor& states_, const Ten
     multiply(transposed(part_of(inside, 1, d, 2 * d)), rows, part_of(grad_ih, 0, 0, 2 * d));
     state_weight_gradient(through_state, states, given.initial(), grad_hh, scope.stream());
 
-    cuda::aggregate::SumColumns sums{given.gru.dtype, inside.const_data_ptr(), L * N, 4 * d, {}, nullptr};
+    cuda::aggregate::SumColumns sums{given.args.dtype, inside.const_data_ptr(), L * N, 4 * d, {}, nullptr};
     sums.parts[0] = {d, 3 * d, grad_bias_hh.mutable_data_ptr()};
     sums.parts[1] = {d, 2 * d, grad_bias_ih.mutable_data_ptr()};
     sums.parts[2] = {0, d, part_of(grad_bias_ih, 0, 2 * d, d).mutable_data_ptr()};
-    const Tensor workspace = new_workspace(x, cuda::aggregate::sum_columns_workspace(sums), &sums.workspace);
-    cuda::aggregate::sum_columns(sums, scope.stream());
+    scope.run(x, sums, cuda::aggregate::sum_columns_workspace, cuda::aggregate::sum_columns);
     return out;
 }
 
@@ -217,19 +216,19 @@ cuda::aggregate::AttentionStep attention_step_of(const DepthAttention& of) {
 
 // Beside the outputs: the query of one layer, [N, e], and what it attended to, if that is not kept.
 Two depth_attention_cuda(const Tensor& keys, const Tensor& values, const Tensor& weight_query, const Tensor& weight_out,
-                         const Optional& initial, int64_t heads, int64_t memory, double scale, bool keep) {
+                         const OptionalTensor& initial, int64_t heads, int64_t memory, double scale, bool keep) {
     const CudaScope scope(keys);
     AttentionArguments given(keys, values, weight_query, weight_out, initial, heads, memory, scale);
     Two out = given.new_states(keep);
     auto& [states, kept] = out;
     if (states.numel() == 0 && kept.numel() == 0) return out;
-    const int64_t L = given.attention.layers, N = given.attention.tokens, e = given.inner();
+    const int64_t L = given.args.layers, N = given.args.tokens, e = given.inner();
 
     const Tensor query = allocate(keys, {N, e}, "query");
     const Tensor one = keep ? kept : allocate(keys, {N, e}, "attended");  // of a layer
-    cuda::aggregate::AttentionStep step = attention_step_of(given.attention);
+    cuda::aggregate::AttentionStep step = attention_step_of(given.args);
     for (step.layer = 0; step.layer < L; ++step.layer) {
-        const Optional previous = state_before(states, given.initial(), step.layer);
+        const OptionalTensor previous = state_before(states, given.initial(), step.layer);
         const Tensor attended = keep ? select(kept, 0, step.layer) : one, state = select(states, 0, step.layer);
         if (previous) multiply(*previous, transposed(given.weight_query()), query);
         step.query = previous ? query.const_data_ptr() : nullptr;
@@ -245,8 +244,8 @@ Two depth_attention_cuda(const Tensor& keys, const Tensor& values, const Tensor&
 // to, 3·[L, N, e]; weights and their logits' gradients, 2·[L, N, heads, memory] in float32; and [N, d].
 Five depth_attention_backward_cuda(const Tensor& grad, const Tensor& states_, const Tensor& attended_,
                                    const Tensor& keys, const Tensor& values, const Tensor& weight_query,
-                                   const Tensor& weight_out, const Optional& initial, int64_t heads, int64_t memory,
-                                   double scale) {
+                                   const Tensor& weight_out, const OptionalTensor& initial, int64_t heads,
+                                   int64_t memory, double scale) {
     const CudaScope scope(keys);
     AttentionArguments given(keys, values, weight_query, weight_out, initial, heads, memory, scale);
     const Tensor grads = given.checked_grad(grad), states = given.checked_states(states_),
@@ -257,11 +256,11 @@ Five depth_attention_backward_cuda(const Tensor& grad, const Tensor& states_, co
         zero_all({grad_keys, grad_values, grad_query_weight, grad_out_weight, grad_initial});
         return out;
     }
-    const int64_t L = given.attention.layers, N = given.attention.tokens, d = given.attention.width, e = given.inner();
+    const int64_t L = given.args.layers, N = given.args.tokens, d = given.args.width, e = given.inner();
     kernel_input(states, "states"), kernel_input(grads, "grad");
 
     cuda::aggregate::AttentionStepBackward backward{};
-    cuda::aggregate::AttentionStep& step = backward.step = attention_step_of(given.attention);
+    cuda::aggregate::AttentionStep& step = backward.step = attention_step_of(given.args);
     const auto wide = keys.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
     Tensor query = allocate(keys, {L * N, e}, "queries");
     const Tensor grad_query = allocate(keys, {L * N, e}, "grad of queries");
@@ -282,8 +281,8 @@ Five depth_attention_backward_cuda(const Tensor& grad, const Tensor& states_, co
     for (int64_t layer = step.layer = L - 1; layer >= 0; step.layer = --layer) {
         const Tensor own = layer_of(grad_states, N, layer);
         const bool above = layer < L - 1;
-        add(select(grads, 0, layer), above ? Optional(layer_of(grad_states, N, layer + 1)) : std::nullopt,
-            above ? Optional(product) : std::nullopt, own, scope.stream());
+        add(select(grads, 0, layer), above ? OptionalTensor(layer_of(grad_states, N, layer + 1)) : std::nullopt,
+            above ? OptionalTensor(product) : std::nullopt, own, scope.stream());
         multiply(own, given.weight_out(), layer_of(grad_attended, N, layer));
         step.query = layer_of(query, N, layer).const_data_ptr();
         backward.grad_attended = layer_of(grad_attended, N, layer).const_data_ptr();

@@ -1,6 +1,9 @@
-// What every operator file needs to get from tensors to a kernel's contract: checks that name the argument, dtype
-// mapping, a kernel's inputs and outputs, torch's thread pool, and the device and stream of a CUDA call. Stable ABI
-// only: no ATen, no c10.
+// Shared parts of the operator files: checks that name the argument, dtype mapping, a kernel's inputs and outputs, and
+// the scopes that run a kernel on the CPU or on CUDA. Stable ABI only: no ATen, no c10.
+//
+// Every operator has the same form. A class <Operator>Arguments, made of the operator's arguments, checks them, holds
+// the contiguous copies that its contract `args` points into, and allocates outputs; the operator fills in the outputs'
+// pointers and has a scope run the kernel. Operators that are one kernel on every device are templates of the scope.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -47,6 +50,7 @@ namespace xlayer {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
 
 inline std::string shape_string(const Tensor& tensor) {
     std::string text = "[";
@@ -54,8 +58,8 @@ inline std::string shape_string(const Tensor& tensor) {
     return text + "]";
 }
 
-// The most elements of a tensor, its empty dimensions counted as 1: more than any memory holds, but a tensor without
-// elements, or one that is expanded, can have the shape. Sizes below it can be multiplied by what the kernels know of.
+// Limit of a tensor's elements, empty dimensions counted as 1: more than any memory holds, but a tensor without
+// elements, or one that is expanded, can have the shape. Sizes below it can be multiplied by the kernels' constants.
 constexpr int64_t kMaxElements = int64_t{1} << 50;
 
 inline void check_elements(torch::headeronly::IntHeaderOnlyArrayRef shape, const char* name) {
@@ -179,7 +183,12 @@ inline Tensor allocate(const Tensor& like, std::initializer_list<int64_t> shape,
     return allocate(like, shape, like.scalar_type(), name);
 }
 
-// Scratch for one call, aligned.
+// The accumulation type of a dtype, for statistics and parameters.
+inline ScalarType accumulation_type(DType dtype) {
+    return dtype == DType::float64 ? ScalarType::Double : ScalarType::Float;
+}
+
+// The workspace of one call, aligned.
 inline Tensor new_workspace(const Tensor& like, int64_t bytes, void** aligned) {
     STD_TORCH_CHECK(bytes < kMaxBytes, "the scratch memory of this call would exceed 2^61 bytes");
     Tensor buffer = new_memory(like, {bytes + kWorkspaceAlignment}, ScalarType::Byte, "workspace");
@@ -230,6 +239,24 @@ class PoolTask {
 // torch's own intra-op threads.
 inline ThreadPool torch_pool() { return {&PoolTask::run, static_cast<int64_t>(torch::stable::get_num_threads())}; }
 
+// One call of an operator on the CPU.
+class CpuScope {
+  public:
+    explicit CpuScope(const Tensor&) {}
+
+    // Runs a kernel in a workspace of the size that it asks for.
+    template <class Args>
+    void run(const Tensor& like, Args& args, int64_t (*workspace_bytes)(const Args&),
+             void (*kernel)(const Args&)) const {
+        const Tensor workspace = new_workspace(like, workspace_bytes(args), &args.workspace);
+        kernel(args);
+    }
+    template <class Args>
+    void run(const Args& args, void (*kernel)(const Args&)) const {
+        kernel(args);
+    }
+};
+
 #ifdef XLAYER_EMULATED
 // For the length of an operator: the emulator's kernels may touch the tensors that were named in it, and nothing else.
 class CudaScope {
@@ -238,6 +265,18 @@ class CudaScope {
     CudaScope(const CudaScope&) = delete;
     ~CudaScope() { emulator::forget_memory(); }
     void* stream() const { return nullptr; }
+
+    // Runs a kernel in a workspace of the size that it asks for.
+    template <class Args>
+    void run(const Tensor& like, Args& args, int64_t (*workspace_bytes)(const Args&),
+             void (*kernel)(const Args&, void*)) const {
+        const Tensor workspace = new_workspace(like, workspace_bytes(args), &args.workspace);
+        kernel(args, stream());
+    }
+    template <class Args>
+    void run(const Args& args, void (*kernel)(const Args&, void*)) const {
+        kernel(args, stream());
+    }
 };
 #else
 // For the length of a CUDA operator: makes the tensor's device current and holds torch's current stream there. `name`,
@@ -252,6 +291,18 @@ class CudaScope {
                         "could not get the current CUDA stream");
     }
     void* stream() const { return stream_; }
+
+    // Runs a kernel in a workspace of the size that it asks for.
+    template <class Args>
+    void run(const Tensor& like, Args& args, int64_t (*workspace_bytes)(const Args&),
+             void (*kernel)(const Args&, void*)) const {
+        const Tensor workspace = new_workspace(like, workspace_bytes(args), &args.workspace);
+        kernel(args, stream());
+    }
+    template <class Args>
+    void run(const Args& args, void (*kernel)(const Args&, void*)) const {
+        kernel(args, stream());
+    }
 
   private:
     ProfilerRange range_;

@@ -28,7 +28,7 @@ void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
 struct Scores {
     Tensor logits, value;
 
-    Scores(const HdimTensors& in, const Tensor& query, const Tensor& value_, void* workspace, void* stream)
+    Scores(const HdimArguments& in, const Tensor& query, const Tensor& value_, void* workspace, void* stream)
         : logits(allocate(query, {in.args.batch, in.args.queries, cuda::hdim::logits_pitch(in.args.keys)},
                           in.accumulation(), "logits")),
           value(value_) {
@@ -48,7 +48,7 @@ HdimOutputs hdim_attention_cuda(const Tensor& query, const Tensor& key, const Te
                                 const Tensor& bias1, const Tensor& weight2, const OptionalTensor& key_mask,
                                 const OptionalTensor& pair_mask, double temperature, bool gelu, bool tf32) {
     const CudaScope scope(query);
-    const HdimTensors in(query, key, value, weight1, bias1, weight2, key_mask, pair_mask, temperature, gelu, tf32);
+    const HdimArguments in(query, key, value, weight1, bias1, weight2, key_mask, pair_mask, temperature, gelu, tf32);
     const int64_t B = in.args.batch, Sq = in.args.queries;
     void* aligned = nullptr;
     const Tensor workspace = new_workspace(query, cuda::hdim::score_workspace(in.args), &aligned);
@@ -73,8 +73,8 @@ HdimGradients hdim_attention_backward_cuda(const Tensor& grad_context, const Opt
                                            const Tensor& context, const Tensor& statistics, double temperature,
                                            bool gelu, bool tf32) {
     const CudaScope scope(query);
-    const HdimTensors in(query, key, value, weight1, bias1, weight2, key_mask, pair_mask, temperature, gelu, tf32);
-    const HdimSaved saved(in, query, grad_context, grad_row_entropy, context, statistics);
+    const HdimArguments in(query, key, value, weight1, bias1, weight2, key_mask, pair_mask, temperature, gelu, tf32);
+    const HdimBackwardArguments saved(in, query, grad_context, grad_row_entropy, context, statistics);
     HdimGradTensors out(in, query);
     cuda::hdim::HdimGradPairs args{};
     args.in = in.args;

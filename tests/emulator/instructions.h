@@ -1,4 +1,4 @@
-// The instruction section of csrc/cuda/device.cuh for the emulator: what each function means is said there.
+// The instruction section of csrc/cuda/common/device.cuh for the emulator: what each function means is said there.
 //
 // The functions here are thin: all state is in the emulator, which is compiled without the instrumentation that kernels
 // have. Those that hand on their caller's address are not inlined, so that it is one of kernel code.

@@ -53,7 +53,7 @@ template <class T>
 struct FullVector {
     XLAYER_INLINE Vec<T> load(const T* from) const { return cpu::XLAYER_ISA::load(from); }
     XLAYER_INLINE void store(T* to, Vec<T> value) const { cpu::XLAYER_ISA::store(to, value); }
-    XLAYER_INLINE void store_streaming(T* to, Vec<T> value) const { store_streaming(to, value); }
+    XLAYER_INLINE void store_streaming(T* to, Vec<T> value) const { cpu::XLAYER_ISA::store_streaming(to, value); }
     XLAYER_INLINE Vec<T> zero_tail(Vec<T> value) const { return value; }
 };
 template <class T>

@@ -1,4 +1,4 @@
-// What the aggregate kernels share.
+// Shared parts of the aggregate kernels.
 #pragma once
 
 #include <cmath>
@@ -82,8 +82,8 @@ __device__ __forceinline__ void store_split(A* to, int split_stride, const A (&f
     }
 }
 
-// A row of numbers in shared memory, so that lanes which take neighbouring vectors of V meet different banks: of every
-// vector the first piece, then the second.
+// A row of numbers in shared memory, so that lanes which take neighbouring vectors of V meet different banks: first the
+// first 16 bytes of every vector, then the second.
 template <int V, class A>
 __device__ __forceinline__ void stage_row(const A* from, int64_t width, A* to) {
     constexpr int P = kSplit<A, V>;
@@ -129,9 +129,9 @@ class Team {
             for (int c = 0; c < Count; ++c) x[c] += shuffle_xor(x[c], mask);
         }
         if (lanes <= kWarpSize) return;
-        // Two places take turns: who writes to one has passed the barrier that followed all reading from it.
-        A* const place = shared_ + turn_ * static_cast<int>(blockDim.x) / kWarpSize * kMaxTeamSums;
-        turn_ ^= 1;
+        // Double buffered: who writes to one buffer has passed the barrier that followed all reading from it.
+        A* const place = shared_ + buffer_ * static_cast<int>(blockDim.x) / kWarpSize * kMaxTeamSums;
+        buffer_ ^= 1;
         const int warp = static_cast<int>(threadIdx.x) / kWarpSize, warps = lanes / kWarpSize;
         if (threadIdx.x % kWarpSize == 0) {
 #pragma unroll
@@ -148,7 +148,7 @@ class Team {
 
   private:
     A* const shared_;
-    int turn_ = 0;
+    int buffer_ = 0;
 };
 
 // From a first mean, which rounding may have put off by more than it seems where it is large, and the sums of what is
@@ -164,7 +164,7 @@ __device__ __forceinline__ Norm<A> norm_of(A sum, A squares, int64_t width, doub
     return {inverse, -rest * inverse};
 }
 
-// What a row's norm is made of, kept in memory: (x − first)·inverse + shift.
+// A row's norm as stored in memory: (x − first)·inverse + shift.
 constexpr int64_t kStatistics = 4;  // numbers of a row, of which three are used: pairs are loaded
 template <class A>
 struct RowNorm {
@@ -178,7 +178,7 @@ struct RowNorm {
     __device__ __forceinline__ A operator()(A x) const { return fma(x - first, inverse, shift); }
 };
 
-// --- Kernels of several operators (aggregate_sums.cu) ----------------------------------------------------------------
+// --- Kernels of several operators (sums.cu) ----------------------------------------------------------------
 
 // out[c] = Σ_r partials[r·pitch + c], of the accumulation type of `dtype`, in which `out` is; times σ'(logits[c]) where
 // logits are not null.
@@ -191,10 +191,9 @@ struct ColumnSums {
 };
 void finish_columns(const ColumnSums& args, void* stream);
 
-// --- Parts of ema_scan's backward
-// -------------------------------------------------------------------------------------
+// --- Parts of ema_scan's backward ----------------------------------------------------------------------------------
 
-// The arguments in the sizes that a kernel sees, and its arrays in the workspace.
+// The arguments in the sizes that a kernel sees, the split of the work, and the arrays in the workspace.
 struct EmaBackwardPlan {
     EmaScanBackward args;
     int64_t blocks;  // of which each has a partial sum of the gates' gradients
@@ -206,7 +205,7 @@ struct EmaBackwardPlan {
     void* row_means;      // [layers, tokens, 2]: of w·∂L/∂n and of the same times the normalized row
     void* adjoints;       // null: in shared memory; else ∂L/∂S, [blocks, layers, numbers of a block]
     size_t shared_bytes;
-    bool whole_rows;  // aggregate_ema_norm_backward.cu has them
+    bool whole_rows;  // ema_norm_backward.cu has them
     int lanes;        // of a row there
 };
 

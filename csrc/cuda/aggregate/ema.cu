@@ -1,10 +1,9 @@
-// CUDA kernels of ema_scan (xlayer/aggregate.h), forward. Bound by memory: in units of d elements per token, L read and
-// L written, or 1 where the last state alone is wanted; some 10 instructions an element and layer. At L = 24, d = 512
-// in bfloat16 a token is 48 KiB, 10 ns on an H200 (4.8 TB/s) and 15 ns on an H100 (3.35 TB/s).
+// ema_scan forward (xlayer/aggregate.h), the state in registers.
 //
-// Without norm every vector of a row goes its own way. With it a row's threads are a team: its state stays in their
-// registers, and the next tap is on its way while they normalize this one. Rows of more than kMaxTeamWidth numbers
-// take the second path, of two kernels, which reads x twice: the rows' statistics, then every vector alone.
+// Without norm a thread scans one vector of a row through all layers. With norm the threads of a row are a team: its
+// state is in their registers, and the next tap is loaded while they normalize this one. Rows of more than
+// kMaxTeamWidth numbers take two kernels, which read x twice: the rows' statistics (ema_rows.cu), then every vector
+// alone.
 #include "cuda/aggregate/common.cuh"
 
 namespace xlayer::cuda::aggregate {

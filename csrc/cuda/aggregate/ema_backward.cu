@@ -1,15 +1,12 @@
-// CUDA kernels of ema_scan (xlayer/aggregate.h), backward. With A_l = ∂L/∂S_l, all of its ways to L,
+// ema_scan backward (xlayer/aggregate.h). With the adjoint A_l = ∂L/∂S_l,
 //   A_l = grad_l + (1 − σ(a_{l+1}))·A_{l+1},  ∂L/∂n_l = σ(a_l)·A_l,  ∂L/∂a_l = σ'(a_l)·Σ ⟨A_l, n_l − S_{l−1}⟩,
-// where n_l is the tap or its norm. A walk down the layers reads grad and keeps A; a walk up reads x, has S in
-// registers and writes grad_x: 3L·d elements a token, or 2L·d from the last state alone, each touched once, as the
-// forward's.
+// where n_l is the tap or its norm. A thread has one vector: a scan down the layers reads grad and stores A; a scan up
+// reads x, has S in registers and writes grad_x.
 //
-// A stays in shared memory: L·sizeof(A) bytes a number, so at L = 24 a multiprocessor with 227 KB has 2400 numbers at
-// work, 4 layers ahead in flight, 19 KB in bfloat16 where 25 KB hide all of an H200's latency: about 0.75 of its limit.
-// Where a block's A does not fit, it goes through memory, 8 bytes a number and layer more.
+// A stays in shared memory; where a block's A does not fit, it goes through the workspace.
 //
-// With norm, aggregate_ema_norm_backward.cu has whole rows. Where they do not fit, the rows' statistics and means come
-// first and the kernel here follows: x is read three times, grad twice, 6L·d.
+// With norm, ema_norm_backward.cu has whole rows. Where they do not fit, the rows' statistics and means come first
+// (ema_rows.cu) and the kernel here follows.
 #include "cuda/aggregate/common.cuh"
 
 namespace xlayer::cuda::aggregate {

@@ -1,12 +1,6 @@
-// ema_scan's backward where x is normalized and the rows of a token fit: the walks of aggregate_ema_backward.cu, taken
-// by a team of threads per token. A row's A stays in shared memory, 32 bytes of float32 a thread and layer (8 KB a
-// block), so L = 24 leaves an H100 or H200 one block, 8 warps, to a multiprocessor: too few to hide that three sums
-// over the row wait for each other in every layer. So kPrefetch layers are normalized and summed up together, and wait
-// together.
-//
-// Bytes as without norm, 3L·d. Predicted in bfloat16 at L = 24: a layer of a block, 12 KB, is some 300 instructions in
-// each of two warps of a scheduler and a third of 1000 cycles of waiting, 700 cycles in all: 4 TB/s over 132
-// multiprocessors, more than an H100 moves and 0.8 of an H200's 4.8 TB/s.
+// ema_scan backward where x is normalized and the rows of a token fit: the two scans of ema_backward.cu by a team of
+// threads per token, with the adjoints in shared memory. kPrefetch layers are normalized and summed over the team
+// together, because three sums over the row depend on each other in every layer.
 #include "cuda/aggregate/common.cuh"
 
 namespace xlayer::cuda::aggregate {

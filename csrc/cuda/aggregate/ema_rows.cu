@@ -1,5 +1,5 @@
-// What ema_scan needs to know of whole rows before it can take each vector alone, where a row is too long for the
-// registers or the shared memory of a block. Bound by memory: both read x once, the second grad too.
+// Row statistics for ema_scan with norm where a row is too long for the registers or the shared memory of a block: mean
+// and deviation of every row, and the row means of its backward.
 #include "cuda/aggregate/common.cuh"
 
 namespace xlayer::cuda::aggregate {
@@ -49,8 +49,8 @@ __global__ void __launch_bounds__(kThreads, 4) ema_statistics_kernel(Statistics 
     }
 }
 
-// A block per token. It takes as many columns as it has vectors at a time and walks down all layers with them; a warp
-// adds what it has of a layer to a place of its own in shared memory.
+// A block per token. It takes as many columns as it has vectors at a time and scans them down all layers; a warp
+// accumulates each layer's sums in shared memory of its own.
 // resources: ema_row_means_kernel threads 256, registers 64, shared 65536, occupancy 0.25
 // sass: ema_row_means_kernel<*, [!1]> LDG.128
 template <class T, int V>

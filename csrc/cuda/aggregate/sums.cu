@@ -1,5 +1,4 @@
-// Sums that the aggregate operators share, in a fixed order: of columns, and of a few arrays. Bound by memory: each
-// number is read once.
+// Reductions of the aggregate operators in a fixed order: column sums, and elementwise sums of a few arrays.
 #include "cuda/aggregate/common.cuh"
 
 namespace xlayer::cuda::aggregate {

@@ -1,4 +1,4 @@
-// hdim's backward: scores again (score.cu, by the caller), then the steps that backward.cuh names.
+// hdim backward: the caller recomputes the scores (score.cu); the steps are those of backward.cuh.
 #include "cuda/hdim/backward.cuh"
 
 namespace xlayer::cuda::hdim {

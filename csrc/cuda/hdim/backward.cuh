@@ -1,6 +1,5 @@
-// The steps of hdim's backward, each in a file of its own, and the arrays that they hand on. Partial sums of what
-// several warps add to are written side by side and added in order afterwards (hdim_finish.cu): no atomics, always the
-// same bits.
+// The steps of hdim's backward, each in its own file, and the partial sums between them. Partial sums of several warps
+// are stored side by side and added in order afterwards (finish.cu): no atomics, always the same bits.
 #pragma once
 
 #include "cuda/hdim/pack.cuh"
@@ -32,7 +31,7 @@ constexpr int kGradTiles = !is_half<T> || G == 8 ? 1
                            : G == 4              ? 2
                                                  : (G == 2 ? 4 : 3) - (std::is_same_v<Activation, Gelu> ? 1 : 0);
 
-// Groups of columns whose gradients fit in registers at a time; for the others the pairs are walked over again.
+// Groups of columns whose gradients fit in registers at a time; for the others the loop over the pairs is repeated.
 template <class T, int G>
 constexpr int kGradGroups = sizeof(T) == 8 ? 2 : G;
 

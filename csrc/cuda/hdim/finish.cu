@@ -1,5 +1,4 @@
-// Adds up the partial sums of hdim's backward, always in the same order. Bound by memory: every partial sum is read
-// once.
+// Sums the partial sums of hdim's backward, always in the same order.
 #include "cuda/hdim/backward.cuh"
 
 namespace xlayer::cuda::hdim {

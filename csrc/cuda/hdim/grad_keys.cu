@@ -1,15 +1,11 @@
 // ∂L/∂k, and the part of ∂L/∂q that comes through |q−k|.
 //
-// A warp keeps 16·R keys and their gradients in registers and walks over a slice of the queries. Per query and 16
-// hidden units it scores the pairs again, turns the sum into the gradient G = ∂L/∂logit · w2 · act'(pre), which rounded
-// is already a left operand, and multiplies that with the weights:
+// A warp keeps 16·R keys and their gradients in registers and loops over a slice of the queries. Per query and 16
+// hidden units it recomputes pre, turns it into the gradient G = ∂L/∂logit · w2 · act'(pre), which rounded is already
+// an A fragment, and multiplies that with the weights:
 //
 //   ∂L/∂k_j      = Σ_i G_ij · (Wc∘q_i + Wb)   accumulates over all queries in the tensor cores
 //   ∂L/∂|q−k|    = G_ij · Wd                  goes to q and k with the sign of q − k, which is 0 where they are equal
-//
-// Per pair 2·3D·M and 2·2D·M tensor flops, some 5·M + 9·D other operations, 4 bytes read. D = 24, M = 96 on an H200,
-// where mma.sync may reach 600 TFLOP/s: tensor cores 38 ps, other units 21 ps, shared memory 16 ps: bound by the tensor
-// cores.
 #include "cuda/hdim/backward.cuh"
 
 namespace xlayer::cuda::hdim {
@@ -62,7 +58,7 @@ __device__ __forceinline__ bool load_grad_logits(A (&to)[R][2], const A* row, in
     return ballot(any) != 0;
 }
 
-// What a warp has of the query at hand.
+// A warp's operands for the current query.
 template <class T, class Activation, int G>
 struct QueryTile {
     using A = Accumulator<T>;
@@ -101,7 +97,7 @@ struct QueryTile {
         }
     }
 
-    // G times the weights of these hidden units, for the columns from group `walk` on.
+    // G times the weights of these hidden units, for the columns from group `first_group` on.
     __device__ __forceinline__ void add_products(FragmentC<T> (&grad_key)[kTiles][kGroups],
                                                  FragmentC<T> (&grad_distance)[kTiles][kGroups],
                                                  const FragmentA<T> (&grad_hidden)[kTiles][2], int m,

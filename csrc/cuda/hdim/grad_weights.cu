@@ -1,7 +1,7 @@
 // ∂L/∂W1, ∂L/∂b1, ∂L/∂w2, and the part of ∂L/∂q that does not come through |q−k|.
 //
-// A warp owns 16 hidden units and walks over a slice of the queries and the keys in shared memory, scoring them with
-// hidden units along the rows: so the gradient G = ∂L/∂logit · act'(pre), rounded, is a left operand whose columns are
+// A warp owns 16 hidden units and loops over a slice of the queries and the keys in shared memory, scoring them with
+// hidden units along the rows: so the gradient G = ∂L/∂logit · act'(pre), rounded, is an A fragment whose columns are
 // keys, and two products with keys and distances give, for a query,
 //
 //   X = Σ_j G_j k_j      Y = Σ_j G_j |q−k_j|      S = Σ_j G_j
@@ -10,10 +10,7 @@
 //
 //   ∂Wa = S qᵀ    ∂Wb = X    ∂Wc = X∘q    ∂Wd = Y    ∂q = w2·(Wc∘X + Wa·S), summed over hidden units
 //
-// Y needs no sum of its own per query. Per pair 2·3D·M and 2·2D·M tensor flops, some 5·M + D·M/4 other operations. D =
-// 24, M = 96, bfloat16 on an H200, if mma.sync reaches 600 TFLOP/s: tensor cores 38 ps a pair, shared memory 36 ps
-// (every warp reads all keys for its 16 hidden units); the machine code has about 140 instructions for 16 matrix
-// instructions, which take 100 cycles: bound by the issue of instructions.
+// Y accumulates over all queries in registers.
 #include "cuda/hdim/backward.cuh"
 
 namespace xlayer::cuda::hdim {

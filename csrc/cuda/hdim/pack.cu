@@ -1,5 +1,4 @@
-// Packing: one pass over the inputs, bound by memory, and u = b1 + Wa·q for every query. Ceilings stand beside
-// the kernels.
+// Packs the inputs of hdim (pairs.cuh): a warp per token, and u = b1 + Wa·q with a warp per kQueries queries.
 #include "cuda/hdim/pack.cuh"
 
 namespace xlayer::cuda::hdim {
@@ -19,7 +18,7 @@ __device__ __forceinline__ int64_t warp_index() {
 }
 __device__ __forceinline__ int64_t warp_count() { return static_cast<int64_t>(gridDim.x) * kPackWarps; }
 
-// Gives every token to a warp: blocks lie along the tokens in x, along the batch in y.
+// Calls f(b, token) with one warp per token: blocks lie along the tokens in x, along the batch in y.
 template <class F>
 __device__ __forceinline__ void for_each_token(int64_t batch, int64_t tokens, const F& f) {
     for (int64_t b = blockIdx.y; b < batch; b += gridDim.y)
@@ -104,7 +103,7 @@ struct PackValues {
     int64_t stride[3];
     int64_t batch, keys, width;
     TokenFlags mask;
-    bool mask_nonfinite;  // keep values that are not finite away from the rows that may not use them
+    bool mask_nonfinite;  // zero the values of keys that hold NaN or inf: a pair mask may forbid them to some queries
     T* to;
     Accumulator<T>* key_bias;
 };

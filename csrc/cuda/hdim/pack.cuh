@@ -1,4 +1,4 @@
-// Brings the inputs of hdim into the form that the pair kernels read: see hdim_pairs.cuh.
+// Packs the inputs of hdim into the layout that the pair kernels read: see pairs.cuh.
 #pragma once
 
 #include "cuda/hdim/pairs.cuh"

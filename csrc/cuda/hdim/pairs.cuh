@@ -1,17 +1,17 @@
-// What the hdim kernels share: the packed inputs, and how a pair's hidden units come out of a small matrix product.
+// Shared parts of the hdim kernels: the packed inputs, and a pair's hidden units as a small matrix product.
 //
-// With W1 = [Wa Wb Wc Wd] the part that the query has alone is computed once per query, and is where the accumulator of
-// the product over a pair's 3D features begins:
+// With W1 = [Wa Wb Wc Wd], the term of the query alone is computed once per query and initializes the accumulator of
+// the product over a pair's 3D features:
 //
 //   pre_ijm = u_im + Wb_m·k_j + Wc_m·(q_i∘k_j) + Wd_m·|q_i−k_j|,     u_i = b1 + Wa·q_i
 //
-// The features are rounded as PyTorch rounds them, and the weights not at all. What would save a third of the product,
-// q_i∘Wc + Wb as a weight of k_j, is left out: its rounding is one for all keys of a query, and turns ReLUs the same
+// The features are rounded as PyTorch rounds them, and the weights not at all. Folding q_i∘Wc + Wb into one weight of
+// k_j would save a third of the product, but its rounding is the same for all keys of a query and flips ReLUs the same
 // way for all of them, so that errors of bfloat16 add up in ∂L/∂q instead of averaging out.
 //
-// Packed inputs (hdim_pack.cu) are contiguous, padded with zeros to 8·G columns (G groups) and to 16·⌈M/16⌉ hidden
-// units, and finite: tokens that are masked, or hold NaN or inf, are zero there and show in their bias, which is added
-// to their logits: 0, −inf for masked keys, else NaN.
+// Packed inputs (pack.cu) are contiguous, padded with zeros to 8·G columns (G groups) and to 16·⌈M/16⌉ hidden units,
+// and finite: tokens that are masked or hold NaN or inf are zero there, and their bias, which is added to their logits,
+// is −inf for masked keys and NaN for the others; 0 for all other tokens.
 #pragma once
 
 #include <cfloat>
@@ -155,7 +155,7 @@ __device__ __forceinline__ void copy_rows(T* to, int to_pitch, const T* from, in
     commit_copies();
 }
 
-// A query's columns 2t and 2t+1 of each group: kept in registers, or read where they are used.
+// A query's columns 2t and 2t+1 of each group: held in registers, or read where they are used.
 template <class T, int G, bool InRegisters>
 class QueryRow {
   public:
@@ -175,8 +175,8 @@ class QueryRow {
     Pair<T> held_[InRegisters ? G : 1];
 };
 
-// q∘k and |q−k| of R tiles of 16 keys, for the query at hand. In half precision they are made once and kept: the
-// compiler would make them again for every 8 hidden units. Else they are made where they are used.
+// q∘k and |q−k| of R tiles of 16 keys, for the current query. In half precision they are computed once and held in
+// registers: the compiler would recompute them for every 8 hidden units. Else they are computed where they are used.
 template <class T, int G, int R>
 class PairFeatures {
   public:
@@ -238,11 +238,11 @@ __device__ __forceinline__ void add_scores(FragmentC<T> (&pre)[R], const Keys& k
     }
 }
 
-// Every kernel that walks over pairs cuts the queries into slices, so that `enough` warps find work where `tasks` of
-// them have it without: a function of the sizes alone, so that results do not depend on the machine. At least 1.
-inline int64_t slice_length(int64_t queries, int64_t tasks, int64_t enough) {
+// Queries in a slice, at least 1: the pair kernels split the queries so that `tasks` warps become `target_warps`. A
+// function of the sizes alone, so that results do not depend on the machine.
+inline int64_t slice_length(int64_t queries, int64_t tasks, int64_t target_warps) {
     constexpr int64_t kMinLength = 16;
-    const int64_t slices = ceil_div(enough, tasks > 0 ? tasks : 1), length = ceil_div(queries, slices);
+    const int64_t slices = ceil_div(target_warps, tasks > 0 ? tasks : 1), length = ceil_div(queries, slices);
     return length > kMinLength ? length : kMinLength;
 }
 

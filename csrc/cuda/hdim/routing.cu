@@ -1,6 +1,5 @@
-// CUDA kernels of masked_mean (xlayer/routing.h), deterministic: every sum has one fixed order, no atomics.
-//
-// Bound by memory: forward reads B·S·H (allowed tokens only) and writes B·H elements, backward the reverse.
+// masked_mean (xlayer/routing.h) and its backward, deterministic: every sum has one fixed order, no atomics. A block
+// takes one sequence and a tile of kWarpSize·N columns; its warps take every kWarps-th token.
 #include "cuda/common/device.cuh"
 #include "xlayer/routing.h"
 
@@ -11,7 +10,7 @@ constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kBlocksPerMultiprocessor = 4;
 
-// One block's share: sequence b and columns [column, column + kWarpSize·N).
+// One block's tile: sequence b and columns [column, column + kWarpSize·N).
 struct Tile {
     int64_t b, column;
 };
@@ -31,7 +30,7 @@ __device__ bool allowed(const TokenMask& mask, int64_t b, int64_t s, int64_t tok
     return s < tokens && (mask.data == nullptr || mask.data[b * mask.batch_stride + s * mask.token_stride] != 0);
 }
 
-// What the forward keeps in shared memory; the backward has the counts alone.
+// Shared memory of the forward; the backward has the counts alone.
 template <class A, int N>
 struct Shared {
     int64_t counts[kWarps];

@@ -1,10 +1,7 @@
-// Scores every pair: logit_ij = w2 · act(pre_ij), for forward and again for backward.
+// Scores of all pairs, logit_ij = w2 · act(pre_ij), for the forward and again for the backward.
 //
-// A warp keeps 16·R keys in registers and walks over a slice of the queries; the weights lie in shared memory, read
-// once for all of a warp's keys. Per pair 2·3D·M tensor flops, 2·M + 3·D other operations (some 20·M for GELU), 4 bytes
-// written. D = 24, M = 96, bfloat16 on an H200, if mma.sync reaches 600 TFLOP/s: tensor cores 23 ps a pair; the machine
-// code has about 170 instructions for 40 matrix instructions, which take 250 cycles: bound by the tensor cores. With
-// GELU the other units bound it, by far.
+// A warp keeps 16·R keys in registers and loops over a slice of the queries; the weights of a chunk of hidden units are
+// in shared memory, read once for all of a warp's keys. Each 8 hidden units are one tensor core product per key tile.
 #include "cuda/hdim/pack.cuh"
 #include "cuda/hdim/pair_tiling.cuh"
 
@@ -25,7 +22,7 @@ struct Score {
     PairTiling tiling;
 };
 
-// Adds a pair's share of these hidden units to its logit; with the last ones, what its tokens and masks say.
+// Adds the sum over these hidden units to a pair's logit; with the last ones, its tokens' biases and the mask.
 template <class T, class A>
 __device__ __forceinline__ void write(const Score<T>& args, int64_t b, int64_t i, int64_t j, A sum, A key_bias,
                                       bool first, bool last) {

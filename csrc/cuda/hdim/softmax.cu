@@ -1,9 +1,7 @@
-// Rows of logits to probabilities, and on the way back from ∂L/∂P to ∂L/∂logit. A warp takes a row and goes over it
-// three times (backward in float32 and float64 four), of which the first comes from memory and the others from the
-// caches. Bound by memory: forward reads a logit and writes a probability a pair, backward reads a logit and ∂L/∂P and
-// writes as much.
+// Softmax of the rows of logits, and its backward from ∂L/∂P to ∂L/∂logit. A warp takes a row and passes over it three
+// times (backward in float32 and float64 four).
 //
-// Backward sums a row's weights again instead of reading the statistics: it goes over the row for Σ_j P_ij ∂L/∂P_ij
+// Backward sums a row's weights again instead of reading the statistics: it passes over the row for Σ_j P_ij ∂L/∂P_ij
 // anyway.
 #include "cuda/hdim/backward.cuh"
 

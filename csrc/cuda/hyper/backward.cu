@@ -1,4 +1,4 @@
-// Hyper's backward: what its steps (backward.cuh) are given, and where they put it.
+// hyper backward: plans the workspace and launches the steps of backward.cuh.
 #include "cuda/hyper/backward.cuh"
 
 namespace xlayer::cuda::hyper {
@@ -6,7 +6,7 @@ namespace {
 
 constexpr int64_t kMaxRuns = 256;
 constexpr int64_t kMinRunTokens = 16;
-constexpr int64_t kTargetBlocks = 1024;  // of the streams' kernel: several for every place on an H200
+constexpr int64_t kTargetBlocks = 1024;  // of the streams' kernel
 constexpr int64_t kMaxWeightRuns = 32;   // of rms_all's weight, which is large
 
 int64_t max_size(int64_t a, int64_t b) { return a > b ? a : b; }

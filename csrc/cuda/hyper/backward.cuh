@@ -1,13 +1,15 @@
-// The steps of hyper's backward and what they hand on to each other in the workspace.
+// The steps of hyper's backward and the workspace that passes their results on.
 //
-//   dots      (hyper_numbers.cu)   ⟨h'_j, ∂L/∂x⟩ of every token
-//   numbers   (hyper_numbers.cu)   from them and ∂L/∂c to ∂L/∂z: what a token's ∂L/∂h' is made of, and partial sums of
-//                                  the gradients of base, scale and bias
-//   streams   (hyper_streams.cu)   ∂L/∂h, ∂L/∂y, partial sums of the gradients of post's coefficients and the weight
-//   weight    (hyper_weight.cu)    for rms_all, partial sums of the gradient of its large weight
-//   finish    (hyper_finish.cu)    adds the partial sums, in order
+//   dots          (backward_coefficients.cu)   ⟨h'_j, ∂L/∂x⟩ of every token
+//   coefficients  (backward_coefficients.cu)   from them and ∂L/∂c to ∂L/∂z: a token's record, of which ∂L/∂h' is made,
+//                                              and partial sums of the gradients of base, scale and bias
+//   streams       (backward_streams.cu)        ∂L/∂h, ∂L/∂y, partial sums of the gradients of post's coefficients and
+//   of
+//                                              the weight
+//   weight        (backward_weight.cu)         for rms_all, partial sums of the gradient of its large weight
+//   finish        (backward_finish.cu)         adds the partial sums, in order
 //
-// Tokens are cut into runs, whose number depends on the sizes alone; a run's sums are made by one block in order.
+// Tokens are split into runs, whose number depends on the sizes alone; a run's sums are made by one block in order.
 #pragma once
 
 #include "cuda/hyper/common.cuh"

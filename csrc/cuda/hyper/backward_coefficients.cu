@@ -1,5 +1,5 @@
-// First half of hyper's backward: from ∂L/∂x and ∂L/∂c to ∂L/∂z. The products ⟨h'_j, ∂L/∂x⟩ are bound by memory: n+2
-// units of d are read per token, 24 KiB at n = 4, d = 2048 in bfloat16: 6 ns on an H200. The rest is O(n²) per token.
+// First half of hyper's backward: from ∂L/∂x and ∂L/∂c to ∂L/∂z. The products ⟨h'_j, ∂L/∂x⟩ take a block per token,
+// with h' recomputed; the coefficients' gradients take one lane per token and stream.
 #include "cuda/hyper/backward.cuh"
 #include "cuda/hyper/logits.cuh"
 
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kDotThreads, 4) hyper_backward_dots_kernel(Dot
     }
 }
 
-// A lane has row j of a token's numbers, z_jm and what belongs to it, for m < n+2.
+// One lane's row j of a token's coefficients: z_jm and its gradients, for m < n+2.
 template <class A, int N>
 class TokenRow {
   public:
@@ -163,7 +163,7 @@ class TokenRow {
         }
     }
 
-    // What the streams' kernel needs of the token.
+    // Stores the token's record for the streams' kernel.
     __device__ __forceinline__ void write_record(int64_t token, bool real, const A* z,
                                                  const A (&grad)[kMaxStreamsOf<N> + 2]) {
         const HyperNorm norm = args_.connection.norm;
@@ -203,7 +203,7 @@ class TokenRow {
     int n_, columns_, j_, group_;
 };
 
-// Adds what the lanes with the same j have of one gradient, over the warp; lanes of the first token write it.
+// Sums one gradient over the warp's lanes with the same j; the lanes of the first token store it.
 template <int N>
 __device__ __forceinline__ void add_tokens(const double (&sum)[kMaxStreamsOf<N> + 2], int n, double* to) {
     const int j = lane_id() % kTokenLanes<N>;

@@ -1,4 +1,4 @@
-// Adds the partial sums of hyper's backward, always in the same order. Bound by memory: every partial sum is read once.
+// Sums the partial sums of hyper's backward, always in the same order.
 #include "cuda/hyper/backward.cuh"
 
 namespace xlayer::cuda::hyper {

@@ -1,10 +1,7 @@
-// Second half of hyper's backward: everything as long as d. Bound by memory: in units of d per token the boundary reads
-// 2n+2 (h, y, and the gradients of h' and x) and writes n+1. At n = 4, d = 2048 in bfloat16 that is 60 KiB a token, 15
-// ns on an H200, 3500 cycles of a multiprocessor; 5n(n+2)·d multiply-adds are 1900. Before it, hyper_numbers.cu has
-// read n+2 units: 15 of 21 is what two passes can reach of the limit of one.
+// Second half of hyper's backward: all gradients as long as d.
 //
-// A block goes over a run of tokens with a stretch of d. A warp has one stream of it; h and ∂L/∂h' change hands in
-// shared memory. The weight's elements, which are the warp's own, and the sums of their gradients stay in registers.
+// A block takes a tile of d and loops over a run of tokens. A warp has one stream of the tile; h and ∂L/∂h' are
+// exchanged through shared memory. A warp's elements of the weight, and the sums of their gradients, stay in registers.
 #include "cuda/hyper/backward.cuh"
 
 namespace xlayer::cuda::hyper {
@@ -78,7 +75,7 @@ class StreamThread {
     }
 
   private:
-    struct Rows {  // what a token brings
+    struct Rows {  // a token's inputs
         Vector<T, V> h, out, x;
         A y[V];
     };
@@ -137,7 +134,7 @@ class StreamThread {
         return mix<T, N>(n_, j_, post_coefficients(token), h, rows.y);
     }
 
-    // ∂L/∂h'_j, and the token's share of the weight's gradient.
+    // ∂L/∂h'_j; adds the token's term to the weight's gradient.
     __device__ __forceinline__ void stream_gradient(int64_t token, const Rows& rows, const Vector<T, V>& next,
                                                     A (&grad)[V]) {
         const A* const record = static_cast<const A*>(plan_.records) + token * record_size(n_);
@@ -206,7 +203,8 @@ class StreamThread {
             write(static_cast<T*>(args_.grad_in.data) + offset(args_.grad_in, token), out, count_, flags_.vec_grad);
     }
 
-    // grad: in ∂L/∂h'_j, out ∂L/∂h_j. Of ∂L/∂y the warps of a group take turns to make it.
+    // grad: in ∂L/∂h'_j, out ∂L/∂h_j. The warps of a group alternate, token by token, in computing
+    // ∂L/∂y.
     __device__ __forceinline__ void post_gradient(int64_t token, int64_t first, const Rows& rows, A (&grad)[V]) {
         const A* const c = post_coefficients(token);
         Vector<A, V> local;
@@ -248,7 +246,8 @@ class StreamThread {
         if (!args_.post.shared) stage_products();
     }
 
-    // The warp's sums of ⟨∂L/∂h'_k, h_j⟩ and ⟨∂L/∂h'_j, y⟩ to where write_products() finds them after a barrier.
+    // Stores the warp's sums ⟨∂L/∂h'_k, h_j⟩ and ⟨∂L/∂h'_j, y⟩ in shared memory; write_products() reads them after a
+    // barrier.
     __device__ __forceinline__ void stage_products() {
         if constexpr (N != 0) {
             A sum[kMaxStreamsOf<N> + 1];
@@ -282,7 +281,7 @@ class StreamThread {
         }
     }
 
-    // The run's gradient of the weight: what the streams have of it, added in order.
+    // Stores the run's gradient of the weight: the streams' sums, added in order.
     __device__ __forceinline__ void write_weight() {
         A* const to = static_cast<A*>(plan_.weight_partials) +
                       static_cast<int64_t>(blockIdx.y) * (n_ + 2) * args_.size.width + e_;

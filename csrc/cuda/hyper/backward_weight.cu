@@ -1,6 +1,6 @@
-// The weight's gradient for hyper's norm rms_all: the matrix product of ∂L/∂z [n·(n+2), tokens] with the streams that
-// pre read [tokens, n·d], which are made again from h and y. n+1 units of d are read per token; n(n+2)·n·d
-// multiply-adds, 196608 at n = 4, d = 2048, are more than memory takes: 1540 cycles of a multiprocessor.
+// Gradient of the weight for hyper's norm rms_all: the matrix product of ∂L/∂z [n·(n+2), tokens] and the streams that
+// pre read [tokens, n·d], recomputed from h and y. A block takes a tile of columns of one stream and kRows rows of the
+// weight, and loops over a run of tokens.
 #include "cuda/hyper/backward.cuh"
 
 namespace xlayer::cuda::hyper {

@@ -1,4 +1,4 @@
-// What the kernels of hyper share: rows in memory, sums over a block, and a sublayer's coefficients (xlayer/hyper.h).
+// Shared parts of the hyper kernels: rows in memory, sums over a block, and a sublayer's coefficients (xlayer/hyper.h).
 #pragma once
 
 #include <cmath>
@@ -120,8 +120,8 @@ __device__ __forceinline__ void write_branch(DType dtype, void* data, int64_t of
 
 // --- Sums ------------------------------------------------------------------------------------------------------------
 
-// Sums of `Count` numbers over the lanes of a warp, in about Count shuffles: at every step a lane hands on one half of
-// what it has and keeps the other. Afterwards lane l holds in v[i], i < kLaneSums<Count>, the sum of number
+// Sums of `Count` numbers over the lanes of a warp, in about Count shuffles: a butterfly in which every lane sends one
+// half of its numbers and keeps the other. Afterwards lane l holds in v[i], i < kLaneSums<Count>, the sum of number
 // lane_sum_index<Count>(i), or of none if that is negative.
 template <int Count, int Mask = kWarpSize / 2, class A, size_t Size>
 __device__ __forceinline__ void sum_over_lanes(A (&v)[Size]) {

@@ -1,11 +1,8 @@
-// CUDA kernel of hyper, forward (xlayer/hyper.h): post, pre or both, a block per token. Bound by memory: in units of d
-// per token it reads n (+1) and writes n (+1), 2n+2 for the boundary. At n = 4, d = 2048 in bfloat16 that is 40 KiB a
-// token; an H200 (4.0 TB/s) could do 98 tokens in a microsecond, each multiprocessor one in 2300 cycles. Products with
-// the weight take n(n+2)·d of the (n+1)(n+2)·d multiply-adds, 800 cycles in all.
+// hyper forward (xlayer/hyper.h): post, pre or both, one block per token.
 //
 // A thread keeps to its own elements of d in every step, so that rows go through shared memory without a barrier, and
-// rows that are too long for it through global memory by the same code. rms_all, whose weight is n² as large, has
-// kernels of its own for z (hyper_logits.cu) between post and pre: 4n+2 units.
+// rows that are too long for it through global memory by the same code. rms_all, whose weight is n² as large, computes
+// z in a kernel of its own (logits.cu) between post and pre.
 #include "cuda/hyper/forward.cuh"
 #include "cuda/hyper/logits.cuh"
 
@@ -24,7 +21,7 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardBlocks<T, N>) hyper_f
         ForwardToken<T, N>(plan, token).run();
 }
 
-// What is kLaneSums in shared memory, as far as it fits.
+// Plans which rows are staged in shared memory and prefetched into it, as far as they fit.
 template <class T, int N>
 void plan_shared(ForwardPlan& plan) {
     constexpr int V = kForwardElements<T, N>;

@@ -1,4 +1,4 @@
-// A token of hyper's forward, as a block computes it: see forward.cu.
+// One token of hyper's forward, computed by a block: see forward.cu.
 #pragma once
 
 #include "cuda/hyper/common.cuh"
@@ -9,7 +9,7 @@ constexpr int kForwardWarps = 8;
 constexpr int kForwardThreads = kForwardWarps * kWarpSize;
 constexpr int64_t kSharedBytes = 80 * 1024;  // at most: two blocks on a multiprocessor
 
-// Elements of d that a thread has at a time, and columns of the weight in one pass over them: what registers hold.
+// Elements of d of a thread, and columns of the weight in one pass over them, limited by the registers.
 template <class T, int N>
 constexpr int kForwardElements = N == 0 ? 1 : (N == 8 ? 8 : 16) / sizeof(T);
 template <int N>
@@ -21,7 +21,7 @@ constexpr int kColumns = N == 0   ? 1
 template <class T, int N>
 constexpr int kForwardBlocks = sizeof(T) == 8 || N == 8 ? 1 : 2;
 
-constexpr int64_t kForwardGrid = 264;  // blocks that are there at once on an H200, where each has several tokens
+constexpr int64_t kForwardGrid = 264;  // blocks of a launch whose blocks loop over several tokens each
 
 struct ForwardPlan {
     HyperForward args;
@@ -150,8 +150,7 @@ class ForwardToken {
         const int64_t next = token_ + gridDim.x;
         if (plan_.prefetch_offset > 0) wait_copies<0>();
         for (int64_t begin = 0; begin < d_; begin += kStep) {
-            sync_warp();  // holds the loads of the coefficients: they would take too
-                          // many registers
+            sync_warp();  // keeps the compiler from hoisting the loads of the coefficients: too many registers
             const int64_t e = begin + static_cast<int64_t>(threadIdx.x) * V;
             if (e >= d_) continue;
             const int64_t count = d_ - e;

@@ -1,6 +1,6 @@
-// z of hyper's norm rms_all: [tokens, n·d] times [n·d, n·(n+2)], a matrix product, and the norm of each row. A block
-// takes 32 tokens and up to 32 rows of the weight, so that the weight (786 KB at n = 4, d = 2048) is read from the L2
-// once per 32 tokens.
+// z of hyper's norm rms_all: the matrix product [tokens, n·d] × [n·d, n·(n+2)] and the norm of each row. A block
+// computes kTokens tokens by kRows rows of the weight in slices of kStep elements of n·d; a thread one token and kGroup
+// rows.
 #include "cuda/hyper/logits.cuh"
 
 namespace xlayer::cuda::hyper {

@@ -1,4 +1,4 @@
-// What hyper_logits.cu offers the others.
+// Entry points of logits.cu.
 #pragma once
 
 #include "cuda/hyper/common.cuh"

@@ -1,4 +1,4 @@
-// What the quantize kernels share.
+// Shared parts of the quantize kernels.
 #pragma once
 
 #include <cmath>

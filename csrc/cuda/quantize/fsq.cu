@@ -1,11 +1,8 @@
-// CUDA kernel of fsq (xlayer/quantize.h): one pass, in which the exponential of the bound gives its slope too.
+// fsq (xlayer/quantize.h): one elementwise pass, in which the exponential of the bound gives its slope too.
 //
-// A block takes rows of 2048 numbers at a time, as one line, whose dimensions repeat; the digits meet in shared memory,
-// where a thread to a row adds up the index. With σ(y) = 1/(1 + e^−y) the bound is tanh y = 2σ(2y) − 1, as exact as
-// digits need: an exponential and a reciprocal, where tanh takes twenty instructions.
-// Bytes per number: 2·sizeof(T) + 8/width, with the slope 3·sizeof(T) + 8/width. Other operations: some 30
-// instructions, no tensor flops. On an H200 (4.8 TB/s, 29 trillion instructions of a lane a second) float32 is bound by
-// memory; bfloat16 with rows of 8, 5 bytes a number, is at the edge, 0.96 trillion numbers a second allow 30.
+// A block takes tiles of whole rows, about kTileNumbers numbers, as one line, whose dimensions repeat; the digits go
+// through shared memory, where a thread per row sums the index. With σ(y) = 1/(1 + e^−y) the bound is tanh y = 2σ(2y) −
+// 1, as exact as digits need: an exponential and a reciprocal.
 #include "cuda/quantize/common.cuh"
 
 namespace xlayer::cuda::quantize {

@@ -1,11 +1,9 @@
-// CUDA kernels of vq_nearest (xlayer/quantize.h), deterministic: every score has one order of summation wherever its
-// row and code stand, and the rest is exact comparisons, so nothing depends on how the work is cut.
+// vq_nearest (xlayer/quantize.h), deterministic: every score has one order of summation wherever its row and code
+// stand, and the rest is exact comparisons, so nothing depends on how the work is split.
 //
 // score(n, k) = bias_k − scale_k·(x_n·c_k), the least wins: euclidean bias ½|c|², scale 1; cosine bias 0, scale 1/|c|.
-// Three steps: bias and scale of every code; the search, a GEMM that keeps each row's best (score, code) in registers
-// while codes pass by; the merge, which also computes the distances.
-//
-// The search is in quantize_search.cuh. The merge is bound by memory: it reads N·D elements and gathers as many.
+// Three kernels: bias and scale, a warp per code; the search (search.cuh); the merge of the splits and the distances, a
+// warp per row.
 #include "cuda/quantize/search.cuh"
 
 namespace xlayer::cuda::quantize {

@@ -1,12 +1,7 @@
-// The search of vq_nearest (quantize_nearest.cu): a GEMM of rows and codes that keeps each row's best score in
-// registers.
-//
-// 2·N·K·D tensor flops. Other operations: four instructions a score and, in bfloat16, some 130 beside the 64 matrix
-// instructions of a slice of 32 columns. Bytes out of the L2: with 256 rows and 128 codes to a block, bfloat16 makes 85
-// flops a byte where both are streamed, 256 where x stays in shared memory (D ≤ 256, on devices that give a block 163
-// KB). Estimates, not measured: if mma.sync reaches 600 TFLOP/s and the L2 gives 5.5 TB/s, an H200 is bound by the L2
-// at 470 TFLOP/s in the first case and by the tensor cores in the second, with some tenth for the comparisons beside
-// them at D = 256. wgmma would raise the tensor cores' bound by half and more, and leave the L2's. Memory is no bound.
+// The search of vq_nearest (nearest.cu): a GEMM of rows and codes with an argmin epilogue. A block computes kBlockRows
+// rows by tiles of kBlockCodes codes, in slices of kRowBytes of the width through a cp.async pipeline of kStages
+// stages; each row's best score and code stay in registers while the codes pass. Where shared memory allows it, x stays
+// resident and only codes are streamed.
 #pragma once
 
 #include "cuda/common/fragment.cuh"
@@ -18,8 +13,8 @@ namespace {
 template <class A>
 using Terms = Vector<A, 2>;  // bias, scale
 
-// Tiles lie in shared memory as rows of 64 bytes, four chunks of 16, which change places from row to row: the 8 rows of
-// a matrix for ldmatrix, and the rows that lanes read pairs of numbers from, then meet in no bank.
+// Tiles lie in shared memory as rows of 64 bytes, four chunks of 16, swizzled by row: neither the 8 rows of a matrix
+// for ldmatrix nor the rows that lanes read pairs of numbers from have bank conflicts.
 
 constexpr int kThreads = 256;
 constexpr int kRowGroups = 4, kCodeGroups = 2;  // of warps
@@ -28,7 +23,7 @@ constexpr int kStages = 3;
 constexpr int kTermStages = kStages + 1;
 constexpr int kChunk = 16, kChunks = 4, kRowBytes = kChunk * kChunks;
 constexpr int64_t kMaxSharedBytes = 163 * 1024;  // of sm_80; sm_90 has more
-constexpr int64_t kTargetBlocks = 264;  // two for each multiprocessor of an H100: codes are split until there are
+constexpr int64_t kTargetBlocks = 264;           // the codes are split until there are as many
 
 template <class T>
 struct Shape {
@@ -112,7 +107,7 @@ struct Operands {
     __device__ __forceinline__ void load(const char* rows, int first_row, const char* codes, int first_code,
                                          int product) {
         rows += first_row * kRowBytes, codes += first_code * kRowBytes;
-        // Rows 8 apart turn their chunks alike.
+        // Rows 8 apart have the same swizzle.
         if constexpr (is_half<T>) {
             const int lane = lane_id();
             rows += swizzled_offset(lane % 16, 2 * product + lane / 16);

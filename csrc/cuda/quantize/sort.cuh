@@ -1,11 +1,8 @@
-// The sort of vq_statistics (quantize_statistics.cu): numbers of rows by the codes that the rows fall to, stable, 8
-// bits in a pass. A pass counts the digits of every 1024 rows, adds the counts up, and scatters.
+// The sort of vq_statistics (statistics.cu): a stable radix sort of the row numbers by code, 8 bits in a pass. A pass
+// counts the digits of every kChunkRows rows, scans the counts, and scatters.
 //
-// Indices are read once, by the first count, which leaves entries: whoever writes to them meanwhile cannot make a pass
-// place other rows than it counted.
-//
-// Bound by memory: a pass reads 3·8 and writes 8 bytes a row (the first 16), and 1 KB per 1024 rows of counts each way.
-// Other operations: 8 votes a row for the digits, twice.
+// Indices are read once, by the first count, which stores entries: a concurrent writer cannot make a pass scatter other
+// rows than it counted.
 #pragma once
 
 #include "cuda/quantize/common.cuh"
@@ -58,7 +55,7 @@ __device__ __forceinline__ unsigned same_digit(int digit, bool real) {
     return same;
 }
 
-// A warp takes kRounds·32 neighbouring rows, 32 in a turn. Calls f(entry, digit, lanes with it) in every turn.
+// A warp takes kRounds·32 neighbouring rows, 32 in a round. Calls f(entry, digit, lanes with it) in every round.
 template <class F>
 __device__ __forceinline__ void for_thread_rows(const Pass& args, int64_t book, int64_t chunk, const F& f) {
     const int lane = static_cast<int>(threadIdx.x) % kWarpSize, warp = static_cast<int>(threadIdx.x) / kWarpSize;

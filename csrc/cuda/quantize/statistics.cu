@@ -1,11 +1,9 @@
-// CUDA kernels of vq_statistics (xlayer/quantize.h), deterministic: no atomics, and the sum of a code has an order of
-// its own, that of its rows, whatever else there is.
+// vq_statistics (xlayer/quantize.h), deterministic: no atomics, and the sum of a code has an order of its own, that of
+// its rows, whatever else there is.
 //
-// The numbers of the rows are sorted by code with a stable radix sort, 8 bits in a pass, as many passes as codes have
-// bytes: 2·8 bytes of reads and writes per row and pass. Then a warp per code adds its rows in pieces of 128: the first
-// piece itself, the others in a kernel before, so that a code that took all rows does not leave the GPU to one warp.
-// Bound by memory: N·D elements read once, K·D sums written. Workspace: 16·N + N/128·(4·D + 4) + 4·K bytes for each
-// book, so 2 MB for N = K = 65,536 and D = 64.
+// The row numbers are sorted by code (sort.cuh). Then a warp per code and tile of columns adds its rows: the first
+// kPartialRows itself, the others from partial sums of kPartialRows rows by a kernel before, so that a code with all
+// rows does not leave the GPU to one warp.
 #include "cuda/quantize/sort.cuh"
 
 namespace xlayer::cuda::quantize {
