@@ -190,7 +190,7 @@ inline ScalarType accumulation_type(DType dtype) {
 
 // The workspace of one call, aligned.
 inline Tensor new_workspace(const Tensor& like, int64_t bytes, void** aligned) {
-    STD_TORCH_CHECK(bytes < kMaxBytes, "the scratch memory of this call would exceed 2^61 bytes");
+    STD_TORCH_CHECK(bytes < kMaxBytes, "the workspace of this call would exceed 2^61 bytes");
     Tensor buffer = new_memory(like, {bytes + kWorkspaceAlignment}, ScalarType::Byte, "workspace");
     const auto address = reinterpret_cast<uintptr_t>(buffer.mutable_data_ptr());
     *aligned = reinterpret_cast<void*>((address + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment);

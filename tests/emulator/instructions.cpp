@@ -292,9 +292,9 @@ void load_matrices(uint32_t* to, int count, bool transposed, const void* row, Si
     own.a = row;
     own.b = pc;
     if (transposed) {
-        meet_in_warp(Operation::load_matrices_transposed, site, load_vec<true>);
+        meet_in_warp(Operation::load_matrices_transposed, site, load<true>);
     } else {
-        meet_in_warp(Operation::load_matrices, site, load_vec<false>);
+        meet_in_warp(Operation::load_matrices, site, load<false>);
     }
 }
 
