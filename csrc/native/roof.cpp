@@ -15,7 +15,7 @@ namespace xlayer::roof {
 namespace {
 
 constexpr int64_t kPage = 4096;
-constexpr double kMaxSeconds = 0.03;     // of one call: on a busy machine threads wait long for one another
+constexpr double kMaxSeconds = 0.03;      // of one call: on a busy machine threads wait long for one another
 constexpr int64_t kTimedBytes = 4 << 20;  // a block moves at least so much, or the clock's own cost would count
 
 const Kernels* kernels_of(const std::string& isa) {

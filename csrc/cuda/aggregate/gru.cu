@@ -62,9 +62,9 @@ __global__ void __launch_bounds__(kThreads, 4) gru_step_backward_kernel(GruStepB
         const T* const gates = static_cast<const T*>(args.gates) + token * 4 * d + e;
         T* const direct = static_cast<T*>(args.direct) + token * d + e;
         const bool above = args.product != nullptr;
-        A grad[V], kept[V], product[V], previous[V], reset[V], update[V], candidate[V], inner[V];
+        A grad[V], carry[V], product[V], previous[V], reset[V], update[V], candidate[V], inner[V];
         load_wide<T, V>(static_cast<const T*>(args.grad) + token * args.grad_stride + e, true, grad);
-        load_wide<T, V>(direct, above, kept);
+        load_wide<T, V>(direct, above, carry);
         load_wide<T, V>(static_cast<const T*>(args.product) + token * d + e, above, product);
         load_wide<T, V>(gates, true, reset);
         load_wide<T, V>(gates + d, true, update);
@@ -74,8 +74,8 @@ __global__ void __launch_bounds__(kThreads, 4) gru_step_backward_kernel(GruStepB
 #pragma unroll
         for (int v = 0; v < V; ++v) {
             const A r = reset[v], z = update[v], n = candidate[v];
-            grad[v] += kept[v] + product[v];
-            kept[v] = z * grad[v];
+            grad[v] += carry[v] + product[v];
+            carry[v] = z * grad[v];
             const A of_n = (1 - z) * grad[v] * (1 - n * n);
             update[v] = grad[v] * (previous[v] - n) * z * (1 - z);
             reset[v] = of_n * inner[v] * r * (1 - r);
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kThreads, 4) gru_step_backward_kernel(GruStepB
             candidate[v] = of_n;
         }
         T* const inside = static_cast<T*>(args.inside) + token * 4 * d + e;
-        store_narrow<T, V>(direct, kept);
+        store_narrow<T, V>(direct, carry);
         store_narrow<T, V>(inside, candidate);
         store_narrow<T, V>(inside + d, reset);
         store_narrow<T, V>(inside + 2 * d, update);

@@ -60,12 +60,12 @@ __global__ void __launch_bounds__(kThreads, kPairBlocks) hdim_score_kernel(Score
 
     // Of the four lanes that share a row, lane t writes tile t.
     const int t = lane_id() % 4;
-    const int64_t mine[2] = {tile.first + 16 * t + lane_row(), tile.first + 16 * t + lane_row() + 8};
+    const int64_t lane_keys[2] = {tile.first + 16 * t + lane_row(), tile.first + 16 * t + lane_row() + 8};
     A key_bias[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        const bool real = t < kTiles && tile.b < s.batch && mine[h] < s.keys;
-        key_bias[h] = real ? p.key_bias[tile.b * s.keys + mine[h]] : -infinity<A>();
+        const bool real = t < kTiles && tile.b < s.batch && lane_keys[h] < s.keys;
+        key_bias[h] = real ? p.key_bias[tile.b * s.keys + lane_keys[h]] : -infinity<A>();
     }
 
     for (int chunk = 0; chunk < s.hidden; chunk += args.tiling.hidden_chunk) {
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, kPairBlocks) hdim_score_kernel(Score
             if (t < kTiles) {
 #pragma unroll
                 for (int h = 0; h < 2; ++h)
-                    write(args, tile.b, i, mine[h], out[h], key_bias[h], chunk == 0, chunk + count == s.hidden);
+                    write(args, tile.b, i, lane_keys[h], out[h], key_bias[h], chunk == 0, chunk + count == s.hidden);
             }
             sync_warp();  // matrix instructions want the warp back together
         }

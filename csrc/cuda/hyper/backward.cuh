@@ -4,8 +4,7 @@
 //   coefficients  (backward_coefficients.cu)   from them and ∂L/∂c to ∂L/∂z: a token's record, of which ∂L/∂h' is made,
 //                                              and partial sums of the gradients of base, scale and bias
 //   streams       (backward_streams.cu)        ∂L/∂h, ∂L/∂y, partial sums of the gradients of post's coefficients and
-//   of
-//                                              the weight
+//                                              of the weight
 //   weight        (backward_weight.cu)         for rms_all, partial sums of the gradient of its large weight
 //   finish        (backward_finish.cu)         adds the partial sums, in order
 //
@@ -24,7 +23,7 @@ constexpr int kTokenLanes = kMaxStreamsOf<N>;
 template <int N>
 constexpr int kCoefficientTokens = kCoefficientWarps * kWarpSize / kTokenLanes<N>;  // that a block has at a time
 
-// Their scratch, beside Sinkhorn's matrices where these fit.
+// Their shared memory, beside Sinkhorn's matrices where these fit.
 template <class A, int N>
 struct CoefficientShared {
     A grad[kCoefficientTokens<N>][kMaxStreamsOf<N> * kMaxStreamsOf<N>];  // of Sinkhorn's matrix
@@ -42,8 +41,9 @@ constexpr int kStreamGroups = N == 0 ? 1 : 8 / N;
 template <class T, int N>
 constexpr int kStreamTile = kStreamGroups<N> * kWarpSize * kStreamElements<T, N>;  // columns of a block
 
-// Numbers of a token, in A: c_j0, the mean of h'_j in two parts, and what is multiplied with h'_j − mean and what is
-// added because of the norm, for all j; then ∂L/∂z ÷ root of the variance, what the weight's rows are multiplied with.
+// Offsets into a token's record, in A: for all j, c_j0, the mean of h'_j in two parts, and the factor of h'_j − mean
+// and the constant that the norm adds to its gradient; then ∂L/∂z ÷ root of the variance, the factors of the weight's
+// rows.
 enum Record { kPre, kMean, kRest, kSlope, kLevel, kLogits };
 __host__ __device__ constexpr int64_t record_size(int64_t n) { return 5 * n + n * (n + 2); }
 
@@ -51,11 +51,10 @@ struct BackwardPlan {
     HyperBackward args;
     bool post, dynamic, all;
     int64_t num_coefficients;  // n·(n+2)
-    // Runs, and the tokens of one, of the streams' kernel, of that which sums the weight's gradient, and of the
-    // numbers' kernel; stretches of d in the first.
+    // Runs, and tokens of a run, of the streams', the weight's and the coefficients' kernels; tiles of d of the first.
     int64_t runs, run_tokens, weight_runs, weight_run_tokens, coefficient_runs, coefficient_run_tokens, tiles;
     bool history_shared;               // Sinkhorn's matrices fit into shared memory
-    int64_t history, histories_bytes;  // of one token: numbers; of all blocks, in the workspace
+    int64_t history, histories_bytes;  // of one token, in elements; of all blocks in the workspace, in bytes
     // In the workspace, of A but for coefficient_partials, which are double:
     void* dots;                  // [tokens, n]
     void* records;               // [tokens, record_size]

@@ -67,7 +67,8 @@ bool aligned(const HyperRows<Pointer>& rows, size_t element, int64_t v) {
     return aligned(rows.data, element, v, {rows.stride[0], rows.stride[1]});
 }
 
-// V elements of a row, `count` of which exist; zeros for the others. Whole: they all exist, and lie aligned.
+// V elements of a row, `count` of which exist; zeros for the others. `vectorized`: they all exist and are
+// aligned.
 template <int V, class T>
 __device__ __forceinline__ Vector<T, V> read(const T* from, int64_t count, bool vectorized) {
     if (vectorized) return load_vec<V>(from);

@@ -131,9 +131,9 @@ struct Operands {
         } else {
             constexpr int kPair = 2 * sizeof(T);
             const int byte = 4 * product * kPair + lane_id() % 4 * kPair;
-            const int mine = swizzled_offset(lane_row(), byte / kChunk) + byte % kChunk;
+            const int lane_offset = swizzled_offset(lane_row(), byte / kChunk) + byte % kChunk;
             const auto pair = [&](const char* tile, int row) {
-                return load_pair(reinterpret_cast<const T*>(tile + mine + row * kRowBytes));
+                return load_pair(reinterpret_cast<const T*>(tile + lane_offset + row * kRowBytes));
             };
 #pragma unroll
             for (int r = 0; r < S::kRows; ++r) x[r][0] = {{pair(rows, 16 * r), pair(rows, 16 * r + 8)}};
@@ -251,11 +251,11 @@ __global__ void __launch_bounds__(kThreads, 1) vq_search_kernel(Search<Accumulat
         }
         // Codes ascend: a later one must be nearer.
         const int first_code = static_cast<int>((first_tile + tile) * S::kBlockCodes) + warp_code + lane_column();
-        const Terms<A>* const mine =
+        const Terms<A>* const lane_terms =
             reinterpret_cast<const Terms<A>*>(terms + tile % kTermStages * kTermsBytes) + warp_code + lane_column();
 #pragma unroll
         for (int c = 0; c < S::kCodes; ++c) {
-            const Vector<Terms<A>, 2> terms_of_two = load_vec<2>(mine + 8 * c);
+            const Vector<Terms<A>, 2> terms_of_two = load_vec<2>(lane_terms + 8 * c);
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
                 const Terms<A> term = terms_of_two.at[e];

@@ -85,9 +85,9 @@ __global__ void __launch_bounds__(kThreads) vq_count_kernel(Pass args) {
 #pragma unroll
         for (int warp = 0; warp < kWarps; ++warp) counts[warp * kDigits + thread] = 0;
         sync_block();
-        uint32_t* const mine = counts + thread / kWarpSize * kDigits;
+        uint32_t* const warp_digits = counts + thread / kWarpSize * kDigits;
         for_thread_rows(args, book, chunk, [&](const Entry& entry, int digit, unsigned same, bool real) {
-            if (real && is_first_of(same)) mine[digit] += popcount(same);
+            if (real && is_first_of(same)) warp_digits[digit] += popcount(same);
             if (real && args.indices != nullptr)
                 store_vec(args.from + book * args.rows + entry.row, Vector<Entry, 1>{{entry}});
         });
@@ -155,9 +155,9 @@ __global__ void __launch_bounds__(kThreads) vq_scatter_kernel(Pass args) {
         uint32_t place =
             exclusive_sum(args.totals[book * kDigits + thread], sums, all);  // its barriers: zeros are there
         place += args.counts[(book * kDigits + thread) * args.chunks + chunk];
-        uint32_t* const mine = places + thread / kWarpSize * kDigits;
+        uint32_t* const warp_digits = places + thread / kWarpSize * kDigits;
         for_thread_rows(args, book, chunk, [&](const Entry&, int digit, unsigned same, bool real) {
-            if (real && is_first_of(same)) mine[digit] += popcount(same);
+            if (real && is_first_of(same)) warp_digits[digit] += popcount(same);
         });
         sync_block();
 #pragma unroll
@@ -169,10 +169,10 @@ __global__ void __launch_bounds__(kThreads) vq_scatter_kernel(Pass args) {
         sync_block();
         for_thread_rows(args, book, chunk, [&](const Entry& entry, int digit, unsigned same, bool real) {
             const unsigned before = same & ((1u << threadIdx.x % kWarpSize) - 1);
-            const uint32_t at = real ? mine[digit] + popcount(before) : 0;
+            const uint32_t at = real ? warp_digits[digit] + popcount(before) : 0;
             sync_warp();
             if (!real) return;
-            if (before == 0) mine[digit] += popcount(same);
+            if (before == 0) warp_digits[digit] += popcount(same);
             store_vec(args.to + book * args.rows + at, Vector<Entry, 1>{{entry}});
         });
         sync_block();
