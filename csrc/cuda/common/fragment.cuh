@@ -1,10 +1,9 @@
-// Small matrices spread over a warp, in the places where the tensor cores want them: the same places for every element
-// type, so that one kernel source serves all of them. With g = lane / 4 and t = lane % 4 a lane holds
+// Tensor core fragments: small matrices spread over a warp in one layout for every element type, so that one kernel
+// source serves all of them. With g = lane / 4 and t = lane % 4 a lane holds
 //
-//   FragmentA<T>   (16×8, left operand)     (g, 2t)  (g, 2t+1)  (g+8, 2t)  (g+8, 2t+1)
-//   FragmentB<T>  (8×8, right operand)     (2t, g)  (2t+1, g)
-//   FragmentC<T>    (16×8, accumulator)      as FragmentA, in the accumulation type: a FragmentC rounded to T is a
-//   FragmentA
+//   FragmentA<T>   (16×8, left operand)    (g, 2t)  (g, 2t+1)  (g+8, 2t)  (g+8, 2t+1)
+//   FragmentB<T>   (8×8, right operand)    (2t, g)  (2t+1, g)
+//   FragmentC<T>   (16×8, accumulator)     as FragmentA, in the accumulation type: rounded to T it is a FragmentA
 //
 // A product runs over groups of 8: sum += Σ_k left[k] · right[k]. bfloat16 and float16 take m16n8k16, float64 m8n8k4.
 // float32 is split into two tf32 parts, x = high + low, and takes three m16n8k8 products, which keeps 21 bits of each

@@ -68,7 +68,7 @@ struct TilingSmem {
     }
 };
 
-// A warp's keys, as left operands: in registers, or read from its shared memory where they are used.
+// A warp's keys, as A fragments: in registers, or read from its shared memory where they are used.
 template <class T, int G, int R, bool InRegisters>
 class KeyTiles {
   public:
