@@ -1,5 +1,5 @@
-// Arguments of the aggregation operators: checked, described in the terms of the contract, outputs allocated. What the
-// CPU's and the GPU's operators share.
+// Arguments of the aggregation operators, shared by the CPU's and the GPU's: checked, in the form of the contract, with
+// their outputs allocated.
 #pragma once
 
 #include <optional>
@@ -87,14 +87,14 @@ class EmaArguments {
         return {kernel_input(grad, "grad"), 0, grad.stride(0)};
     }
 
-    // Of x, gate_logits, initial, norm_weight and norm_bias.
+    // Gradients of x, gate_logits, initial, norm_weight and norm_bias.
     Five new_grads() const {
         return {new_grad(given_x_, given_x_, "grad_x"), new_grad(given_x_, given_gates_, "grad_gate_logits"),
                 new_grad(given_x_, given_initial_, "grad_initial"),
                 new_grad(given_x_, given_weight_, "grad_norm_weight"),
                 new_grad(given_x_, given_bias_, "grad_norm_bias")};
     }
-    // Where x has no elements: zeros, but the last state of no layers is `initial` itself.
+    // Gradients if x has no elements: zeros, but the last state of no layers is `initial` itself.
     void write_empty_grads(const Five& out, const Tensor& grad) const {
         auto [x, gates, initial, weight, bias] = out;
         zero_all({gates, initial, weight, bias});
@@ -160,7 +160,7 @@ class GruArguments {
         return {states, allocate(given_x_, {args.layers, args.tokens, 4, args.width}, "gates")};
     }
 
-    // Of x, weight_ih, weight_hh, bias_ih, bias_hh and initial.
+    // Gradients of x, weight_ih, weight_hh, bias_ih, bias_hh and initial.
     Six new_grads() const {
         return {new_grad(given_x_, given_x_, "grad_x"),
                 new_grad(given_x_, weight_ih_, "grad_weight_ih"),
@@ -235,7 +235,7 @@ class AttentionArguments {
         return {states, allocate(given_keys_, {args.layers, args.tokens, inner()}, "attended")};
     }
 
-    // Of keys, values, weight_query, weight_out and initial.
+    // Gradients of keys, values, weight_query, weight_out and initial.
     Five new_grads() const {
         return {new_grad(given_keys_, given_keys_, "grad_keys"), new_grad(given_keys_, given_values_, "grad_values"),
                 new_grad(given_keys_, weight_query_, "grad_weight_query"),

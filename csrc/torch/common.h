@@ -23,7 +23,7 @@
 #include "xlayer/types.h"
 #include "xlayer/workspace.h"
 
-// Where operators are registered. The emulator (tests/emulator) runs the CUDA kernels on tensors of the CPU, in a
+// The namespace of the operators. The emulator (tests/emulator) runs the CUDA kernels on tensors of the CPU, in a
 // namespace of its own, so that both libraries can be loaded into one process.
 #ifdef XLAYER_EMULATED
 #include <cstring>
@@ -151,7 +151,7 @@ inline Tensor as_contiguous(const Tensor& tensor) {
 }
 
 // The tensor itself if neighbours along its last dimension are neighbours in memory, else a contiguous copy.
-// What has no last dimension is left to the checks of shapes.
+// A tensor without a last dimension is left to the checks of shapes.
 inline Tensor unit_stride_last(const Tensor& tensor) {
     if (!tensor.defined() || tensor.dim() == 0) return tensor;
     const int64_t last = tensor.dim() - 1;

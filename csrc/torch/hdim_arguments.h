@@ -1,4 +1,4 @@
-// The arguments of the hdim operators, checked, on their way from tensors to a kernel's contract (xlayer/hdim.h).
+// Arguments of the hdim operators, checked and in the form of the contract (xlayer/hdim.h).
 #pragma once
 
 #include <tuple>

@@ -1,7 +1,7 @@
 // xlayer::hyper_pre, hyper_post, hyper_post_pre and their backwards: schemas, checks, allocation. All six are one
 // kernel forward and one backward, with or without its post and its pre half. Shapes and formulas: xlayer/hyper.h.
 //
-// Where norm is none, the outputs that a norm would fill (coefficients, logits, statistics, and the gradients of
+// If norm is none, the outputs that a norm would fill (coefficients, logits, statistics, and the gradients of
 // weight, bias and scale) are empty.
 #include "xlayer/hyper.h"
 
@@ -21,7 +21,7 @@ HyperRows<const void*> rows_view(const Tensor& rows, const char* name) {
     return {kernel_input(rows, name), {rows.stride(0), rows.stride(1)}};
 }
 
-// What pre is given besides the streams.
+// The inputs of pre besides the streams.
 struct Connection {
     const Tensor& base;
     const OptionalTensor &weight, &bias, &scale;
@@ -46,7 +46,7 @@ class HyperArguments {
                         kHyperMaxStreams, ", got ", shape_string(streams));
         STD_TORCH_CHECK(size.width >= 1, "streams must have a width of at least 1, got ", shape_string(streams));
         in = streams_view(streams_, "streams");
-        // As functional/hyper.py does for fake tensors: what is new keeps n outside of inner where it is so.
+        // New tensors keep n outside of inner if the input does, as functional/hyper.py has it for fake tensors.
         stream_major_ = size.inner > 1 && size.streams > 1 && streams.stride(2) > streams.stride(1);
     }
 
@@ -225,7 +225,7 @@ struct Operators {
         return std::tuple_cat(std::make_tuple(out), pre);
     }
 
-    // What a backward takes of the forward, and the gradients that come to it.
+    // The saved tensors and the incoming gradients of a backward.
     struct Saved {
         Tensor grad_out, grad_x, grad_coefficients, coefficients, logits, statistics;
 

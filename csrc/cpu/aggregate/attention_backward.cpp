@@ -66,7 +66,7 @@ class Backward {
     bool same_dtype() const { return attention_.dtype == dtype_of<T>; }
     int64_t state_row() const { return from_query_.padded(); }
     int64_t inner_row() const { return to_query_.padded(); }
-    // Of a token in a tile: query, ∂L/∂a and, for dtypes other than T, the state before.
+    // Elements of a token in a tile: query, ∂L/∂a and, for dtypes other than T, the state before.
     int64_t row_size() const { return 2 * inner_row() + (same_dtype() ? 0 : attention_.width); }
     int64_t max_tile() const {
         const int64_t bytes = (row_size() + state_row() + inner_row()) * static_cast<int64_t>(sizeof(T));
@@ -124,7 +124,7 @@ class Backward {
             attention_gradient(layer, first + t, query + t * inner_row(), grad_attended + t * inner_row(), rest);
     }
 
-    // Where the gradient of a tap is summed; which: 0 for its keys, 1 for its values.
+    // The accumulator of a tap's gradient; which: 0 for its keys, 1 for its values.
     T* grad_row(void* in_place, int64_t which, int64_t layer, int64_t token) const {
         if (same_dtype()) return static_cast<T*>(in_place) + (layer * attention_.tokens + token) * inner_;
         const int64_t taps = max_taps(attention_);

@@ -114,7 +114,7 @@ class Scan {
     int64_t ahead(const LayerRows& rows, int64_t layer, int64_t layers) const {
         return same_dtype && layer + layers >= 0 && layer + layers < args.layers ? layers * rows.layer_stride : 0;
     }
-    // Where results of a group go, contiguous rows from `offset` on, or `scratch`, which `finish` narrows.
+    // Destination of a group's results: contiguous rows from `offset` on, or `scratch`, which `finish` narrows.
     XLAYER_INLINE GroupRows<T> target(void* data, int64_t offset, T* scratch) const {
         if (same_dtype) return {static_cast<T*>(data) + offset, args.width};
         return {scratch, row};

@@ -141,7 +141,7 @@ class WeightGradient {
           bias_(space.take<double>(padded())) {}
 
     int64_t tasks() const { return ceil_div(panels_.count, kGroup); }
-    // What a worker needs: sums, slices of ∂L/∂y and, for dtypes other than T, of x.
+    // Elements of a worker's buffers: sums, slices of ∂L/∂y and, for dtypes other than T, of x.
     static int64_t scratch_size(DType dtype, int64_t depth) {
         const int64_t columns = kGroup * kPanelColumns<T>, x = dtype == dtype_of<T> ? 0 : kTokens * depth;
         return round_up(columns * (depth + kTokens) + x, lanes<T>);

@@ -17,7 +17,7 @@ constexpr int kTileRows = kVectorBytes == 64 ? (Vectors == 4   ? 6
                                                                : 12)
                                              : (Vectors == 2 ? 6 : 12);
 
-// How `vectors` vectors of columns are cut into panels of equal width, give or take one.
+// Split of `vectors` vectors of columns into panels of equal width, give or take one.
 struct Panels {
     int64_t vectors, count;
 

@@ -20,7 +20,7 @@ inline const T* read_elements(DType dtype, const void* data, int64_t offset, int
     return scratch;
 }
 
-// Where to write the row at `offset`: into memory or, for another dtype, into `scratch`, which narrow_elements
+// Destination of the row at `offset`: in place or, for another dtype, `scratch`, which narrow_elements
 // finishes.
 template <class T>
 inline T* write_target(DType dtype, void* data, int64_t offset, T* scratch) {

@@ -15,7 +15,7 @@ constexpr int64_t kColumnChunk = 512;  // elements of d at a time in the second 
 constexpr int64_t kMaxRuns = 256;
 constexpr int64_t kGroup = 4;  // tokens that meet the weight of rms_all together
 
-// How the tokens are cut into runs, and what one run sums: `sums` numbers in double and the gradient of
+// Split of the tokens into runs, and the sums of one run: `sums` numbers in double and the gradient of
 // `weights` elements in T.
 template <class T>
 struct Runs {
@@ -207,7 +207,7 @@ class Backward {
         return args_.post.shared ? c : c + index * args_.size.coefficients();
     }
 
-    // What post makes of row j (the streams, then y) in row k.
+    // Post's coefficient of row j (the streams, then y) in row k.
     T post_coefficient(const T* c, int j, int k) const {
         return j < n_ ? c[j * (n_ + 2) + 1 + k] : c[k * (n_ + 2) + n_ + 1];
     }
@@ -281,7 +281,7 @@ class Backward {
         }
     }
 
-    // What the second step adds up for one token.
+    // Prepares the second step's terms of one token.
     void prepare(int64_t index, const Token& token, const T* grad_z, StreamGradient<T>& out) const {
         const int64_t num_coefficients = args_.size.coefficients(), columns = args_.size.columns(),
                       d = args_.size.width;

@@ -95,7 +95,7 @@ __attribute__((noinline)) void mix_and_dot(int64_t streams, const T* const* in, 
     for (int k = 0; k < n; ++k) sum[k] = total[k];
 }
 
-// What ∂L/∂h' of one token is made of besides ∂L/∂h' of the streams handed on.
+// Terms of ∂L/∂h' of one token besides the ∂L/∂h' of the next sublayer.
 template <class T>
 struct StreamGradient {
     const T* grad_x;
@@ -104,7 +104,7 @@ struct StreamGradient {
     T level[kHyperMaxStreams];  // added: what the norm's statistics bring
     T mean[kHyperMaxStreams], rest[kHyperMaxStreams];
     T logits[kMaxCoefficients];  // times the weight's rows: ∂L/∂z ÷ root of the variance
-    int64_t ahead, ahead_x;      // from what is handed on, and from ∂L/∂x, to the next token's
+    int64_t ahead, ahead_x;      // from grad_next, and from ∂L/∂x, to the next token's
     int64_t ahead_h, ahead_out;  // the same of h and ∂L/∂h, where there is no post to do it
 };
 

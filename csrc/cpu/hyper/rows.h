@@ -35,7 +35,7 @@ XLAYER_INLINE int64_t row_size(const HyperSizes& size) {
     return round_up(size.width, lanes<T>);
 }
 
-// Where the next token's rows lie, in elements past this one's, so that they are on their way while this one is worked
+// Distance of the next token's rows, in elements past this one's, so that they are fetched while this one is worked
 // on: rows are too short for the hardware to see a pattern. 0 where there is no next token or a row is not in T.
 template <class T>
 XLAYER_INLINE int64_t prefetch_distance(const HyperSizes& size, DType dtype, const int64_t* stride, int64_t token) {
@@ -152,7 +152,7 @@ __attribute__((noinline)) void product_tile(const T* const* in, const T* shift, 
     }
 }
 
-// What the tiles of one product share.
+// Arguments that the tiles of one product share.
 template <class T>
 struct Product {
     int64_t rows, columns;

@@ -15,7 +15,7 @@ constexpr int64_t kTaskElements = 16384;
 template <class T>
 using Whole32Or64 = typename std::conditional<sizeof(T) == 8, int64_t, int32_t>::type;
 
-// What the dimensions of a vector's lanes need.
+// Constants of the dimensions of a vector's lanes.
 template <class T>
 struct Dimensions {
     Vec<T> max_digit;              // L − 1
@@ -87,7 +87,7 @@ void for_chunks(const ThreadPool& pool, int64_t rows, int64_t width, const F& f)
     });
 }
 
-// Of one piece of the numbers: where they lie, or widened.
+// A chunk of whole rows: in place, or widened.
 template <class T>
 struct Chunk {
     const T* z;
@@ -158,7 +158,7 @@ XLAYER_INLINE void sum_rows_of(const FullVector* parts, int64_t rows, int64_t wi
     }
 }
 
-// Of whole vectors, which may overflow past the last row, where anything lies.
+// Unsigned lanes: vectors past the last row hold anything and may overflow.
 template <class T>
 struct Unsigned {
     typedef typename std::make_unsigned<Whole32Or64<T>>::type Vec __attribute__((vector_size(kVectorBytes)));
@@ -195,7 +195,7 @@ template <class T>
 void forward(const FsqForward& args) {
     const FsqDimensions& dimensions = args.dimensions;
     const int64_t width = dimensions.width;
-    // Where the index fits a lane its parts are made there, elsewhere from the digits.
+    // If the index fits a lane its terms are computed there, else from the digits.
     const int64_t last = dimensions.basis[width - 1], levels = dimensions.levels[width - 1];
     const bool fits = !args.digits && (sizeof(T) == 8 || last <= INT32_MAX / levels);
     const Constants<T> constants(dimensions, fits);

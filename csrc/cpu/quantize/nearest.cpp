@@ -17,7 +17,7 @@ constexpr int64_t kBlockBytes = 256 << 10;  // of packed rows that one task keep
 constexpr int64_t kMaxPanels = 64;          // of one task
 constexpr int64_t kStripCodes = 96;         // that score_strip all panels before the next
 
-// How the work is cut: blocks of whole panels of rows, and where these are fewer than threads, spans of codes too. Each
+// Partition of the work: blocks of whole panels of rows, and if these are fewer than threads, spans of codes too. Each
 // row's result is the least of exact comparisons, so it does not depend on the cut.
 template <class T>
 struct Partition {

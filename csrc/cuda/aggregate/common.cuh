@@ -51,7 +51,7 @@ __device__ __forceinline__ void store_narrow(T* to, const Accumulator<T> (&from)
     for (int v = 0; v < V; ++v) out.at[v] = narrow<T>(from[v]);
     store_vec(to, out);
 }
-// What `from` has, null: zeros.
+// Loads a vector, widened; zeros unless `there`.
 template <class T, int V>
 __device__ __forceinline__ void load_wide(const T* from, bool there, Accumulator<T> (&to)[V]) {
     Vector<T, V> some{};
@@ -100,7 +100,7 @@ __device__ __forceinline__ void load_staged(const A* staged, int64_t width, int6
 
 constexpr int kMaxTeamSums = 12;  // the most numbers that are summed together
 
-// As many lanes, up to `most`, as it takes for rows of `width` numbers if each has `numbers`.
+// Lanes of a team, a power of two up to `limit`, for rows of `width` numbers with `numbers` in a lane.
 inline int team_lanes(int64_t width, int64_t numbers, int limit) {
     int lanes = 1;
     while (lanes < limit && lanes * numbers < width) lanes *= 2;

@@ -7,7 +7,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
 
-// What lane l of each warp has, added up over the warps.
+// Sums lane l's value over the block's warps, for every l.
 template <class A>
 __device__ __forceinline__ A add_over_warps(A own, A* shared) {
     sync_block();  // the last use of `shared` is over

@@ -96,7 +96,7 @@ __device__ __forceinline__ Vector<T, N> load_vec(const T* from) {
     return *reinterpret_cast<const Vector<T, N>*>(from);
 }
 
-// What kind of address a store is given. generic: shared memory, or either.
+// State space of a store's address; generic: shared memory, or either.
 enum class Space { global, generic };
 
 // Stores a vector. In global memory vectors of 4, 8 and 16 bytes take one instruction for sure: where a loop is

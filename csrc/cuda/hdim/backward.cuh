@@ -7,7 +7,7 @@
 
 namespace xlayer::cuda::hdim {
 
-// How the pairs are cut. grad_keys: a warp takes 16·R keys and a slice of queries. grad_weights: a warp takes
+// Split of the pairs. grad_keys: a warp takes 16·R keys and a slice of queries. grad_weights: a warp takes
 // 16 hidden units, a block a chunk of keys and a slice of queries.
 struct GradPlan {
     PairTiling keys;                      // of grad_keys

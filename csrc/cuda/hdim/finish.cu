@@ -60,7 +60,7 @@ struct FinishWeights {
     T *grad_weight1, *grad_bias1, *grad_weight2;
 };
 
-// What lane `lane` of each warp adds up, over all warps: every warp takes each kFinishWarps-th array.
+// Sums arrays element by element, one element per lane: every warp takes each kFinishWarps-th array.
 template <class A>
 __device__ __forceinline__ A sum_over_arrays(const A* from, int64_t count, int64_t stride, bool real, A* shared) {
     const int warp = static_cast<int>(threadIdx.x) / kWarpSize;

@@ -34,7 +34,7 @@ __device__ __forceinline__ void split_distance(A grad, A query, A key, A& grad_q
     grad_key -= signed_grad;
 }
 
-// Where a chunk of hidden units before this one has left its sum, adds to it.
+// Stores a sum or adds it to that of the chunks of hidden units before.
 template <class A>
 __device__ __forceinline__ void add_or_store(A* to, const Vector<A, 2>& sum, bool add) {
     Vector<A, 2> before{};

@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kThreads, kPairBlocks) hdim_score_kernel(Score
     memory.load_keys(p, s, tile);
     const KeyTiles<T, G, kTiles, kInRegisters> keys(memory);
 
-    // Of the four lanes that share a row, lane t writes tile t.
+    // Lane t of the four lanes that share a row writes tile t.
     const int t = lane_id() % 4;
     const int64_t lane_keys[2] = {tile.first + 16 * t + lane_row(), tile.first + 16 * t + lane_row() + 8};
     A key_bias[2];

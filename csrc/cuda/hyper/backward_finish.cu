@@ -14,7 +14,7 @@ struct Partials {
     int64_t count, stride;
 };
 
-// What lane l of each warp adds up at `at`, over all warps: every warp takes each kFinishWarps-th array.
+// Sums arrays at `at`, one element per lane: every warp takes each kFinishWarps-th array.
 template <class A>
 __device__ __forceinline__ A sum_over_arrays(const Partials<A>& partials, int64_t at, bool real, A* shared) {
     const int warp = static_cast<int>(threadIdx.x) / kWarpSize;

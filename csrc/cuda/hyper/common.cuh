@@ -296,7 +296,7 @@ struct Sinkhorn {
     }
 };
 
-// What post multiplies: element (j, k), j < n, of a token's coefficients is h_j's in h'_k, element (n, k) is y's.
+// Index of post's coefficients: element (j, k), j < n, is h_j's in h'_k, element (n, k) is y's.
 __device__ __forceinline__ int post_index(int n, int j, int k) {
     return j < n ? j * (n + 2) + 1 + k : k * (n + 2) + n + 1;
 }

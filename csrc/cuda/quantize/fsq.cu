@@ -11,7 +11,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int64_t kTileNumbers = 2048;
 
-// Of a dimension; `factor` and `offset` so that the place of a number among the digits is factor·σ − offset.
+// Constants of a dimension; the position of a number among the digits is factor·σ − offset.
 template <class A>
 struct alignas(16) Dimension {
     A factor, offset, shift, max_digit;
@@ -74,7 +74,7 @@ __device__ __forceinline__ A divide(A n, A d, A inverse) {
     return fma(fma(-quotient, d, n), inverse, quotient);
 }
 
-// What is left of a line behind `first` may be less than a vector.
+// Loads a vector at `first`, of which only the elements before `count` exist.
 template <class T, int N>
 __device__ __forceinline__ Vector<T, N> load_part(const T* line, int first, int count) {
     if (first + N <= count) return load_vec<N>(line + first);

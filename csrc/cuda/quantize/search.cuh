@@ -19,7 +19,7 @@ using Terms = Vector<A, 2>;  // bias, scale
 constexpr int kThreads = 256;
 constexpr int kRowGroups = 4, kCodeGroups = 2;  // of warps
 constexpr int kStages = 3;
-// Of bias and scale of a tile's codes: they are read after the barrier that frees the stage of the tile's last slice.
+// Stages of the bias and scale of a tile's codes, read after the barrier that frees the stage of the tile's last slice.
 constexpr int kTermStages = kStages + 1;
 constexpr int kChunk = 16, kChunks = 4, kRowBytes = kChunk * kChunks;
 constexpr int64_t kMaxSharedBytes = 163 * 1024;  // of sm_80; sm_90 has more
@@ -42,7 +42,7 @@ struct Best {
     A score;
     int code;
 };
-// Of equal scores the lower code. Scores are never NaN.
+// Returns the better of two; of equal scores the lower code. Scores are never NaN.
 template <class A>
 __device__ __forceinline__ Best<A> better(const Best<A>& a, const Best<A>& b) {
     return b.score < a.score || (b.score == a.score && b.code < a.code) ? b : a;
@@ -60,7 +60,7 @@ struct Search {
     int* found;
 };
 
-// Where chunk `chunk` of row `row` lies in a tile, in bytes.
+// Byte offset of chunk `chunk` of row `row` in a tile.
 __device__ __forceinline__ int swizzled_offset(int row, int chunk) {
     const int swizzle = row / 2 % 2 * 2 + row / 4 % 2;
     return row * kRowBytes + (chunk ^ swizzle) * kChunk;
@@ -95,14 +95,14 @@ __device__ __forceinline__ void copy_slice(char* tile, const T* from, int64_t ro
     }
 }
 
-// What one product of a warp takes: kRows × kCodes small matrices.
+// Operands of one product of a warp: kRows × kCodes small matrices.
 template <class T>
 struct Operands {
     using S = Shape<T>;
     FragmentA<T> x[S::kRows][S::kGroups];
     FragmentB<T> code[S::kCodes][S::kGroups];
 
-    // Of columns [8·kGroups·product, …) of a slice; the warp's rows and codes begin at `first_row` and
+    // Loads columns [8·kGroups·product, …) of a slice; the warp's rows and codes begin at `first_row` and
     // `first_code`, multiples of 8.
     __device__ __forceinline__ void load(const char* rows, int first_row, const char* codes, int first_code,
                                          int product) {
@@ -152,7 +152,7 @@ __device__ __forceinline__ void multiply_all(FragmentC<T> (&sum)[R][C], const Op
     }
 }
 
-// Where a device offers more than 99 KB, rows of x that stay may take up to 163 KB: one block there as well.
+// On devices that offer more than 99 KB, resident rows of x may take up to 163 KB: one block there as well.
 // resources: vq_search_kernel threads 256, registers 255, shared 98304, occupancy 0.125
 // sass: vq_search_kernel<*float16, *> HMMA.16816, LDSM
 // sass: vq_search_kernel<float, *> HMMA.1688

@@ -18,7 +18,7 @@ constexpr int kChunkRows = kThreads * kRounds;  // that one block sorts
 
 static_assert(kThreads == kDigits, "a thread per digit");
 
-// What is sorted: the code of a row, `codes` for rows that count nowhere, and the number of the row.
+// A sort entry: the code of a row, `codes` for rows that count nowhere, and the number of the row.
 struct Entry {
     uint32_t code, row;
 };

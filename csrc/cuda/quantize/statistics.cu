@@ -84,7 +84,7 @@ __device__ __forceinline__ void for_warps(int64_t books, int64_t items, int64_t 
     }
 }
 
-// What a warp adds in: `kWarpSize · N` columns, from `column` of this lane on.
+// A warp's columns: kWarpSize · N of them, this lane's from `column` on.
 template <class T, int N>
 struct Columns {
     using A = Accumulator<T>;
