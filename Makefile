@@ -21,8 +21,7 @@ PYTEST := $(BIN)/python -m pytest $(PARALLEL)
 SOAK = $(BIN)/python -m pytest -n auto --dist worksteal --seeds $(SEEDS) -m 'not slow and not traced'
 TIMED := MAKE='$(MAKE)' tools/timed.sh
 INSTALLED := .venv/installed
-CPP := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/include/xlayer/*.h \
-	tests/emulator/*.h tests/emulator/*.cpp tests/emulator/faults/*.h tests/emulator/faults/*.cu)
+CPP = $(shell find csrc tests/emulator -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 # The tests that call operators: they run on the CPU kernels, and on the CUDA kernels under the emulator.
 OPERATOR_TESTS := $(addprefix tests/,test_aggregate.py test_aggregate_torch.py test_emulated.py test_hdim.py \
 	test_hdim_modules.py test_hdim_torch.py test_hyper.py test_hyper_modules.py test_hyper_torch.py test_quantize.py \

@@ -29,12 +29,12 @@ def constant(header: str, name: str) -> str:
 
 @block
 def most_projections() -> str:
-    return constant("hdim.h", "kHdimMostProjections")
+    return constant("hdim.h", "kHdimMaxProjDim")
 
 
 @block
 def most_streams() -> str:
-    return constant("hyper.h", "kHyperMostStreams")
+    return constant("hyper.h", "kHyperMaxStreams")
 
 
 @block

@@ -172,7 +172,7 @@ def test_info_shows_what_is_stated(rows: list[Row], capsys: pytest.CaptureFixtur
     assert f"(stated {100 * ceiling.occupancy:.0f} %)" in line
 
 
-@pytest.mark.parametrize("path", resources.sources(), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", resources.sources(), ids=lambda path: str(path.relative_to(resources.CUDA_SOURCES)))
 def test_promises_stand_directly_above_their_kernel(path: Path) -> None:
     kernel_here = re.compile(r"(?:template\s*<.*>\s*)?__global__ \w+ (?:__launch_bounds__\([^()]*\)\s*)?(\w+)\(")
     lines = path.read_text().splitlines()

@@ -150,7 +150,7 @@ def test_numbers_in_words() -> None:
 
 
 def test_what_the_code_does_not_hold_is_no_number() -> None:
-    assert readme_facts.constant("hyper.h", "kHyperMostStreams") == "16"
+    assert readme_facts.constant("hyper.h", "kHyperMaxStreams") == "16"
     with pytest.raises(LookupError, match="no integer kGone"):
         readme_facts.constant("hyper.h", "kGone")
     with pytest.raises(LookupError, match="does not pin gone"):

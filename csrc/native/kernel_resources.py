@@ -75,7 +75,7 @@ class Instructions(Promise):
 
 
 def sources(folder: Path = CUDA_SOURCES) -> list[Path]:
-    return sorted([*folder.glob("*.cu"), *folder.glob("*.cuh")])
+    return sorted([*folder.rglob("*.cu"), *folder.rglob("*.cuh")])
 
 
 def promises(folder: Path = CUDA_SOURCES) -> list[Ceiling | Instructions]:
@@ -85,7 +85,7 @@ def promises(folder: Path = CUDA_SOURCES) -> list[Ceiling | Instructions]:
         for number, line in enumerate(path.read_text().splitlines(), 1):
             if not line.lstrip().startswith(("// resources:", "// sass:")):
                 continue
-            where = f"{path.name}:{number}"
+            where = f"{path.relative_to(folder)}:{number}"
             promise = PROMISE.fullmatch(line.strip())
             kind, kernel, arguments, rest = promise.groups(default="") if promise else ("", "", "", "")
             numbers = RESOURCES.fullmatch(rest)
