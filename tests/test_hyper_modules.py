@@ -20,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 from oracle import draw, fresh_generator, need_native
 from processes import join_processes
 from xlayer_ext import backend
-from xlayer_ext.bench import relative_error
 from xlayer_ext.nn import (
     HyperConnection,
     ManifoldHyperConnection,
@@ -28,6 +27,7 @@ from xlayer_ext.nn import (
     no_weight_decay,
     reduce_streams,
 )
+from xlayer_ext.testing import relative_error
 
 D = 12
 Connection = HyperConnection | ManifoldHyperConnection

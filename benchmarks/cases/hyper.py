@@ -24,12 +24,14 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from xlayer_ext import bench, bench_suite, functional, reference
+from benchmarks.cases import peers_cuda
+from benchmarks.harness import cases as harness_cases
+from benchmarks.harness.cases import Case, compiled, settled
+from benchmarks.harness.measure import PASSES, Unavailable, Work
+from xlayer_ext import functional, reference
 from xlayer_ext._backend import use_native
 from xlayer_ext.functional import Connection
-
-# It lies beside this file, whether that is a module of the package or a script of its own.
-peers_cuda = importlib.import_module(f"{__package__}.peers_cuda" if __package__ else "peers_cuda")
+from xlayer_ext.testing import check_oracle, relative_error
 
 Outputs = tuple[Tensor, ...]
 
@@ -260,7 +262,7 @@ def _peer_package() -> ModuleType:
     try:
         return importlib.import_module("hyper_connections")
     except ImportError as error:
-        raise bench.Unavailable(f"{error}; pip install hyper-connections") from error
+        raise Unavailable(f"{error}; pip install hyper-connections") from error
 
 
 def check_peer(kind: str, given: Inputs, module: nn.Module) -> None:
@@ -278,7 +280,7 @@ def check_peer(kind: str, given: Inputs, module: nn.Module) -> None:
     for name, expected in results.items():
         if name == "grad scale":  # one number for several of ours
             continue
-        error = bench.relative_error(theirs[name], expected)
+        error = relative_error(theirs[name], expected)
         if not error <= tolerance:
             raise AssertionError(f"hyper-connections {kind} {name}: differs by {error:.1e}")
 
@@ -289,39 +291,37 @@ Call = Callable[[], Outputs]
 
 
 def implementation(impl: str, op: str, kind: str, given: Inputs) -> tuple[Call, list[Tensor]]:
-    """The function to call, and the tensors that its gradients are for; `bench.Unavailable` where it cannot run."""
+    """The function to call, and the tensors that its gradients are for; `Unavailable` where it cannot run."""
     leaves = list(leaves_of(op, given).values())
     if impl.startswith("hyper-connections"):
         module = peer_module(kind, given)
         check_peer(kind, given, module)
-        function = bench_suite.compiled(peer_call) if impl.endswith("compile") else peer_call
+        function = compiled(peer_call) if impl.endswith("compile") else peer_call
         return partial(function, module, given), [given.streams, given.branch_output, *module.parameters()]
     if impl in peers_cuda.MHC:
         return peers_cuda.mhc(impl, op, *given)
     if impl in ("native", SEPARATE):
         kernels = KERNELS["pre+post" if impl == SEPARATE else op]
         if not all(use_native(kernel, given.streams) for kernel in kernels):
-            raise bench.Unavailable("no native kernel is in use; `python -m xlayer_ext.info` says why")
+            raise Unavailable("no native kernel is in use; `python -m xlayer_ext.info` says why")
         return partial(separate_boundary if impl == SEPARATE else OPERATORS[op], functional, given), leaves
-    operator = bench_suite.compiled(OPERATORS[op]) if impl == "compile" else OPERATORS[op]
+    operator = compiled(OPERATORS[op]) if impl == "compile" else OPERATORS[op]
     return partial(operator, reference, given), leaves
 
 
-def build(
-    impl: str, op: str, pass_: str, kind: str, size: list[int], packed: bool, dtype: str, device: str
-) -> bench.Work:
+def build(impl: str, op: str, pass_: str, kind: str, size: list[int], packed: bool, dtype: str, device: str) -> Work:
     """The work of one row. It returns all outputs in a forward pass, and all gradients in a backward pass."""
     given = make_inputs(kind, size, packed, dtype, device).map(Tensor.requires_grad_)
     call, leaves = implementation(impl, op, kind, given)
     work = {"fwd": _forward, "bwd": _backward, "fwd+bwd": _forward_backward}[pass_](call, leaves)
-    return bench_suite.settled(work) if impl.endswith("compile") or impl in peers_cuda.MHC else work
+    return settled(work) if impl.endswith("compile") or impl in peers_cuda.MHC else work
 
 
-def _forward(call: Call, leaves: list[Tensor]) -> bench.Work:
+def _forward(call: Call, leaves: list[Tensor]) -> Work:
     return torch.no_grad()(call)
 
 
-def _backward(call: Call, leaves: list[Tensor]) -> bench.Work:
+def _backward(call: Call, leaves: list[Tensor]) -> Work:
     """The backward alone, of one graph that is built in the first call and kept."""
 
     @functools.cache
@@ -338,7 +338,7 @@ def _backward(call: Call, leaves: list[Tensor]) -> bench.Work:
     return backward
 
 
-def _forward_backward(call: Call, leaves: list[Tensor]) -> bench.Work:
+def _forward_backward(call: Call, leaves: list[Tensor]) -> Work:
     with torch.no_grad():
         given = cotangents(call())
 
@@ -358,8 +358,8 @@ def cotangents(outputs: Outputs, seed: int = 1) -> list[Tensor]:
 # ---- the check before the clock ------------------------------------------------------------------------------------
 
 
-def check(case: bench_suite.Case) -> None:
-    """Outputs and gradients of the native kernels against float64 (`bench.check_oracle`), on the case's own inputs."""
+def check(case: Case) -> None:
+    """Outputs and gradients of the native kernels against float64 (`check_oracle`), on the case's own inputs."""
     a = case.arguments
     _check(case.op, a["kind"], tuple(a["size"]), a["packed"], a["dtype"], a["device"])
 
@@ -372,10 +372,10 @@ def _check(op: str, kind: str, size: tuple[int, ...], packed: bool, dtype: str, 
     for operator in operators:
         sides = (_draws(operator, op, functional, given), exact, plain)
         for name in exact[0].keys() - _few(plain):
-            bench.check_oracle(f"hyper {op} {kind} {name}", *(side[0][name] for side in sides))
+            check_oracle(f"hyper {op} {kind} {name}", *(side[0][name] for side in sides))
         if few := _few(plain):
             pools = (_pooled(side, exact, few, _wholes(given)) for side in sides)
-            bench.check_oracle(f"hyper {op} {kind} small gradients", *pools)
+            check_oracle(f"hyper {op} {kind} small gradients", *pools)
 
 
 def _draws(operator: Operator, op: str, api: Any, given: Inputs, pieces: int = 16) -> list[Results]:
@@ -432,18 +432,18 @@ def _results(call: Call, leaves: dict[str, Tensor], seed: int = 1, unused: bool 
 # ---- the cases -----------------------------------------------------------------------------------------------------
 
 
-def make_cases(options: argparse.Namespace) -> list[bench_suite.Case]:
+def make_cases(options: argparse.Namespace) -> list[Case]:
     named = settings(cuda=torch.device(options.device).type == "cuda")
     return [
         make_case(name, setting, op, pass_, dtype, options.device)
         for op in OPERATORS
         for name, setting in named.items()
         for dtype in ([setting.dtype] if setting.dtype else options.dtype)
-        for pass_ in bench.PASSES
+        for pass_ in PASSES
     ]
 
 
-def make_case(name: str, setting: Setting, op: str, pass_: str, dtype: str, device: str) -> bench_suite.Case:
+def make_case(name: str, setting: Setting, op: str, pass_: str, dtype: str, device: str) -> Case:
     kind, size = setting.kind, setting.size
     work = (
         least_bytes(op, pass_, kind, size, getattr(torch, dtype).itemsize),
@@ -455,7 +455,7 @@ def make_case(name: str, setting: Setting, op: str, pass_: str, dtype: str, devi
     peers = peers_of(op, kind, setting.packed)
     if kind == "mhc" and torch.device(device).type == "cuda":
         peers += peers_cuda.mhc_peers(op, pass_)
-    return bench_suite.Case(*what, *work, build, arguments, setting.suite, halve=halve, peers=peers)
+    return Case(*what, *work, build, arguments, setting.suite, halve=halve, peers=peers)
 
 
 def peers_of(op: str, kind: str, packed: bool) -> tuple[str, ...]:
@@ -472,7 +472,7 @@ def halve(arguments: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return bench_suite.main("Benchmark of hyper-connections.", make_cases, argv, check)
+    return harness_cases.main("Benchmark of hyper-connections.", make_cases, argv, check)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Every operator's CUDA kernels, forward and backward, for a tool that watches them: a sanitizer, a profiler.
 
-python -m benchmarks.gpu_cases [--device cuda|emulated]   small odd sizes, every dtype, with masks and without
-python -m benchmarks.gpu_cases --large                    hdim_attention once, at the main size of its benchmark
+python -m benchmarks.gpu.cases [--device cuda|emulated]   small odd sizes, every dtype, with masks and without
+python -m benchmarks.gpu.cases --large                    hdim_attention once, at the main size of its benchmark
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from benchmarks import bench_hdim, bench_hyper, emulator
+from benchmarks.cases import hdim as hdim_cases
+from benchmarks.cases import hyper as hyper_cases
+from benchmarks.gpu import emulator
 from xlayer_ext import backend, functional
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -232,10 +234,10 @@ def run_small(device: str) -> None:
 
 
 def run_large(device: str) -> None:
-    _, b, s, d, m, h, options = bench_hdim.CUDA_SIZES["B32-S512"]
-    bench_hdim.build("native", "fwd+bwd", [b, s, d, m, h], "bfloat16", device, **options)()
-    size = bench_hyper.settings(cuda=True)["dhc"].size
-    bench_hyper.build("native", "boundary", "fwd+bwd", "dhc", list(size), False, "bfloat16", device)()
+    _, b, s, d, m, h, options = hdim_cases.CUDA_SIZES["B32-S512"]
+    hdim_cases.build("native", "fwd+bwd", [b, s, d, m, h], "bfloat16", device, **options)()
+    size = hyper_cases.settings(cuda=True)["dhc"].size
+    hyper_cases.build("native", "boundary", "fwd+bwd", "dhc", list(size), False, "bfloat16", device)()
     torch.cuda.synchronize()
 
 

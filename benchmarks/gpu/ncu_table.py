@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Iterable
 
-from xlayer_ext.nsight import read_ncu
+from xlayer_systems.profiling.nsight_tables import read_ncu
 
 PERCENT = r".*\.avg\.pct_of_peak_sustained_(active|elapsed)$"
 # label: (pattern of the metric's name, unit to print, factor)

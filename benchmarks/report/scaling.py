@@ -15,8 +15,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import bench_aggregate, bench_hdim, bench_hyper, bench_quantize
-from xlayer_ext import bench
+from benchmarks.cases import aggregate as aggregate_cases
+from benchmarks.cases import hdim as hdim_cases
+from benchmarks.cases import hyper as hyper_cases
+from benchmarks.cases import quantize as quantize_cases
+from benchmarks.harness.measure import Builder, Unavailable, Work, compare, cuda_peak, peak_memory
 
 Note = Callable[[str], None]
 IMPLS = ("native", "eager")
@@ -30,7 +33,7 @@ class Curve:
     what: str
     variable: str
     points: tuple[int, ...]
-    build: bench.Builder
+    build: Builder
     arguments: Callable[[int], dict[str, Any]]
     quick: bool = False
 
@@ -50,11 +53,11 @@ def curves(cuda: bool) -> list[Curve]:
 
     tokens = 512 * many
     return [
-        Curve("hdim", "token-pair messaging", "S", (64, 128, 256, 512), bench_hdim.build, hdim(many), quick=True),
-        Curve("hyper", "boundary", "n", (2, 3, 4, 6, 8), bench_hyper.build, hyper),
-        Curve("quantize", "nearest code", "K", (512, 2048, 8192, 32768), bench_quantize.build, nearest, quick=True),
-        Curve("aggregate", "EMA scan", "L", (4, 8, 16, 32), bench_aggregate.build, lambda n: ema((n, tokens, 256))),
-        Curve("aggregate", "EMA scan", "d", (64, 128, 256, 512), bench_aggregate.build, lambda d: ema((12, tokens, d))),
+        Curve("hdim", "token-pair messaging", "S", (64, 128, 256, 512), hdim_cases.build, hdim(many), quick=True),
+        Curve("hyper", "boundary", "n", (2, 3, 4, 6, 8), hyper_cases.build, hyper),
+        Curve("quantize", "nearest code", "K", (512, 2048, 8192, 32768), quantize_cases.build, nearest, quick=True),
+        Curve("aggregate", "EMA scan", "L", (4, 8, 16, 32), aggregate_cases.build, lambda n: ema((n, tokens, 256))),
+        Curve("aggregate", "EMA scan", "d", (64, 128, 256, 512), aggregate_cases.build, lambda d: ema((12, tokens, d))),
     ]
 
 
@@ -87,23 +90,23 @@ class Measured:
 
 def measure(curve: Curve, dtype: str, device: str, seconds: float, note: Note) -> Measured:
     """The curve with every implementation that runs here."""
-    works: dict[str, dict[int, bench.Work]] = {}
+    works: dict[str, dict[int, Work]] = {}
     for impl in IMPLS:
         try:
             works[impl] = {size: _build(curve, impl, size, dtype, device) for size in curve.points}
-        except (bench.Unavailable, torch.OutOfMemoryError) as reason:
+        except (Unavailable, torch.OutOfMemoryError) as reason:
             note(f"{curve.family} {curve.what} over {curve.variable}, {impl}: {reason}")
     measured = Measured(curve.family, curve.what, curve.variable, "ms", list(curve.points))
     return _timed(measured, works, device, seconds)
 
 
-def _build(curve: Curve, impl: str, size: int, dtype: str, device: str) -> bench.Work:
+def _build(curve: Curve, impl: str, size: int, dtype: str, device: str) -> Work:
     return curve.build(impl=impl, dtype=dtype, device=device, **curve.arguments(size))
 
 
-def _timed(measured: Measured, works: Mapping[str, Mapping[int, bench.Work]], device: str, seconds: float) -> Measured:
+def _timed(measured: Measured, works: Mapping[str, Mapping[int, Work]], device: str, seconds: float) -> Measured:
     named = {f"{impl} {size}": work for impl, sizes in works.items() for size, work in sizes.items()}
-    times = bench.compare(named, device=device, seconds=seconds, turn_seconds=0.01) if named else {}
+    times = compare(named, device=device, seconds=seconds, turn_seconds=0.01) if named else {}
     for impl in works:
         measured.add(impl, [1e3 * times[f"{impl} {size}"].median for size in measured.points])
     return measured
@@ -113,14 +116,14 @@ def over_threads(dtype: str, seconds: float, note: Note) -> Measured:
     """Token-pair messaging with 1, 2, 4, … threads, up to the number of cores: −1 would be perfect."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     points = [2**power for power in range(cores.bit_length())]
-    curve = Curve("hdim", "token-pair messaging", "threads", tuple(points), bench_hdim.build, lambda _: hdim(4)(256))
+    curve = Curve("hdim", "token-pair messaging", "threads", tuple(points), hdim_cases.build, lambda _: hdim(4)(256))
     measured = Measured(curve.family, curve.what, curve.variable, "ms", points)
     if len(points) < 2:
         note("one core alone: no curve over threads")
         return measured
     before = torch.get_num_threads()
 
-    def with_threads(work: bench.Work, threads: int) -> bench.Work:
+    def with_threads(work: Work, threads: int) -> Work:
         def run() -> object:
             torch.set_num_threads(threads)
             return work()
@@ -130,7 +133,7 @@ def over_threads(dtype: str, seconds: float, note: Note) -> Measured:
     try:
         work = _build(curve, "native", points[0], dtype, "cpu")
         return _timed(measured, {"native": {count: with_threads(work, count) for count in points}}, "cpu", seconds)
-    except bench.Unavailable as reason:
+    except Unavailable as reason:
         note(f"curve over threads: {reason}")
         return measured
     finally:
@@ -143,7 +146,7 @@ def memory(points: Sequence[int], dtype: str, device: str, note: Note) -> Measur
     for impl in IMPLS:
         try:
             measured.add(impl, [_peak(impl, size, dtype, device) for size in points])
-        except (bench.Unavailable, torch.OutOfMemoryError) as reason:
+        except (Unavailable, torch.OutOfMemoryError) as reason:
             note(f"memory of hdim, {impl}: {reason}")
     return measured
 
@@ -151,5 +154,5 @@ def memory(points: Sequence[int], dtype: str, device: str, note: Note) -> Measur
 def _peak(impl: str, size: int, dtype: str, device: str) -> int:
     arguments = {"impl": impl, "dtype": dtype, "device": device, **hdim(1, "fwd+bwd")(size)}
     if torch.device(device).type == "cuda":
-        return bench.cuda_peak(bench_hdim.build(**arguments), device)
-    return bench.peak_memory(bench_hdim.build, arguments)
+        return cuda_peak(hdim_cases.build(**arguments), device)
+    return peak_memory(hdim_cases.build, arguments)

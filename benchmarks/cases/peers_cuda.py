@@ -16,8 +16,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from xlayer_ext import bench, reference
+from benchmarks.harness.measure import Unavailable
+from xlayer_ext import reference
 from xlayer_ext.functional import Connection
+from xlayer_ext.testing import relative_error
 
 Outputs = tuple[Tensor, ...]
 Call = Callable[[], Outputs]
@@ -26,14 +28,14 @@ DEVICE = "cuda"
 
 @contextmanager
 def or_unavailable(package: str, tensor: Tensor) -> Iterator[None]:
-    """Whatever fails inside makes the package `bench.Unavailable`, and so does another device."""
+    """Whatever fails inside makes the package `Unavailable`, and so does another device."""
     if tensor.device.type != DEVICE:
-        raise bench.Unavailable(f"{package} runs on GPUs alone")
+        raise Unavailable(f"{package} runs on GPUs alone")
     try:
         yield
     except Exception as error:
         said = str(error).strip().partition("\n")[0]
-        raise bench.Unavailable(f"{package}: {type(error).__name__}: {said}") from error
+        raise Unavailable(f"{package}: {type(error).__name__}: {said}") from error
 
 
 # ---- manifold-constrained hyper-connections, `norm="rms_all"`, `form="sinkhorn_rows"` ------------------------------
@@ -201,7 +203,7 @@ def check_mhc(
     tolerance = 1e-4 if streams.element_size() > 2 else 5e-2
     names = ("x", "streams", "grad streams", "grad branch output", "grad weight", "grad base")
     for name, one, other in zip(names, found, expected, strict=True):
-        error = bench.relative_error(one, other)
+        error = relative_error(one, other)
         if not error <= tolerance:
             raise AssertionError(f"{package} {name}: differs by {error:.1e}")
 

@@ -23,11 +23,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from xlayer_ext import backend, bench, bench_suite, functional, reference
+from benchmarks.cases import peers_cuda
+from benchmarks.harness import cases as harness_cases
+from benchmarks.harness.cases import Case, compiled, settled
+from benchmarks.harness.measure import PASSES, Unavailable, Work
+from xlayer_ext import backend, functional, reference
 from xlayer_ext._backend import use_native
-
-# It lies beside this file, whether that is a module of the package or a script of its own.
-peers_cuda = importlib.import_module(f"{__package__}.peers_cuda" if __package__ else "peers_cuda")
+from xlayer_ext.testing import check_oracle
 
 Outputs = tuple[Tensor, ...]
 Call = Callable[[], Outputs]
@@ -148,7 +150,7 @@ def _package() -> ModuleType:
     try:
         return importlib.import_module("vector_quantize_pytorch")
     except ImportError as error:
-        raise bench.Unavailable(f"{error}; pip install {PACKAGE}") from error
+        raise Unavailable(f"{error}; pip install {PACKAGE}") from error
 
 
 def peer_quantizer(how: str, x: Tensor, codebook: Tensor) -> nn.Module:
@@ -212,28 +214,28 @@ KERNELS = {
 
 
 def implementation(impl: str, op: str, how: str, levels: int, given: Outputs) -> Call:
-    """The function to call; `bench.Unavailable` where it cannot run."""
+    """The function to call; `Unavailable` where it cannot run."""
     if impl == "native" and not all(use_native(kernel, given[0]) for kernel in KERNELS[op]):
-        raise bench.Unavailable("no native kernel is in use; `python -m xlayer_ext.info` says why")
+        raise Unavailable("no native kernel is in use; `python -m xlayer_ext.info` says why")
     if impl == peers_cuda.CUVS:
         return peers_cuda.cuvs_nearest(how, *given)
     if op in ("nearest", "train") and impl != "native":
         scores = given[0].shape[0] * given[1].shape[0] * 4
         if scores > PLAIN_BYTES:
-            raise bench.Unavailable(f"the scores alone would take {scores / 2**30:.0f} GiB")
+            raise Unavailable(f"the scores alone would take {scores / 2**30:.0f} GiB")
     if impl.startswith(PACKAGE):
         return _peer(impl, op, how, levels, given)
     if impl == "gemm":
         return partial(_gemm, *given)
     if op == "train":
         choice = "native" if impl == "native" else "reference"
-        function = bench_suite.compiled(train) if impl == "compile" else train
+        function = compiled(train) if impl == "compile" else train
         return partial(function, make_quantizer(how, *given), choice, given[0])
     api = functional if impl == "native" else reference
     operators: dict[str, Callable[..., Outputs]] = {"nearest": nearest, "statistics": statistics, "fsq": fsq}
     operator = operators[op]
     if impl == "compile":
-        operator = bench_suite.compiled(operator)
+        operator = compiled(operator)
     constants: tuple[Any, ...] = {"nearest": (how,), "statistics": (levels,), "fsq": (how, levels)}[op]
     return partial(operator, api, *constants, *given)
 
@@ -255,24 +257,24 @@ def _peer(impl: str, op: str, how: str, levels: int, given: Outputs) -> Call:
     module.eval()
     check_peer(op, how, function(module, x), ours, x, given[1] if op != "fsq" else None)
     module.train(op == "train")
-    return partial(bench_suite.compiled(function) if impl.endswith("compile") else function, module, x)
+    return partial(compiled(function) if impl.endswith("compile") else function, module, x)
 
 
-def build(impl: str, op: str, pass_: str, how: str, size: list[int], dtype: str, device: str) -> bench.Work:
+def build(impl: str, op: str, pass_: str, how: str, size: list[int], dtype: str, device: str) -> Work:
     """The work of one row. It returns all outputs, or the gradient of z."""
     given = make_inputs(op, size, dtype, device)
     if pass_ != "fwd":
         given[0].requires_grad_()
     call = implementation(impl, op, how, size[1], given)
     work = {"fwd": _forward, "bwd": _backward, "fwd+bwd": _forward_backward}[pass_](call, given[0])
-    return bench_suite.settled(work) if impl.endswith("compile") else work
+    return settled(work) if impl.endswith("compile") else work
 
 
-def _forward(call: Call, z: Tensor) -> bench.Work:
+def _forward(call: Call, z: Tensor) -> Work:
     return torch.no_grad()(call)
 
 
-def _backward(call: Call, z: Tensor) -> bench.Work:
+def _backward(call: Call, z: Tensor) -> Work:
     """The backward alone, of one graph that is built in the first call and kept."""
 
     @functools.cache
@@ -284,7 +286,7 @@ def _backward(call: Call, z: Tensor) -> bench.Work:
     return lambda: torch.autograd.grad(graph()[0], z, graph()[1], retain_graph=True)
 
 
-def _forward_backward(call: Call, z: Tensor) -> bench.Work:
+def _forward_backward(call: Call, z: Tensor) -> Work:
     given = torch.ones_like(z)
 
     def forward_backward() -> Outputs:
@@ -297,7 +299,7 @@ def _forward_backward(call: Call, z: Tensor) -> bench.Work:
 # ---- the check before the clock ------------------------------------------------------------------------------------
 
 
-def check(case: bench_suite.Case) -> None:
+def check(case: Case) -> None:
     """The native kernels against float64, on the case's own inputs or, where these are too many, on the first rows."""
     a = case.arguments
     _check(case.op, a["how"], tuple(a["size"]), a["dtype"], a["device"])
@@ -314,11 +316,11 @@ def _check(op: str, how: str, size: tuple[int, ...], dtype: str, device: str) ->
         if not torch.allclose(chosen, exact, rtol=1e-5, atol=1e-5):
             raise AssertionError(f"vq_nearest {how}: a code that is not the nearest")
         plain = reference.vq_nearest(x, codebook, how)[1]
-        bench.check_oracle(f"vq_nearest {how} distance", distance, chosen, plain)
+        check_oracle(f"vq_nearest {how} distance", distance, chosen, plain)
     elif op == "statistics":
         sides = ((functional, given[0]), (reference, given[0].double()), (reference, given[0]))
         sums = [statistics(api, size[1], x, given[1])[1] for api, x in sides]
-        bench.check_oracle("vq_statistics sums", *sums)
+        check_oracle("vq_statistics sums", *sums)
     else:
         _check_fsq(how, size[1], given[0])
 
@@ -329,7 +331,7 @@ def _check_fsq(how: str, levels: int, z: Tensor) -> None:
         leaf = given.detach().requires_grad_()
         codes, indices = fsq(api, how, levels, leaf)
         sides.append((codes.detach(), indices, *torch.autograd.grad(codes, leaf, torch.ones_like(codes))))
-    bench.check_oracle(f"fsq {how} gradient", *(side[2] for side in sides))
+    check_oracle(f"fsq {how} gradient", *(side[2] for side in sides))
     wrong = (sides[0][0].double() - sides[1][0]).abs() > 1e-5
     if wrong.float().mean() > 1e-4:  # numbers on the edge of a bin
         raise AssertionError(f"fsq {how}: {wrong.float().mean():.1e} of the codes differ")
@@ -338,28 +340,28 @@ def _check_fsq(how: str, levels: int, z: Tensor) -> None:
 # ---- the cases -----------------------------------------------------------------------------------------------------
 
 
-def make_cases(options: argparse.Namespace) -> list[bench_suite.Case]:
+def make_cases(options: argparse.Namespace) -> list[Case]:
     named = settings(cuda=torch.device(options.device).type == "cuda")
     return [
         make_case(name, setting, pass_, dtype, options.device)
         for name, setting in [*named.items(), *(("toy", setting) for setting in TOYS)]
         for dtype in options.dtype
-        for pass_ in (bench.PASSES if setting.op == "fsq" else ("fwd",))
+        for pass_ in (PASSES if setting.op == "fsq" else ("fwd",))
     ]
 
 
-def make_case(name: str, setting: Setting, pass_: str, dtype: str, device: str) -> bench_suite.Case:
+def make_case(name: str, setting: Setting, pass_: str, dtype: str, device: str) -> Case:
     suite, op, size, how = setting
     work = (least_bytes(op, pass_, size, getattr(torch, dtype).itemsize), least_flops(op, size))
     arguments = {"op": op, "pass_": pass_, "how": how, "size": list(size), "dtype": dtype, "device": device}
     peers: tuple[str, ...] = () if op == "statistics" else (PACKAGE, f"{PACKAGE} compile")
     if op == "nearest":
         peers = ("gemm", *peers, *((peers_cuda.CUVS,) if torch.device(device).type == "cuda" else ()))
-    return bench_suite.Case("quantize", op, name, pass_, dtype, *work, build, arguments, suite, peers=peers)
+    return Case("quantize", op, name, pass_, dtype, *work, build, arguments, suite, peers=peers)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return bench_suite.main("Benchmark of quantization.", make_cases, argv, check)
+    return harness_cases.main("Benchmark of quantization.", make_cases, argv, check)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""A picture of a report as a phone shows it: `python -m benchmarks.screenshot REPORT.html OUT.png`; needs Chromium.
+"""Takes a picture of a report as a phone shows it, with Chromium.
 
-It fails where the browser's console has an error in it.
+`python -m benchmarks.report.screenshot REPORT.html OUT.png` fails where the browser's console has an error in it.
 """
 
 from __future__ import annotations

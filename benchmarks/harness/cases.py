@@ -1,6 +1,6 @@
 """The frame of a benchmark script: cases, one run over all implementations, a table, the command line.
 
-A script says what its cases are and how one is built, and calls `main`; `xlayer_ext.bench` does the measuring.
+A script (`benchmarks.cases`) lists its cases, builds one, and calls `main`; `measure` takes the times.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from xlayer_ext.bench import (
+from benchmarks.harness.measure import (
     BEYOND,
     PASSES,
     PROBE,
@@ -26,11 +26,11 @@ from xlayer_ext.bench import (
     compare,
     cuda_peak,
     device_name,
-    keep_freed_memory,
     peak_memory,
     provenance,
     write_rows,
 )
+from xlayer_ext.memory import keep_freed_memory
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 IMPLS = ("native", "eager", "compile")
@@ -104,7 +104,7 @@ def run(
 
     `check(case)` comes first where the native kernel is available, and raises when its results are wrong. `seconds` is
     spent on each case, the machine's limits included, which are measured in the same rounds; `limit_seconds` and
-    `buffer_bytes` are those of `bench.LimitProbe`. Each case's rows are appended to the file `out` once it is done.
+    `buffer_bytes` are those of `LimitProbe`. Each case's rows are appended to the file `out` once it is done.
     `label` names the device in the rows.
     """
     dtypes = dict.fromkeys(case.dtype for case in cases)

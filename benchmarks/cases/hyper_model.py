@@ -19,7 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xlayer_ext import backend, bench, bench_suite, bench_training
+from benchmarks.harness import cases as harness_cases
+from benchmarks.harness import training
+from benchmarks.harness.cases import Case, compiled, settled
+from benchmarks.harness.measure import Row, Unavailable, Work
+from benchmarks.harness.training import autocast, check_loss
+from xlayer_ext import backend
 from xlayer_ext._backend import use_native
 
 KINDS = ("shc", "dhc", "mhc")
@@ -49,7 +54,7 @@ def settings(cuda: bool) -> dict[str, Setting]:
 def scale(size: Sequence[int]) -> str:
     """How a case differs from the paper's shape, in words."""
     paper, here = (dict(zip(NAMES, numbers, strict=True)) for numbers in (PAPER, size))
-    return bench_training.scale(paper, here)
+    return training.scale(paper, here)
 
 
 # ---- the least work ------------------------------------------------------------------------------------------------
@@ -88,7 +93,7 @@ def make_model(kind: str, size: tuple[int, ...], optimizer: bool, dtype: str, de
     try:
         module = importlib.import_module("xlayer_systems.hyper_lm.model")
     except ImportError as error:
-        raise bench.Unavailable(str(error)) from error
+        raise Unavailable(str(error)) from error
     _, _, d, layers, heads, vocabulary = size
     torch.manual_seed(0)
     model: nn.Module = module.HyperTransformer(vocabulary, d, layers, heads, residual=kind)
@@ -107,23 +112,23 @@ def make_tokens(size: Sequence[int], device: str) -> tuple[Tensor, Tensor]:
     return tokens[:, :-1], tokens[:, 1:]
 
 
-def build(impl: str, size: list[int], optimizer: bool, dtype: str, device: str) -> bench.Work:
+def build(impl: str, size: list[int], optimizer: bool, dtype: str, device: str) -> Work:
     """The work of one row, a training step. It returns the loss and all gradients."""
     kind, _, how = impl.partition(" ")
     if how == "native" and not use_native("hyper_post_pre", torch.empty(1, device=device)):
-        raise bench.Unavailable("no native kernel is in use; `python -m xlayer_ext.info` says why")
+        raise Unavailable("no native kernel is in use; `python -m xlayer_ext.info` says why")
     model = make_model(kind, tuple(size), optimizer, dtype, device)
     inputs, labels = make_tokens(size, device)
     parameters = list(model.parameters())
 
     def loss_of() -> Tensor:
-        with bench_training.autocast(dtype, device):
+        with autocast(dtype, device):
             logits = model(inputs)
         return F.cross_entropy(
             logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)), labels.flatten()
         )
 
-    forward = bench_suite.compiled(loss_of) if how == "compile" else loss_of
+    forward = compiled(loss_of) if how == "compile" else loss_of
 
     def step() -> list[Tensor]:
         with _backend(how):
@@ -134,8 +139,8 @@ def build(impl: str, size: list[int], optimizer: bool, dtype: str, device: str) 
         return [loss.detach(), *grads]
 
     if how == "native":
-        bench_training.check_loss(impl, loss_of, dtype)
-    return bench_suite.settled(step) if how == "compile" else step
+        check_loss(impl, loss_of, dtype)
+    return settled(step) if how == "compile" else step
 
 
 def _step(model: nn.Module, parameters: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
@@ -153,7 +158,7 @@ def _backend(how: str) -> AbstractContextManager[Any]:
 # ---- the cases and their table -------------------------------------------------------------------------------------
 
 
-def make_cases(options: argparse.Namespace) -> list[bench_suite.Case]:
+def make_cases(options: argparse.Namespace) -> list[Case]:
     cases = []
     for name, (suite, size, optimizer) in settings(torch.device(options.device).type == "cuda").items():
         for dtype in options.dtype:
@@ -163,11 +168,11 @@ def make_cases(options: argparse.Namespace) -> list[bench_suite.Case]:
             work = (least_bytes(size, element, optimizer), least_flops(size))
             facts = {"scale": scale(size)}
             steps: dict[str, Any] = {"peers": IMPLS, "tokens": size[0] * size[1], "facts": facts}
-            cases.append(bench_suite.Case(*what, *work, build, arguments, suite, **steps))
+            cases.append(Case(*what, *work, build, arguments, suite, **steps))
     return cases
 
 
-def format_table(rows: Sequence[bench.Row]) -> str:
+def format_table(rows: Sequence[Row]) -> str:
     """The rows for reading: times and peak memory, and how many times those of plain residuals they are."""
     plain = {(row.case, row.dtype): row for row in rows if row.impl == "plain"}
     head = f"{'case':<14}{'dtype':<10}{'impl':<15}{'ms':>10}{'min':>10}{'spread':>8}{'× plain':>9}"
@@ -187,7 +192,7 @@ def format_table(rows: Sequence[bench.Row]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     description = "Benchmark of a training step with hyper-connections."
-    return bench_suite.main(description, make_cases, argv, impls=(), table=format_table)
+    return harness_cases.main(description, make_cases, argv, impls=(), table=format_table)
 
 
 if __name__ == "__main__":

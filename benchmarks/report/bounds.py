@@ -1,11 +1,11 @@
-"""What the project promises of its CPU rows (float32, 2 cores), and whether measured rows keep it.
+"""Bounds that the project promises of its CPU rows (float32, 2 cores), and whether measured rows keep them.
 
-A fraction is of the machine's own roof (`bench_roof`), so none is above 1; rows without it, of before it was measured,
-say nothing of fractions. Rows are compared within one run on one machine. A ratio to another implementation is promised
-only where the roof leaves room for it: `possible` tells how much.
+A fraction is of the machine's own roof (`benchmarks.harness.roof`), so none is above 1; older rows without it say
+nothing of fractions. Rows are compared within one run on one machine. A ratio to another implementation is promised
+only where the roof leaves room for it: `possible` computes how much.
 
-`python -m benchmarks.bounds [FILE]` prints for every bound what is promised, what the rows of FILE say and whether it
-holds; the exit code is 1 unless all of them do. A bound without its rows is not measured, and nobody knows.
+`python -m benchmarks.report.bounds [FILE]` prints every bound, what the rows of FILE show and whether it holds; the
+exit code is 1 unless all of them do. A bound without its rows counts as not measured.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from xlayer_ext import bench
+from benchmarks.harness.measure import Row, read_rows
 
-ROWS = Path(__file__).parent / "results/xeon-amx-avx512-2core.jsonl"
+ROWS = Path(__file__).parents[1] / "results/xeon-amx-avx512-2core.jsonl"
 LIMIT, SPEED, TIME, MEMORY = "fraction_of_limit", "speedup", "time", "memory"
 AT_LEAST = (LIMIT, SPEED)  # the others promise a most
 
@@ -127,16 +127,16 @@ BOUNDS = (
     Bound("aggregate", "gru", "L24-d512", "fwd", SPEED, 0.9, "gemm"),
 )
 
-Run = dict[str, bench.Row]  # rows by implementation
+Run = dict[str, Row]  # rows by implementation
 
 
-def is_promised(row: bench.Row) -> bool:
+def is_promised(row: Row) -> bool:
     """Whether bounds speak of such rows: float32 on 2 cores of a CPU. Rows of GPUs have a rate of the other units."""
     on_cpu = "alu" not in row.extra and row.device != "emulator"
     return on_cpu and row.dtype == "float32" and row.extra.get("threads") == 2
 
 
-def runs(rows: Iterable[bench.Row], bound: Bound) -> list[Run]:
+def runs(rows: Iterable[Row], bound: Bound) -> list[Run]:
     """The bound's rows, run after run: only what was measured together, on one machine, is compared."""
     found: list[Run] = [{}]
     machine: tuple[Any, ...] | None = None
@@ -149,13 +149,13 @@ def runs(rows: Iterable[bench.Row], bound: Bound) -> list[Run]:
     return found
 
 
-def measured(bound: Bound, rows: Sequence[bench.Row]) -> float | None:
+def measured(bound: Bound, rows: Sequence[Row]) -> float | None:
     """What the last run that can tell says."""
     values = [value for run in runs(rows, bound) if (value := _value(bound, run)) is not None]
     return values[-1] if values else None
 
 
-def possible(bound: Bound, rows: Sequence[bench.Row]) -> float | None:
+def possible(bound: Bound, rows: Sequence[Row]) -> float | None:
     """The most that a fraction or a ratio of speeds can be: 1, or how far the other implementation is from the limit.
 
     None where no row with a limit tells, and for bounds of other kinds.
@@ -167,7 +167,7 @@ def possible(bound: Bound, rows: Sequence[bench.Row]) -> float | None:
     return found[-1] if found else None
 
 
-def has_limit(row: bench.Row) -> bool:
+def has_limit(row: Row) -> bool:
     """Whether the row's fraction is of the machine's roof: older ones are of what torch reached."""
     return "machine" in row.extra and not row.extra.get("beyond_limit")
 
@@ -214,7 +214,7 @@ class Verdict(NamedTuple):
 HEAD = ("operator", "case", "pass", "promised", "measured", "holds")
 
 
-def judged(rows: Sequence[bench.Row], bounds: Iterable[Bound] = BOUNDS) -> list[Verdict]:
+def judged(rows: Sequence[Row], bounds: Iterable[Bound] = BOUNDS) -> list[Verdict]:
     return [Verdict(bound, measured(bound, rows)) for bound in bounds]
 
 
@@ -226,7 +226,7 @@ def summary(verdicts: Sequence[Verdict]) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    verdicts = judged(bench.read_rows(arguments[0] if arguments else ROWS), BOUNDS)
+    verdicts = judged(read_rows(arguments[0] if arguments else ROWS), BOUNDS)
     lines = [HEAD, *(verdict.cells for verdict in verdicts)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:

@@ -1,4 +1,6 @@
-"""What compute-sanitizer found: `python -m benchmarks.sanitizer_report TOOL FILE`, which exits with 1 if it is ours.
+"""Judges what compute-sanitizer found: `python -m benchmarks.gpu.sanitizer_report TOOL FILE`.
+
+Exits with 1 if a finding is in our kernels.
 
 FILE holds the tool's output and, in its last line, its exit code. Initcheck watches the kernels of torch and its
 libraries too, and what it says of those is counted apart: a finding is ours where it is in a kernel of our namespace,

@@ -67,7 +67,7 @@ def widest(threads: int) -> Roof:
 
 
 class MultiplyAdds:
-    """A work for `bench.compare`: multiply-adds that do not wait for one another; keeps the best rate and clock."""
+    """A work for `compare`: multiply-adds that do not wait for one another; keeps the best rate and clock."""
 
     def __init__(self, roof: Roof, dtype: str) -> None:
         self.roof, self.dtype = roof, dtype
@@ -103,7 +103,7 @@ class MultiplyAdds:
 
 
 class Moves:
-    """A work for `bench.compare`: every way of moving bytes within one footprint; keeps the best rate of each.
+    """A work for `compare`: every way of moving bytes within one footprint; keeps the best rate of each.
 
     A footprint that a cache holds is moved a few times, so that the cache has it.
     """

@@ -19,8 +19,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from xlayer_ext import backend, bench, bench_suite, functional
+from benchmarks.harness import cases as harness_cases
+from benchmarks.harness.cases import Case, compiled, settled
+from benchmarks.harness.measure import PASSES, Unavailable, Work
+from xlayer_ext import backend, functional
 from xlayer_ext._backend import use_native
+from xlayer_ext.testing import check_oracle
 
 Outputs = tuple[Tensor, ...]
 Operator = Callable[..., Tensor]
@@ -142,30 +146,30 @@ def gemm(x: Tensor, weight_ih: Tensor, weight_hh: Tensor, *biases: Tensor) -> Te
 
 
 def implementation(impl: str, op: str, given: Outputs) -> Callable[[], Tensor]:
-    """The function to call; `bench.Unavailable` where it cannot run."""
+    """The function to call; `Unavailable` where it cannot run."""
     if impl == "native" and not use_native(KERNELS[op], given[0]):
-        raise bench.Unavailable("no native kernel is in use; `python -m xlayer_ext.info` says why")
+        raise Unavailable("no native kernel is in use; `python -m xlayer_ext.info` says why")
     if impl in ("cell", "gemm"):
         return partial(cell if impl == "cell" else gemm, *given)
     operator: Operator = partial(with_backend, "native" if impl == "native" else "reference", OPERATORS[op])
-    return partial(bench_suite.compiled(operator) if impl == "compile" else operator, *given)
+    return partial(compiled(operator) if impl == "compile" else operator, *given)
 
 
-def build(impl: str, op: str, pass_: str, size: list[int], dtype: str, device: str) -> bench.Work:
+def build(impl: str, op: str, pass_: str, size: list[int], dtype: str, device: str) -> Work:
     """The work of one row. It returns states, or the gradients of taps and parameters."""
     given = make_inputs(op, size, dtype, device)
     if pass_ != "fwd":
         given = tuple(tensor.requires_grad_() for tensor in given)
     call = implementation(impl, op, given)
     work = {"fwd": _forward, "bwd": _backward, "fwd+bwd": _forward_backward}[pass_](call, given)
-    return bench_suite.settled(work) if impl == "compile" else work
+    return settled(work) if impl == "compile" else work
 
 
-def _forward(call: Callable[[], Tensor], given: Outputs) -> bench.Work:
+def _forward(call: Callable[[], Tensor], given: Outputs) -> Work:
     return torch.no_grad()(call)
 
 
-def _backward(call: Callable[[], Tensor], given: Outputs) -> bench.Work:
+def _backward(call: Callable[[], Tensor], given: Outputs) -> Work:
     """The backward alone, of one graph that is built in the first call and kept."""
 
     @functools.cache
@@ -177,7 +181,7 @@ def _backward(call: Callable[[], Tensor], given: Outputs) -> bench.Work:
     return lambda: torch.autograd.grad(graph()[0], given, graph()[1], retain_graph=True)
 
 
-def _forward_backward(call: Callable[[], Tensor], given: Outputs) -> bench.Work:
+def _forward_backward(call: Callable[[], Tensor], given: Outputs) -> Work:
     def forward_backward() -> Outputs:
         states = call()
         return states.detach(), *torch.autograd.grad(states, given, torch.ones_like(states))
@@ -188,7 +192,7 @@ def _forward_backward(call: Callable[[], Tensor], given: Outputs) -> bench.Work:
 # ---- the check before the clock ------------------------------------------------------------------------------------
 
 
-def check(case: bench_suite.Case) -> None:
+def check(case: Case) -> None:
     """The native kernels against float64, on the first tokens of the case's own inputs."""
     a = case.arguments
     _check(case.op, tuple(a["size"]), a["dtype"], a["device"])
@@ -205,33 +209,33 @@ def _check(op: str, size: tuple[int, ...], dtype: str, device: str) -> None:
         sides.append((states.detach(), *torch.autograd.grad(states, given, weight.to(element))))
     names = ("states", "gradient of the taps", *(f"gradient {i}" for i in range(len(parameters))))
     for name, *triple in zip(names, *sides, strict=True):
-        bench.check_oracle(f"{op} {name}", *triple)
+        check_oracle(f"{op} {name}", *triple)
 
 
 # ---- the cases -----------------------------------------------------------------------------------------------------
 
 
-def make_cases(options: argparse.Namespace) -> list[bench_suite.Case]:
+def make_cases(options: argparse.Namespace) -> list[Case]:
     named = settings(cuda=torch.device(options.device).type == "cuda")
     return [
         make_case(name, setting, pass_, dtype, options.device)
         for name, chosen in [*named.items(), ("toy", TOYS)]
         for setting in chosen
         for dtype in options.dtype
-        for pass_ in bench.PASSES
+        for pass_ in PASSES
     ]
 
 
-def make_case(name: str, setting: Setting, pass_: str, dtype: str, device: str) -> bench_suite.Case:
+def make_case(name: str, setting: Setting, pass_: str, dtype: str, device: str) -> Case:
     suite, op, size = setting
     work = (least_bytes(op, pass_, size, getattr(torch, dtype).itemsize), least_flops(op, pass_, size))
     arguments = {"op": op, "pass_": pass_, "size": list(size), "dtype": dtype, "device": device}
     peers = {"gru": ("cell", "gemm") if pass_ == "fwd" else ("cell",)}.get(op, ())
-    return bench_suite.Case("aggregate", op, name, pass_, dtype, *work, build, arguments, suite, peers=peers)
+    return Case("aggregate", op, name, pass_, dtype, *work, build, arguments, suite, peers=peers)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return bench_suite.main("Benchmark of aggregation over depth.", make_cases, argv, check)
+    return harness_cases.main("Benchmark of aggregation over depth.", make_cases, argv, check)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from xlayer_ext import bench, bench_suite, functional, reference
+from benchmarks.harness import cases as harness_cases
+from benchmarks.harness.cases import Case, compiled, settled
+from benchmarks.harness.measure import Unavailable, Work
+from xlayer_ext import functional, reference
 from xlayer_ext._backend import use_native
+from xlayer_ext.testing import check_oracle
 
 # name: (suite, B, S, H)
 SIZES = {
@@ -44,13 +48,13 @@ def least_bytes(b: int, s: int, h: int, pass_: str, element: int) -> int:
     return forward if pass_ == "fwd" else forward + element * h * (b + b * s)
 
 
-def build(impl: str, pass_: str, size: list[int], dtype: str, device: str) -> bench.Work:
+def build(impl: str, pass_: str, size: list[int], dtype: str, device: str) -> Work:
     """The work of one row: the mean, and with "fwd+bwd" the gradient of x as well."""
     x, mask, cotangent = make_inputs(size, dtype, device)
     if impl == "native" and not use_native("masked_mean", x):
-        raise bench.Unavailable("no native kernel is in use; `python -m xlayer_ext.info` says why")
+        raise Unavailable("no native kernel is in use; `python -m xlayer_ext.info` says why")
     mean = functional.masked_mean if impl == "native" else reference.masked_mean
-    mean = bench_suite.compiled(mean) if impl == "compile" else mean
+    mean = compiled(mean) if impl == "compile" else mean
 
     def forward() -> Tensor:
         with torch.no_grad():
@@ -62,21 +66,21 @@ def build(impl: str, pass_: str, size: list[int], dtype: str, device: str) -> be
         return [out.detach(), *torch.autograd.grad(out, leaf, cotangent)]
 
     work = forward if pass_ == "fwd" else forward_backward
-    return bench_suite.settled(work) if impl == "compile" else work
+    return settled(work) if impl == "compile" else work
 
 
-def check(case: bench_suite.Case) -> None:
+def check(case: Case) -> None:
     """The mean and its gradient against float64."""
     x, mask, cotangent = make_inputs(**{key: case.arguments[key] for key in ("size", "dtype", "device")})
     leaf, exact_leaf, plain_leaf = (tensor.detach().requires_grad_() for tensor in (x, x.double(), x))
     means = [functional.masked_mean(leaf, mask), *(reference.masked_mean(x, mask) for x in (exact_leaf, plain_leaf))]
-    bench.check_oracle(f"{case.name} mean", *means)
+    check_oracle(f"{case.name} mean", *means)
     tensors = (leaf, exact_leaf, plain_leaf)
     gradients = [torch.autograd.grad(mean, x, cotangent.to(mean))[0] for mean, x in zip(means, tensors, strict=True)]
-    bench.check_oracle(f"{case.name} grad x", *gradients)
+    check_oracle(f"{case.name} grad x", *gradients)
 
 
-def make_cases(options: argparse.Namespace) -> list[bench_suite.Case]:
+def make_cases(options: argparse.Namespace) -> list[Case]:
     cases = []
     for name, (suite, b, s, h) in SIZES.items():
         for dtype in options.dtype:
@@ -85,12 +89,12 @@ def make_cases(options: argparse.Namespace) -> list[bench_suite.Case]:
                 adds = h * sum(sentence_lengths(b, s))
                 arguments = {"pass_": pass_, "size": [b, s, h], "dtype": dtype, "device": options.device}
                 what = ("hdim", "masked_mean", name, pass_, dtype)
-                cases.append(bench_suite.Case(*what, moved, adds, build, arguments, suite))
+                cases.append(Case(*what, moved, adds, build, arguments, suite))
     return cases
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return bench_suite.main("Benchmark of masked_mean.", make_cases, argv, check)
+    return harness_cases.main("Benchmark of masked_mean.", make_cases, argv, check)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.harness.measure import Row
 from xlayer_ext._backend import backend
-from xlayer_ext.bench import Row, relative_error
+from xlayer_ext.testing import relative_error
 
 
 def autocast(dtype: str, device: str) -> AbstractContextManager[Any]:

@@ -5,7 +5,7 @@ be done, and reports how near the machine's measured limit the implementation ca
 
     fraction_of_limit = max(bytes / byte rate, flops / flop rate, alu / alu_rate) / median time
 
-1 means that nothing faster is possible by that count. On a CPU the rates are its roof, by `bench_roof`: independent
+1 means that nothing faster is possible by that count. On a CPU the rates are its roof, by `roof`: independent
 multiply-adds, and the fastest of copying, reading and writing within as many bytes as the case touches. Nothing can be
 faster, so a fraction above `BEYOND` is an error of the benchmark. torch's GEMM and copy are rivals there, beside the
 others. On a GPU they are the limits, and the third term, float32 operations outside GEMMs, counts too: matrix units are
@@ -33,9 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xlayer_ext import bench_roof
-from xlayer_ext.bench_oracle import check_oracle as check_oracle
-from xlayer_ext.bench_oracle import relative_error as relative_error
+from benchmarks.harness import roof
 
 Work = Callable[[], object]
 Builder = Callable[..., Work]
@@ -129,10 +127,10 @@ class LimitProbe:
             self._source = torch.ones((buffer_bytes or 1 << 30) // 4, device=device)
             self._target = torch.zeros_like(self._source)
             self._probe_alu(device)
-        elif not bench_roof.isas():
+        elif not roof.isas():
             raise Unavailable("a CPU's limits need xlayer_ext._native: pip install -e . --no-build-isolation")
         else:
-            self._roof = bench_roof.widest(torch.get_num_threads())
+            self._roof = roof.widest(torch.get_num_threads())
 
     def works(self, footprint: int) -> dict[str, Work]:
         """Those of a case that touches so many bytes, made anew: what they found before is forgotten."""
@@ -140,14 +138,14 @@ class LimitProbe:
         if torch.device(self._device).type == "cuda":
             found = {PROBE + "copy": partial(self._target.copy_, self._source), PROBE + "gemm": self._gemm}
             return found if self._alu_work is None else found | {PROBE + "alu": self._alu_work}
-        footprint = max(1, min(footprint, self._most_bytes or bench_roof.memory_footprint(self._roof.threads)[0]))
+        footprint = max(1, min(footprint, self._most_bytes or roof.memory_footprint(self._roof.threads)[0]))
         self._copied = max(1, footprint // 8)  # float32 numbers, of source and target each
         if self._copied > self._source.numel():
             self._source, self._target = torch.ones(self._copied), torch.zeros(self._copied)
         copy = partial(self._target[: self._copied].copy_, self._source[: self._copied])
         dtype = "float64" if self._dtype == torch.float64 else "float32"
-        self._multiply_adds = bench_roof.MultiplyAdds(self._roof, dtype)
-        self._moves = bench_roof.Moves(self._roof, footprint)
+        self._multiply_adds = roof.MultiplyAdds(self._roof, dtype)
+        self._moves = roof.Moves(self._roof, footprint)
         found = {PROBE + "multiply-add": self._multiply_adds, PROBE + "bytes": self._moves}
         return found | {PROBE + "copy": copy, PROBE + "gemm": self._gemm}
 
@@ -160,7 +158,7 @@ class LimitProbe:
             alu_rate = self._alu / times[PROBE + "alu"].median if probed else self._alu_rate
             facts = {"copy_rate": copy_rate, "gemm_rate": gemm_rate, "best_gemm_rate": self.best_gemm_rate}
             return Limits(copy_rate, gemm_rate, alu_rate, facts)
-        facts = bench_roof.rates(self._multiply_adds, self._moves)
+        facts = roof.rates(self._multiply_adds, self._moves)
         torch_gemm_rate = self._flops / gemm.minimum
         facts |= {"torch_copy_rate": 8 * self._copied / copy.minimum, "torch_gemm_rate": torch_gemm_rate}
         flop_rate = self._multiply_adds.rate
@@ -214,7 +212,7 @@ def cache_bytes(device: str) -> int:
     """Size of the largest cache in front of the device's memory; 64 MiB where the system does not tell."""
     if torch.device(device).type == "cuda":
         return int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 64 << 20))
-    return max((size for size, _ in bench_roof.cache_levels().values()), default=64 << 20)
+    return max((size for size, _ in roof.cache_levels().values()), default=64 << 20)
 
 
 # ---- timing --------------------------------------------------------------------------------------------------------
@@ -308,30 +306,6 @@ def _cuda_turn(work: Work, calls: int, scratch: Tensor | None) -> list[float]:
         end.record()
     torch.cuda.synchronize()
     return [start.elapsed_time(end) * 1e-3 for start, end in events]
-
-
-# ---- kept memory ---------------------------------------------------------------------------------------------------
-
-# glibc's numbers of its options, and their values here: no block is a mapping of its own, which would end when it is
-# freed; the heap is never cut at its end (-1), and grows by 64 MiB more than is needed; threads share the main heap, as
-# the heaps of their own hold 64 MiB at most.
-_MMAP_MAX, _TRIM_THRESHOLD, _TOP_PAD, _ARENA_MAX = -4, -1, -2, -8
-_KEPT = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_TOP_PAD, 64 << 20), (_ARENA_MAX, 1))
-
-
-def keep_freed_memory() -> bool:
-    """From now on this process keeps the memory that it frees, and uses it again; returns whether that is possible.
-
-    Otherwise glibc gives large blocks back, and the system hands them out anew as pages of zeros, one page fault after
-    the other: that can take longer than the kernel which fills the block. The price is memory: the process never
-    shrinks, and free blocks of the wrong size make it a few times larger than what is in use. Where the C library is
-    not glibc, nothing happens. Allocators of GPUs keep memory anyway.
-    """
-    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    taken = [mallopt(option, value) for option, value in _KEPT]
-    return all(taken)
 
 
 # ---- peak memory ---------------------------------------------------------------------------------------------------
@@ -484,4 +458,4 @@ def device_name(device: str) -> str:
     """The name that rows carry: the GPU's, or the processor's with the instruction set that torch uses."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{bench_roof.processor_name()} {torch.backends.cpu.get_cpu_capability()}"
+    return f"{roof.processor_name()} {torch.backends.cpu.get_cpu_capability()}"

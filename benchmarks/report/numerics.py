@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass, replace
 from types import ModuleType
 from typing import Any
 
-from xlayer_ext import bench, bench_oracle, bench_suite
+from benchmarks.harness.cases import Case
+from benchmarks.harness.measure import Unavailable
+from xlayer_ext import testing
 
 # The toy cases of the scripts with other sizes: an error of few numbers is luck. By operator.
 HYPER, VQ, DEPTH = [2, 64, 256, 4], [512, 1024, 64], [8, 64, 64]
@@ -57,7 +59,7 @@ def measure(
                     yield found
 
 
-def small_cases(module: ModuleType, device: str, dtype: str) -> list[bench_suite.Case]:
+def small_cases(module: ModuleType, device: str, dtype: str) -> list[Case]:
     """The last pass of every operator, whose check has gradients too where there are any; none without a check."""
     if not hasattr(module, "check"):
         return []
@@ -69,13 +71,13 @@ def small_cases(module: ModuleType, device: str, dtype: str) -> list[bench_suite
     ]
 
 
-def _of_case(module: ModuleType, case: bench_suite.Case, note: Callable[[str], None]) -> Exactness | None:
+def _of_case(module: ModuleType, case: Case, note: Callable[[str], None]) -> Exactness | None:
     said = ""
-    with bench_oracle.recording() as found:
+    with testing.recording() as found:
         try:
             case.build(impl="native", **case.arguments)  # is there a kernel?
             module.check(case)
-        except bench.Unavailable as reason:
+        except Unavailable as reason:
             note(f"numerics of {case.op} {case.dtype}: {reason}")
             return None
         except AssertionError as wrong:
@@ -83,7 +85,7 @@ def _of_case(module: ModuleType, case: bench_suite.Case, note: Callable[[str], N
     return summary(case, found, said)
 
 
-def summary(case: bench_suite.Case, found: list[bench_oracle.Checked], said: str = "") -> Exactness | None:
+def summary(case: Case, found: list[testing.Comparison], said: str = "") -> Exactness | None:
     what = (case.family, case.op, case.dtype)
     if not found:
         return Exactness(*what, "", 0.0, 0.0, 0.0, 0, False, said) if said else None

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks import bench_hdim
+from benchmarks.cases import hdim as hdim_cases
 
 Size = dict[str, Any]  # a list holds the numbers of the sender and of the receiver
 
@@ -137,7 +137,7 @@ def xlrb(size: Size, element: torch.dtype) -> Step:
         Part(model.encoder.embeddings.word_embeddings.weight.numel(), 0, 1),  # looked up; its gradient is written
         Part(matrices(model.encoder.encoder, bridge.layers, *sum(messages, ())), b * s, 3),
     ]
-    pairs = bench_hdim.least_flops(b * s * s, config.proj_dim, config.mlp_dim, d, "fwd+bwd")
+    pairs = hdim_cases.least_flops(b * s * s, config.proj_dim, config.mlp_dim, d, "fwd+bwd")
     return Step(model, batch, parts, 3 * attention(layers, b, s, s, d) + len(messages) * pairs)
 
 

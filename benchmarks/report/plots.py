@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from xlayer_ext.bench import Row
+from benchmarks.harness.measure import Row
 
 Pair = tuple[float, float]
 MARKERS = {"fwd": "o", "bwd": "s", "fwd+bwd": "D"}

@@ -22,9 +22,24 @@ from typing import Any
 
 import torch
 
-from benchmarks import numerics, peers, report, scaling
-from xlayer_ext import bench, bench_roof, bench_suite, functional
+from benchmarks.cases import peers
+from benchmarks.harness import cases as harness_cases
+from benchmarks.harness.cases import (
+    DTYPES,
+    IMPLS,
+    Case,
+    beyond,
+    format_table,
+    not_compiled,
+    said_beyond,
+    without_compile,
+)
+from benchmarks.harness.measure import LimitProbe, Row, Unavailable, compare, device_name, provenance, write_rows
+from benchmarks.harness.roof import machine, moves_of_all, multiply_adds_of_all, widest
+from benchmarks.report import numerics, page, scaling
+from xlayer_ext import functional
 from xlayer_ext._backend import use_native
+from xlayer_ext.memory import keep_freed_memory
 
 FAMILIES = ("hdim", "routing", "hyper", "quantize", "aggregate", "hyper_model", "systems")
 FULL_ONLY = ("hyper_model", "systems")  # whole training steps
@@ -62,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("family", nargs="*", metavar="FAMILY", help=f"{', '.join(FAMILIES)} (default: all)")
     made.add_argument("--suite", choices=PLANS, default="quick", help=f"{suites} (default: quick)")
     made.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, … (default: cpu)")
-    made.add_argument("--dtype", nargs="+", default=["float32"], choices=bench_suite.DTYPES, help="(default: float32)")
+    made.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES, help="(default: float32)")
     made.add_argument("--out", metavar="DIR", help="folder of the results (default: runs/benchmarks-DATE-TIME)")
     made.add_argument("--minutes", type=float, help="leave cases out that would begin later (default of quick: 5)")
     made.add_argument("--seconds", type=float, help="time for one case, shared by its implementations")
@@ -84,7 +99,7 @@ class Run:
     plan: Plan
     out: Path
     found: dict[str, Any] = field(default_factory=dict)
-    rows: list[bench.Row] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
     start: float = field(default_factory=time.monotonic)
 
     def note(self, text: str) -> None:
@@ -120,18 +135,18 @@ def main(argv: Sequence[str]) -> int:
     if torch.device(options.device).type == "cuda":
         torch.cuda.set_device(options.device)
     out.mkdir(parents=True, exist_ok=True)
-    bench.keep_freed_memory()
+    keep_freed_memory()
     run = Run(options, PLANS[options.suite], out)
     try:
         measure(run, argv)
-    except bench.Unavailable as reason:  # no limits: no case was measured
+    except Unavailable as reason:  # no limits: no case was measured
         made.error(str(reason))
     except KeyboardInterrupt:
         run.note("stopped by hand")
     run.found["minutes"] = (time.monotonic() - run.start) / 60
     run.save()
-    print(bench_suite.format_table(run.rows))
-    run.say(f"report: {report.write(out)}")
+    print(format_table(run.rows))
+    run.say(f"report: {page.write(out)}")
     return 1 if run.found["failures"] else 0
 
 
@@ -139,7 +154,7 @@ def measure(run: Run, argv: Sequence[str]) -> None:
     options = run.options
     modules = load(options.family, run.plan)
     run.found |= {"command": shlex.join(["python", "-m", "benchmarks", *argv]), "suite": options.suite}
-    run.found |= {"device": options.label or bench.device_name(options.device), **bench.provenance()}
+    run.found |= {"device": options.label or device_name(options.device), **provenance()}
     run.found |= {"notes": [], "failures": [], "peers": peers.states(options.device), "curves": [], "numerics": []}
     cases = [(module, case) for module in modules for case in chosen(module, options, run.plan)]
     run.say(f"{options.suite}: {len(cases)} cases of {', '.join(_name(module) for module in modules)}")
@@ -158,32 +173,32 @@ def measure(run: Run, argv: Sequence[str]) -> None:
 
 def load(families: Sequence[str], plan: Plan) -> list[ModuleType]:
     wanted = families or [name for name in FAMILIES if plan.everything or name not in FULL_ONLY]
-    return [importlib.import_module(f"benchmarks.bench_{name}") for name in wanted]
+    return [importlib.import_module(f"benchmarks.cases.{name}") for name in wanted]
 
 
 def _name(module: ModuleType) -> str:
-    return module.__name__.rpartition("bench_")[2]
+    return module.__name__.rpartition(".")[2]
 
 
 # ---- limits --------------------------------------------------------------------------------------------------------
 
 
-def measure_limits(run: Run) -> dict[str, bench.LimitProbe]:
+def measure_limits(run: Run) -> dict[str, LimitProbe]:
     """All limits of the machine, and what a call costs; returns the probes of the dtypes asked for."""
     device, plan = run.options.device, run.plan
     cpu = torch.device(device).type == "cpu"
     found: dict[str, Any] = measure_roof(plan) if cpu else {}
     probes, copies, gemms = {}, [], {}
-    for dtype in bench_suite.DTYPES:
+    for dtype in DTYPES:
         element = getattr(torch, dtype)
         if dtype not in run.options.dtype:
             gemms[dtype] = gemm_rate(device, element)
             continue
         sizes = plan.gemm_sizes if cpu else None
         amount: dict[str, Any] = {"seconds": plan.limit_seconds, "buffer_bytes": plan.buffer_bytes}
-        probe = bench.LimitProbe(device, element, gemm_sizes=sizes, **amount)
+        probe = LimitProbe(device, element, gemm_sizes=sizes, **amount)
         works = probe.works(plan.buffer_bytes or 1 << 28)
-        facts = probe.limits(bench.compare(works, device=device, seconds=plan.limit_seconds, min_rounds=3)).facts
+        facts = probe.limits(compare(works, device=device, seconds=plan.limit_seconds, min_rounds=3)).facts
         prefix = "torch_" if cpu else ""
         probes[dtype], gemms[dtype] = probe, facts[prefix + "gemm_rate"]
         copies.append(facts[prefix + "copy_rate"])
@@ -197,12 +212,12 @@ def measure_limits(run: Run) -> dict[str, bench.LimitProbe]:
 def measure_roof(plan: Plan) -> dict[str, Any]:
     """A CPU's own limits: multiply-adds of every instruction set, moving bytes on every level."""
     threads = torch.get_num_threads()
-    roof = bench_roof.widest(threads)
+    roof = widest(threads)
     calls = 8 if plan.shrink == 1 else 2
     return {
-        "machine": bench_roof.machine(roof.isa, threads).facts(),
-        "multiply_adds": bench_roof.multiply_adds_of_all(sorted({1, threads}), calls),
-        "levels": bench_roof.moves_of_all(roof, plan.buffer_bytes, calls),
+        "machine": machine(roof.isa, threads).facts(),
+        "multiply_adds": multiply_adds_of_all(sorted({1, threads}), calls),
+        "levels": moves_of_all(roof, plan.buffer_bytes, calls),
     }
 
 
@@ -213,7 +228,7 @@ def gemm_rate(device: str, dtype: torch.dtype) -> float:
     while n <= largest and seconds < 0.02:
         factors = [torch.randn(n, n, device=device).to(dtype) for _ in range(2)]
         work = functools.partial(torch.mm, *factors)
-        times = bench.compare({"gemm": work}, device=device, seconds=0, turn_seconds=0, cold=False)
+        times = compare({"gemm": work}, device=device, seconds=0, turn_seconds=0, cold=False)
         seconds = times["gemm"].median
         best, n = max(best, 2 * n**3 / seconds), 2 * n
     return best
@@ -245,13 +260,13 @@ def _seconds_per_call(work: Callable[[], object], device: str, calls: int) -> fl
 
 # ---- cases ---------------------------------------------------------------------------------------------------------
 
-Cases = list[tuple[ModuleType, bench_suite.Case]]
+Cases = list[tuple[ModuleType, Case]]
 
 
-def chosen(module: ModuleType, options: argparse.Namespace, plan: Plan) -> list[bench_suite.Case]:
+def chosen(module: ModuleType, options: argparse.Namespace, plan: Plan) -> list[Case]:
     """The suite's cases. Quick takes of each operator, pass and dtype the first one, and the first with each peer, of
     cases made for it (`suite="quick"`) where an operator has them."""
-    cases: list[bench_suite.Case] = module.make_cases(options)
+    cases: list[Case] = module.make_cases(options)
     if options.suite == "toy":
         return [case for case in cases if case.suite == "toy"]
     if plan.everything:
@@ -260,7 +275,7 @@ def chosen(module: ModuleType, options: argparse.Namespace, plan: Plan) -> list[
     seen: set[tuple[str, ...]] = set()
     picked = []
     for case in cases:
-        facts = {(case.op, case.pass_, case.dtype, impl) for impl in ("", *bench_suite.not_compiled(case.peers))}
+        facts = {(case.op, case.pass_, case.dtype, impl) for impl in ("", *not_compiled(case.peers))}
         if case.suite == ("quick" if case.op in smaller else "main") and not facts <= seen:
             seen |= facts
             picked.append(case)
@@ -278,7 +293,7 @@ def by_turns(cases: Cases) -> Cases:
     return [entry for _, entry in sorted(ranked, key=lambda pair: pair[0])]
 
 
-def measure_cases(run: Run, cases: Cases, probes: dict[str, bench.LimitProbe]) -> None:
+def measure_cases(run: Run, cases: Cases, probes: dict[str, LimitProbe]) -> None:
     options, left_out = run.options, []
     compiled = run.plan.everything and not options.no_compile
     for at, (module, case) in enumerate(cases, 1):
@@ -287,25 +302,23 @@ def measure_cases(run: Run, cases: Cases, probes: dict[str, bench.LimitProbe]) -
             left_out.append(name)
             continue
         rows = measure_case(run, module, case, probes[case.dtype], compiled)
-        bench.write_rows(run.out / "rows.jsonl", rows)
+        write_rows(run.out / "rows.jsonl", rows)
         run.rows += rows
-        for row in bench_suite.beyond(rows):
-            run.fail(bench_suite.said_beyond(row))
+        for row in beyond(rows):
+            run.fail(said_beyond(row))
         run.say(f"{at}/{len(cases)} {name}: {_brief(rows)}")
     if left_out:
         run.note(f"{len(left_out)} cases left out, as the time was up: {', '.join(left_out)}")
 
 
-def measure_case(
-    run: Run, module: ModuleType, case: bench_suite.Case, probe: bench.LimitProbe, compiled: bool
-) -> list[bench.Row]:
+def measure_case(run: Run, module: ModuleType, case: Case, probe: LimitProbe, compiled: bool) -> list[Row]:
     """The rows of one case; none where the kernel is wrong, which goes into the report."""
     options = run.options
-    impls: Sequence[str] = () if _name(module) in FULL_ONLY else bench_suite.IMPLS
+    impls: Sequence[str] = () if _name(module) in FULL_ONLY else IMPLS
     if not compiled:
-        case, impls = bench_suite.without_compile(case), bench_suite.not_compiled(impls)
+        case, impls = without_compile(case), not_compiled(impls)
     try:
-        return bench_suite.measure(
+        return harness_cases.measure(
             case,
             impls,
             probe,
@@ -321,7 +334,7 @@ def measure_case(
         return []
 
 
-def _brief(rows: Sequence[bench.Row]) -> str:
+def _brief(rows: Sequence[Row]) -> str:
     native = next((row for row in rows if row.impl == "native"), None)
     parts = [f"{row.impl} {row.ms_median:.3g} ms" for row in rows]
     if native is not None:
@@ -357,7 +370,7 @@ def measure_curves(run: Run, families: set[str]) -> None:
 
 def measure_numerics(run: Run, modules: Sequence[ModuleType]) -> None:
     run.say("errors against float64")
-    for found in numerics.measure(modules, run.options.device, bench_suite.DTYPES, run.note):
+    for found in numerics.measure(modules, run.options.device, DTYPES, run.note):
         run.found["numerics"].append(found.to_dict())
         if not found.holds:
             said = found.said or f"{found.result}: error {found.native:.2e} exceeds {found.bound:.2e}"

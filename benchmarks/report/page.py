@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import base64
 import json
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2  # torch needs it, so it is there
 
-from benchmarks import bounds, plots
-from xlayer_ext import bench, bench_training
+from benchmarks.harness.measure import Row, read_rows
+from benchmarks.harness.training import times_reference
+from benchmarks.report import bounds, plots
 
-TEMPLATE = Path(__file__).with_name("report.html.jinja")
+TEMPLATE = Path(__file__).with_name("page.html.jinja")
 
 
 class Table(NamedTuple):
@@ -29,7 +29,7 @@ class Table(NamedTuple):
 
 def write(folder: Path) -> Path:
     """Draws the plots and writes `report.html` into the folder of a run; returns its path."""
-    rows = bench.read_rows(folder / "rows.jsonl") if (folder / "rows.jsonl").exists() else []
+    rows = read_rows(folder / "rows.jsonl") if (folder / "rows.jsonl").exists() else []
     found = json.loads((folder / "found.json").read_text())
     pictures = plots.draw(folder, rows, found)
     images = {shows: _inlined(folder / name) for name, shows in pictures.items()}
@@ -42,7 +42,7 @@ def _inlined(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
-def html(rows: Sequence[bench.Row], found: Mapping[str, Any], images: Mapping[str, str]) -> str:
+def html(rows: Sequence[Row], found: Mapping[str, Any], images: Mapping[str, str]) -> str:
     """The page; `images` are data URLs by what they show."""
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
@@ -53,7 +53,7 @@ def html(rows: Sequence[bench.Row], found: Mapping[str, Any], images: Mapping[st
     return template.render(failures=found["failures"], notes=found["notes"], **page) + "\n"
 
 
-def facts(rows: Sequence[bench.Row], found: Mapping[str, Any]) -> dict[str, str]:
+def facts(rows: Sequence[Row], found: Mapping[str, Any]) -> dict[str, str]:
     """Where, when and with what."""
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     when = f"{found['date']}, {found['minutes']:.1f} minutes" if "minutes" in found else found["date"]
@@ -67,7 +67,7 @@ def facts(rows: Sequence[bench.Row], found: Mapping[str, Any]) -> dict[str, str]
 # ---- tables --------------------------------------------------------------------------------------------------------
 
 
-def _tables(rows: Sequence[bench.Row], found: Mapping[str, Any]) -> Iterable[Table]:
+def _tables(rows: Sequence[Row], found: Mapping[str, Any]) -> Iterable[Table]:
     yield limits(found.get("limits"))
     yield multiply_adds(found.get("limits", {}).get("multiply_adds", []))
     yield steps(rows)
@@ -133,7 +133,7 @@ STEPS = (
 )
 
 
-def steps(rows: Sequence[bench.Row]) -> Table:
+def steps(rows: Sequence[Row]) -> Table:
     about = (
         "Forward, loss and the gradient of every trained parameter. Scale: in what a case is smaller than its paper's "
         "shape. × reference: how many times faster than the same step in plain PyTorch."
@@ -142,8 +142,8 @@ def steps(rows: Sequence[bench.Row]) -> Table:
     return Table("One training step of each system", about, STEPS, lines)
 
 
-def _step(row: bench.Row, rows: Sequence[bench.Row]) -> list[str]:
-    extra, times = row.extra, bench_training.times_reference(row, rows)
+def _step(row: Row, rows: Sequence[Row]) -> list[str]:
+    extra, times = row.extra, times_reference(row, rows)
     system = "hyper_lm" if row.family == "hyper" else row.op
     measured = [f"{row.ms_median:.4g}", f"{extra['tokens_per_second']:.0f}", _megabytes(row.peak_bytes)]
     counts = [f"{extra[key]:,}" if key in extra else "-" for key in ("parameters", "trained_parameters")]
@@ -171,12 +171,12 @@ TIMES = (
 )
 
 
-def times(rows: Sequence[bench.Row], family: str) -> Table:
+def times(rows: Sequence[Row], family: str) -> Table:
     about = "Medians of calls taken in turns. × eager: how many times faster than plain PyTorch."
     return Table(f"Times: {family}", about, TIMES, [_time(row) for row in rows])
 
 
-def _time(row: bench.Row) -> list[str]:
+def _time(row: Row) -> list[str]:
     speed = row.extra.get("speedup_over_eager")
     what = [row.op, row.case, row.pass_, row.dtype, row.impl, f"{row.ms_median:.4g}", f"{row.ms_min:.4g}"]
     spread = f"{row.extra['spread']:.2f}" if "spread" in row.extra else "-"
@@ -185,13 +185,13 @@ def _time(row: bench.Row) -> list[str]:
     return [*what, _bound(row), _megabytes(row.peak_bytes)]
 
 
-def _bound(row: bench.Row) -> str:
+def _bound(row: Row) -> str:
     """What the limit is of; bytes with the level that could hold them."""
     bound = str(row.extra.get("bound", "-"))
     return f"{bound}, {row.extra['bytes_level']}" if bound == "bytes" and "bytes_level" in row.extra else bound
 
 
-def promises(rows: Sequence[bench.Row]) -> Table:
+def promises(rows: Sequence[Row]) -> Table:
     verdicts = [verdict for verdict in bounds.judged(rows) if verdict.measured is not None]
     about = "Bounds of float32 rows on 2 cores of a CPU; those that the rows above can tell of."
     return Table("What is promised", about, bounds.HEAD, [verdict.cells for verdict in verdicts])
@@ -224,7 +224,3 @@ def errors(found: Sequence[Mapping[str, Any]]) -> Table:
     )
     head = ("operator", "dtype", "result", "native", "eager", "bound", "compared", "holds")
     return Table("Errors", about, head, lines)
-
-
-if __name__ == "__main__":
-    print(write(Path(sys.argv[1])))

@@ -16,7 +16,7 @@ OPTIONS = ("--device", "cpu", "--label", "emulator", "--no-memory")  # peak memo
 
 def emulation() -> ModuleType:
     """The module of the tests that loads the emulator's library."""
-    folder = str(Path(__file__).parents[1] / "tests")
+    folder = str(Path(__file__).parents[2] / "tests")
     if folder not in sys.path:
         sys.path.append(folder)
     return importlib.import_module("emulation")

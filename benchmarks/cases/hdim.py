@@ -17,8 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xlayer_ext import bench, bench_suite, functional, reference
+from benchmarks.harness import cases as harness_cases
+from benchmarks.harness.cases import Case, compiled, settled
+from benchmarks.harness.measure import Unavailable, Work
+from xlayer_ext import functional, reference
 from xlayer_ext._backend import use_native
+from xlayer_ext.testing import bias_without_kinks, check_oracle
 
 Attention = Callable[..., Tensor]
 
@@ -100,11 +104,11 @@ def eager(*inputs: Tensor, **options: Any) -> Tensor:
 
 
 def implementation(impl: str, *inputs: Tensor) -> Attention:
-    """The function to call; raises `bench.Unavailable` where it cannot run."""
+    """The function to call; raises `Unavailable` where it cannot run."""
     if impl == "native" and not use_native("hdim_attention", *inputs):
-        raise bench.Unavailable("no native kernel is in use; `python -m xlayer_ext.info` says why")
+        raise Unavailable("no native kernel is in use; `python -m xlayer_ext.info` says why")
     if impl == "compile":
-        return bench_suite.compiled(eager)
+        return compiled(eager)
     return {"native": native, "eager": eager}[impl]
 
 
@@ -130,14 +134,14 @@ def sentence_lengths(b: int, s: int) -> list[int]:
     return [s - (s // 2) * i // max(1, b - 1) for i in range(b)]
 
 
-def build(impl: str, pass_: str, size: list[int], dtype: str, device: str, **variant: Any) -> bench.Work:
+def build(impl: str, pass_: str, size: list[int], dtype: str, device: str, **variant: Any) -> Work:
     """The work of one row. It returns the context, and with "fwd+bwd" the gradient of every input as well."""
     inputs = make_inputs(size, dtype, device)
     options = make_options(size[0], size[1], device, **variant)
     attention = implementation(impl, *inputs)
     cotangent = torch.randn_like(inputs[2])
     work = partial(_forward if pass_ == "fwd" else _forward_backward, attention, inputs, options, cotangent)
-    return bench_suite.settled(work) if impl == "compile" else work
+    return settled(work) if impl == "compile" else work
 
 
 def _forward(attention: Attention, inputs: list[Tensor], options: dict[str, Any], cotangent: Tensor) -> Tensor:
@@ -156,8 +160,8 @@ def _forward_backward(
 # ---- the check before the clock ------------------------------------------------------------------------------------
 
 
-def check(case: bench_suite.Case) -> None:
-    """Context and gradients of the native kernel against float64 (`bench.check_oracle`), on the case's own inputs, but
+def check(case: Case) -> None:
+    """Context and gradients of the native kernel against float64 (`check_oracle`), on the case's own inputs, but
     for biases away from relu's kink."""
     if case.pass_ == "fwd":
         return  # checked together with its backward
@@ -178,25 +182,7 @@ def check(case: bench_suite.Case) -> None:
     names = ("context", "grad query", "grad key", "grad value", "grad weight1", "grad bias1", "grad weight2")
     for index, name in enumerate(names):
         actual, exact, plain = (torch.cat([draw[index].flatten() for draw in side]) for side in sides)
-        bench.check_oracle(f"{case.name} {name}", actual, exact, plain)
-
-
-@torch.no_grad()
-def bias_without_kinks(query: Tensor, key: Tensor, weight1: Tensor, bias1: Tensor) -> Tensor:
-    """Another bias for each hidden unit to whose 0 a pair comes so near that rounding decides whether relu lets it
-    through: the gradient there is one of two, and neither is wrong. Of very many pairs some are always near."""
-    near = min(2e-6, 0.3 / max(1, query.shape[0] * query.shape[1] * key.shape[1]))
-    bias, weight, key = bias1.clone(), weight1.double(), key.double()
-    wrong = torch.ones_like(bias, dtype=torch.bool)
-    while wrong.any():
-        units = wrong.nonzero().squeeze(-1)
-        closest = torch.full((len(units),), torch.inf, dtype=torch.float64, device=bias.device)
-        for rows in query.double().split(64, 1):
-            hidden = reference.hdim.pair_features(rows, key) @ weight[units].mT + bias[units].double()
-            closest = torch.minimum(closest, hidden.abs().flatten(0, -2).amin(0))
-        wrong[units] = closest < near
-        bias[wrong] += 0.0625
-    return bias
+        check_oracle(f"{case.name} {name}", actual, exact, plain)
 
 
 def _by_rows(inputs: list[Tensor], options: dict[str, Any], cotangent: Tensor, rows: int = 64) -> list[Tensor]:
@@ -213,7 +199,7 @@ def _by_rows(inputs: list[Tensor], options: dict[str, Any], cotangent: Tensor, r
 # ---- the cases -----------------------------------------------------------------------------------------------------
 
 
-def make_cases(options: argparse.Namespace) -> list[bench_suite.Case]:
+def make_cases(options: argparse.Namespace) -> list[Case]:
     cases = []
     sizes = (CUDA_SIZES if torch.device(options.device).type == "cuda" else CPU_SIZES) | TOY
     for name, (suite, b, s, d, m, h, variant) in sizes.items():
@@ -226,7 +212,7 @@ def make_cases(options: argparse.Namespace) -> list[bench_suite.Case]:
                 flops = least_flops(pairs, d, m, h, pass_)
                 what = ("hdim", "hdim_attention", name, pass_, dtype)
                 alu = least_alu(pairs, m, pass_)
-                cases.append(bench_suite.Case(*what, moved, flops, build, arguments | variant, suite, alu, halve))
+                cases.append(Case(*what, moved, flops, build, arguments | variant, suite, alu, halve))
     return cases
 
 
@@ -237,7 +223,7 @@ def halve(arguments: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return bench_suite.main("Benchmark of hdim_attention.", make_cases, argv, check)
+    return harness_cases.main("Benchmark of hdim_attention.", make_cases, argv, check)
 
 
 if __name__ == "__main__":
