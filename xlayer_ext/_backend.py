@@ -24,7 +24,7 @@ from xlayer_ext import _library
 
 CHOICES = ("auto", "native", "reference")
 REFERENCE = "xlayer_ext.backend('reference')"
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def _checked(choice: str, origin: str) -> str:
@@ -129,7 +129,7 @@ def use_native(op: str, *tensors: Tensor, beyond: str | None = None) -> bool:
     if chosen == "reference":
         return False
     beyond = beyond or _beyond_kernels()
-    supported = beyond is None and all(_has_kernel(op, t.device.type) and t.dtype in _DTYPES for t in tensors)
+    supported = beyond is None and all(_has_kernel(op, t.device.type) and t.dtype in FLOATS for t in tensors)
     if not supported and chosen == "native":
         got = beyond or ", ".join(f"{t.dtype} on {t.device}" for t in tensors)
         hint = f"it needs {REFERENCE}" if beyond else "`python -m xlayer_ext.info` says what was built"

@@ -32,6 +32,7 @@ from xlayer_ext import functional, reference
 from xlayer_ext._backend import use_native
 from xlayer_ext.functional import Connection
 from xlayer_ext.testing import check_oracle, relative_error
+from xlayer_ext.types import Form, Norm
 
 Outputs = tuple[Tensor, ...]
 
@@ -39,8 +40,8 @@ Outputs = tuple[Tensor, ...]
 class Kind(NamedTuple):
     """How coefficients come about; without a norm they are the same for all tokens."""
 
-    norm: str | None = None
-    form: str = "identity"
+    norm: Norm | None = None
+    form: Form = "identity"
     biased: bool = False
     peer: str | None = None  # the class of the PyPI package that computes the same
 

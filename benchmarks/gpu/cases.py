@@ -18,11 +18,12 @@ from benchmarks.cases import hdim as hdim_cases
 from benchmarks.cases import hyper as hyper_cases
 from benchmarks.gpu import emulator
 from xlayer_ext import backend, functional
+from xlayer_ext.types import Form, Norm
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 HDIM_SIZES = ((2, 17, 37, 24, 96, 40), (1, 70, 129, 5, 7, 3), (1, 3, 20, 64, 130, 24))  # B, Sq, Sk, D, M, H
 HYPER_SIZES = ((2, 19, 4, 72), (1, 33, 2, 33), (3, 5, 8, 40), (1, 7, 3, 130))  # B, S, n, d
-HYPER_CONNECTIONS = (  # norm (None: static), form, whether there is a bias
+HYPER_CONNECTIONS: tuple[tuple[Norm | None, Form, bool], ...] = (  # norm (None: static), form, whether there is a bias
     (None, "identity", False),
     ("layer", "tanh", True),
     ("rms", "sinkhorn_columns", False),

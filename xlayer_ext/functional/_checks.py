@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+
+from xlayer_ext._backend import FLOATS
 
 
 def check_floating(**tensors: Tensor) -> None:
@@ -88,17 +91,15 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
+def no_autocast(like: Tensor) -> AbstractContextManager[None]:
+    """Returns a context without autocast on the device of ``like``, for products that it must not round."""
+    return torch.autocast(like.device.type, enabled=False) if autocasts(like) else nullcontext()
+
+
 @torch.compiler.assume_constant_result  # a compiled graph guards on the setting, but cannot read it
 def tf32_allowed() -> bool:
     """Whether the user lets factors of float32 products be rounded."""
     return torch.get_float32_matmul_precision() != "highest"
-
-
-def check_one_device(*arguments: object) -> None:
-    """For fake kernels, which also serve calls that mix meta tensors with real ones, and must not."""
-    devices = {argument.device for argument in arguments if isinstance(argument, Tensor)}
-    if len(devices) > 1:
-        raise ValueError(f"all tensors must be on one device, got {', '.join(sorted(map(str, devices)))}")
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
@@ -106,14 +107,8 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def check_kept(keep: bool, op: str) -> None:
-    if not keep:
-        raise RuntimeError(f"xlayer::{op} was called with keep=False: nothing was kept for its gradient")
-
-
 # ---- what the public functions are given -----------------------------------------------------------------------------
 
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_INTEGER = 2**63 - 1  # the operators count in int64
 MAX_ITERATIONS = 1000  # of Sinkhorn's algorithm and of k-means: far beyond where either still changes anything
 

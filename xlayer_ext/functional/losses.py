@@ -29,9 +29,9 @@ from xlayer_ext.functional._checks import (
     check_shapes,
     check_values,
     is_empty,
+    no_autocast,
     with_zero_gradients,
 )
-from xlayer_ext.reference._precision import no_autocast
 
 IGNORED = -100
 

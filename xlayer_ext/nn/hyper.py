@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,10 @@ from xlayer_ext.functional._checks import (
     check_sizes,
 )
 from xlayer_ext.nn._reset import assign
+from xlayer_ext.types import Form, HyperCoefficients, Reduction, StreamNorm
 
-COEFFICIENTS = ("paper", "per_stream")
-NORMS = ("layer", "rms")
+COEFFICIENTS = get_args(HyperCoefficients)
+NORMS = get_args(StreamNorm)
 START_READ = 0.75  # is what a manifold-constrained sublayer reads of its own stream at first; the others share the rest
 START_KEPT = 0.99  # of a stream stays in it, where manifold-constrained mixing begins
 PYPI_EPS = 1e-24  # the PyPI package divides by the larger of a row's norm and 1e-12
@@ -162,7 +163,7 @@ class HyperConnection(_StreamConnection):
         layer_index: int = 0,
         static_weights: bool = False,
         use_tanh: bool = True,
-        norm: str = "layer",
+        norm: StreamNorm = "layer",
         eps: float = 1e-5,
         branch: Callable[..., Any] | None = None,
         packed: bool = False,
@@ -210,7 +211,7 @@ class HyperConnection(_StreamConnection):
         scale = torch.cat([self.alpha_scale.expand(self.expansion_rate + 1), self.beta_scale])
         # No matrix product: autocast would round it.
         bias = (self.norm_bias.unsqueeze(1) * weight).sum(0) if self.norm == "layer" else None
-        form = "tanh" if self.use_tanh else "identity"
+        form: Form = "tanh" if self.use_tanh else "identity"
         return Connection(base, _folded(weight, self.norm_weight), bias, scale, self.norm, form, eps=self.eps)
 
     @classmethod
@@ -287,7 +288,7 @@ class ManifoldHyperConnection(_StreamConnection):
         expansion_rate: int = 4,
         *,
         layer_index: int = 0,
-        coefficients: str = "paper",
+        coefficients: HyperCoefficients = "paper",
         iterations: int = 20,
         eps: float = 1e-6,
         branch: Callable[..., Any] | None = None,
@@ -351,14 +352,14 @@ class ManifoldHyperConnection(_StreamConnection):
         if self.coefficients == "per_stream":
             base = torch.cat([self.static_alpha, self.static_beta.unsqueeze(1)], 1)
             weight = torch.cat([self.dynamic_alpha, self.dynamic_beta.unsqueeze(1)], 1)
-            how = ("rms", "sinkhorn_columns", self.iterations, self.eps)
-            return Connection(base, _folded(weight, self.norm_weight), None, scale, *how)
+            weight = _folded(weight, self.norm_weight)
+            return Connection(base, weight, None, scale, "rms", "sinkhorn_columns", self.iterations, self.eps)
         # Row j of what the kernel calls base is (pre_j, M_1j … M_nj, post_j).
         base = torch.cat([self.b_pre.unsqueeze(1), self.b_res.t(), self.b_post.unsqueeze(1)], 1)
         pre, post, mixing = _folded(self.phi, self.norm_weight).split([n, n, n * n])
         rows = [pre.unsqueeze(1), mixing.unflatten(0, (n, n)).transpose(0, 1), post.unsqueeze(1)]
-        how = ("rms_all", "sinkhorn_rows", self.iterations, self.eps)
-        return Connection(base, torch.cat(rows, 1).flatten(0, 1), None, scale, *how)
+        weight = torch.cat(rows, 1).flatten(0, 1)
+        return Connection(base, weight, None, scale, "rms_all", "sinkhorn_rows", self.iterations, self.eps)
 
     @classmethod
     def from_hyper_connections(cls, module: nn.Module, iterations: int = 20) -> ManifoldHyperConnection:
@@ -408,7 +409,7 @@ def expand_streams(x: Tensor, expansion_rate: int, *, packed: bool = False) -> T
 
 
 def reduce_streams(
-    streams: Tensor, *, reduce: str = "sum", packed: bool = False, expansion_rate: int | None = None
+    streams: Tensor, *, reduce: Reduction = "sum", packed: bool = False, expansion_rate: int | None = None
 ) -> Tensor:
     """One row of n streams: their ``"sum"`` (the paper) or ``"mean"``. Packed streams need ``expansion_rate``.
 
@@ -418,7 +419,7 @@ def reduce_streams(
         tensor([[1., 1., 1.],
                 [1., 1., 1.]])
     """
-    check_choice("reduce", reduce, ("sum", "mean"))
+    check_choice("reduce", reduce, get_args(Reduction))
     if packed:
         if expansion_rate is None:
             raise ValueError("packed streams do not tell their number: expansion_rate must be given")

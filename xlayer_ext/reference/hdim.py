@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xlayer_ext.reference._masking import attend, isolate
+from xlayer_ext.reference._masking import attend, mask_inputs
 
 
 def pair_features(query: Tensor, key: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def hdim_attention(
     activation: str = "relu",
 ) -> tuple[Tensor, Tensor]:
     """Attention with the pair MLP as its scorer; returns (context ``[B, Sq, H]``, mean row entropy)."""
-    inputs = isolate(query, key, value, key_mask, pair_mask)
+    inputs = mask_inputs(query, key, value, key_mask, pair_mask)
     hidden = F.linear(pair_features(inputs.query, inputs.key), weight1, bias1)
     hidden = F.relu(hidden) if activation == "relu" else F.gelu(hidden)
     return attend(hidden @ weight2.reshape(-1) / temperature, inputs)
@@ -54,7 +54,7 @@ def bilinear_attention(
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Attention with logits ``q·Wb·kᵀ / temperature``; returns (context, mean row entropy)."""
-    inputs = isolate(query, key, value, key_mask, pair_mask)
+    inputs = mask_inputs(query, key, value, key_mask, pair_mask)
     return attend(inputs.query @ weight @ inputs.key.transpose(-1, -2) / temperature, inputs)
 
 
@@ -68,7 +68,7 @@ def cosine_attention(
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Attention with logits ``10·cos(q, k) / temperature``; returns (context, mean row entropy)."""
-    inputs = isolate(query, key, value, key_mask, pair_mask)
+    inputs = mask_inputs(query, key, value, key_mask, pair_mask)
     cosine = unit(inputs.query) @ unit(inputs.key).transpose(-1, -2)
     return attend(10 * cosine / temperature, inputs)
 

@@ -7,47 +7,11 @@ Row j of a sublayer's coefficients ``c [..., n, n+2]`` is (α_j0, α_j1 … α_j
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from xlayer_ext.reference._precision import no_autocast
-
-
-class Connection(NamedTuple):
-    r"""How a sublayer gets its coefficients from the n streams of width d that it finds.
-
-    With z = norm(h)·weightᵀ per token, ``[n, n+2]``:
-
-    * ``form="tanh"`` or ``"identity"``: c = base + scale ∘ act(z + bias). Hyper-connections.
-    * ``form="sinkhorn_rows"`` or ``"sinkhorn_columns"``: a = base + scale ∘ z; the first column through σ, the last
-      through 2σ, and Mᵀ, those between, through exp and ``iterations`` rounds of normalizing both axes of M, the rows
-      last (:math:`\sum_j M_{ij} = 1`) or the columns last. Manifold-constrained hyper-connections.
-
-    Without a weight the coefficients are the same for all tokens: ``base`` itself, or base put through σ and Sinkhorn.
-    An affine norm folds into the weight: norm(h)·γ + b, times W, is ``weight = W∘γ`` and ``bias = W·b``.
-
-    Attributes:
-        base: ``[n, n+2]``.
-        weight: ``[n+2, d]``, used on each stream; with ``norm="rms_all"`` ``[n·(n+2), n·d]``, row j·(n+2) + m for
-            element (j, m), used on all streams of a token at once.
-        bias: ``[n+2]``, or None for 0; none for ``sinkhorn_*``.
-        scale: ``[n+2]``, wherever there is a weight.
-        norm: ``"layer"`` or ``"rms"`` of each stream, ``"rms_all"`` of a token's streams together.
-        form: see above.
-        iterations: of Sinkhorn's algorithm.
-        eps: added to the variance, or to the mean square.
-    """
-
-    base: Tensor
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    scale: Tensor | None = None
-    norm: str = "layer"
-    form: str = "tanh"
-    iterations: int = 20
-    eps: float = 1e-5
+from xlayer_ext.types import Connection
 
 
 def hyper_coefficients(streams: Tensor, connection: Connection) -> Tensor:

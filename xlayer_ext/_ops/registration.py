@@ -12,8 +12,7 @@ from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map
 
-from xlayer_ext._backend import REFERENCE, transforms
-from xlayer_ext.functional._checks import FLOATS
+from xlayer_ext._backend import FLOATS, REFERENCE, transforms
 
 Function = Callable[..., Any]
 
@@ -81,6 +80,19 @@ def no_second_derivative(op: str, how: str = "") -> RuntimeError:
 
 def no_forward_derivative(op: str) -> RuntimeError:
     return RuntimeError(f"xlayer::{op} has no forward-mode derivative: it needs {REFERENCE}")
+
+
+def check_one_device(*arguments: object) -> None:
+    """Refuses tensors on several devices: fake kernels also get calls that mix meta tensors with real ones."""
+    devices = {argument.device for argument in arguments if isinstance(argument, Tensor)}
+    if len(devices) > 1:
+        raise ValueError(f"all tensors must be on one device, got {', '.join(sorted(map(str, devices)))}")
+
+
+def check_kept(keep: bool, op: str) -> None:
+    """Refuses a backward whose forward was called with ``keep=False``."""
+    if not keep:
+        raise RuntimeError(f"xlayer::{op} was called with keep=False: nothing was kept for its gradient")
 
 
 def check_fake(like: Tensor, **expected: tuple[Tensor | None, Sequence[int | None]]) -> None:
