@@ -86,7 +86,7 @@ def masked_mean(dtype: torch.dtype, masked: bool, device: str) -> Iterator[str]:
 
 
 def hyper_inputs(
-    dtype: torch.dtype, size: tuple[int, ...], how: tuple[str | None, str, bool], device: str
+    dtype: torch.dtype, size: tuple[int, ...], how: tuple[Norm | None, Form, bool], device: str
 ) -> tuple[Tensor, functional.Connection]:
     b, s, n, d = size
     norm, form, affine = how

@@ -1,4 +1,4 @@
-"""What ptxas says of every CUDA kernel, and what its source promises, brought from the build into `xlayer_ext._native`.
+"""Brings the resources of every CUDA kernel, by ptxas and by its source, from the build into `xlayer_ext._native`.
 
 `compile NVCC ARGS...` runs nvcc and keeps ptxas's words beside the object file;
 `collect HEADER OBJECT...` turns them into C++ initializers, one line per kernel and architecture.
@@ -21,7 +21,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-CUDA_SOURCES = Path(__file__).parents[1] / "cuda"
+CUDA_SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
 
 # Per multiprocessor: threads, registers, shared bytes, blocks; shared bytes that every block costs besides its own
 # (CUDA programming guide, "Compute Capabilities").
