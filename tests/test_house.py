@@ -1,4 +1,4 @@
-"""The layers of the project (tools/house.py): no fault in the checkout, each kind of fault found where it is planted."""
+"""The layers of the project (tools/house.py): no fault in the checkout, and each kind found where it is planted."""
 
 from __future__ import annotations
 

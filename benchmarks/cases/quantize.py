@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from benchmarks.harness.measure import PASSES, Unavailable, Work
 from xlayer_ext import backend, functional, reference
 from xlayer_ext._backend import use_native
 from xlayer_ext.testing import check_oracle
+from xlayer_ext.types import Metric
 
 Outputs = tuple[Tensor, ...]
 Call = Callable[[], Outputs]
@@ -138,7 +139,7 @@ def make_quantizer(how: str, x: Tensor, codebook: Tensor) -> nn.Module:
     from xlayer_ext.nn import VectorQuantizer
 
     torch.manual_seed(0)
-    module = VectorQuantizer(x.shape[-1], len(codebook), metric=how, decay=0.8)
+    module = VectorQuantizer(x.shape[-1], len(codebook), metric=cast(Metric, how), decay=0.8)
     module.set_codebook(codebook)
     return module.to(x.device).train()
 
@@ -310,7 +311,7 @@ def _check(op: str, how: str, size: tuple[int, ...], dtype: str, device: str) ->
     given = make_inputs(op, size, dtype, device)
     if op in ("nearest", "train"):
         x, codebook = given[0][: max(1, (1 << 26) // size[1])], given[1]
-        indices, distance = functional.vq_nearest(x, codebook, metric=how)
+        indices, distance = functional.vq_nearest(x, codebook, metric=cast(Metric, how))
         exact = reference.vq_nearest(x.double(), codebook.double(), how)[1]
         chosen = _distance(how, x, codebook[indices])
         if not torch.allclose(chosen, exact, rtol=1e-5, atol=1e-5):

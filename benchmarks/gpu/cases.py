@@ -18,10 +18,11 @@ from benchmarks.cases import hdim as hdim_cases
 from benchmarks.cases import hyper as hyper_cases
 from benchmarks.gpu import emulator
 from xlayer_ext import backend, functional
-from xlayer_ext.types import Form, Norm
+from xlayer_ext.types import Activation, Form, Metric, Norm
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 HDIM_SIZES = ((2, 17, 37, 24, 96, 40), (1, 70, 129, 5, 7, 3), (1, 3, 20, 64, 130, 24))  # B, Sq, Sk, D, M, H
+HDIM_ACTIVATIONS: tuple[Activation, ...] = ("relu", "gelu", "relu")
 HYPER_SIZES = ((2, 19, 4, 72), (1, 33, 2, 33), (3, 5, 8, 40), (1, 7, 3, 130))  # B, S, n, d
 HYPER_CONNECTIONS: tuple[tuple[Norm | None, Form, bool], ...] = (  # norm (None: static), form, whether there is a bias
     (None, "identity", False),
@@ -59,7 +60,7 @@ def finish(name: str, out: Tensor, inputs: Sequence[Tensor]) -> None:
 
 
 def hdim_attention(dtype: torch.dtype, masked: bool, device: str) -> Iterator[str]:
-    for (b, sq, sk, d, m, h), activation in zip(HDIM_SIZES, ("relu", "gelu", "relu"), strict=True):
+    for (b, sq, sk, d, m, h), activation in zip(HDIM_SIZES, HDIM_ACTIVATIONS, strict=True):
         name = f"hdim_attention {activation} B={b} Sq={sq} Sk={sk} D={d} M={m} H={h}"
         shapes = [(b, sq, d), (b, sk, d), (b, sk, h), (m, 4 * d), (m,), (m,), (1,)]
         scales = [1.0, 1.0, 1.0, (4 * d) ** -0.5, 0.1, m**-0.5, 0.1]
@@ -145,7 +146,7 @@ def vq_nearest(dtype: torch.dtype, masked: bool, device: str) -> Iterator[str]:
     for books, n, k, d in VQ_SIZES:
         name = f"vq_nearest h={books} N={n} K={k} D={d}"
         x, codebook = (draw(books, rows, d, dtype=dtype, device=device) for rows in (n, k))
-        metric = "cosine" if masked else "euclidean"
+        metric: Metric = "cosine" if masked else "euclidean"
         check_finite(name, *functional.vq_nearest(x, codebook, metric=metric))
         yield name
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +25,11 @@ from xlayer_ext.functional._checks import (
     with_zero_gradients,
 )
 from xlayer_ext.functional._masking import mask_inputs, unit
+from xlayer_ext.types import Activation, Fusion
 
-ACTIVATIONS = ("relu", "gelu")
+ACTIVATIONS = get_args(Activation)
 CUDA_MOST_COLUMNS = 64  # of query and key, in the CUDA kernels
-FUSIONS = {"concat_hadam": 3, "concat_only": 2, "concat_diff_hadam": 4}  # mode → number of blocks
+FUSIONS: dict[Fusion, int] = {"concat_hadam": 3, "concat_only": 2, "concat_diff_hadam": 4}  # mode → number of blocks
 
 _LAYOUTS = {
     "query": "B Sq D",
@@ -54,7 +56,7 @@ def hdim_attention(
     key_mask: Tensor | None = None,
     pair_mask: Tensor | None = None,
     temperature: float = 1.0,
-    activation: str = "relu",
+    activation: Activation = "relu",
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Attention with a pair MLP as its scorer.
@@ -203,7 +205,7 @@ def cosine_attention(
     return _dot_product_attention(query, key, value, None, key_mask, pair_mask, 10 / temperature)
 
 
-def value_fusion(context: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, mode: str) -> Tensor:
+def value_fusion(context: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, mode: Fusion) -> Tensor:
     r"""First layer of the value MLP: a Linear over blocks made of the context and the receiving token.
 
     ``concat_only`` reads :math:`[c; h]`, ``concat_hadam`` :math:`[c; h; c \circ h]`, ``concat_diff_hadam``

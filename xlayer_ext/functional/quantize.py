@@ -12,7 +12,7 @@ Scalar Quantization: VQ-VAE Made Simple, 2023, arXiv 2309.15505.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -34,16 +34,15 @@ from xlayer_ext.functional._checks import (
     needs_grad,
     tf32_allowed,
 )
+from xlayer_ext.types import Bound, Metric, Variant
 
-METRICS = ("euclidean", "cosine")
-BOUNDS = ("tanh", "offset")
-VARIANTS = ("package", "paper")
+METRICS, BOUNDS, VARIANTS = get_args(Metric), get_args(Bound), get_args(Variant)
 MAX_CODES = 2**31 - 1  # no codebook comes near it, and a search of more would never end
 
 __all__ = ["fsq", "fsq_codes_to_indices", "fsq_indices_to_codes", "vq_nearest", "vq_statistics"]
 
 
-def vq_nearest(x: Tensor, codebook: Tensor, *, metric: str = "euclidean") -> tuple[Tensor, Tensor]:
+def vq_nearest(x: Tensor, codebook: Tensor, *, metric: Metric = "euclidean") -> tuple[Tensor, Tensor]:
     r"""The nearest code of each row: :math:`k_n = \arg\min_k d(x_n, c_k)`.
 
     ``euclidean``: :math:`d = |x - c|^2`; ``cosine``: :math:`d = 1 - \frac{x \cdot c}{|x|\,|c|}`, where a vector of
@@ -136,7 +135,9 @@ def vq_statistics(x: Tensor, indices: Tensor, codes: int) -> tuple[Tensor, Tenso
     return (counts.squeeze(0), sums.squeeze(0)) if lead == 0 else (counts, sums)
 
 
-def fsq(z: Tensor, levels: Sequence[int], *, bound: str = "tanh", variant: str = "package") -> tuple[Tensor, Tensor]:
+def fsq(
+    z: Tensor, levels: Sequence[int], *, bound: Bound = "tanh", variant: Variant = "package"
+) -> tuple[Tensor, Tensor]:
     r"""Finite scalar quantization: every number of a row is bounded and rounded to one of L levels.
 
     ``bound="tanh"``, symmetric around 0, L at least 2: digit :math:`\lfloor (L-1)(\tanh z + 1)/2 + \frac12 \rfloor`,
@@ -184,7 +185,7 @@ def fsq(z: Tensor, levels: Sequence[int], *, bound: str = "tanh", variant: str =
     return codes, indices
 
 
-def fsq_codes_to_indices(codes: Tensor, levels: Sequence[int], *, bound: str = "tanh") -> Tensor:
+def fsq_codes_to_indices(codes: Tensor, levels: Sequence[int], *, bound: Bound = "tanh") -> Tensor:
     """The indices of codes ``[..., c]``, as :func:`fsq` numbers them; a code between two is taken for the nearest."""
     check_floats(codes=codes)
     levels = checked_levels(levels, bound)
@@ -196,7 +197,7 @@ def fsq_codes_to_indices(codes: Tensor, levels: Sequence[int], *, bound: str = "
 
 
 def fsq_indices_to_codes(
-    indices: Tensor, levels: Sequence[int], *, bound: str = "tanh", dtype: torch.dtype = torch.float32
+    indices: Tensor, levels: Sequence[int], *, bound: Bound = "tanh", dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """The codes ``[..., c]`` of indices ``[...]`` that :func:`fsq` gave (of digits ``[..., c]`` where the product of
     levels exceeds 2⁶³): the same bits as its own."""
@@ -212,7 +213,7 @@ def fsq_indices_to_codes(
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 
-def checked_levels(levels: Sequence[int], bound: str, variant: str = VARIANTS[0]) -> list[int]:
+def checked_levels(levels: Sequence[int], bound: Bound, variant: Variant = "package") -> list[int]:
     """The levels as a list.
 
     Raises:
@@ -241,7 +242,7 @@ def _beyond(levels: Sequence[int]) -> str | None:
     return f"more than {MOST_DIMENSIONS} dimensions" if len(levels) > MOST_DIMENSIONS else None
 
 
-def _operator_levels(levels: list[int], bound: str, variant: str) -> tuple[Any, ...]:
+def _operator_levels(levels: list[int], bound: Bound, variant: Variant) -> tuple[Any, ...]:
     """levels, shift, half width and middle per dimension, and whether the bound is ``offset``."""
     if bound == "tanh":
         return levels, [], [], [], False

@@ -13,10 +13,11 @@ from xlayer_ext import functional as XF
 from xlayer_ext.functional._checks import check_floats, check_sizes
 from xlayer_ext.functional.quantize import checked_levels
 from xlayer_ext.nn._reset import reset
+from xlayer_ext.types import Bound, Variant
 
 
 class FSQOutput(NamedTuple):
-    """What :class:`FSQ` gives: ``quantized [..., dim]`` and ``indices [...]`` (digits where no index fits)."""
+    """Result of :class:`FSQ`: ``quantized [..., dim]`` and ``indices [...]`` (digits where no index fits)."""
 
     quantized: Tensor
     indices: Tensor
@@ -50,10 +51,10 @@ class FSQ(nn.Module):
     def __init__(
         self,
         levels: Sequence[int],
-        dim: int | None = None,
-        bound: str = "tanh",
-        variant: str = "package",
         *,
+        dim: int | None = None,
+        bound: Bound = "tanh",
+        variant: Variant = "package",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -74,7 +75,7 @@ class FSQ(nn.Module):
 
     @property
     def codebook_size(self) -> int:
-        """How many codes the grid has."""
+        """Number of codes of the grid."""
         return math.prod(self.levels)
 
     def forward(self, z: Tensor) -> FSQOutput:
@@ -93,4 +94,4 @@ class FSQ(nn.Module):
         return XF.fsq_codes_to_indices(codes, self.levels, bound=self.bound)
 
     def extra_repr(self) -> str:
-        return f"{self.levels}, dim={self.dim}, bound={self.bound}"
+        return f"{self.levels}, dim={self.dim}, bound={self.bound!r}, variant={self.variant!r}"

@@ -32,7 +32,7 @@ PYPI_EPS = 1e-24  # the PyPI package divides by the larger of a row's norm and 1
 
 
 class _StreamConnection(nn.Module):
-    """What the kinds share: pre, post and the boundary around a sublayer, and both layouts of the streams."""
+    """Base of the kinds: pre, post and the boundary around a sublayer, in both layouts of the streams."""
 
     decayed: ClassVar[tuple[str, ...]] = ()  # parameters that weight decay is for
 
@@ -158,8 +158,8 @@ class HyperConnection(_StreamConnection):
     def __init__(
         self,
         hidden_size: int,
-        expansion_rate: int = 4,
         *,
+        expansion_rate: int = 4,
         layer_index: int = 0,
         static_weights: bool = False,
         use_tanh: bool = True,
@@ -225,8 +225,8 @@ class HyperConnection(_StreamConnection):
         _refuse_unsupported(theirs)
         weight = theirs.static_alpha
         made = cls(
-            theirs.dynamic_alpha_fn.shape[0], weight.shape[0], use_tanh=isinstance(theirs.act, nn.Tanh), norm="rms",
-            eps=PYPI_EPS, branch=theirs.branch, packed=True,
+            theirs.dynamic_alpha_fn.shape[0], expansion_rate=weight.shape[0], use_tanh=isinstance(theirs.act, nn.Tanh),
+            norm="rms", eps=PYPI_EPS, branch=theirs.branch, packed=True,
         ).to(weight.device, weight.dtype)  # fmt: skip
         names = {
             "static_alpha": "static_alpha", "static_beta": "static_beta", "dynamic_alpha": "dynamic_alpha_fn",
@@ -285,8 +285,8 @@ class ManifoldHyperConnection(_StreamConnection):
     def __init__(
         self,
         hidden_size: int,
-        expansion_rate: int = 4,
         *,
+        expansion_rate: int = 4,
         layer_index: int = 0,
         coefficients: HyperCoefficients = "paper",
         iterations: int = 20,
@@ -362,7 +362,7 @@ class ManifoldHyperConnection(_StreamConnection):
         return Connection(base, weight, None, scale, "rms_all", "sinkhorn_rows", self.iterations, self.eps)
 
     @classmethod
-    def from_hyper_connections(cls, module: nn.Module, iterations: int = 20) -> ManifoldHyperConnection:
+    def from_hyper_connections(cls, module: nn.Module, *, iterations: int = 20) -> ManifoldHyperConnection:
         """The same connection as a ``ManifoldConstrainedHyperConnections`` of the PyPI package, with its weights.
 
         Args:
@@ -378,8 +378,8 @@ class ManifoldHyperConnection(_StreamConnection):
             raise ValueError("hyper-connections with several dynamic alpha proposals cannot be taken over")
         weight = theirs.static_alpha
         made = cls(
-            theirs.dynamic_alpha_fn.shape[1], weight.shape[0], coefficients="per_stream", iterations=iterations,
-            eps=PYPI_EPS, branch=theirs.branch, packed=True,
+            theirs.dynamic_alpha_fn.shape[1], expansion_rate=weight.shape[0], coefficients="per_stream",
+            iterations=iterations, eps=PYPI_EPS, branch=theirs.branch, packed=True,
         ).to(weight.device, weight.dtype)  # fmt: skip
         names = {
             "static_alpha": "static_alpha", "static_beta": "static_beta", "dynamic_alpha": "dynamic_alpha_fn",
@@ -389,7 +389,8 @@ class ManifoldHyperConnection(_StreamConnection):
         return _with_weights(made, theirs, names)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, coefficients={self.coefficients!r}, iterations={self.iterations}"
+        how = f"coefficients={self.coefficients!r}, iterations={self.iterations}"
+        return f"{super().extra_repr()}, layer_index={self.layer_index}, {how}"
 
 
 def expand_streams(x: Tensor, expansion_rate: int, *, packed: bool = False) -> Tensor:
