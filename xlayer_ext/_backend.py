@@ -1,4 +1,4 @@
-"""Which implementation serves a call: the native kernels or plain PyTorch.
+"""Chooses the implementation of a call: the native kernels or plain PyTorch.
 
 ``auto`` (the default) takes the native kernel where the library is loaded and has one for the tensors' device and
 dtype, and the reference otherwise. ``native`` insists and raises where there is none; ``reference`` never takes it.
@@ -87,7 +87,7 @@ def native_available(op: str | None = None) -> bool:
 
 
 def current_backend() -> str:
-    """``"native"`` or ``"reference"``: what a supported input on the CPU would use now."""
+    """Returns the backend of a supported input on the CPU: ``"native"`` or ``"reference"``."""
     return "native" if choice() != "reference" and native_available() else "reference"
 
 
@@ -105,7 +105,7 @@ def transforms() -> list[str]:
 
 
 def _beyond_kernels() -> str | None:
-    """Names, in words, what is being done to this call that no kernel has a rule for; None if nothing is."""
+    """Names the transform around this call that the kernels do not support; None if there is none."""
     around = transforms()
     if "Jvp" in around:
         return "forward-mode differentiation"

@@ -1,4 +1,4 @@
-"""The memory of this process: keeps what is freed instead of returning it to the system."""
+"""Keeps freed memory in this process, instead of returning it to the system."""
 
 from __future__ import annotations
 

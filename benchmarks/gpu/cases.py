@@ -1,4 +1,4 @@
-"""Every operator's CUDA kernels, forward and backward, for a tool that watches them: a sanitizer, a profiler.
+"""Runs every operator's CUDA kernels, forward and backward, under a sanitizer or a profiler.
 
 python -m benchmarks.gpu.cases [--device cuda|emulated]   small odd sizes, every dtype, with masks and without
 python -m benchmarks.gpu.cases --large                    hdim_attention once, at the main size of its benchmark
@@ -39,12 +39,12 @@ MEAN_SIZES = ((3, 37, 65), (1, 5, 1), (2, 1, 264))  # B, S, H
 
 
 def draw(*shape: int, dtype: torch.dtype, device: str, scale: float = 1.0) -> Tensor:
-    """Drawn on the CPU and copied: a sanitizer that watches who writes what knows the copy."""
+    """Draws on the CPU and copies to the device: a sanitizer that tracks initialization sees the copy."""
     return (scale * torch.randn(shape)).to(dtype).to(device)
 
 
 def draw_mask(*shape: int, device: str) -> Tensor:
-    """A mask of several rows, of which the first allows nothing, or of a single row."""
+    """Draws a mask; of several rows the first allows nothing."""
     mask = torch.rand(shape) < 0.7
     rows = mask.flatten(0, -2)
     rows[: min(1, len(rows) - 1)] = False
@@ -52,7 +52,7 @@ def draw_mask(*shape: int, device: str) -> Tensor:
 
 
 def finish(name: str, out: Tensor, inputs: Sequence[Tensor]) -> None:
-    """The backward, and a look at all that was computed."""
+    """Runs the backward, and checks that all results are finite."""
     cotangent = draw(*out.shape, dtype=out.dtype, device=str(out.device))
     for result in (out.detach(), *torch.autograd.grad(out, inputs, cotangent)):
         if not result.cpu().isfinite().all():
@@ -136,7 +136,7 @@ def hyper(part: str) -> Callable[[torch.dtype, bool, str], Iterator[str]]:
 
 
 def check_finite(name: str, *results: Tensor) -> None:
-    """A look at all that was computed, of operators that have no gradient."""
+    """Checks that all results are finite, of operators without a gradient."""
     if not all(result.cpu().isfinite().all() for result in results):
         raise AssertionError(f"{name}: a result is not finite")
 
@@ -219,7 +219,7 @@ CASES: dict[str, Callable[[torch.dtype, bool, str], Iterator[str]]] = {
 
 
 def operators() -> set[str]:
-    """The operators of the native library; a backward is run by its forward's case."""
+    """Returns the operators of the native library; a backward is run by its forward's case."""
     names = (name for name in torch._C._dispatch_get_all_op_names() if name.startswith("xlayer::"))
     return {name.removeprefix("xlayer::").removesuffix("_backward") for name in names}
 

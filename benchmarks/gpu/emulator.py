@@ -1,4 +1,4 @@
-"""`--device emulated`: the CUDA kernels on a CPU, through the tests' emulator.
+"""Runs the CUDA kernels on a CPU with the tests' emulator, for `--device emulated`.
 
 It shows that a script runs; its times say nothing of a GPU, and so its rows are labelled.
 """
@@ -15,7 +15,7 @@ OPTIONS = ("--device", "cpu", "--label", "emulator", "--no-memory")  # peak memo
 
 
 def emulation() -> ModuleType:
-    """The module of the tests that loads the emulator's library."""
+    """Imports the tests' module that loads the emulator's library."""
     folder = str(Path(__file__).parents[2] / "tests")
     if folder not in sys.path:
         sys.path.append(folder)
@@ -23,7 +23,7 @@ def emulation() -> ModuleType:
 
 
 def take_over(arguments: list[str]) -> list[str]:
-    """The arguments of a benchmark; where they name the emulated device, it serves the native operators from now on."""
+    """Makes the emulator serve the native operators if the arguments name it; returns the arguments without it."""
     for at, pair in enumerate(pairwise(arguments)):
         if pair == ("--device", "emulated"):
             emulation().take_over()

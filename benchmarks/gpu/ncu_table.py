@@ -1,4 +1,4 @@
-"""A few lines per kernel from Nsight Compute: reads the output of `ncu --page raw --csv --print-units base` on stdin.
+"""Prints two lines per kernel from the output of `ncu --page raw --csv --print-units base` on stdin.
 
 Names of metrics differ between GPUs and versions, so they are found by pattern; the largest one counts.
 """
@@ -30,7 +30,7 @@ STALL = re.compile(r"smsp__average_warps_issue_stalled_(\w+?)(_not_issued)?_per_
 
 
 def table(lines: Iterable[str]) -> list[str]:
-    """Two lines per kernel launch: what was busy and how it was launched, and what its warps waited for most."""
+    """Formats two lines per kernel launch: its utilization and launch, and the most frequent stalls of its warps."""
     out = []
     for launch in read_ncu(lines):
         shown = []

@@ -20,12 +20,12 @@ OURS = re.compile(r"^=+ +at .*xlayer::|Host API uninitialized", re.MULTILINE)  #
 
 
 def findings(text: str) -> list[str]:
-    """Each finding with the lines that belong to it."""
+    """Splits the text into findings, each with its lines."""
     return FINDING.split(text)[1:]
 
 
 def report(tool: str, text: str) -> tuple[str, bool]:
-    """What to print of a tool's output, and whether it found nothing of ours to complain of."""
+    """Returns the lines to print of a tool's output, and whether it found nothing in our kernels."""
     summary, exit_code = SUMMARY.search(text), text.rstrip().rpartition("exit code ")[2]
     if summary is None:
         return f"{tool}: did not run to its end, exit code {exit_code}\n{text[-3000:]}", False

@@ -1,4 +1,4 @@
-"""The frame of a benchmark script: cases, one run over all implementations, a table, the command line.
+"""Runs the cases of a benchmark script: all implementations of each, a table, the command line.
 
 A script (`benchmarks.cases`) lists its cases, builds one, and calls `main`; `measure` takes the times.
 """
@@ -68,18 +68,18 @@ Check = Callable[[Case], None]
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`torch.compile` for the shapes of one case; `run` has made it forget the cases before."""
+    """Compiles a function for the shapes of one case; `run` resets the compiler between cases."""
     return torch.compile(function, dynamic=False)
 
 
 def _forget_compiled() -> None:
-    """Between cases: at its recompilation limit dynamo would quietly run the plain function."""
+    """Resets the compiler: at its recompilation limit dynamo would run the plain function without a word."""
     if "torch._dynamo" in sys.modules:  # else nothing was compiled, and importing it takes seconds
         torch.compiler.reset()
 
 
 def settled(work: Work) -> Work:
-    """The work after a first call; a compiler that fails in it, in whatever way, is only `Unavailable`."""
+    """Calls the work once and returns it; raises `Unavailable` where a compiler fails in that call."""
     try:
         work()
     except Exception as error:
@@ -100,7 +100,7 @@ def run(
     out: str | None = None,
     label: str | None = None,
 ) -> list[Row]:
-    """Times every case with every implementation that is available; what is skipped is said on stderr.
+    """Times every case with every implementation that is available; notes on stderr name what is skipped.
 
     `check(case)` comes first where the native kernel is available, and raises when its results are wrong. `seconds` is
     spent on each case, the machine's limits included, which are measured in the same rounds; `limit_seconds` and
@@ -138,7 +138,7 @@ def measure(
     label: str | None = None,
     note: Callable[[str], None] = _on_stderr,
 ) -> list[Row]:
-    """One case of `run`, its rows; `note` is told what is left out, and why."""
+    """Measures one case of `run`, and returns its rows; calls `note` with what is left out, and why."""
     _forget_compiled()
     works, peaks = _prepare(case, [*impls, *case.peers], device, memory, check, note)
     smaller, parts = _smaller_eager(case, device) if works and "eager" in set(impls) - works.keys() else ({}, 1)
@@ -148,7 +148,7 @@ def measure(
 
 
 def footprint(case: Case) -> int:
-    """Bytes that a call touches at least: `case.bytes`, of which a forward with its backward reads some twice.
+    """Returns the fewest bytes that a call touches: `case.bytes`, less what a forward with its backward reads twice.
 
     With inputs i and outputs o the forward moves i + o and the backward 2·i + o: all inputs, the outputs' gradients,
     and a gradient for each input. Together these are 2·(i + o) of 3·i + 2·o bytes, at least two thirds.
@@ -159,7 +159,7 @@ def footprint(case: Case) -> int:
 def _prepare(
     case: Case, impls: Sequence[str], device: str, memory: bool, check: Check | None, note: Callable[[str], None]
 ) -> tuple[dict[str, Work], dict[str, int | None]]:
-    """The works that can run here, checked, and their peaks."""
+    """Builds and checks the works that can run here; returns them with their peak memory."""
     works: dict[str, Work] = {}
     peaks: dict[str, int | None] = {}
     for impl in impls:
@@ -176,7 +176,7 @@ def _prepare(
 
 
 def _fitting(build: Builder, arguments: Mapping[str, Any], device: str) -> Work:
-    """The work, `Unavailable` where the GPU's memory cannot hold it: a first call shows that."""
+    """Builds the work; raises `Unavailable` where a first call does not fit into the GPU's memory."""
     try:
         work = build(**arguments)
         if torch.device(device).type == "cuda":
@@ -194,7 +194,7 @@ def _peak(build: Builder, work: Work, arguments: Mapping[str, Any], device: str)
 
 
 def _smaller_eager(case: Case, device: str) -> tuple[dict[str, Work], int]:
-    """Plain PyTorch on the largest 1/2, 1/4, … of the case that fits, and the number of such parts in the case."""
+    """Builds plain PyTorch on the largest 1/2, 1/4, … of the case that fits; returns it and the number of parts."""
     arguments, parts = case.arguments, 1
     while case.halve and (smaller := case.halve(arguments)):
         arguments, parts = smaller, 2 * parts
@@ -304,7 +304,7 @@ def main(
 
 
 def beyond(rows: Sequence[Row]) -> list[Row]:
-    """Rows that are faster than the machine's limit allows: what they, or the limit, count is wrong."""
+    """Returns the rows that are faster than the machine's limit, whose counts, or the limit, must be wrong."""
     return [row for row in rows if row.extra.get("beyond_limit")]
 
 
@@ -314,7 +314,7 @@ def said_beyond(row: Row) -> str:
 
 
 def _chosen(parser: argparse.ArgumentParser, options: argparse.Namespace, cases: list[Case]) -> list[Case]:
-    """The cases that the options ask for; a name that no case has ends the program."""
+    """Returns the cases that the options ask for; an unknown name ends the program."""
     wanted = options.case or (["toy"] if options.quick else None)
     for what, names, known in (
         ("case", wanted, [case.name for case in cases]),
@@ -333,7 +333,7 @@ def _chosen(parser: argparse.ArgumentParser, options: argparse.Namespace, cases:
 
 
 def not_compiled(impls: Sequence[str]) -> tuple[str, ...]:
-    """Those of `impls` that `torch.compile` has no part in."""
+    """Returns those of `impls` that do not use `torch.compile`."""
     return tuple(impl for impl in impls if not impl.endswith("compile"))
 
 
@@ -342,7 +342,7 @@ def without_compile(case: Case) -> Case:
 
 
 def format_table(rows: Sequence[Row]) -> str:
-    """The rows for reading, under the device's name and measured limits; a table for each operator."""
+    """Formats the rows as a table for each operator, under the device's name and measured limits."""
     ops = dict.fromkeys(row.op for row in rows)
     if len(ops) > 1:
         return "\n\n".join(f"{op}\n{format_table([row for row in rows if row.op == op])}" for op in ops)
@@ -364,7 +364,7 @@ def format_table(rows: Sequence[Row]) -> str:
 
 
 def format_limits(rows: Sequence[Row]) -> str:
-    """The rates of the limits in some rows of one device, and torch's beside them."""
+    """Formats the limits in some rows of one device, with torch's rates."""
 
     def span(key: str, unit: float, name: str, rows: Sequence[Row] = rows) -> str:
         found = sorted(row.extra[key] / unit for row in rows if key in row.extra)

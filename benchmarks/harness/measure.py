@@ -1,4 +1,4 @@
-"""What every benchmark needs: the machine's limits, fair timing, peak memory, and rows that can be kept.
+"""Measures the limits of the machine, times, and peak memory, and keeps them as rows.
 
 A time alone says little. Each row therefore counts the fewest bytes that must move and the fewest operations that must
 be done, and reports how near the machine's measured limit the implementation came:
@@ -64,16 +64,16 @@ class Limits:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def seconds(self, bytes_moved: float, flops: float, alu: float = 0) -> dict[str, float]:
-        """Least time for each of the three alone, by the names that rows have for them."""
+        """Computes the least time for each of the three alone, by their names in rows."""
         return {"bytes": bytes_moved / self.byte_rate, "flops": flops / self.flop_rate, "alu": alu / self.alu_rate}
 
     def bound(self, bytes_moved: float, flops: float, alu: float = 0) -> str:
-        """Which of the three needs the most time."""
+        """Returns the name of the one of the three that needs the most time."""
         needed = self.seconds(bytes_moved, flops, alu)
         return max(needed, key=needed.__getitem__)
 
     def fraction(self, bytes_moved: float, flops: float, seconds: float, alu: float = 0) -> float:
-        """Least time for that many bytes and operations, if they overlap perfectly, ÷ the time taken."""
+        """Computes the least time for that many bytes and operations, which overlap perfectly, ÷ the time taken."""
         return max(self.seconds(bytes_moved, flops, alu).values()) / seconds
 
 
@@ -81,7 +81,7 @@ PROBE = "limit: "  # begins the names of the works that show limits
 
 
 class LimitProbe:
-    """The works that show a device's limits, and what torch reaches of them.
+    """Works that measure a device's limits, and the rates that torch reaches.
 
     `works` go into `compare` beside what is measured, and `limits` reads the rates off its result. A processor's clock
     and a shared host's load drift within seconds, so only rates from the same rounds are those of the same machine.
@@ -133,7 +133,7 @@ class LimitProbe:
             self._roof = roof.widest(torch.get_num_threads())
 
     def works(self, footprint: int) -> dict[str, Work]:
-        """Those of a case that touches so many bytes, made anew: what they found before is forgotten."""
+        """Makes the works for a case that touches this many bytes; earlier results are dropped."""
         found: dict[str, Work]
         if torch.device(self._device).type == "cuda":
             found = {PROBE + "copy": partial(self._target.copy_, self._source), PROBE + "gemm": self._gemm}
@@ -150,7 +150,7 @@ class LimitProbe:
         return found | {PROBE + "copy": copy, PROBE + "gemm": self._gemm}
 
     def limits(self, times: Mapping[str, Timing]) -> Limits:
-        """The rates that the last `works` showed in `compare`: the best of a CPU, the median ones of a GPU."""
+        """Returns the rates of the last `works` in `compare`: the best ones of a CPU, the median ones of a GPU."""
         copy, gemm = times[PROBE + "copy"], times[PROBE + "gemm"]
         if torch.device(self._device).type == "cuda":
             copy_rate, gemm_rate = 2 * self._source.nbytes / copy.median, self._flops / gemm.median
@@ -192,13 +192,13 @@ _CHAIN = f"""template <typename T> T chain(T x, T a, T b) {{
 
 
 def multiply_add_chains(device: str, elements: int = 1 << 24) -> tuple[Work, int]:
-    """A work of nothing but float32 multiply-adds in registers, and how many; compiled for the GPU at run time."""
+    """Makes a work of float32 multiply-adds in registers alone, compiled at run time; returns it and their number."""
     chain = torch.cuda.jiterator._create_jit_fn(_CHAIN, a=0.5, b=1.0)
     return partial(chain, torch.rand(elements, device=device)), elements * _CHAIN_LENGTH
 
 
 def nominal_alu_rate(device: str) -> float | None:
-    """Float32 operations/s by the GPU's data: multiprocessors · 128 lanes · highest clock; None where none is told."""
+    """Computes float32 operations/s as multiprocessors · 128 lanes · highest clock; None where it is unknown."""
     command = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
@@ -209,7 +209,7 @@ def nominal_alu_rate(device: str) -> float | None:
 
 
 def cache_bytes(device: str) -> int:
-    """Size of the largest cache in front of the device's memory; 64 MiB where the system does not tell."""
+    """Returns the size of the device's largest cache; 64 MiB where it is unknown."""
     if torch.device(device).type == "cuda":
         return int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 64 << 20))
     return max((size for size, _ in roof.cache_levels().values()), default=64 << 20)
@@ -324,7 +324,7 @@ _PR_SET_THP_DISABLE = 41  # huge pages would round every allocation up to 2 MiB
 
 
 def peak_memory(build: Builder, arguments: Mapping[str, Any], *, timeout: float = 600) -> int:
-    """Bytes that `build(**arguments)()` needs at its peak beyond its inputs and what it returns.
+    """Measures the bytes that `build(**arguments)()` needs at its peak beyond its inputs and results.
 
     Runs in a fresh process, which imports `build` by name (a function at the top of a module) and gets `arguments` as
     JSON. `build` makes the inputs and returns the work; the work returns every output and gradient that it makes.
@@ -374,7 +374,7 @@ def _status_bytes(key: str) -> int:
 
 
 def cuda_peak(work: Work, device: str = "cuda") -> int:
-    """What `peak_memory` counts, of a work on a GPU, where torch's allocator counts it exactly."""
+    """Measures the peak memory of a work on a GPU as `peak_memory` does, by torch's allocator."""
     result = work()  # what is made once and kept exists from here on
     settled = torch.cuda.memory_allocated(device)
     del result
@@ -418,7 +418,7 @@ class Row:
 
     @classmethod
     def from_json(cls, line: str) -> Row:
-        """Keys beyond the schema go to `extra`; raises `ValueError` when one of the schema's is missing."""
+        """Parses a row, with keys beyond the schema in `extra`; raises `ValueError` when one of its own is missing."""
         values = json.loads(line)
         names = {item.name.rstrip("_"): item.name for item in fields(cls) if item.name != "extra"}
         if missing := names.keys() - values.keys():
@@ -440,7 +440,7 @@ def read_rows(path: str | Path) -> list[Row]:
 
 
 def provenance() -> dict[str, Any]:
-    """Where and when: date, commit (with "-dirty" when tracked files differ), versions, threads, machine.
+    """Returns the origin of rows: date, commit (with "-dirty" when tracked files differ), versions, threads.
 
     XLAYER_COMMIT names the commit where the files were copied without their git folder.
     """
@@ -455,7 +455,7 @@ def provenance() -> dict[str, Any]:
 
 
 def device_name(device: str) -> str:
-    """The name that rows carry: the GPU's, or the processor's with the instruction set that torch uses."""
+    """Returns the device's name for rows: the GPU's, or the processor's with the instruction set that torch uses."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{roof.processor_name()} {torch.backends.cpu.get_cpu_capability()}"

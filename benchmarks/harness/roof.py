@@ -1,4 +1,4 @@
-"""A processor's limits, as `_native.Roof` measures them: multiply-adds, the clock beside them, and moving bytes.
+"""Measures a processor's limits with `_native.Roof`: multiply-adds, the clock beside them, and moving bytes.
 
 Rates are the best of all blocks that ran: a busy host can only lower a rate, and a limit is what nothing exceeds.
 """
@@ -46,7 +46,7 @@ class Roof(Protocol):
 
 
 def isas() -> list[str]:
-    """Instruction sets that can be measured here, the widest first; none where `_native` has not been built."""
+    """Returns the instruction sets that can be measured here, the widest first; none without `_native`."""
     return [] if _native is None else list(_native.roof_isas())
 
 
@@ -119,7 +119,7 @@ class Moves:
             self.rates[kind] = max(self.rates[kind], moved / min(seconds))
 
     def facts(self) -> dict[str, float]:
-        """Bytes per second, read and written ones counted, by the best way of each."""
+        """Returns bytes per second, read and written ones counted, by the best way of each."""
         copy, read, write = (max(self.rates[kind] for kind in kinds) for kinds in (COPIES, READS, WRITES))
         return {"copy_rate": copy, "read_rate": read, "write_rate": write}
 
@@ -130,7 +130,7 @@ class Moves:
 
 
 def rates(multiply_adds: MultiplyAdds, moves: Moves) -> dict[str, Any]:
-    """Keys of a row: the rates of a limit, and where they were measured."""
+    """Returns keys of a row: the rates of a limit, and where they were measured."""
     roof = multiply_adds.roof
     level = level_of(moves.footprint, roof.threads)
     found = {"fma_rate": multiply_adds.rate, "clock": multiply_adds.clock, **moves.facts(), "byte_rate": moves.rate}
@@ -142,7 +142,7 @@ MEMORY = "memory"
 
 @functools.cache
 def cache_levels() -> dict[str, tuple[int, int]]:
-    """Bytes of each cache for data, and the processors that share one; empty where the system does not tell."""
+    """Returns the bytes of each data cache and the number of processors that share it; empty where unknown."""
     found: dict[str, tuple[int, int]] = {}
     for index in sorted(CPU.glob("index*")):
         try:
@@ -157,23 +157,23 @@ def cache_levels() -> dict[str, tuple[int, int]]:
 
 
 def _count(cpus: str) -> int:
-    """Processors in a list such as 0-3,8."""
+    """Counts the processors in a list such as 0-3,8."""
     ends = [part.partition("-") for part in cpus.split(",") if part]
     return sum(int(last or first) - int(first) + 1 for first, _, last in ends) or 1
 
 
 def capacities(threads: int) -> dict[str, int]:
-    """Bytes that the caches of so many threads hold together, level by level."""
+    """Returns the bytes that the caches of this many threads hold together, by level."""
     return {level: size * math.ceil(threads / shared) for level, (size, shared) in cache_levels().items()}
 
 
 def level_of(footprint: int, threads: int) -> str:
-    """The smallest cache that could hold the footprint, by what the system tells of it, or "memory"."""
+    """Returns the smallest cache that could hold the footprint, or "memory"."""
     return next((level for level, size in capacities(threads).items() if footprint <= size), MEMORY)
 
 
 def memory_footprint(threads: int) -> tuple[int, bool]:
-    """Bytes of buffers that no cache helps, four times the largest, and whether memory for as many is free.
+    """Returns the bytes of buffers beyond all caches, four times the largest, and whether so much memory is free.
 
     A quarter of the free memory at most is taken.
     """
@@ -190,7 +190,7 @@ def memory_footprint(threads: int) -> tuple[int, bool]:
 
 @dataclass(frozen=True)
 class Machine:
-    """What rows must share before they may be compared."""
+    """Facts that rows must share before they may be compared."""
 
     cpu: str
     isa: str
@@ -203,7 +203,7 @@ class Machine:
 
 
 def processor_name() -> str:
-    """The model, as the system calls it."""
+    """Returns the processor's model, by its name in the system."""
     model = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).exists():
         names = (line.partition(":")[2] for line in info.read_text().splitlines() if line.startswith("model name"))
@@ -221,7 +221,7 @@ def machine(isa: str, threads: int) -> Machine:
 
 
 def multiply_adds_of_all(threads: Sequence[int], calls: int = 4) -> list[dict[str, Any]]:
-    """Facts of multiply-adds with every instruction set, element type and number of threads."""
+    """Measures multiply-adds with every instruction set, element type and number of threads."""
     works = [
         MultiplyAdds(_native.Roof(isa, count), dtype)
         for isa in isas()
@@ -235,7 +235,7 @@ def multiply_adds_of_all(threads: Sequence[int], calls: int = 4) -> list[dict[st
 
 
 def moves_of_all(roof: Roof, most_bytes: int = 0, calls: int = 4) -> list[dict[str, Any]]:
-    """Facts of moving bytes in every cache and in memory.
+    """Measures moving bytes in every cache and in memory.
 
     `enough` is false of the memory's where its buffers are smaller than four times the largest cache, as memory is
     short or `most_bytes` says so.

@@ -1,4 +1,4 @@
-"""What benchmarks of whole training steps share: autocast, the check of the loss, the scale of a case in words."""
+"""Helpers for benchmarks of whole training steps: autocast, a check of the loss, the scale of a case."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from xlayer_ext.testing import relative_error
 
 
 def autocast(dtype: str, device: str) -> AbstractContextManager[Any]:
-    """Autocast for element types of two bytes; nothing for the others."""
+    """Returns autocast for element types of two bytes, and an empty context for the others."""
     element = getattr(torch, dtype)
     return torch.autocast(torch.device(device).type, element) if element.itemsize == 2 else nullcontext()
 
 
 @torch.no_grad()
 def check_loss(what: str, loss_of: Callable[[], Tensor], dtype: str) -> None:
-    """Both backends must find the same loss, with the same dropout; the operators' own benchmarks compare results and
-    gradients closely."""
+    """Checks that both backends compute the same loss, with the same dropout; the operators' own benchmarks compare
+    results and gradients closely."""
     losses = []
     for choice in ("native", "reference"):
         torch.manual_seed(0)
@@ -35,8 +35,9 @@ def check_loss(what: str, loss_of: Callable[[], Tensor], dtype: str) -> None:
 
 
 def scale(paper: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """How a size differs from the paper's: "layers 24→4, d 1024→256"; "" where it does not. A list is one name's
-    numbers in several models."""
+    """Describes how a size differs from the paper's: "layers 24→4, d 1024→256"; "" where it does not.
+
+    A list holds the numbers of several models."""
     return ", ".join(f"{name} {_said(paper[name])}→{_said(here[name])}" for name in paper if paper[name] != here[name])
 
 
@@ -45,7 +46,7 @@ def _said(value: Any) -> str:
 
 
 def times_reference(row: Row, rows: Sequence[Row]) -> float | None:
-    """How many times faster than the same step on the reference backend a row of the native or that backend is."""
+    """Computes the speed of a row of the native or reference backend over the same step on the reference backend."""
     kind, _, how = row.impl.rpartition(" ")
     if how not in ("native", "reference", "eager"):
         return None

@@ -20,7 +20,7 @@ from xlayer_ext._ops.registration import (
 
 
 def _like(given: Tensor | None, like: Tensor) -> Tensor:
-    """A gradient's shape; nothing where nothing was given."""
+    """Makes an empty gradient of the given tensor; of length 0 where there is none."""
     return like.new_empty(0) if given is None else like.new_empty(given.shape, dtype=given.dtype)
 
 
@@ -54,7 +54,7 @@ def _backward_ema_scan(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _check_depth_gru(x: Tensor, weight_ih: Tensor, weight_hh: Tensor, initial: Any) -> tuple[int, int, int]:
-    """Layers, tokens and width."""
+    """Checks the shapes; returns the numbers of layers and tokens, and the width."""
     check_fake(x, x=(x, (None, None, None)), weight_hh=(weight_hh, (None, None)))
     (layers, tokens, inputs), width = x.shape, weight_hh.shape[1]
     matrices = {"weight_hh": (weight_hh, (3 * width, width)), "weight_ih": (weight_ih, (3 * width, inputs))}

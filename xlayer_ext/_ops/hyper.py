@@ -29,7 +29,7 @@ STATISTICS = 3  # numbers that a row's norm keeps for the backward: kHyperStatis
 
 
 def _new_streams(streams: Tensor) -> Tensor:
-    """A new tensor like ``streams [outer, inner, n, d]``, n outside of inner in memory if it is so there."""
+    """Makes an empty tensor like ``streams [outer, inner, n, d]``, with the same order of n and inner in memory."""
     outer, inner, n, d = streams.shape
     if inner > 1 and n > 1 and streams.stride(2) > streams.stride(1):
         return streams.new_empty((outer, n, inner, d)).transpose(1, 2)
@@ -80,7 +80,7 @@ def _check_pre(
 def _check_pre_grads(
     streams: Tensor, grad_x: Tensor, grad_c: Tensor | None, saved: dict[str, Tensor], norm: int
 ) -> None:
-    """Checks the gradients that come to what pre returns, and ``saved``, what it kept."""
+    """Checks the gradients of the outputs of pre, and ``saved``, the tensors that it keeps."""
     check_one_device(streams, grad_x, grad_c, *saved.values())
     outer, inner, n, d = streams.shape
     check_fake(streams, grad_branch_input=(grad_x, (outer, inner, d)))
@@ -156,7 +156,7 @@ def _fake_post_pre_backward(
 
 
 class _Options(NamedTuple):
-    """The arguments of an operator that are no tensors."""
+    """Arguments of an operator that are not tensors."""
 
     norm: int
     form: int

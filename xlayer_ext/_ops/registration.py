@@ -1,4 +1,4 @@
-"""Registers what torch asks of an operator: fake tensors, its gradient, a way through the transforms of torch.func."""
+"""Registers an operator with torch: fake tensors, its gradient, and the transforms of torch.func."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def register(op: str, fake: Function, backward: Function, setup_context: Functio
 
 
 def register_derivative(op: str, fake: Function) -> None:
-    """Registers ``xlayer::<op>``, itself a derivative: differentiating it raises one clear line."""
+    """Registers ``xlayer::<op>``, itself a derivative: differentiating it raises."""
 
     def backward(ctx: Any, *grads: Tensor) -> None:
         raise no_second_derivative(op)
@@ -122,7 +122,7 @@ def check_fake_as(dtype: torch.dtype, **expected: tuple[Tensor | None, Sequence[
 
 
 def accumulation(tensor: Tensor) -> torch.dtype:
-    """Returns the dtype that the operators add up in: float64 for float64, else float32."""
+    """Returns the accumulation dtype: float64 for float64, else float32."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 

@@ -1,4 +1,4 @@
-r"""A state that every token carries across the layers of a model, fed by what it taps of each layer.
+r"""Aggregation over depth: a state that every token carries across the layers, updated by a tap of each layer.
 
 :func:`ema_scan` is a gated average with LayerNorm of the taps fused in: one pass over memory. :func:`depth_gru` is a
 gated recurrent unit that treats depth as time. :func:`depth_attention` lets the state attend to its last few taps. All
@@ -49,7 +49,7 @@ def ema_scan(
     eps: float = 1e-5,
     last_only: bool = False,
 ) -> Tensor:
-    r"""A gated average over depth: :math:`S_l = (1 - \sigma(a_l))\, S_{l-1} + \sigma(a_l)\, x_l`.
+    r"""Computes a gated average over depth: :math:`S_l = (1 - \sigma(a_l))\, S_{l-1} + \sigma(a_l)\, x_l`.
 
     With ``norm_weight`` the taps are normalized on the way, :math:`x_l` above being their LayerNorm over d. In units of
     d per token the least traffic is 2L for all states, L + 1 for the last, and in the backward 3L and 2L; nothing but
@@ -123,7 +123,7 @@ def depth_gru(
     bias_hh: Tensor | None = None,
     initial: Tensor | None = None,
 ) -> Tensor:
-    r"""A gated recurrent unit over depth, with the parameters of :class:`torch.nn.GRUCell` and its results:
+    r"""Computes a gated recurrent unit over depth, with the parameters and results of :class:`torch.nn.GRUCell`:
 
     .. math::
         r &= \sigma(W_{ir} x_l + b_{ir} + W_{hr} h_{l-1} + b_{hr}) \\
@@ -192,7 +192,7 @@ def depth_attention(
     heads: int = 1,
     memory: int = 4,
 ) -> Tensor:
-    r"""A state that attends, layer by layer, to its last ``memory`` taps, the present one included:
+    r"""Computes a state that attends, layer by layer, to its last ``memory`` taps, the present one included:
 
     .. math::
         S_l = S_{l-1} + W_o\, \mathrm{Attention}(W_q S_{l-1};\ W_k x_j,\ W_v x_j,\ l - \mathrm{memory} < j \le l)
@@ -255,7 +255,7 @@ def depth_attention(
 
 
 def _cast_together(named: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Checked, and in one dtype on one device."""
+    """Checks the tensors, applies autocast, and checks that they share dtype and device."""
     check_floats(**named)
     named = dict(zip(named, autocast(*named.values()), strict=True))
     check_common(**named)
@@ -271,7 +271,7 @@ def _check_initial(initial: Tensor | None, x: Tensor, shape: torch.Size) -> None
 
 
 def _flat(x: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The taps as ``[L, N, d]``, the initial state as ``[N, d]``."""
+    """Reshapes the taps to ``[L, N, d]`` and the initial state to ``[N, d]``."""
     tokens = math.prod(x.shape[1:-1])
     start = None if initial is None else initial.reshape(tokens, initial.shape[-1])
     return x.reshape(x.shape[0], tokens, x.shape[-1]), start

@@ -59,7 +59,7 @@ def hdim_attention(
     activation: Activation = "relu",
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Attention with a pair MLP as its scorer.
+    r"""Computes attention with a pair MLP as its scorer.
 
     .. math::
         \ell_{ij} = w_2 \cdot \mathrm{act}\big(W_1 [q_i;\, k_j;\, q_i \circ k_j;\, |q_i - k_j|] + b_1\big) + b_2,
@@ -150,7 +150,7 @@ def bilinear_attention(
     temperature: float = 1.0,
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Attention with a bilinear scorer, :math:`\ell_{ij} = q_i W_b k_j^\top`.
+    r"""Computes attention with a bilinear scorer, :math:`\ell_{ij} = q_i W_b k_j^\top`.
 
     Runs through :func:`torch.nn.functional.scaled_dot_product_attention`, unless the entropy is wanted, which needs the
     softmax itself. Masks, shapes, dtypes, autocast and errors as in :func:`hdim_attention`.
@@ -184,7 +184,7 @@ def cosine_attention(
     temperature: float = 1.0,
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Attention with a cosine scorer, :math:`\ell_{ij} = 10 \cos(q_i, k_j)`.
+    r"""Computes attention with a cosine scorer, :math:`\ell_{ij} = 10 \cos(q_i, k_j)`.
 
     Otherwise as :func:`bilinear_attention`; norms are taken in float32 at least and below 1e-8 count as 1e-8.
 
@@ -206,7 +206,7 @@ def cosine_attention(
 
 
 def value_fusion(context: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, mode: Fusion) -> Tensor:
-    r"""First layer of the value MLP: a Linear over blocks made of the context and the receiving token.
+    r"""Computes the first layer of the value MLP, a Linear over blocks made of the context and the receiving token.
 
     ``concat_only`` reads :math:`[c; h]`, ``concat_hadam`` :math:`[c; h; c \circ h]`, ``concat_diff_hadam``
     :math:`[c; h; |c - h|; c \circ h]`. The concatenation is never written: each block meets its own columns of the
@@ -275,7 +275,7 @@ def _dot_product_attention(
     pair_mask: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """The fused attention, with the family's rules for masks; cosine where there is no bilinear weight."""
+    """Computes fused attention with the mask rules of the family; by cosine where there is no bilinear weight."""
     shape = (*query.shape[:2], value.shape[2])
     if is_empty(shape):
         return with_zero_gradients(query.new_empty(shape), query, key, value, weight)

@@ -38,7 +38,7 @@ __all__ = ["Connection", "hyper_post", "hyper_post_pre", "hyper_pre"]
 
 
 def hyper_pre(streams: Tensor, connection: Connection) -> tuple[Tensor, Tensor]:
-    r"""What a sublayer reads of n residual streams, and its coefficients: :math:`x = \sum_j c_{j0} h_j`.
+    r"""Computes the sublayer input and mixing coefficients of n residual streams: :math:`x = \sum_j c_{j0} h_j`.
 
     The streams are read once, and not changed. Statistics, coefficients and accumulators are float32 (float64 for
     float64). The same input gives the same bits at any number of threads. Autocast changes nothing here.
@@ -74,7 +74,7 @@ def hyper_pre(streams: Tensor, connection: Connection) -> tuple[Tensor, Tensor]:
 
 
 def hyper_post(streams: Tensor, branch_output: Tensor, coefficients: Tensor) -> Tensor:
-    r"""What a sublayer leaves in the streams: :math:`h'_k = c_{k,n+1}\, y + \sum_j c_{jk} h_j`.
+    r"""Computes the streams after a sublayer: :math:`h'_k = c_{k,n+1}\, y + \sum_j c_{jk} h_j`.
 
     Args:
         streams: h, ``[..., n, d]``, as for :func:`hyper_pre`.
@@ -99,7 +99,7 @@ def hyper_post(streams: Tensor, branch_output: Tensor, coefficients: Tensor) -> 
 def hyper_post_pre(
     streams: Tensor, branch_output: Tensor, coefficients: Tensor, connection: Connection
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The boundary between two sublayers: :func:`hyper_post` of one, then :func:`hyper_pre` of the next.
+    """Computes :func:`hyper_post` of one sublayer and :func:`hyper_pre` of the next, fused.
 
     Equal to the two calls, in one pass over memory; 2n+2 units instead of 3n+2, and 3n+3 instead of 8n+3 backward.
 
@@ -125,7 +125,7 @@ def hyper_post_pre(
 
 
 def _checked_connection(streams: Tensor, connection: Connection) -> Connection:
-    """The connection with its tensors in the accumulation type; one without a weight in its plainest form."""
+    """Checks the connection and casts its tensors to the accumulation type; without a weight its form is identity."""
     check_floats(streams=streams)
     n, d = _streams_shape(streams)
     if not isinstance(connection, Connection):
@@ -191,7 +191,7 @@ def _beyond(streams: Tensor) -> str | None:
 
 
 def _grid(tensor: Tensor, tail: int = 2) -> Tensor:
-    """The leading dimensions as two, outer and inner, which is how the operators count tokens."""
+    """Reshapes the leading dimensions to two, outer and inner, as the operators take them."""
     lead = tensor.dim() - tail
     while lead < 2:
         tensor, lead = tensor.unsqueeze(0), lead + 1

@@ -43,7 +43,7 @@ __all__ = ["fsq", "fsq_codes_to_indices", "fsq_indices_to_codes", "vq_nearest", 
 
 
 def vq_nearest(x: Tensor, codebook: Tensor, *, metric: Metric = "euclidean") -> tuple[Tensor, Tensor]:
-    r"""The nearest code of each row: :math:`k_n = \arg\min_k d(x_n, c_k)`.
+    r"""Finds the nearest code of each row: :math:`k_n = \arg\min_k d(x_n, c_k)`.
 
     ``euclidean``: :math:`d = |x - c|^2`; ``cosine``: :math:`d = 1 - \frac{x \cdot c}{|x|\,|c|}`, where a vector of
     length 0 has cosine 0 with all others. Of codes that are equally near the lowest index wins, so of equal codes the
@@ -99,8 +99,9 @@ def vq_nearest(x: Tensor, codebook: Tensor, *, metric: Metric = "euclidean") -> 
 
 
 def vq_statistics(x: Tensor, indices: Tensor, codes: int) -> tuple[Tensor, Tensor]:
-    r"""What falls to each code: :math:`\mathrm{counts}_k = |\{n: i_n = k\}|`, :math:`\mathrm{sums}_k = \sum_{n: i_n =
-    k} x_n`.
+    r"""Counts and sums the rows of each code.
+
+    .. math:: \mathrm{counts}_k = |\{n: i_n = k\}|, \qquad \mathrm{sums}_k = \sum_{n: i_n = k} x_n
 
     Deterministic: the sums are made by halves, in an order that the indices alone decide. No gradient.
 
@@ -138,7 +139,7 @@ def vq_statistics(x: Tensor, indices: Tensor, codes: int) -> tuple[Tensor, Tenso
 def fsq(
     z: Tensor, levels: Sequence[int], *, bound: Bound = "tanh", variant: Variant = "package"
 ) -> tuple[Tensor, Tensor]:
-    r"""Finite scalar quantization: every number of a row is bounded and rounded to one of L levels.
+    r"""Quantizes by finite scalar quantization: bounds every number of a row and rounds it to one of L levels.
 
     ``bound="tanh"``, symmetric around 0, L at least 2: digit :math:`\lfloor (L-1)(\tanh z + 1)/2 + \frac12 \rfloor`,
     code :math:`2\,\mathrm{digit}/(L-1) - 1`. The PyPI package calls it ``preserve_symmetry``.
@@ -186,7 +187,7 @@ def fsq(
 
 
 def fsq_codes_to_indices(codes: Tensor, levels: Sequence[int], *, bound: Bound = "tanh") -> Tensor:
-    """The indices of codes ``[..., c]``, as :func:`fsq` numbers them; a code between two is taken for the nearest."""
+    """Converts codes ``[..., c]`` to the indices of :func:`fsq`; a code between two counts as the nearest."""
     check_floats(codes=codes)
     levels = checked_levels(levels, bound)
     if codes.dim() < 1 or codes.shape[-1] != len(levels):
@@ -199,8 +200,8 @@ def fsq_codes_to_indices(codes: Tensor, levels: Sequence[int], *, bound: Bound =
 def fsq_indices_to_codes(
     indices: Tensor, levels: Sequence[int], *, bound: Bound = "tanh", dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """The codes ``[..., c]`` of indices ``[...]`` that :func:`fsq` gave (of digits ``[..., c]`` where the product of
-    levels exceeds 2⁶³): the same bits as its own."""
+    """Converts indices ``[...]`` of :func:`fsq` (digits ``[..., c]`` where the product of levels exceeds 2⁶³) to its
+    codes ``[..., c]``, with the same bits."""
     levels = checked_levels(levels, bound)
     check_int64(indices=indices)
     if dtype not in FLOATS:
@@ -214,7 +215,7 @@ def fsq_indices_to_codes(
 
 
 def checked_levels(levels: Sequence[int], bound: Bound, variant: Variant = "package") -> list[int]:
-    """The levels as a list.
+    """Checks the levels and returns them as a list.
 
     Raises:
         TypeError: they are no sequence of whole numbers.
@@ -243,7 +244,7 @@ def _beyond(levels: Sequence[int]) -> str | None:
 
 
 def _operator_levels(levels: list[int], bound: Bound, variant: Variant) -> tuple[Any, ...]:
-    """levels, shift, half width and middle per dimension, and whether the bound is ``offset``."""
+    """Returns levels, shift, half width and middle per dimension, and whether the bound is ``offset``."""
     if bound == "tanh":
         return levels, [], [], [], False
     columns = zip(*fsq_offsets(levels, variant), strict=True)

@@ -18,7 +18,7 @@ from xlayer_ext.functional._checks import (
 
 
 def masked_mean(x: Tensor, mask: Tensor | None = None) -> Tensor:
-    r"""Mean over the tokens that a mask allows.
+    r"""Computes the mean over the tokens that a mask allows.
 
     .. math:: y_{bh} = \frac{1}{|\{s: m_{bs}\}|} \sum_{s: m_{bs}} x_{bsh}
 
@@ -37,6 +37,7 @@ def masked_mean(x: Tensor, mask: Tensor | None = None) -> Tensor:
 
     Example::
 
+        >>> import torch
         >>> masked_mean(torch.tensor([[[1.0], [3.0], [8.0]]]), torch.tensor([[True, True, False]]))
         tensor([[2.]])
     """

@@ -1,4 +1,4 @@
-"""A state that is carried across the layers of a model: taps of the layers, and three ways to aggregate them."""
+"""Modules for aggregation over depth: taps of the layers of a model, and three ways to aggregate them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ START_LOGIT = -2.0  # of every gate: σ(−2) = 0.119
 
 
 class TapProjector(nn.Module):
-    r"""What a side path reads of every layer's output h:
+    r"""Projects every layer's output h for a side path:
 
     .. math:: z^l = \mathrm{Dropout}(W^l\, \mathrm{pool}(\mathrm{LayerNorm}(h^l)) + b^l)
 
@@ -119,7 +119,7 @@ class TapProjector(nn.Module):
         return torch.stack(list(taps))
 
     def _pool(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Normalized taps ``[L, B, d_model]``, or ``[L, B, S, d_model]`` without a pooling."""
+        """Normalizes and pools the taps to ``[L, B, d_model]``, or ``[L, B, S, d_model]`` without a pooling."""
         if self.pooling in ("first", "last"):
             x = self._edge(x, mask)
         x = F.layer_norm(x, (self.d_model,), eps=self.eps)
@@ -135,7 +135,7 @@ class TapProjector(nn.Module):
         return x
 
     def _edge(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """The first or the last token that counts, of every layer and sequence."""
+        """Selects the first or the last token that the mask allows, of every layer and sequence."""
         if mask is None:
             return x[:, :, 0 if self.pooling == "first" else -1]
         counts = mask.int() if self.pooling == "first" else mask.int().flip(1)
@@ -156,11 +156,11 @@ class _Aggregator(nn.Module):
 
     @property
     def gates(self) -> Tensor | None:
-        """How much of every layer's tap enters the state, ``[L]`` in (0, 1); None where every token has its own."""
+        """Gates of the layers' taps, ``[L]`` in (0, 1); None where every token has its own."""
         return None
 
     def gate_penalty(self, l1: float = 0.0, l2: float = 0.0) -> Tensor:
-        r"""Sparsity of the gates: :math:`l_1 \sum_l \alpha^l + l_2 \sum_l (\alpha^l)^2`.
+        r"""Computes a sparsity penalty of the gates: :math:`l_1 \sum_l \alpha^l + l_2 \sum_l (\alpha^l)^2`.
 
         Raises:
             ValueError: this kind has no gates of its own to be penalized.
@@ -187,7 +187,7 @@ class _Aggregator(nn.Module):
 
 
 class EMAAggregator(_Aggregator):
-    r"""A gated average over depth of what an MLP φ, one for all layers, makes of the taps.
+    r"""Averages the taps over depth with gates, after an MLP φ that all layers share.
 
     .. math::
         S^l = (1 - \alpha^l)\, S^{l-1} + \alpha^l\, \phi(z^l), \qquad \alpha^l = \sigma(a^l), \qquad S^0 = 0
@@ -341,7 +341,7 @@ class GRUAggregator(_Aggregator):
 
     @classmethod
     def from_cell(cls, cell: nn.GRUCell, layers: int) -> GRUAggregator:
-        """The same unit, with a copy of the cell's parameters.
+        """Makes the same unit with a copy of the cell's parameters.
 
         Raises:
             ValueError: the cell has no biases, or reads another width than that of its state.

@@ -28,7 +28,7 @@ torch.utils._pytree._register_namedtuple(FSQOutput, serialized_type_name="xlayer
 
 
 class FSQ(nn.Module):
-    """Finite scalar quantization: a codebook that is a grid, with nothing to learn and no code to die.
+    """Finite scalar quantization: the codebook is a fixed grid, so no code can go unused for good.
 
     Args:
         levels: levels per dimension of the grid, for example ``[8, 5, 5, 5]``.
@@ -86,11 +86,11 @@ class FSQ(nn.Module):
         return FSQOutput(self.project_out(codes.to(z.dtype)).to(z.dtype), indices)
 
     def indices_to_codes(self, indices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Points of the grid ``[..., len(levels)]``, before the linear map out."""
+        """Converts indices to points of the grid ``[..., len(levels)]``, before the linear map out."""
         return XF.fsq_indices_to_codes(indices, self.levels, bound=self.bound, dtype=dtype)
 
     def codes_to_indices(self, codes: Tensor) -> Tensor:
-        """Indices of points of the grid ``[..., len(levels)]``."""
+        """Converts points of the grid ``[..., len(levels)]`` to indices."""
         return XF.fsq_codes_to_indices(codes, self.levels, bound=self.bound)
 
     def extra_repr(self) -> str:

@@ -290,7 +290,7 @@ class QKVMessage(nn.Module):
 
 
 def _zero_unused(source: Tensor, key_mask: Tensor | None, pair_mask: Tensor | None) -> Tensor:
-    """Source tokens that nobody may use as 0: NaN there must not reach the gradient of the projection's weight."""
+    """Zeroes source tokens that no target may use, so that NaN there does not reach the projection's gradient."""
     usable = key_mask
     if pair_mask is not None:
         seen = pair_mask.any(1)

@@ -1,4 +1,4 @@
-"""Hyper-connections as modules: n residual streams that learn what sublayers read of them and leave in them."""
+"""Modules for hyper-connections: n residual streams with learned mixing around every sublayer."""
 
 from __future__ import annotations
 
@@ -46,21 +46,21 @@ class _StreamConnection(nn.Module):
         self.branch = branch
 
     def connection(self) -> Connection:
-        """The parameters in the form that the functional API takes."""
+        """Returns the parameters in the form that the functional API takes."""
         raise NotImplementedError
 
     def pre(self, streams: Tensor) -> tuple[Tensor, Tensor]:
-        """Branch input x ``[..., d]`` and coefficients, of streams in this module's layout."""
+        """Computes branch input x ``[..., d]`` and coefficients from streams in this module's layout."""
         x, coefficients = XF.hyper_pre(self._unpack(streams), self.connection())
         return self._row(x, streams), coefficients
 
     def post(self, streams: Tensor, branch_output: Tensor, coefficients: Tensor) -> Tensor:
-        """The streams after a sublayer, of its output ``[..., d]`` and what :meth:`pre` gave."""
+        """Computes the streams after a sublayer from its output ``[..., d]`` and the coefficients of :meth:`pre`."""
         unpacked = self._unpack(streams)
         return self._pack(XF.hyper_post(unpacked, self._flat(branch_output, unpacked), coefficients), streams)
 
     def boundary(self, streams: Tensor, branch_output: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Post of the sublayer before, then pre of this one, in one pass: streams, branch input, coefficients.
+        """Computes post of the sublayer before and pre of this one, fused: streams, branch input, coefficients.
 
         ``coefficients`` are those of the sublayer before; the result's are this one's.
         """
@@ -216,7 +216,7 @@ class HyperConnection(_StreamConnection):
 
     @classmethod
     def from_hyper_connections(cls, module: nn.Module) -> HyperConnection:
-        """The same connection as a ``HyperConnections`` of the PyPI package, with its weights and branch.
+        """Makes the same connection as a ``HyperConnections`` of the PyPI package, with its weights and branch.
 
         Raises:
             ValueError: it has options that are not here (fractions, several input views, channels first, dropout, …).
@@ -336,8 +336,8 @@ class ManifoldHyperConnection(_StreamConnection):
                 self.static_beta.zero_()
 
     def _start_reading(self) -> Tensor:
-        """Logits of pre ``[n]`` that add up to 1, and differ between sublayers: if all streams were alike to all of
-        them, all would get the same gradients and stay copies of each other."""
+        """Returns logits of pre ``[n]``, which adds up to 1 and differs between sublayers: if all streams were alike
+        to all sublayers, they would get the same gradients and stay copies of each other."""
         n = self.expansion_rate
         if n == 1:
             return torch.tensor([20.0], dtype=torch.float64, device="cpu")  # σ of it is 1 but for 2e-9
@@ -363,7 +363,7 @@ class ManifoldHyperConnection(_StreamConnection):
 
     @classmethod
     def from_hyper_connections(cls, module: nn.Module, *, iterations: int = 20) -> ManifoldHyperConnection:
-        """The same connection as a ``ManifoldConstrainedHyperConnections`` of the PyPI package, with its weights.
+        """Makes the same connection as a ``ManifoldConstrainedHyperConnections`` of the PyPI package, with its weights.
 
         Args:
             module: theirs; ``iterations`` must be said again where it was made with other than 20, for it keeps them
@@ -394,7 +394,7 @@ class ManifoldHyperConnection(_StreamConnection):
 
 
 def expand_streams(x: Tensor, expansion_rate: int, *, packed: bool = False) -> Tensor:
-    """n streams that begin as copies of x: ``[..., d] → [..., n, d]``, or ``[b, ..., d] → [(b n), ..., d]`` if packed.
+    """Copies x to n streams: ``[..., d] → [..., n, d]``, or ``[b, ..., d] → [(b n), ..., d]`` if packed.
 
     Unpacked streams share the memory of ``x`` until the first sublayer writes its own.
 
@@ -412,7 +412,7 @@ def expand_streams(x: Tensor, expansion_rate: int, *, packed: bool = False) -> T
 def reduce_streams(
     streams: Tensor, *, reduce: Reduction = "sum", packed: bool = False, expansion_rate: int | None = None
 ) -> Tensor:
-    """One row of n streams: their ``"sum"`` (the paper) or ``"mean"``. Packed streams need ``expansion_rate``.
+    """Reduces n streams to one by ``"sum"`` (the paper) or ``"mean"``. Packed streams need ``expansion_rate``.
 
     Example::
 
@@ -435,7 +435,7 @@ def reduce_streams(
 
 
 def no_weight_decay(module: nn.Module) -> set[str]:
-    """Names of the parameters of ``module``'s hyper-connections that weight decay is not for, as in the paper.
+    """Names the parameters of ``module``'s hyper-connections that have no weight decay, as in the paper.
 
     That is all but the dynamic weights.
 
@@ -457,7 +457,7 @@ def _parameter(device: torch.device | str | None, dtype: torch.dtype | None, *sh
 
 
 def _folded(weight: Tensor, norm_weight: Tensor) -> Tensor:
-    """A norm's own weight taken into the product that follows: ``[d, m]`` and ``[d]`` to ``[m, d]``."""
+    """Folds a norm's weight ``[d]`` into the matrix ``[d, m]`` of the product that follows; returns ``[m, d]``."""
     return (weight * norm_weight.unsqueeze(1)).t()
 
 

@@ -1,4 +1,4 @@
-"""Vector quantization as a module: a codebook that is learned, or follows its vectors by a moving average."""
+"""Module for vector quantization, with a codebook that is learned or follows its vectors by a moving average."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ torch.utils._pytree._register_namedtuple(VQOutput, serialized_type_name="xlayer_
 
 @dataclass
 class _Record:
-    """What the recomputation of one checkpointed forward must see again."""
+    """State of one checkpointed forward, for its recomputation."""
 
     shape: torch.Size
     fingerprint: Tensor
@@ -220,7 +220,7 @@ class VectorQuantizer(nn.Module):
         return VQOutput(quantized, shaped, loss, perplexity)
 
     def set_codebook(self, codebook: Tensor) -> None:
-        """Takes over codes ``[K, D]`` or ``[h, K, D]``, each with an average count of 1."""
+        """Sets the codes ``[K, D]`` or ``[h, K, D]``, each with an average count of 1."""
         check_floats(codebook=codebook)
         if codebook.shape[-2:] != self.codebook.shape[1:] or codebook.numel() != self.codebook.numel():
             raise ValueError(f"codebook must have shape {list(self.codebook.shape)}, got {list(codebook.shape)}")
@@ -232,7 +232,7 @@ class VectorQuantizer(nn.Module):
             self.initialized.fill_(True)
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
-        """Codes ``[..., h·codebook_dim]`` of indices as the module gives them, before the linear map out; 0 for -1."""
+        """Converts the module's indices to codes ``[..., h·codebook_dim]``, before the linear map out; 0 for -1."""
         check_int64(indices=indices)
         if self.codebooks > 1 and (indices.dim() < 1 or indices.shape[-1] != self.codebooks):
             raise ValueError(f"indices must have shape [..., {self.codebooks}], got {list(indices.shape)}")
@@ -246,7 +246,7 @@ class VectorQuantizer(nn.Module):
         return f"{self.dim}, {self.codebook_size}, codebooks={self.codebooks}, metric={self.metric!r}, ema={self.ema}"
 
     def _quantize(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Straight-through codes, indices, loss and perplexity of vectors ``[h, N, D]``."""
+        """Computes straight-through codes, indices, loss and perplexity of vectors ``[h, N, D]``."""
         recomputed = self.training and _in_backward()
         if self.training and not recomputed and self.kmeans_init and not self.initialized:
             self._initialize(x.detach(), mask)
@@ -333,7 +333,7 @@ class VectorQuantizer(nn.Module):
     @torch.compiler.disable
     @torch.no_grad()
     def _initialize(self, x: Tensor, mask: Tensor | None) -> None:
-        """k-means on the vectors of all processes, from rows drawn with the shared seed."""
+        """Initializes the codebook by k-means on the vectors of all processes, from rows drawn with the shared seed."""
         usable = x.isfinite().all(-1) if mask is None else x.isfinite().all(-1) & mask
         for book, generator in enumerate(self._generators()):
             rows = x[book][usable[book]].float()
@@ -357,7 +357,7 @@ class VectorQuantizer(nn.Module):
 
     @torch.compiler.disable
     def _seen_codebook(self, x: Tensor, recomputed: bool) -> Tensor:
-        """The codebook of this forward, or of the one that is being recomputed.
+        """Returns the codebook of this forward, or of the one that is being recomputed.
 
         Only forwards that may be recomputed are remembered: those without gradients (the first pass of reentrant
         checkpointing) and those whose saved tensors go through hooks (the other kind). They are found again by their
@@ -408,14 +408,14 @@ def _in_backward() -> bool:
 
 
 def _look_up(book: Tensor, indices: Tensor) -> Tensor:
-    """Rows ``[h, N, D]`` of ``book [h, K, D]``; -1 gives row 0, which is masked later."""
+    """Looks up rows ``[h, N, D]`` of ``book [h, K, D]``; -1 gives row 0, which is masked later."""
     codes = book.shape[1]
     offset = torch.arange(book.shape[0], device=book.device).unsqueeze(-1) * codes
     return F.embedding(indices.clamp(min=0) + offset, book.flatten(0, 1))
 
 
 def _fingerprint(x: Tensor) -> Tensor:
-    """Two sums, the second with weights that no pattern in x is likely to cancel against; roots are cheap."""
+    """Computes two sums, the second with weights against which no pattern in x is likely to cancel."""
     wide = x.detach().double().flatten()
     return torch.stack([wide.sum(), wide @ torch.arange(1, len(wide) + 1, dtype=wide.dtype, device=x.device).sqrt()])
 
@@ -432,7 +432,7 @@ def _all_reduce(tensor: Tensor) -> Tensor:
 
 
 def _draw(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """``count`` different rows of all processes' ``rows [n, D]`` (fewer where there are fewer), the same everywhere.
+    """Draws ``count`` different rows of all processes' ``rows [n, D]``, or all of them, the same in every process.
 
     Which ones depends on the generator and the joined batch alone. Only drawn rows travel.
     """

@@ -90,7 +90,7 @@ class LayerRouter(nn.Module):
         return self.select(logits)
 
     def logits(self, target_summary: Tensor, source_summaries: Tensor) -> Tensor:
-        """Scores ``[B, n]`` of all n sources, divided by the temperature, float32 at least."""
+        """Computes scores ``[B, n]`` of all n sources, divided by the temperature, float32 at least."""
         check_floats(target_summary=target_summary, source_summaries=source_summaries)
         width = "4H" if self.query_mlp else "H"
         layouts = {"source_summaries": "n B H", "target_summary": f"B {width}"}
@@ -101,7 +101,7 @@ class LayerRouter(nn.Module):
         return (keys.to(statistics) * query.to(statistics)).sum(-1).t() / self.temperature
 
     def select(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Indices and weights ``[B, min(k, n)]`` of the best sources, from their scores ``[B, n]``.
+        """Selects the best sources by their scores ``[B, n]``; returns indices and weights ``[B, min(k, n)]``.
 
         Takes all n where there are fewer than k, as a model's first layers need; calling the module refuses that.
         """
@@ -111,7 +111,7 @@ class LayerRouter(nn.Module):
         return indices, logits.softmax(-1).gather(-1, indices)
 
     def summarize(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
-        """``[B, S, H] → [B, H]``: mean over the tokens that ``mask [B, S]`` allows, or the first token."""
+        """Summarizes ``[B, S, H] → [B, H]``: mean over the tokens that ``mask [B, S]`` allows, or the first token."""
         if self.pool == "mean":
             return XF.masked_mean(hidden, mask)
         check_floats(hidden=hidden)
@@ -119,7 +119,7 @@ class LayerRouter(nn.Module):
         return hidden[:, 0]
 
     def pair_summary(self, hidden: Tensor, mask_a: Tensor, mask_b: Tensor) -> Tensor:
-        """``[a; b; |a − b|; a∘b]``, ``[B, 4H]``, of the means a and b over two sentences, for ``query_mlp``."""
+        """Computes ``[a; b; |a − b|; a∘b]``, ``[B, 4H]``, of the means a and b of two sentences, for ``query_mlp``."""
         a, b = XF.masked_mean(hidden, mask_a), XF.masked_mean(hidden, mask_b)
         return torch.cat([a, b, (a - b).abs(), a * b], dim=-1)
 

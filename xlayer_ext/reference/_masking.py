@@ -53,7 +53,7 @@ def mask_inputs(
 
 
 def attend(logits: Tensor, inputs: MaskedInputs) -> tuple[Tensor, Tensor]:
-    """Masked softmax over keys of ``logits [B, Sq, Sk]``, then the weighted sum of values.
+    """Computes the masked softmax over keys of ``logits [B, Sq, Sk]``, then the weighted sum of values.
 
     Statistics are float32 (float64 for float64). Returns the context ``[B, Sq, H]`` and the mean entropy of the rows
     that have an allowed pair, in nats.

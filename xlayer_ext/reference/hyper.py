@@ -15,7 +15,7 @@ from xlayer_ext.types import Connection
 
 
 def hyper_coefficients(streams: Tensor, connection: Connection) -> Tensor:
-    """Coefficients of a sublayer that finds ``streams [..., n, d]``: ``[..., n, n+2]``, or ``[n, n+2]`` without a
+    """Computes a sublayer's coefficients from ``streams [..., n, d]``: ``[..., n, n+2]``, or ``[n, n+2]`` without a
     weight; in float32 (float64 for float64)."""
     with no_autocast(streams):
         return _coefficients(streams, connection)
@@ -44,7 +44,7 @@ def _coefficients(streams: Tensor, connection: Connection) -> Tensor:
 
 
 def manifold(logits: Tensor, connection: Connection) -> Tensor:
-    """σ, 2σ and Sinkhorn on ``logits [..., n, n+2]``: what ``sinkhorn_rows`` and ``sinkhorn_columns`` do."""
+    """Applies σ, 2σ and Sinkhorn to ``logits [..., n, n+2]``, for ``sinkhorn_rows`` and ``sinkhorn_columns``."""
     first, last = (-1, -2) if connection.form == "sinkhorn_rows" else (-2, -1)
     mixing = logits[..., 1:-1]  # [..., j, i] is M_ij
     # In logarithms: where logits lie far apart, the exponentials of all that a line has may be 0.
@@ -54,7 +54,7 @@ def manifold(logits: Tensor, connection: Connection) -> Tensor:
 
 
 def hyper_pre(streams: Tensor, connection: Connection) -> tuple[Tensor, Tensor]:
-    """Branch input x ``[..., d]`` and coefficients of a sublayer that finds ``streams [..., n, d]``."""
+    """Computes branch input x ``[..., d]`` and coefficients of a sublayer from ``streams [..., n, d]``."""
     coefficients = hyper_coefficients(streams, connection)
     with no_autocast(streams):
         mixed = torch.einsum("...j,...jd->...d", coefficients[..., 0], streams.to(coefficients.dtype))
@@ -62,7 +62,7 @@ def hyper_pre(streams: Tensor, connection: Connection) -> tuple[Tensor, Tensor]:
 
 
 def hyper_post(streams: Tensor, branch_output: Tensor, coefficients: Tensor) -> Tensor:
-    """Streams ``[..., n, d]`` after the sublayer that made ``branch_output [..., d]`` of them."""
+    """Computes streams ``[..., n, d]`` after the sublayer with the output ``branch_output [..., d]``."""
     h, y = streams.to(coefficients.dtype), branch_output.to(coefficients.dtype)
     with no_autocast(streams):
         kept = torch.einsum("...jk,...jd->...kd", coefficients[..., 1:-1], h)
@@ -72,7 +72,8 @@ def hyper_post(streams: Tensor, branch_output: Tensor, coefficients: Tensor) -> 
 def hyper_post_pre(
     streams: Tensor, branch_output: Tensor, coefficients: Tensor, connection: Connection
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`hyper_post` of one sublayer, then :func:`hyper_pre` of the next: streams, branch input, coefficients."""
+    """Computes :func:`hyper_post` of one sublayer, then :func:`hyper_pre` of the next; returns streams, branch input
+    and coefficients."""
     streams = hyper_post(streams, branch_output, coefficients)
     return streams, *hyper_pre(streams, connection)
 
