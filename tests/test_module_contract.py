@@ -464,7 +464,7 @@ def test_choices_are_literals(function: Callable[..., Any]) -> None:
 def test_wrong_choices_fail_a_strict_type_check() -> None:
     """`mypy --strict` on a program that uses the package: errors in the lines that say so, and nowhere else."""
     pytest.importorskip("mypy")
-    program = Path(__file__).parent / "typing" / "downstream.py"
+    program = Path(__file__).parent / "typed" / "downstream.py"
     root = Path(__file__).parents[1]
     command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "--no-error-summary"]
     command += ["--config-file=", f"--cache-dir={root / '.mypy_cache' / 'downstream'}", str(program)]
