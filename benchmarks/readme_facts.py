@@ -8,7 +8,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from benchmarks import bench_aggregate, bench_hdim, bench_hyper, bench_hyper_model, bench_quantize
+from benchmarks.cases import aggregate as bench_aggregate
+from benchmarks.cases import hdim as bench_hdim
+from benchmarks.cases import hyper as bench_hyper
+from benchmarks.cases import hyper_model as bench_hyper_model
+from benchmarks.cases import quantize as bench_quantize
 from benchmarks.readme_tables import block, named, percent, power
 
 ROOT = Path(__file__).parents[1]

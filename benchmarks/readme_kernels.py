@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 import statistics
 
-from benchmarks import bench_hdim, bench_hyper_model, bench_quantize, bench_systems
-from benchmarks import bounds as promises
 from benchmarks import readme_tables as tables
-from benchmarks import systems as shapes
+from benchmarks.cases import hdim as bench_hdim
+from benchmarks.cases import hyper_model as bench_hyper_model
+from benchmarks.cases import quantize as bench_quantize
+from benchmarks.cases import system_steps as shapes
+from benchmarks.cases import systems as bench_systems
+from benchmarks.harness import measure as bench
+from benchmarks.harness import training as bench_training
 from benchmarks.readme_tables import block, milliseconds, named, table, without_empty
-from xlayer_ext import bench, bench_training
+from benchmarks.report import bounds as promises
 
 PACKAGES = {"hyper": "hyper-connections", "quantize": "vector-quantize-pytorch"}
 

@@ -12,10 +12,9 @@ from torch import Tensor
 
 import emulation
 import seeding
-from benchmarks.bench_hdim import bias_without_kinks
 from xlayer_ext import _backend, backend, reference
 from xlayer_ext import functional as XF
-from xlayer_ext.bench import relative_error
+from xlayer_ext.testing import bias_without_kinks, oracle_bound, relative_error
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 FLOATS = ("query", "key", "value", "weight1", "bias1", "weight2", "bias2")
@@ -162,7 +161,7 @@ POOLED = 5  # times as many draws where the bound is another error, and not a nu
 
 
 def check_oracle_rule(make: Callable[[], Draw], dtype: torch.dtype, draws: int) -> None:
-    """error ≤ 1.1 × the plain formula's error + 2·eps (float64: 1e-12), for every named result.
+    """Checks the oracle rule (xlayer_ext.testing) for every named result.
 
     The errors are taken over all draws at once: some results have few elements, and the ratio of two errors of a single
     draw says more about luck than about the implementations. Two errors of n independent elements each have a ratio of
@@ -181,7 +180,7 @@ def _broken_rules(draws: list[Draw], dtype: torch.dtype) -> list[str]:
     for name, first in draws[0].actual.items():
         assert first.dtype == draws[0].plain[name].dtype and first.shape == draws[0].plain[name].shape, name
         error, plain_error = (relative_error(joined(side, name), joined("exact", name)) for side in ("actual", "plain"))
-        bound = 1e-12 if dtype == torch.float64 else 1.1 * plain_error + 2 * torch.finfo(dtype).eps
+        bound = oracle_bound(plain_error, dtype)
         if not error <= bound:
             broken.append(f"{name}: error {error:.2e} exceeds {bound:.2e} ({dtype})")
     return broken

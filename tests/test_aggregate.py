@@ -25,7 +25,7 @@ from oracle import (
 )
 from xlayer_ext import backend
 from xlayer_ext import functional as XF
-from xlayer_ext.bench import relative_error
+from xlayer_ext.testing import relative_error
 
 NORMS = ("none", "weight", "affine")
 

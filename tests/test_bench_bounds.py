@@ -8,18 +8,19 @@ from typing import Any
 
 import pytest
 
-from benchmarks import bounds, report, suite
-from benchmarks.bounds import LIMIT, MEMORY, SPEED, TIME, Bound
-from xlayer_ext import bench, bench_suite
+from benchmarks.harness import cases as harness_cases
+from benchmarks.harness import measure
+from benchmarks.report import bounds, page, suite
+from benchmarks.report.bounds import LIMIT, MEMORY, SPEED, TIME, Bound
 
 WHERE = ("f", "op", "case", "fwd")
 MACHINE = {"cpu": "a", "isa": "avx2", "cores": 2, "threads": 2, "caches": {}}
 
 
-def row(impl: str = "native", ms: float = 2.0, **changes: Any) -> bench.Row:
+def row(impl: str = "native", ms: float = 2.0, **changes: Any) -> measure.Row:
     values = {"family": "f", "op": "op", "case": "case", "pass_": "fwd", "dtype": "float32", "device": "cpu"}
     values |= {"impl": impl, "ms_median": ms, "ms_min": ms, "bytes": 1, "flops": 1, "peak_bytes": 1_000_000}
-    return bench.Row(**(values | {"fraction_of_limit": 0.5, "extra": {"threads": 2, "machine": MACHINE}} | changes))
+    return measure.Row(**(values | {"fraction_of_limit": 0.5, "extra": {"threads": 2, "machine": MACHINE}} | changes))
 
 
 @pytest.mark.parametrize(
@@ -95,11 +96,11 @@ def test_a_ratio_has_the_room_that_the_limit_leaves() -> None:
 
 
 def test_no_bound_is_beyond_the_limit() -> None:
-    rows = bench.read_rows(bounds.ROWS) if bounds.ROWS.exists() else []
+    rows = measure.read_rows(bounds.ROWS) if bounds.ROWS.exists() else []
     for bound in bounds.BOUNDS:
         most = bounds.possible(bound, rows)
         assert most is None or 0 < bound.value <= most, (bound, most)
-    assert not bench_suite.beyond(rows)
+    assert not harness_cases.beyond(rows)
 
 
 def test_a_bound_says_what_it_promises() -> None:
@@ -119,7 +120,7 @@ def test_a_bound_says_what_it_promises() -> None:
 def test_every_bound_is_of_a_row_that_a_script_makes() -> None:
     options = argparse.Namespace(device="cpu", dtype=["float32"])
     impls = {
-        (case.family, case.op, case.name, case.pass_): {*bench_suite.IMPLS, *case.peers}
+        (case.family, case.op, case.name, case.pass_): {*harness_cases.IMPLS, *case.peers}
         for module in suite.load([], suite.PLANS["full"])
         for case in module.make_cases(options)
     }
@@ -132,10 +133,10 @@ def test_the_command_fails_unless_all_hold(tmp_path, monkeypatch, capsys) -> Non
     monkeypatch.setattr(bounds, "BOUNDS", (Bound(*WHERE, LIMIT, 0.5),))
     path = tmp_path / "rows.jsonl"
     for fraction, code, says in ((0.4, 1, "0.4 +✗"), (0.6, 0, "0.6 +✓")):
-        bench.write_rows(path, [row(fraction_of_limit=fraction)])
+        measure.write_rows(path, [row(fraction_of_limit=fraction)])
         assert bounds.main([str(path)]) == code
         assert re.search(rf"op +case +fwd +≥ 0\.5 of the limit +{says}", capsys.readouterr().out)
-    bench.write_rows(other := tmp_path / "other.jsonl", [row(op="another")])
+    measure.write_rows(other := tmp_path / "other.jsonl", [row(op="another")])
     assert bounds.main([str(other)]) == 1
     assert "1 are not measured" in capsys.readouterr().out
 
@@ -143,6 +144,6 @@ def test_the_command_fails_unless_all_hold(tmp_path, monkeypatch, capsys) -> Non
 def test_a_report_shows_the_bounds_of_its_own_rows() -> None:
     asked = next(bound for bound in bounds.BOUNDS if bound.family == "quantize" and bound.what == MEMORY)
     named = {"family": asked.family, "op": asked.op, "case": asked.case}
-    assert report.promises([row()]).rows == []
-    table = report.promises([row(**named, peak_bytes=70_000_000)])
+    assert page.promises([row()]).rows == []
+    table = page.promises([row(**named, peak_bytes=70_000_000)])
     assert [asked.op, asked.case, asked.pass_, "≤ 64 MB", "70.0 MB", "✗"] in table.rows

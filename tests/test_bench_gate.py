@@ -11,28 +11,33 @@ from typing import Any
 
 import pytest
 import torch
+from xlayer_ext.memory import keep_freed_memory
 
-from benchmarks import bench_aggregate, bench_hdim, bench_hyper, bench_quantize, bench_routing
-from xlayer_ext import bench
+from benchmarks.cases import aggregate as aggregate_cases
+from benchmarks.cases import hdim as hdim_cases
+from benchmarks.cases import hyper as hyper_cases
+from benchmarks.cases import quantize as quantize_cases
+from benchmarks.cases import routing as routing_cases
+from benchmarks.harness import measure
 
 HYPER = {"op": "boundary", "kind": "dhc", "size": [1, 256, 512, 4], "packed": False}
 NEAREST = {"op": "nearest", "how": "euclidean", "size": [512, 2048, 64]}
 SCAN = {"op": "ema", "size": [12, 512, 256]}
 CASES = {
-    "hdim forward": (2.0, bench_hdim, {"pass_": "fwd", "size": [2, 128, 24, 96, 256]}),
-    "hdim forward and backward": (1.5, bench_hdim, {"pass_": "fwd+bwd", "size": [2, 128, 24, 96, 256]}),
-    "hyper boundary forward": (1.5, bench_hyper, {"pass_": "fwd", **HYPER}),
-    "hyper boundary backward": (1.5, bench_hyper, {"pass_": "bwd", **HYPER}),
-    "nearest code": (1.0, bench_quantize, {"pass_": "fwd", **NEAREST}),
-    "EMA scan forward": (1.5, bench_aggregate, {"pass_": "fwd", **SCAN}),
-    "EMA scan forward and backward": (1.3, bench_aggregate, {"pass_": "fwd+bwd", **SCAN}),
-    "masked mean": (1.0, bench_routing, {"pass_": "fwd", "size": [8, 512, 512]}),
+    "hdim forward": (2.0, hdim_cases, {"pass_": "fwd", "size": [2, 128, 24, 96, 256]}),
+    "hdim forward and backward": (1.5, hdim_cases, {"pass_": "fwd+bwd", "size": [2, 128, 24, 96, 256]}),
+    "hyper boundary forward": (1.5, hyper_cases, {"pass_": "fwd", **HYPER}),
+    "hyper boundary backward": (1.5, hyper_cases, {"pass_": "bwd", **HYPER}),
+    "nearest code": (1.0, quantize_cases, {"pass_": "fwd", **NEAREST}),
+    "EMA scan forward": (1.5, aggregate_cases, {"pass_": "fwd", **SCAN}),
+    "EMA scan forward and backward": (1.3, aggregate_cases, {"pass_": "fwd+bwd", **SCAN}),
+    "masked mean": (1.0, routing_cases, {"pass_": "fwd", "size": [8, 512, 512]}),
 }
 
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    bench.keep_freed_memory()  # as in a benchmark: page faults are no part of a kernel
+    keep_freed_memory()  # as in a benchmark: page faults are no part of a kernel
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -43,9 +48,9 @@ def speed_up(module: Any, arguments: dict[str, Any]) -> float:
     given = {"dtype": "float32", "device": "cpu", **arguments}
     try:
         works = {impl: module.build(impl=impl, **given) for impl in ("native", "eager")}
-    except bench.Unavailable as reason:
+    except measure.Unavailable as reason:
         pytest.skip(str(reason))
-    times = bench.compare(works, seconds=0.5, min_rounds=7, turn_seconds=0.02)
+    times = measure.compare(works, seconds=0.5, min_rounds=7, turn_seconds=0.02)
     return times["eager"].median / times["native"].median
 
 

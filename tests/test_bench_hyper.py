@@ -7,9 +7,12 @@ import sys
 import pytest
 import torch
 
-from benchmarks import bench_hyper, bench_hyper_model
+from benchmarks.cases import hyper as hyper_cases
+from benchmarks.cases import hyper_model as hyper_model_cases
+from benchmarks.harness import cases as harness_cases
+from benchmarks.harness import measure
 from test_bench import linux, make_row
-from xlayer_ext import bench, bench_suite, reference
+from xlayer_ext import reference
 from xlayer_ext._backend import use_native
 
 UNIT = 4 * 512 * 1024 * 4  # bytes of one width-1024 float32 row for each of 4 Ã— 512 tokens
@@ -22,7 +25,7 @@ UNIT = 4 * 512 * 1024 * 4  # bytes of one width-1024 float32 row for each of 4 Ã
 def test_hyper_counts_the_units_of_the_paper_and_pencil(op, forward, backward, kind):
     """n = 4 streams; coefficients and weights come on top, and are next to nothing."""
     assert round(UNIT / 1e6, 2) == 8.39
-    moved = {pass_: bench_hyper.least_bytes(op, pass_, kind, (4, 512, 1024, 4), 4) for pass_ in bench.PASSES}
+    moved = {pass_: hyper_cases.least_bytes(op, pass_, kind, (4, 512, 1024, 4), 4) for pass_ in measure.PASSES}
     assert forward <= moved["fwd"] / UNIT < forward + 0.1
     assert backward <= moved["bwd"] / UNIT < backward + 0.2
     assert moved["fwd+bwd"] == moved["fwd"] + moved["bwd"]
@@ -31,27 +34,27 @@ def test_hyper_counts_the_units_of_the_paper_and_pencil(op, forward, backward, k
 def test_hyper_counts_the_bytes_of_its_tensors():
     """Against the tensors themselves: inputs once and outputs once, and again with gradients."""
     size = (2, 24, 32, 4)
-    for kind in bench_hyper.KINDS:
-        given = bench_hyper.make_inputs(kind, size, False, "float32", "cpu")
+    for kind in hyper_cases.KINDS:
+        given = hyper_cases.make_inputs(kind, size, False, "float32", "cpu")
         for op in ("pre", "post", "boundary"):
-            inputs = sum(tensor.nbytes for tensor in bench_hyper.leaves_of(op, given).values())
-            outputs = sum(tensor.nbytes for tensor in bench_hyper.OPERATORS[op](reference, given))
-            assert bench_hyper.least_bytes(op, "fwd", kind, size, 4) == inputs + outputs
-            assert bench_hyper.least_bytes(op, "bwd", kind, size, 4) == 2 * inputs + outputs
+            inputs = sum(tensor.nbytes for tensor in hyper_cases.leaves_of(op, given).values())
+            outputs = sum(tensor.nbytes for tensor in hyper_cases.OPERATORS[op](reference, given))
+            assert hyper_cases.least_bytes(op, "fwd", kind, size, 4) == inputs + outputs
+            assert hyper_cases.least_bytes(op, "bwd", kind, size, 4) == 2 * inputs + outputs
 
 
 def test_hyper_counts_multiply_adds():
     size = (2, 3, 8, 4)
     mixing, logits = 2 * 6 * 4 * 8, 2 * 6 * 4 * 6 * 8
-    assert bench_hyper.least_flops("pre", "fwd", "shc", size) == mixing
-    assert bench_hyper.least_flops("pre", "fwd", "dhc", size) == mixing + logits
-    assert bench_hyper.least_flops("pre", "fwd", "mhc", size) == mixing + 4 * logits
-    assert bench_hyper.least_flops("post", "fwd+bwd", "dhc", size) == 3 * 5 * mixing
-    assert bench_hyper.least_flops("boundary", "bwd", "dhc", size) == 2 * (6 * mixing + logits) + 5 * mixing
+    assert hyper_cases.least_flops("pre", "fwd", "shc", size) == mixing
+    assert hyper_cases.least_flops("pre", "fwd", "dhc", size) == mixing + logits
+    assert hyper_cases.least_flops("pre", "fwd", "mhc", size) == mixing + 4 * logits
+    assert hyper_cases.least_flops("post", "fwd+bwd", "dhc", size) == 3 * 5 * mixing
+    assert hyper_cases.least_flops("boundary", "bwd", "dhc", size) == 2 * (6 * mixing + logits) + 5 * mixing
 
 
 def test_hyper_peers_are_timed_where_they_do_the_same():
-    cases = bench_hyper.make_cases(argparse.Namespace(dtype=["float32"], device="cpu"))
+    cases = hyper_cases.make_cases(argparse.Namespace(dtype=["float32"], device="cpu"))
     peers = {(case.op, case.name): case.peers for case in cases}
     assert peers["boundary", "dhc"] == ("native separate",)
     assert peers["pre+post", "dhc-rms"] == ("hyper-connections", "hyper-connections compile")
@@ -59,26 +62,26 @@ def test_hyper_peers_are_timed_where_they_do_the_same():
     assert {case.dtype for case in cases if case.name == "dhc-bf16"} == {"bfloat16"}
 
 
-@pytest.mark.parametrize("kind", [kind for kind in bench_hyper.KINDS if bench_hyper.KINDS[kind].peer])
+@pytest.mark.parametrize("kind", [kind for kind in hyper_cases.KINDS if hyper_cases.KINDS[kind].peer])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_hyper_peer_agrees_and_a_wrong_one_is_caught(kind, dtype):
     pytest.importorskip("hyper_connections")
-    given = bench_hyper.make_inputs(kind, (2, 24, 32, 4), True, dtype, "cpu").map(torch.Tensor.requires_grad_)
-    module = bench_hyper.peer_module(kind, given)
-    bench_hyper.check_peer(kind, given, module)
+    given = hyper_cases.make_inputs(kind, (2, 24, 32, 4), True, dtype, "cpu").map(torch.Tensor.requires_grad_)
+    module = hyper_cases.peer_module(kind, given)
+    hyper_cases.check_peer(kind, given, module)
     with torch.no_grad():
         module.static_alpha.copy_(module.static_alpha.flip(0))
     with pytest.raises(AssertionError, match=f"hyper-connections {kind} output 0: differs"):
-        bench_hyper.check_peer(kind, given, module)
+        hyper_cases.check_peer(kind, given, module)
 
 
 def test_a_package_that_is_missing_is_no_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "hyper_connections", None)
-    with pytest.raises(bench.Unavailable, match="pip install hyper-connections"):
-        bench_hyper.build("hyper-connections", "pre+post", "fwd", "dhc-rms", [2, 24, 32, 4], True, "float32", "cpu")
+    with pytest.raises(measure.Unavailable, match="pip install hyper-connections"):
+        hyper_cases.build("hyper-connections", "pre+post", "fwd", "dhc-rms", [2, 24, 32, 4], True, "float32", "cpu")
 
 
-@pytest.mark.parametrize("op", bench_hyper.OPERATORS)
+@pytest.mark.parametrize("op", hyper_cases.OPERATORS)
 def test_hyper_check_catches_a_wrong_kernel(op, monkeypatch):
     class Wrong:
         hyper_pre = staticmethod(lambda h, connection: reference.hyper_pre(1.001 * h, connection))
@@ -86,10 +89,10 @@ def test_hyper_check_catches_a_wrong_kernel(op, monkeypatch):
         hyper_post_pre = staticmethod(lambda h, y, c, connection: reference.hyper_post_pre(h, 1.001 * y, c, connection))
 
     arguments = (op, "dhc", (2, 24, 32, 4), False, "float32", "cpu")
-    check = bench_hyper._check.__wrapped__
-    monkeypatch.setattr(bench_hyper, "functional", reference)
+    check = hyper_cases._check.__wrapped__
+    monkeypatch.setattr(hyper_cases, "functional", reference)
     check(*arguments)
-    monkeypatch.setattr(bench_hyper, "functional", Wrong)
+    monkeypatch.setattr(hyper_cases, "functional", Wrong)
     with pytest.raises(AssertionError, match="exceeds"):
         check(*arguments)
 
@@ -97,11 +100,11 @@ def test_hyper_check_catches_a_wrong_kernel(op, monkeypatch):
 def test_hyper_passes_return_outputs_and_gradients():
     arguments = ("boundary", "dhc", [2, 24, 32, 4], False, "float32", "cpu")
     op, *rest = arguments
-    forward, backward, both = (bench_hyper.build("eager", op, pass_, *rest)() for pass_ in bench.PASSES)
+    forward, backward, both = (hyper_cases.build("eager", op, pass_, *rest)() for pass_ in measure.PASSES)
     assert (len(forward), len(backward), len(both)) == (3, 7, 10)
     for actual, expected in zip([*forward, *backward], both, strict=True):
         torch.testing.assert_close(actual, expected)
-    again = bench_hyper.build("eager", op, "bwd", *rest)
+    again = hyper_cases.build("eager", op, "bwd", *rest)
     for first, second in zip(again(), again(), strict=True):  # its graph is kept
         assert torch.equal(first, second)
 
@@ -110,9 +113,9 @@ def test_hyper_passes_return_outputs_and_gradients():
 def test_hyper_script_prints_its_implementations(tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     chosen = ["--op", "boundary", "pre+post", "--pass", "fwd", "bwd"]
-    assert bench_hyper.main(["--quick", "--no-compile", "--no-memory", "--json", "--out", str(path), *chosen]) == 0
-    rows = [bench.Row.from_json(line) for line in capsys.readouterr().out.splitlines()]
-    assert rows == bench.read_rows(path)
+    assert hyper_cases.main(["--quick", "--no-compile", "--no-memory", "--json", "--out", str(path), *chosen]) == 0
+    rows = [measure.Row.from_json(line) for line in capsys.readouterr().out.splitlines()]
+    assert rows == measure.read_rows(path)
     expected = {"boundary": {"eager"}, "pre+post": {"eager"}}
     if use_native("hyper_post_pre", torch.empty(1)):
         expected["boundary"] |= {"native", "native separate"}
@@ -123,18 +126,18 @@ def test_hyper_script_prints_its_implementations(tmp_path, capsys):
         for pass_ in ("fwd", "bwd"):
             assert {row.impl for row in rows if (row.op, row.pass_) == (op, pass_)} == impls
     assert {row.op for row in rows} == expected.keys()
-    assert "native separate" in bench_suite.format_table(rows) or "native separate" not in expected["boundary"]
+    assert "native separate" in harness_cases.format_table(rows) or "native separate" not in expected["boundary"]
 
 
 @linux
 def test_hyper_model_script_compares_with_plain(capsys):
     pytest.importorskip("xlayer_systems.hyper_lm.model")
     arguments = ["--quick", "--no-compile", "--no-memory"]
-    assert bench_hyper_model.main([*arguments, "--json"]) == 0
-    rows = [bench.Row.from_json(line) for line in capsys.readouterr().out.splitlines()]
+    assert hyper_model_cases.main([*arguments, "--json"]) == 0
+    rows = [measure.Row.from_json(line) for line in capsys.readouterr().out.splitlines()]
     hows = ["reference"] + ["native"] * use_native("hyper_post_pre", torch.empty(1))
     assert {row.impl for row in rows} == {"plain"} | {f"{kind} {how}" for kind in ("shc", "dhc", "mhc") for how in hows}
-    table = bench_hyper_model.format_table(
+    table = hyper_model_cases.format_table(
         [make_row(impl="plain", extra=EXTRA), make_row(impl="dhc native", extra=EXTRA)]
     )
     assert table.splitlines()[-1].split()[-2:] == ["-", "0.500"] and " 1.000 " in table
@@ -149,20 +152,20 @@ def test_hyper_model_counts_what_the_model_has():
     plain = model.HyperTransformer(64, 32, 2, 2, residual="plain")
     parameters = sum(parameter.numel() for parameter in plain.parameters())
     matrices = sum(parameter.numel() for parameter in plain.parameters() if parameter.dim() == 2)
-    assert bench_hyper_model.matrix_elements(size) == (parameters, matrices)
-    assert bench_hyper_model.least_bytes(size, 4, optimizer=False) == 3 * 4 * parameters
-    assert bench_hyper_model.least_flops(size) == 6 * 32 * matrices + 3 * 2 * 2 * 2 * 16 * 16 * 32
+    assert hyper_model_cases.matrix_elements(size) == (parameters, matrices)
+    assert hyper_model_cases.least_bytes(size, 4, optimizer=False) == 3 * 4 * parameters
+    assert hyper_model_cases.least_flops(size) == 6 * 32 * matrices + 3 * 2 * 2 * 2 * 16 * 16 * 32
 
 
 def test_an_optimizer_step_changes_the_parameters():
     pytest.importorskip("xlayer_systems.hyper_lm.model")
     arguments = {"size": [2, 16, 32, 2, 2, 64], "optimizer": True, "dtype": "float32", "device": "cpu"}
-    step = bench_hyper_model.build("dhc reference", **arguments)
+    step = hyper_model_cases.build("dhc reference", **arguments)
     first, second = step()[0], step()[0]
     assert second < first
 
 
 def test_script_names_the_operators_it_knows(capsys):
     with pytest.raises(SystemExit):
-        bench_hyper.main(["--op", "prepost"])
+        hyper_cases.main(["--op", "prepost"])
     assert "unknown op prepost; there are pre+post, pre, post, boundary" in capsys.readouterr().err

@@ -12,26 +12,22 @@ from typing import Any
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import (
-    bench_aggregate,
-    bench_hyper,
-    bench_quantize,
-    numerics,
-    peers,
-    plots,
-    report,
-    scaling,
-    screenshot,
-    suite,
-)
-from xlayer_ext import bench, bench_oracle, bench_suite
+from benchmarks.cases import aggregate as aggregate_cases
+from benchmarks.cases import hyper as hyper_cases
+from benchmarks.cases import peers
+from benchmarks.cases import quantize as quantize_cases
+from benchmarks.harness import cases as harness_cases
+from benchmarks.harness import measure
+from benchmarks.report import numerics, page, plots, scaling, screenshot, suite
+from xlayer_ext import testing
+from xlayer_ext.testing import check_oracle
 
 
-def make_row(**changes: Any) -> bench.Row:
+def make_row(**changes: Any) -> measure.Row:
     values = {"family": "hdim", "op": "hdim_attention", "case": "S128", "pass_": "fwd", "dtype": "float32"}
     values |= {"device": "cpu", "impl": "native", "ms_median": 2.0, "ms_min": 1.5, "bytes": 4_000_000}
     values |= {"flops": 80_000_000, "peak_bytes": None, "fraction_of_limit": 0.5, "extra": {"spread": 0.02}}
-    return bench.Row(**(values | changes))
+    return measure.Row(**(values | changes))
 
 
 ROWS = [
@@ -103,9 +99,9 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("report")
-    bench.write_rows(path / "rows.jsonl", ROWS)
+    measure.write_rows(path / "rows.jsonl", ROWS)
     (path / "found.json").write_text(json.dumps(make_found()))
-    report.write(path)
+    page.write(path)
     return path
 
 
@@ -133,8 +129,8 @@ def test_report_shows_every_picture(folder: Path) -> None:
 
 
 def test_report_names_what_is_wrong() -> None:
-    assert "Wrong" not in report.html(ROWS, make_found(), {})
-    text = report.html([], make_found(failures=["fsq: 3 > 2"]), {})
+    assert "Wrong" not in page.html(ROWS, make_found(), {})
+    text = page.html([], make_found(failures=["fsq: 3 > 2"]), {})
     assert "Wrong" in text and "fsq: 3 &gt; 2" in text
 
 
@@ -142,7 +138,7 @@ def test_a_run_that_was_stopped_early_has_a_report(tmp_path: Path) -> None:
     found = make_found(curves=[], numerics=[])
     del found["limits"]
     (tmp_path / "found.json").write_text(json.dumps(found))
-    assert "a CPU" in report.write(tmp_path).read_text()
+    assert "a CPU" in page.write(tmp_path).read_text()
     assert not list(tmp_path.glob("*.png"))
 
 
@@ -192,22 +188,22 @@ def test_labels_of_the_roofline_overlap_neither_points_nor_one_another() -> None
 
 
 def test_the_tables_of_limits_name_what_is_short() -> None:
-    lines = dict(report.limits(LIMITS).rows)
+    lines = dict(page.limits(LIMITS).rows)
     assert lines["copy, L1, 32 KiB"] == "10.0 GB/s" and lines["torch's GEMM, bfloat16"] == "1000 GFLOP/s"
     assert lines["read, memory, 1024 MiB, less than four times the largest cache: memory is short"] == "20.0 GB/s"
-    (first, _) = report.multiply_adds(LIMITS["multiply_adds"]).rows
+    (first, _) = page.multiply_adds(LIMITS["multiply_adds"]).rows
     assert first == ["avx2", "float32", "2", "200.0", "2.000", "2", "0.980"]
 
 
 def test_a_row_beyond_the_limit_is_seen_and_fails_the_run(tmp_path: Path, monkeypatch) -> None:
     wrong = make_row(fraction_of_limit=1.2, extra={"beyond_limit": True, "bound": "bytes", "bytes_level": "L3"})
-    assert report.times([wrong], "hdim").rows[0][9:11] == ["1.200 BEYOND", "bytes, L3"]
+    assert page.times([wrong], "hdim").rows[0][9:11] == ["1.200 BEYOND", "bytes, L3"]
     options = suite.parser().parse_args([])
     run = suite.Run(options, suite.PLANS["toy"], tmp_path, {"notes": [], "failures": []})
     monkeypatch.setattr(suite, "measure_case", lambda *_: [wrong])
     monkeypatch.setattr(run, "late", lambda: False)
-    case = bench_quantize.make_cases(argparse.Namespace(device="cpu", dtype=["float32"]))[0]
-    suite.measure_cases(run, [(bench_quantize, case)], {"float32": None})  # type: ignore[dict-item]
+    case = quantize_cases.make_cases(argparse.Namespace(device="cpu", dtype=["float32"]))[0]
+    suite.measure_cases(run, [(quantize_cases, case)], {"float32": None})  # type: ignore[dict-item]
     assert "1.20 of the limit, which nothing can exceed" in run.found["failures"][0]
 
 
@@ -255,13 +251,13 @@ def test_recorded_errors_are_not_raised() -> None:
 
     exact = torch.linspace(1, 2, 100, dtype=torch.float64)
     rounded = exact.float()
-    with bench_oracle.recording() as found:
-        bench.check_oracle("good", rounded, exact, rounded)
-        bench.check_oracle("bad", 1.1 * rounded, exact, rounded)
+    with testing.recording() as found:
+        check_oracle("good", rounded, exact, rounded)
+        check_oracle("bad", 1.1 * rounded, exact, rounded)
     assert [(one.name, one.holds, one.dtype) for one in found] == [("good", True, "float32"), ("bad", False, "float32")]
     with pytest.raises(AssertionError):
-        bench.check_oracle("bad", 1.1 * rounded, exact, rounded)
-    case = bench_suite.Case("f", "op", "toy", "fwd", "float32", 1, 1, scaling.exponent, {})
+        check_oracle("bad", 1.1 * rounded, exact, rounded)
+    case = harness_cases.Case("f", "op", "toy", "fwd", "float32", 1, 1, scaling.exponent, {})
     worst = numerics.summary(case, found)
     assert worst is not None and (worst.result, worst.holds, worst.comparisons) == ("bad", False, 2)
     said = numerics.summary(case, [], "other codes")
@@ -296,7 +292,7 @@ def test_one_family_is_its_script_and_more_are_a_suite() -> None:
 @pytest.mark.parametrize(("line", "says"), [("nothing", "unknown family nothing"), ("--out here", "holds results")])
 def test_mistakes_are_one_line(line: str, says: str, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    bench.write_rows(tmp_path / "here" / "rows.jsonl", ROWS)
+    measure.write_rows(tmp_path / "here" / "rows.jsonl", ROWS)
     with pytest.raises(SystemExit):
         suite.main(line.split())
     assert says in capsys.readouterr().err.splitlines()[-1]
@@ -304,7 +300,7 @@ def test_mistakes_are_one_line(line: str, says: str, tmp_path: Path, monkeypatch
 
 def test_quick_has_every_operator_pass_and_package() -> None:
     options = suite.parser().parse_args([])
-    for module in (bench_aggregate, bench_hyper, bench_quantize):
+    for module in (aggregate_cases, hyper_cases, quantize_cases):
         everything = [case for case in module.make_cases(options) if case.suite == "main"]
         quick = suite.chosen(module, options, suite.PLANS["quick"])
         assert len(quick) < len(everything)
@@ -314,24 +310,24 @@ def test_quick_has_every_operator_pass_and_package() -> None:
 
 def test_operators_take_turns() -> None:
     options = suite.parser().parse_args([])
-    cases = [(bench_hyper, case) for case in suite.chosen(bench_hyper, options, suite.PLANS["quick"])]
+    cases = [(hyper_cases, case) for case in suite.chosen(hyper_cases, options, suite.PLANS["quick"])]
     turns = [case.op for _, case in suite.by_turns(cases)]
     assert len(turns) == len(cases)
-    assert set(turns[:4]) == set(turns[4:8]) == set(bench_hyper.OPERATORS)
+    assert set(turns[:4]) == set(turns[4:8]) == set(hyper_cases.OPERATORS)
 
 
 def test_what_is_late_or_wrong_is_said(tmp_path: Path, monkeypatch) -> None:
     options = suite.parser().parse_args(["--minutes", "0"])
     run = suite.Run(options, suite.PLANS["toy"], tmp_path, {"notes": [], "failures": []})
-    case = bench_quantize.make_cases(argparse.Namespace(device="cpu", dtype=["float32"]))[0]
-    suite.measure_cases(run, [(bench_quantize, case)], {"float32": None})  # type: ignore[dict-item]
+    case = quantize_cases.make_cases(argparse.Namespace(device="cpu", dtype=["float32"]))[0]
+    suite.measure_cases(run, [(quantize_cases, case)], {"float32": None})  # type: ignore[dict-item]
     assert run.rows == [] and "1 cases left out" in run.found["notes"][0]
 
-    def wrong(*arguments: Any, **options: Any) -> list[bench.Row]:
+    def wrong(*arguments: Any, **options: Any) -> list[measure.Row]:
         raise AssertionError("error 3 exceeds 2")
 
-    monkeypatch.setattr(bench_suite, "measure", wrong)
-    assert suite.measure_case(run, bench_quantize, case, None, False) == []  # type: ignore[arg-type]
+    monkeypatch.setattr(harness_cases, "measure", wrong)
+    assert suite.measure_case(run, quantize_cases, case, None, False) == []  # type: ignore[arg-type]
     assert "error 3 exceeds 2" in run.found["failures"][0]
 
 
@@ -345,11 +341,11 @@ def test_packages_for_gpus_are_missing_on_a_cpu_with_a_reason() -> None:
 @pytest.mark.slow
 def test_a_whole_run(tmp_path: Path, capsys) -> None:
     assert suite.main(["routing", "--suite", "toy", "--no-memory", "--out", str(tmp_path / "run")]) == 0
-    rows = bench.read_rows(tmp_path / "run" / "rows.jsonl")
+    rows = measure.read_rows(tmp_path / "run" / "rows.jsonl")
     assert {row.op for row in rows} == {"masked_mean"} and {row.pass_ for row in rows} == {"fwd", "fwd+bwd"}
     found = json.loads((tmp_path / "run" / "found.json").read_text())
     assert [level["level"] for level in found["limits"]["levels"]][-1] == "memory"
-    assert found["limits"]["torch_copy_rate"] > 1e6 and set(found["limits"]["gemm_rates"]) == set(bench_suite.DTYPES)
+    assert found["limits"]["torch_copy_rate"] > 1e6 and set(found["limits"]["gemm_rates"]) == set(harness_cases.DTYPES)
     assert found["failures"] == [] and "torch.neg" in found["limits"]["launches"]
     assert "masked_mean" in (tmp_path / "run" / "report.html").read_text()
     assert "toy" in capsys.readouterr().out

@@ -27,7 +27,7 @@ Output = tuple[Tensor, Tensor]
 class HDIMNet(nn.Module):
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        self.message = HDIMMessage(H, 8, 12, dropout=0.0, **options)
+        self.message = HDIMMessage(H, proj_dim=8, mlp_dim=12, dropout=0.0, **options)
 
     def forward(self, layers: Tensor, mask: Tensor) -> Output:
         return self.message(layers[0], layers[1], key_mask=mask, return_entropy=True)
@@ -45,7 +45,7 @@ class QKVNet(nn.Module):
 class RouterNet(nn.Module):
     def __init__(self, weighting: str) -> None:
         super().__init__()
-        self.router = LayerRouter(H, 16, topk=2, weighting=weighting)
+        self.router = LayerRouter(H, route_dim=16, topk=2, weighting=weighting)
 
     def forward(self, layers: Tensor, mask: Tensor) -> Output:
         summaries = torch.stack([self.router.summarize(layer, mask) for layer in layers])

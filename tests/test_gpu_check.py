@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import ncu_table, sanitizer_report
-from xlayer_ext import bench
+from benchmarks.gpu import ncu_table, sanitizer_report
+from benchmarks.harness import measure
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_check.sh"
 PARTS = ("build", "test", "sanitize", "bench", "profile")
@@ -33,7 +33,7 @@ def test_dry_run(tmp_path: Path) -> None:
         "emulator.jsonl",
         *(f"{part}.log" for part in PARTS),
     }
-    rows = bench.read_rows(tmp_path / "emulator.jsonl")
+    rows = measure.read_rows(tmp_path / "emulator.jsonl")
     native = {(row.op, row.dtype, row.pass_) for row in rows if row.impl == "native"}
     assert {row.device for row in rows} == {"emulator"}
     assert native >= {
@@ -164,7 +164,7 @@ def test_tools_are_called_and_judged(tmp_path: Path) -> None:
     calls = (tmp_path / "compute-sanitizer.arguments").read_text().splitlines()
     assert sorted(call.split()[1] for call in calls) == ["initcheck", "memcheck", "racecheck", "synccheck"]
     for call in calls:
-        assert call.endswith("-m benchmarks.gpu_cases --device cuda")
+        assert call.endswith("-m benchmarks.gpu.cases --device cuda")
         assert ("--kernel-name kns=xlayer" in call) == ("initcheck" not in call)  # it must see who else writes
     assert "--clock-control none" in (tmp_path / "ncu.arguments").read_text()
     assert "score: time 1234 us" in run.stdout

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from benchmarks.harness.measure import peak_memory
 from oracle import (
     DTYPES,
     FLOATS,
@@ -33,7 +34,6 @@ from oracle import (
 )
 from xlayer_ext import backend
 from xlayer_ext import functional as XF
-from xlayer_ext.bench import peak_memory
 from xlayer_ext.reference.hdim import pair_features
 
 MASKS = {

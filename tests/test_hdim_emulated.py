@@ -26,8 +26,8 @@ from oracle import (
     without_kinks,
 )
 from xlayer_ext import functional as XF
-from xlayer_ext.bench import relative_error
 from xlayer_ext.reference.hdim import pair_features
+from xlayer_ext.testing import relative_error
 
 pytestmark = pytest.mark.cpu_kernels
 

@@ -24,7 +24,7 @@ H, D, M = 32, 8, 12
 
 
 def message(device: str, dtype: torch.dtype = torch.float64, **options: Any) -> HDIMMessage:
-    return HDIMMessage(H, D, M, **({"dropout": 0.0} | options)).to(device, dtype)
+    return HDIMMessage(H, proj_dim=D, mlp_dim=M, **({"dropout": 0.0} | options)).to(device, dtype)
 
 
 # ---- HDIMMessage -----------------------------------------------------------------------------------------------------
@@ -169,13 +169,17 @@ def test_reset_parameters_restores_the_initial_values(device: str) -> None:
 
 def test_meta_construction_then_materialization() -> None:
     with torch.device("meta"):
-        module = HDIMMessage(H, D, M, alpha_init=0.1)
+        module = HDIMMessage(H, proj_dim=D, mlp_dim=M, alpha_init=0.1)
     module.to_empty(device="cpu").reset_parameters()
     assert module(torch.randn(1, 2, H), torch.randn(1, 3, H)).isfinite().all()
 
 
 def test_repr_tells_the_options() -> None:
-    text = repr(HDIMMessage(H, D, M, fusion="concat_only", share_projections=True, value_residual=True, alpha_init=0.1))
+    text = repr(
+        HDIMMessage(
+            H, proj_dim=D, mlp_dim=M, fusion="concat_only", share_projections=True, value_residual=True, alpha_init=0.1
+        )
+    )
     for part in (
         "proj_dim=8",
         "mlp_dim=12",
@@ -281,7 +285,7 @@ def test_qkv_names_bad_arguments(change: dict[str, Any], error: type[Exception],
     good = {"query": torch.ones(2, 5, 32), "key": torch.ones(2, 7, 32), "value": torch.ones(2, 7, 32)}
     with pytest.raises(error, match=told):
         QKVMessage(4, 8)(**(good | change))
-    with pytest.raises(ValueError, match="3 heads of 8, 24 in all"):
+    with pytest.raises(ValueError, match=r"query must have 24 features \(3 heads × 8\), got 32"):
         QKVMessage(3, 8)(**good)
     with pytest.raises(ValueError, match="dropout must be between 0 and 1"):
         QKVMessage(4, 8, dropout=2.0)

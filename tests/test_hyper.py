@@ -16,8 +16,8 @@ from hyper_tools import KINDS, all_cases, evaluate_formula, evaluate_native, hyp
 from oracle import DTYPES, Draw, assert_near, assert_same_bits, check_oracle_rule, draw, fresh_generator, need_native
 from xlayer_ext import backend, reference
 from xlayer_ext import functional as XF
-from xlayer_ext.bench import relative_error
 from xlayer_ext.functional import Connection
+from xlayer_ext.testing import relative_error
 
 CASES = all_cases()
 DYNAMIC = [kind for kind in KINDS if kind != "shc"]

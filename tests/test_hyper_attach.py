@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from processes import join_processes
-from xlayer_ext.bench import relative_error
+from xlayer_ext.testing import relative_error
 from xlayer_systems.hyper_lm import HyperAttachment, attach
 from xlrb_tools import one_thread
 

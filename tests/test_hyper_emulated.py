@@ -13,7 +13,7 @@ from torch import Tensor
 import emulation
 from hyper_tools import HyperCase, all_cases, evaluate_formula, hyper_case
 from oracle import Draw, Results, assert_near, assert_same_bits, check_oracle_rule, fresh_generator
-from xlayer_ext.bench import relative_error
+from xlayer_ext.testing import relative_error
 
 pytestmark = pytest.mark.cpu_kernels
 

@@ -20,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 from oracle import draw, fresh_generator, need_native
 from processes import join_processes
 from xlayer_ext import backend
-from xlayer_ext.bench import relative_error
 from xlayer_ext.nn import (
     HyperConnection,
     ManifoldHyperConnection,
@@ -28,6 +27,7 @@ from xlayer_ext.nn import (
     no_weight_decay,
     reduce_streams,
 )
+from xlayer_ext.testing import relative_error
 
 D = 12
 Connection = HyperConnection | ManifoldHyperConnection
@@ -59,7 +59,7 @@ def randomize(module: nn.Module, generator: torch.Generator) -> Any:
 
 def make(kind: str, generator: torch.Generator, n: int = 4, device: str = "cpu", **options: Any) -> Any:
     options = {"device": device, "dtype": torch.float64} | options
-    return randomize(KINDS[kind](D, n, layer_index=1, **options), generator)
+    return randomize(KINDS[kind](D, expansion_rate=n, layer_index=1, **options), generator)
 
 
 # ---- The formulas, one number at a time ------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ def test_packed_streams_are_the_same_streams(choice: str, device: str, kind: str
 @pytest.mark.parametrize("lead", [(2,), (2, 5), (2, 3, 5)], ids=str)
 def test_packed_streams_are_not_copied(native_only: str, lead: tuple[int, ...]) -> None:
     """What the operator is given shares the memory of what the module is given, and so back."""
-    module = HyperConnection(D, 4, packed=True).to(native_only)
+    module = HyperConnection(D, expansion_rate=4, packed=True).to(native_only)
     streams = torch.randn(8, *lead[1:], D, device=native_only)
     given = module._unpack(streams)
     assert given.data_ptr() == streams.data_ptr() and given.untyped_storage().nbytes() == streams.nbytes
@@ -230,7 +230,9 @@ def test_it_starts_as_a_residual_connection(device: str, kind: str, n: int) -> N
     x = draw(fresh_generator(), 2, 5, D).to(device)
     streams = expand_streams(x, n)
     for layer in range(3):
-        module = KINDS[kind](D, n, layer_index=layer, branch=torch.sin, device=device, dtype=torch.float64)
+        module = KINDS[kind](
+            D, expansion_rate=n, layer_index=layer, branch=torch.sin, device=device, dtype=torch.float64
+        )
         streams = module(streams)
         x = x + x.sin()
     torch.testing.assert_close(streams, expand_streams(x, n), rtol=1e-7, atol=1e-7)
@@ -240,7 +242,7 @@ def test_it_starts_as_a_residual_connection(device: str, kind: str, n: int) -> N
 def test_manifold_connections_keep_their_promises(device: str, coefficients: str) -> None:
     generator = fresh_generator()
     options = {"coefficients": coefficients, "device": device, "dtype": torch.float64}
-    module = ManifoldHyperConnection(D, 4, **options)
+    module = ManifoldHyperConnection(D, expansion_rate=4, **options)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.copy_(0.3 * draw(generator, *parameter.shape))
@@ -254,19 +256,19 @@ def test_manifold_connections_keep_their_promises(device: str, coefficients: str
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_reset_parameters_restores_the_start(kind: str) -> None:
-    module = KINDS[kind](D, 4, layer_index=2)
+    module = KINDS[kind](D, expansion_rate=4, layer_index=2)
     before = {name: parameter.clone() for name, parameter in module.named_parameters()}
     randomize(module, fresh_generator())
     module.reset_parameters()
     assert all(torch.equal(parameter, before[name]) for name, parameter in module.named_parameters())
     with torch.device("meta"):
-        made = KINDS[kind](D, 4, layer_index=2)
+        made = KINDS[kind](D, expansion_rate=4, layer_index=2)
     made.to_empty(device="cpu").reset_parameters()
     assert all(torch.equal(parameter, before[name]) for name, parameter in made.named_parameters())
 
 
 def test_device_and_dtype_are_those_of_the_parameters_alone() -> None:
-    module = HyperConnection(D, 4, branch=nn.Linear(D, D), dtype=torch.bfloat16, device="meta")
+    module = HyperConnection(D, expansion_rate=4, branch=nn.Linear(D, D), dtype=torch.bfloat16, device="meta")
     own = {parameter for name, parameter in module.named_parameters() if not name.startswith("branch")}
     assert all(parameter.dtype == torch.bfloat16 and parameter.is_meta for parameter in own)
     assert module.branch.weight.dtype == torch.float32 and not module.branch.weight.is_meta
@@ -382,7 +384,7 @@ def test_state_dict_round_trip(kind: str) -> None:
 
 
 def test_weight_decay_is_for_dynamic_weights_alone() -> None:
-    net = nn.ModuleDict({kind: KINDS[kind](D, 4, branch=nn.Linear(D, D)) for kind in KINDS})
+    net = nn.ModuleDict({kind: KINDS[kind](D, expansion_rate=4, branch=nn.Linear(D, D)) for kind in KINDS})
     decayed = {name for name, _ in net.named_parameters()} - no_weight_decay(net)
     assert {name.split(".", 1)[1] for name in decayed} == {
         "dynamic_alpha",
@@ -394,7 +396,7 @@ def test_weight_decay_is_for_dynamic_weights_alone() -> None:
 
 
 def test_repr_tells_the_options() -> None:
-    text = repr(HyperConnection(D, 3, layer_index=2, use_tanh=False, norm="rms", packed=True))
+    text = repr(HyperConnection(D, expansion_rate=3, layer_index=2, use_tanh=False, norm="rms", packed=True))
     for part in ("12, expansion_rate=3", "packed=True", "layer_index=2", "use_tanh=False", "norm='rms'"):
         assert part in text
     assert "static_weights=True" in repr(HyperConnection(D, static_weights=True))
@@ -407,16 +409,19 @@ def test_repr_tells_the_options() -> None:
     ("make_it", "told"),
     [
         (lambda: HyperConnection(0), "hidden_size must be at least 1, got 0"),
-        (lambda: HyperConnection(D, 0), "expansion_rate must be at least 1, got 0"),
+        (lambda: HyperConnection(D, expansion_rate=0), "expansion_rate must be at least 1, got 0"),
         (lambda: HyperConnection(D, norm="batch"), "norm must be one of layer, rms; got 'batch'"),
         (lambda: ManifoldHyperConnection(D, coefficients="x"), "coefficients must be one of paper, per_stream"),
         (lambda: ManifoldHyperConnection(D, iterations=0), "iterations must be at least 1"),
         (lambda: reduce_streams(torch.ones(2, 4, D), reduce="max"), "reduce must be one of sum, mean"),
         (lambda: reduce_streams(torch.ones(8, D), packed=True), "expansion_rate must be given"),
         (lambda: HyperConnection(D, packed=True)(torch.ones(7, 3, D)), r"streams must have shape \[\(b n\), ..., d\]"),
-        (lambda: HyperConnection(D, 4)(torch.ones(2, 3, D)), r"streams must have shape \[..., 4, "),
-        (lambda: HyperConnection(D, 4)(torch.ones(2, 4, D + 1)), f"got .2, 4, {D + 1}"),
-        (lambda: HyperConnection(D, 4, branch=lambda x: x[..., 1:])(torch.ones(2, 4, D)), "branch_output must have"),
+        (lambda: HyperConnection(D, expansion_rate=4)(torch.ones(2, 3, D)), r"streams must have shape \[..., 4, "),
+        (lambda: HyperConnection(D, expansion_rate=4)(torch.ones(2, 4, D + 1)), f"got .2, 4, {D + 1}"),
+        (
+            lambda: HyperConnection(D, expansion_rate=4, branch=lambda x: x[..., 1:])(torch.ones(2, 4, D)),
+            "branch_output must have",
+        ),
     ],
 )
 def test_bad_options_are_named(make_it: Callable[[], Any], told: str) -> None:
@@ -477,7 +482,7 @@ class Block(nn.Module):
 
     def __init__(self, kind: str, index: int) -> None:
         super().__init__()
-        self.first, self.second = (KINDS[kind](D, N, layer_index=2 * index + i) for i in range(2))
+        self.first, self.second = (KINDS[kind](D, expansion_rate=N, layer_index=2 * index + i) for i in range(2))
         self.mlps = nn.ModuleList(nn.Sequential(nn.Linear(D, D), nn.Tanh()) for _ in range(2))
 
     def forward(self, state: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -491,7 +496,7 @@ class Net(nn.Module):
     def __init__(self, kind: str, recompute: bool) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Block(kind, index) for index in range(2))
-        self.last, self.recompute = KINDS[kind](D, N, layer_index=4), recompute
+        self.last, self.recompute = KINDS[kind](D, expansion_rate=N, layer_index=4), recompute
 
     def forward(self, streams: Tensor) -> Tensor:
         state: Any = streams

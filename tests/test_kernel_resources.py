@@ -1,6 +1,6 @@
 """What CUDA kernels use, by ptxas and by their machine code, against what their sources promise.
 
-Directly above a kernel stand comment lines that csrc/native/kernel_resources.py reads:
+Directly above a kernel stand comment lines that tools/kernel_resources.py reads:
 
     // resources: masked_mean_kernel threads 256, registers 64, shared 8256, occupancy 0.5
     // sass: masked_mean_backward_kernel<*, [!1]> LDG.128, only STG.128
@@ -36,7 +36,7 @@ import pytest
 from xlayer_ext import _library, info
 
 ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "csrc" / "native" / "kernel_resources.py"
+SCRIPT = ROOT / "tools" / "kernel_resources.py"
 
 Row = dict[str, Any]
 Opcodes = Mapping[tuple[str, str], set[str]]  # by kernel and architecture

@@ -1,8 +1,18 @@
-"""What every module promises: its start, made again by `reset_parameters` after `to_empty`, and errors that name."""
+"""The contract of every module: its start, which `reset_parameters` makes again, its options, its errors, its types."""
 
 from __future__ import annotations
 
+import copy
+import inspect
+import itertools
+import os
+import pickle
+import subprocess
+import sys
+import typing
 from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.utils._pytree import tree_leaves
 
 import xlayer_ext.nn as xnn
 from oracle import draw, fresh_generator
@@ -28,20 +39,20 @@ RECIPES: dict[str, list[Make]] = {
     "FSQ": [lambda: xnn.FSQ([8, 5, 3]), lambda: xnn.FSQ([8, 5, 3], dim=6)],
     "GRUAggregator": [lambda: xnn.GRUAggregator(3, 8)],
     "HDIMMessage": [
-        lambda: xnn.HDIMMessage(16, 4, 6, value_residual=True, alpha_init=0.1, norm_projections=True),
-        lambda: xnn.HDIMMessage(16, 4, scorer="bilinear", share_projections=True),
-        lambda: xnn.HDIMMessage(16, 4, scorer="cosine"),
+        lambda: xnn.HDIMMessage(16, proj_dim=4, mlp_dim=6, value_residual=True, alpha_init=0.1, norm_projections=True),
+        lambda: xnn.HDIMMessage(16, proj_dim=4, scorer="bilinear", share_projections=True),
+        lambda: xnn.HDIMMessage(16, proj_dim=4, scorer="cosine"),
     ],
     "HyperConnection": [
         lambda: xnn.HyperConnection(8, layer_index=2),
         lambda: xnn.HyperConnection(8, norm="rms"),
-        lambda: xnn.HyperConnection(8, 2, static_weights=True),
+        lambda: xnn.HyperConnection(8, expansion_rate=2, static_weights=True),
     ],
-    "LayerRouter": [lambda: xnn.LayerRouter(16, 4), lambda: xnn.LayerRouter(16, 4, query_mlp=True)],
+    "LayerRouter": [lambda: xnn.LayerRouter(16, route_dim=4), lambda: xnn.LayerRouter(16, route_dim=4, query_mlp=True)],
     "ManifoldHyperConnection": [
         lambda: xnn.ManifoldHyperConnection(8, layer_index=1),
         lambda: xnn.ManifoldHyperConnection(8, coefficients="per_stream"),
-        lambda: xnn.ManifoldHyperConnection(8, 1),
+        lambda: xnn.ManifoldHyperConnection(8, expansion_rate=1),
     ],
     "PerceiverResampler": [lambda: xnn.PerceiverResampler(6, 8, 3, depth=2, heads=2)],
     "QKVMessage": [lambda: xnn.QKVMessage(2, 4), lambda: xnn.QKVMessage(2, 4, extra_value_projection=True)],
@@ -152,7 +163,7 @@ def test_a_branch_is_the_callers() -> None:
 
 def test_seeds_give_the_messages_that_they_gave() -> None:
     """Results that were published with a seed stay: layers are drawn twice, in their order."""
-    module = after_seed(3, lambda: xnn.HDIMMessage(16, 4, 6))
+    module = after_seed(3, lambda: xnn.HDIMMessage(16, proj_dim=4, mlp_dim=6))
     torch.manual_seed(3)
     sizes = [(16, 4, False), (16, 4, False), (16, 6, True), (6, 1, True), (48, 256, True), (256, 16, True)]
     layers = [nn.Linear(i, o, bias=bias) for i, o, bias in sizes]
@@ -274,11 +285,12 @@ MODULE_CALLS: dict[str, tuple[Make, dict[str, Any], dict[str, list[Any]]]] = {
     "HDIMMessage": (lambda: xnn.HDIMMessage(8), {"target": X, "source": X, "key_mask": MASK},
                     {"target": [*NOT_FLOATS, X[0]], "source": [*NOT_FLOATS, X[:1]], "key_mask": NOT_MASKS,
                      "pair_mask": ["x", MASK]}),
-    "HyperConnection": (lambda: xnn.HyperConnection(8, 5), {"streams": X},
+    "HyperConnection": (lambda: xnn.HyperConnection(8, expansion_rate=5), {"streams": X},
                         {"streams": [*NOT_FLOATS, X[:, :4], X[..., :7], X[0, 0]]}),
     "LayerRouter": (lambda: xnn.LayerRouter(8), {"target_summary": X[0], "source_summaries": X},
                     {"target_summary": [*NOT_FLOATS, X], "source_summaries": [*NOT_FLOATS, X[0]]}),
-    "ManifoldHyperConnection": (lambda: xnn.ManifoldHyperConnection(8, 5), {"streams": X}, {"streams": NOT_FLOATS}),
+    "ManifoldHyperConnection": (lambda: xnn.ManifoldHyperConnection(8, expansion_rate=5), {"streams": X},
+                                {"streams": NOT_FLOATS}),
     "PerceiverResampler": (RECIPES["PerceiverResampler"][0], {"x": STATES, "mask": MASK},
                            {"x": [*NOT_FLOATS, X, STATES[0]], "mask": NOT_MASKS}),
     "DiffusionBridge": (RECIPES["DiffusionBridge"][0], {"x": STATES, "mask": MASK, "x_t": SOFT, "t": TIME},
@@ -328,3 +340,136 @@ def test_codes_that_are_not_there_are_named() -> None:
             quantizer.set_codebook(codebook)
     quantizer.set_codebook(torch.ones(2, 5, 4))
     xnn.VectorQuantizer(8, 5).set_codebook(torch.ones(5, 8))
+
+
+# ---- what PyTorch users expect of a module ---------------------------------------------------------------------------
+
+ELSEWHERE = ("xlayer_ext.nn.bridge", "xlayer_ext.nn.diffusion")
+PUBLIC = {name: getattr(xnn, name) for name in xnn.__all__}
+MODULES: dict[str, Any] = {
+    name: kind
+    for name, kind in PUBLIC.items()
+    if isinstance(kind, type) and issubclass(kind, nn.Module) and kind.__module__ not in ELSEWHERE
+}
+SMALL = {name: partial(make, levels=[8, 5, 3], dim=6) if name == "FSQ" else make for name, make, _ in BAD}
+OWN_CASES = [pytest.param(name, make, id=f"{name}-{i}") for name in MODULES for i, make in enumerate(RECIPES[name])]
+
+
+def call(name: str, module: nn.Module, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Calls a module of MODULE_CALLS with its right arguments; returns the tensors that it gives."""
+    arguments = {
+        key: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+        for key, value in MODULE_CALLS[name][1].items()
+    }
+    torch.manual_seed(0)
+    return [leaf for leaf in tree_leaves(module.eval()(**arguments)) if isinstance(leaf, Tensor)]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_device_and_dtype_are_arguments(name: str) -> None:
+    for device, dtype in itertools.product(("cpu", "meta"), (torch.bfloat16, torch.float64)):
+        module = SMALL[name](device=device, dtype=dtype)
+        assert all(tensor.device.type == device for tensor in tensors(module).values())
+        assert all(parameter.dtype == dtype for parameter in module.parameters())
+        kept = torch.promote_types(dtype, torch.float32)  # moving averages
+        assert all(buffer.dtype == kept for buffer in module.buffers() if buffer.is_floating_point())
+        if device == "meta":
+            module.to_empty(device="cpu")
+            spoil(module, False)
+        after_seed(5, module.reset_parameters)
+        assert_same(module, after_seed(5, partial(SMALL[name], dtype=dtype)))
+
+
+@pytest.mark.parametrize(("name", "make"), OWN_CASES)
+def test_repr_tells_the_sizes(name: str, make: Make) -> None:
+    module = make()
+    text = module.extra_repr()
+    assert text and "\n" not in text and repr(module).startswith(f"{name}(")
+    required = [p for p in parameters_of(MODULES[name].__init__) if p.default is p.empty]
+    assert all(str(getattr(module, parameter.name)) in text for parameter in required)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+@pytest.mark.parametrize(("name", "make"), OWN_CASES)
+def test_copies_are_equal_and_apart(name: str, make: Make, copied: Callable[[Any], Any]) -> None:
+    module = make()
+    twin = copied(module)
+    assert_same(twin, module)
+    assert twin.extra_repr() == module.extra_repr()
+    for tensor in tensors(twin).values():
+        tensor.zero_()
+    assert_same(module, copied(module))
+    assert all(mine is not other for mine, other in zip(module.parameters(), twin.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("name", "make"), OWN_CASES)
+def test_a_state_dict_is_the_whole_state(name: str, make: Make) -> None:
+    module, other = after_seed(1, make), after_seed(2, make)
+    other.load_state_dict(pickle.loads(pickle.dumps(module.state_dict())), strict=True)
+    assert_same(other, module)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_copies_compute_the_same(name: str) -> None:
+    module = MODULE_CALLS[name][0]()
+    expected = call(name, module)
+    loaded = MODULE_CALLS[name][0]()
+    loaded.load_state_dict(module.state_dict())
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), loaded):
+        assert all(torch.equal(a, b) for a, b in zip(call(name, twin), expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", MODULES)
+def test_half_bfloat16_and_double_convert_and_compute(name: str, dtype: torch.dtype) -> None:
+    convert = {torch.float16: "half", torch.bfloat16: "bfloat16", torch.float64: "double"}[dtype]
+    module = getattr(MODULE_CALLS[name][0](), convert)()
+    assert all(parameter.dtype == dtype for parameter in module.parameters())
+    results = [tensor for tensor in call(name, module, dtype) if tensor.is_floating_point()]
+    assert all(tensor.isfinite().all() for tensor in results)
+    assert all(tensor.dtype in (dtype, torch.promote_types(dtype, torch.float32)) for tensor in results) or (
+        name == "VectorQuantizer"  # whose loss and perplexity are float32
+    )
+
+
+def parameters_of(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    return [p for p in inspect.signature(function).parameters.values() if p.name not in ("self", "cls")]
+
+
+def constructors() -> Iterator[tuple[str, Callable[..., Any]]]:
+    for name, kind in MODULES.items():
+        yield name, kind.__init__
+        made = (key for key, value in vars(kind).items() if isinstance(value, classmethod))
+        yield from ((f"{name}.{key}", getattr(kind, key)) for key in made)
+    yield from ((name, value) for name, value in PUBLIC.items() if inspect.isfunction(value))
+
+
+CONSTRUCTORS = [pytest.param(function, id=name) for name, function in constructors()]
+
+
+@pytest.mark.parametrize("function", CONSTRUCTORS)
+def test_options_are_given_by_keyword_alone(function: Callable[..., Any]) -> None:
+    wrong = [p.name for p in parameters_of(function) if p.default is not p.empty and p.kind is not p.KEYWORD_ONLY]
+    assert not wrong
+
+
+@pytest.mark.parametrize("function", CONSTRUCTORS)
+def test_choices_are_literals(function: Callable[..., Any]) -> None:
+    hints = {key: hint for key, hint in typing.get_type_hints(function).items() if key != "return"}
+    text = {key for key, hint in hints.items() if str in (hint, *typing.get_args(hint))}
+    assert text <= {"device"}
+
+
+@pytest.mark.slow
+def test_wrong_choices_fail_a_strict_type_check() -> None:
+    """`mypy --strict` on a program that uses the package: errors in the lines that say so, and nowhere else."""
+    pytest.importorskip("mypy")
+    program = Path(__file__).parent / "typed" / "downstream.py"
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "--no-error-summary"]
+    command += ["--config-file=", f"--cache-dir={root / '.mypy_cache' / 'downstream'}", str(program)]
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True, env=os.environ | {"MYPYPATH": str(root)})
+    errors = {int(line.split(":")[1]): line for line in run.stdout.splitlines() if ": error: " in line}
+    lines = program.read_text().splitlines()
+    assert set(errors) == {at for at, line in enumerate(lines, 1) if line.endswith("# wrong")}, run.stdout + run.stderr
+    assert all("[arg-type]" in line for line in errors.values())

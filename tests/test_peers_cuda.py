@@ -20,8 +20,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import bench_hyper, bench_quantize, peers_cuda
-from xlayer_ext import bench, reference
+from benchmarks.cases import hyper as hyper_cases
+from benchmarks.cases import peers_cuda
+from benchmarks.cases import quantize as quantize_cases
+from benchmarks.harness import measure
+from xlayer_ext import reference
+from xlayer_ext.testing import relative_error
 
 SIZE = [2, 6, 32, 4]
 
@@ -134,21 +138,21 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 
 
 @pytest.mark.usefixtures("packages")
-@pytest.mark.parametrize("pass_", bench.PASSES)
+@pytest.mark.parametrize("pass_", measure.PASSES)
 @pytest.mark.parametrize(("op", "outputs"), [("post", 1), ("pre+post", 2)])
 @pytest.mark.parametrize(("package", "dtype"), MEASURED)
 def test_a_package_for_mhc_gives_our_numbers(package: str, dtype: str, op: str, outputs: int, pass_: str) -> None:
-    build = partial(bench_hyper.build, op=op, kind="mhc", size=SIZE, packed=False, dtype=dtype, device="cpu")
+    build = partial(hyper_cases.build, op=op, kind="mhc", size=SIZE, packed=False, dtype=dtype, device="cpu")
     found, expected = (build(impl, pass_=pass_)() for impl in (package, "eager"))
     # Then come gradients of parameters, which are laid out otherwise; `check_mhc` has compared them.
     same = {"fwd": outputs, "bwd": 2, "fwd+bwd": outputs + 2}[pass_]
     for one, other in zip(found[:same], expected[:same], strict=True):
-        assert bench.relative_error(one, other) < TOLERANCE[dtype]
+        assert relative_error(one, other) < TOLERANCE[dtype]
 
 
 @pytest.mark.usefixtures("packages")
 def test_the_backward_of_pre_gives_a_gradient_for_each_input() -> None:
-    gradients = bench_hyper.build("liger-kernel", "pre", "bwd", "mhc", SIZE, False, "bfloat16", "cpu")()
+    gradients = hyper_cases.build("liger-kernel", "pre", "bwd", "mhc", SIZE, False, "bfloat16", "cpu")()
     b, s, d, n = SIZE
     shapes = [(b, s, n, d), (n * d, n * (n + 2)), (n * (n + 2),), (), (), ()]
     assert [tuple(gradient.shape) for gradient in gradients] == shapes
@@ -158,12 +162,12 @@ def test_the_backward_of_pre_gives_a_gradient_for_each_input() -> None:
 @pytest.mark.usefixtures("packages")
 @pytest.mark.parametrize(("package", "dtype"), MEASURED)
 def test_coefficients_are_ours(package: str, dtype: str) -> None:
-    given = bench_hyper.make_inputs("mhc", SIZE, False, dtype, "cpu")
+    given = hyper_cases.make_inputs("mhc", SIZE, False, dtype, "cpu")
     x, post, mixing = peers_cuda.mhc(package, "pre", *given)[0]()
     expected, coefficients = reference.hyper_pre(given.streams, given.connection)
-    assert bench.relative_error(x, expected) < TOLERANCE[dtype]
-    assert bench.relative_error(post, coefficients[..., -1:]) < TOLERANCE[dtype]
-    assert bench.relative_error(mixing, coefficients[..., 1:-1]) < TOLERANCE[dtype]
+    assert relative_error(x, expected) < TOLERANCE[dtype]
+    assert relative_error(post, coefficients[..., -1:]) < TOLERANCE[dtype]
+    assert relative_error(mixing, coefficients[..., 1:-1]) < TOLERANCE[dtype]
 
 
 def transposed(x: Tensor, f_out: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
@@ -189,35 +193,35 @@ def fails(x: Tensor, h_pre: Tensor) -> Tensor:
 )
 def test_what_differs_or_fails_is_left_out(member: str, wrong: Callable[..., Any], says: str, monkeypatch):
     monkeypatch.setattr(sys.modules["liger_kernel.transformers.functional"], member, wrong)
-    given = bench_hyper.make_inputs("mhc", SIZE, False, "float32", "cpu")
-    with pytest.raises(bench.Unavailable, match=says):
+    given = hyper_cases.make_inputs("mhc", SIZE, False, "float32", "cpu")
+    with pytest.raises(measure.Unavailable, match=says):
         peers_cuda.mhc("liger-kernel", "pre+post", *given)
 
 
 @pytest.mark.usefixtures("packages")
 def test_what_a_package_cannot_take_is_said() -> None:
-    given = bench_hyper.make_inputs("mhc", SIZE, False, "float32", "cpu")
-    with pytest.raises(bench.Unavailable, match="takes bfloat16"):
+    given = hyper_cases.make_inputs("mhc", SIZE, False, "float32", "cpu")
+    with pytest.raises(measure.Unavailable, match="takes bfloat16"):
         peers_cuda.mhc("tile-kernels", "pre", *given)
     scale = torch.arange(6.0)
     uneven = given._replace(connection=given.connection._replace(scale=scale))
-    with pytest.raises(bench.Unavailable, match="one scale"):
+    with pytest.raises(measure.Unavailable, match="one scale"):
         peers_cuda.mhc("liger-kernel", "pre", *uneven)
 
 
 def test_cases_of_a_gpu_name_them_and_those_of_a_cpu_do_not() -> None:
     for device, there in (("cpu", False), ("cuda", True)):
         options = argparse.Namespace(device=device, dtype=["bfloat16"])
-        hyper = {(case.op, case.name, case.pass_): case.peers for case in bench_hyper.make_cases(options)}
+        hyper = {(case.op, case.name, case.pass_): case.peers for case in hyper_cases.make_cases(options)}
         assert ("liger-kernel" in hyper["pre+post", "mhc", "bwd"]) is there
         assert ("tile-kernels" in hyper["pre", "mhc", "fwd"]) is there
         assert "tile-kernels" not in hyper["pre", "mhc", "fwd+bwd"] + hyper["boundary", "mhc", "fwd"]
         assert not set(peers_cuda.MHC) & {*hyper["pre+post", "dhc", "fwd"], *hyper["pre+post", "mhc-stream", "fwd"]}
-        nearest = [case.peers for case in bench_quantize.make_cases(options) if case.op == "nearest"]
+        nearest = [case.peers for case in quantize_cases.make_cases(options) if case.op == "nearest"]
         assert all((peers_cuda.CUVS in peers) is there for peers in nearest)
 
 
-@pytest.mark.parametrize("script", [bench_hyper, bench_quantize])
+@pytest.mark.parametrize("script", [hyper_cases, quantize_cases])
 def test_a_script_finds_them_without_its_package(script: ModuleType, tmp_path: Path) -> None:
     command = [sys.executable, str(script.__file__), "--help"]
     assert "--suite" in subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
@@ -270,19 +274,19 @@ def cuvs(monkeypatch: pytest.MonkeyPatch, on_cpu: None) -> None:
 @pytest.mark.parametrize("how", ["euclidean", "cosine"])
 def test_cuvs_finds_our_codes(how: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = {"op": "nearest", "pass_": "fwd", "how": how, "size": [200, 37, 16], "dtype": dtype, "device": "cpu"}
-    indices, distance = bench_quantize.build(peers_cuda.CUVS, **arguments)()
-    expected = bench_quantize.build("eager", **arguments)()
+    indices, distance = quantize_cases.build(peers_cuda.CUVS, **arguments)()
+    expected = quantize_cases.build("eager", **arguments)()
     assert torch.equal(indices, expected[0])
     torch.testing.assert_close(distance, expected[1], rtol=1e-4, atol=1e-5)
     monkeypatch.setattr(sys.modules["cuvs.neighbors.brute_force"], "search", worst)
-    with pytest.raises(bench.Unavailable, match="not the nearest"):
-        bench_quantize.build(peers_cuda.CUVS, **arguments)
+    with pytest.raises(measure.Unavailable, match="not the nearest"):
+        quantize_cases.build(peers_cuda.CUVS, **arguments)
 
 
 @pytest.mark.usefixtures("cuvs")
 def test_cuvs_does_not_take_bfloat16() -> None:
     x = torch.randn(5, 4).bfloat16()
-    with pytest.raises(bench.Unavailable, match=r"not torch\.bfloat16"):
+    with pytest.raises(measure.Unavailable, match=r"not torch\.bfloat16"):
         peers_cuda.cuvs_nearest("euclidean", x, x)
 
 
@@ -290,11 +294,11 @@ def test_cuvs_does_not_take_bfloat16() -> None:
 
 
 def test_on_a_cpu_they_are_unavailable() -> None:
-    given = bench_hyper.make_inputs("mhc", SIZE, False, "bfloat16", "cpu")
+    given = hyper_cases.make_inputs("mhc", SIZE, False, "bfloat16", "cpu")
     for package in peers_cuda.MHC:
-        with pytest.raises(bench.Unavailable, match="on GPUs alone"):
+        with pytest.raises(measure.Unavailable, match="on GPUs alone"):
             peers_cuda.mhc(package, "pre", *given)
-    with pytest.raises(bench.Unavailable, match="on GPUs alone"):
+    with pytest.raises(measure.Unavailable, match="on GPUs alone"):
         peers_cuda.cuvs_nearest("euclidean", torch.ones(2, 2), torch.ones(2, 2))
 
 
@@ -304,6 +308,6 @@ def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
         raise ModuleNotFoundError(f"No module named {name!r}")
 
     monkeypatch.setattr(importlib, "import_module", missing)
-    given = bench_hyper.make_inputs("mhc", SIZE, False, "bfloat16", "cpu")
-    with pytest.raises(bench.Unavailable, match="No module named 'liger_kernel"):
+    given = hyper_cases.make_inputs("mhc", SIZE, False, "bfloat16", "cpu")
+    with pytest.raises(measure.Unavailable, match="No module named 'liger_kernel"):
         peers_cuda.mhc("liger-kernel", "pre", *given)

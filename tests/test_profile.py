@@ -19,11 +19,11 @@ import torch
 from torch import nn
 
 from training_tools import contents, run_xlayer, save_backbone, save_rte
-from xlayer_ext.nsight import kernel_name, read_ncu, read_nsys
 from xlayer_systems import ranges
 from xlayer_systems.errors import UserError
 from xlayer_systems.profiling import nsight
 from xlayer_systems.profiling.command import choose_tools
+from xlayer_systems.profiling.nsight_tables import kernel_name, read_ncu, read_nsys
 from xlayer_systems.profiling.summary import (
     Row,
     covered,

@@ -223,7 +223,7 @@ def summaries(generator: torch.Generator, device: str, sources: int = 4, wide: i
 
 
 def router(device: str, **options: Any) -> LayerRouter:
-    return LayerRouter(H, 8, **options).to(device, torch.float64)
+    return LayerRouter(H, route_dim=8, **options).to(device, torch.float64)
 
 
 @pytest.mark.parametrize("topk", [1, 2, 4])
@@ -295,7 +295,7 @@ def test_summaries(device: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_router_scores_in_float32_under_autocast(device: str, dtype: torch.dtype) -> None:
     target, sources = (tensor.float() for tensor in summaries(fresh_generator(), device))
-    module = LayerRouter(H, 8, topk=2, weighting="full_softmax").to(device)
+    module = LayerRouter(H, route_dim=8, topk=2, weighting="full_softmax").to(device)
     with torch.autocast(torch.device(device).type, dtype):
         _, weights = module(target, sources)
     assert weights.dtype == torch.float32

@@ -52,11 +52,12 @@ class AttachConfig:
 
     def connection(self, hidden_size: int, sublayer: int, like: Tensor) -> HyperConnection | ManifoldHyperConnection:
         """A new hyper-connection for sublayer number ``sublayer``, which starts as a residual connection."""
-        place: dict[str, Any] = {"layer_index": sublayer, "device": like.device, "dtype": like.dtype}
+        place: dict[str, Any] = {"expansion_rate": self.expansion_rate, "layer_index": sublayer}
+        place |= {"device": like.device, "dtype": like.dtype}
         if self.residual == "mhc":
-            return ManifoldHyperConnection(hidden_size, self.expansion_rate, iterations=self.iterations, **place)
+            return ManifoldHyperConnection(hidden_size, iterations=self.iterations, **place)
         kind: dict[str, Any] = {"static_weights": self.residual == "shc", "use_tanh": self.use_tanh, "norm": self.norm}
-        return HyperConnection(hidden_size, self.expansion_rate, **kind, **place)
+        return HyperConnection(hidden_size, **kind, **place)
 
 
 class _HyperBlock(nn.Module):

@@ -42,11 +42,14 @@ def make_connection(config: HyperLMConfig, layer_index: int) -> nn.Module:
         return PlainConnection()
     if config.residual == "mhc":
         return ManifoldHyperConnection(
-            config.hidden_size, config.expansion_rate, layer_index=layer_index, coefficients=config.coefficients
+            config.hidden_size,
+            expansion_rate=config.expansion_rate,
+            layer_index=layer_index,
+            coefficients=config.coefficients,
         )
     return HyperConnection(
         config.hidden_size,
-        config.expansion_rate,
+        expansion_rate=config.expansion_rate,
         layer_index=layer_index,
         static_weights=config.residual == "shc",
         use_tanh=config.use_tanh,

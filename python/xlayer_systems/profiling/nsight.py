@@ -12,9 +12,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from xlayer_ext.nsight import Launch, kernel_name, read_ncu, read_nsys
 from xlayer_systems.errors import UserError
 from xlayer_systems.profiling.capture import NsightCapture, run_steps
+from xlayer_systems.profiling.nsight_tables import Launch, kernel_name, read_ncu, read_nsys
 from xlayer_systems.profiling.summary import Row, Summary, longest_first, split_regions
 from xlayer_systems.ranges import DOMAIN, WINDOW
 

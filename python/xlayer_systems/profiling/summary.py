@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from xlayer_ext.nsight import kernel_name
 from xlayer_systems.objectives import table
+from xlayer_systems.profiling.nsight_tables import kernel_name
 from xlayer_systems.ranges import DOMAIN, MODULE, PHASES, WINDOW
 
 GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")

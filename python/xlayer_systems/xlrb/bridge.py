@@ -79,7 +79,7 @@ class XLRBBridge(nn.Module):
         self.targets = _target_layers(len(layers), config)
         self.router = LayerRouter(
             hidden_size,
-            config.route_dim,
+            route_dim=config.route_dim,
             topk=config.topk,
             temperature=config.route_temp,
             weighting=config.router_weight,

@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from xlayer_ext.types import Activation, Fusion, RouterPooling, RouterWeighting, Scorer
+
 _CHOICES: dict[str, tuple[str, ...]] = {
     "route_pool": ("mean", "cls"),
     "router_weight": ("topk_softmax", "full_softmax"),
@@ -79,17 +81,17 @@ class XLRBConfig:
     topk: int = 1
     route_dim: int = 128
     route_temp: float = 0.7
-    route_pool: str = "mean"
-    router_weight: str = "topk_softmax"
+    route_pool: RouterPooling = "mean"
+    router_weight: RouterWeighting = "topk_softmax"
     router_query: str = "linear"
     route_last_n: int = 4
     inject_last: int | None = None
     proj_dim: int = 24
     mlp_dim: int = 96
-    scorer: str = "4term"
-    activation: str = "relu"
-    fusion: str = "concat_hadam"
-    value_activation: str = "relu"
+    scorer: Scorer = "4term"
+    activation: Activation = "relu"
+    fusion: Fusion = "concat_hadam"
+    value_activation: Activation = "relu"
     token_temp: float = 1.0
     share_projections: bool = False
     norm_projections: bool = False

@@ -122,8 +122,8 @@ def make_hdim(config: XLRBConfig, hidden_size: int) -> HDIMMessage:
     """The HDIM message module that `config` asks for."""
     return HDIMMessage(
         hidden_size,
-        config.proj_dim,
-        config.mlp_dim,
+        proj_dim=config.proj_dim,
+        mlp_dim=config.mlp_dim,
         scorer=config.scorer,
         activation=config.activation,
         fusion=config.fusion,
