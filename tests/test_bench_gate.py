@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from xlayer_ext.memory import keep_freed_memory
 
 from benchmarks.cases import aggregate as aggregate_cases
 from benchmarks.cases import hdim as hdim_cases
@@ -19,6 +18,7 @@ from benchmarks.cases import hyper as hyper_cases
 from benchmarks.cases import quantize as quantize_cases
 from benchmarks.cases import routing as routing_cases
 from benchmarks.harness import measure
+from xlayer_ext.memory import keep_freed_memory
 
 HYPER = {"op": "boundary", "kind": "dhc", "size": [1, 256, 512, 4], "packed": False}
 NEAREST = {"op": "nearest", "how": "euclidean", "size": [512, 2048, 64]}

@@ -28,8 +28,8 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
-from xlayer_ext.memory import keep_freed_memory
 
+from xlayer_ext.memory import keep_freed_memory
 from xlayer_systems.checkpoints import TrainingState, whole
 from xlayer_systems.data.batches import epoch_batches
 from xlayer_systems.errors import DivergenceError, InterruptionError, UserError
