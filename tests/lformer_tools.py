@@ -13,10 +13,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from xlayer_systems.data.text import TextCorpus
 from xlayer_systems.data.tools import ToolExample, ToolTask
+from xlayer_systems.hf.tokenizer import train_tokenizer
 from xlayer_systems.lformer import LFormer, ModelConfig, attach
 from xlayer_systems.lformer.data import ToolData
-from xlayer_systems.lformer.trainee import Trainee
-from xlayer_systems.tokenizer import train_tokenizer
+from xlayer_systems.lformer.training_model import Trainee
 
 VOCABULARY, LAYERS, WIDTH = 60, 4, 24
 WORDS = {"look": ("see", "watch", "find"), "move": ("walk", "run", "drive"), "talk": ("say", "ask", "call")}
@@ -117,8 +117,8 @@ def save_base(folder: Path) -> str:
 
 def use_toy_task(patch: pytest.MonkeyPatch, **sizes: int) -> None:
     """Let the command find the toy task under every name."""
-    from xlayer_systems.lformer import objective
+    from xlayer_systems.lformer import report
 
-    objective._prepare.cache_clear()
-    patch.setattr(objective, "load_tool_task", lambda name: toy_task(**sizes))
-    patch.setattr(objective, "load_text", lambda name: toy_corpus())
+    report._prepare.cache_clear()
+    patch.setattr(report, "load_tool_task", lambda name: toy_task(**sizes))
+    patch.setattr(report, "load_text", lambda name: toy_corpus())

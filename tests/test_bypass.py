@@ -16,11 +16,11 @@ from transformers.cache_utils import DynamicCache
 from bypass_tools import DECODERS, ENCODER, LAYERS, PAD, WIDTH, make_bypass, make_ids, make_model, output
 from xlayer_systems.bypass import BypassConfig, attach
 from xlayer_systems.bypass.caches import Companion
-from xlayer_systems.bypass.layers import fingerprint
 from xlayer_systems.bypass.model import WEIGHTS_FILE, Bypass
 from xlayer_systems.bypass.reconstruction import principal_directions, r2_per_layer, spread
 from xlayer_systems.bypass.task import compare, matching_rank
 from xlayer_systems.errors import UserError
+from xlayer_systems.hf.layers import fingerprint
 
 VARIANTS = ("full", "offset")
 KINDS = (*DECODERS, ENCODER)

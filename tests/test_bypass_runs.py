@@ -21,8 +21,8 @@ from xlayer_systems.bypass.reconstruction import Reconstruction
 from xlayer_systems.bypass.stages import parts_of
 from xlayer_systems.bypass.task import BypassLanguageModel
 from xlayer_systems.data.blocks import IGNORED
-from xlayer_systems.jobs import RunSpec, evaluate_run, make_spec, train_run
-from xlayer_systems.training import Trainer
+from xlayer_systems.runs.execute import RunSpec, evaluate_run, make_spec, train_run
+from xlayer_systems.training.trainer import Trainer
 
 FAST = {
     "max_steps": "6", "reconstruct_steps": "6", "batch_size": "4", "max_length": "32", "eval_every": "3",
@@ -87,7 +87,7 @@ def test_one_command_does_it_all(
 
 
 def test_projectors_learn_the_task_and_the_model_keeps_its_bits(folder: Path, tmp_path: Path) -> None:
-    from xlayer_systems.recipes import get_recipe
+    from xlayer_systems.registry import get_recipe
 
     spec = spec_of(folder, max_steps="60", reconstruct_steps="30", learning_rate="1e-2")
     kept: list[tuple[Any, dict[str, Tensor]]] = []
@@ -100,7 +100,7 @@ def test_projectors_learn_the_task_and_the_model_keeps_its_bits(folder: Path, tm
             return made
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(__import__("xlayer_systems.recipes").recipes.RECIPES, "bypass", Watching())
+        patch.setitem(__import__("xlayer_systems.registry").recipes.RECIPES, "bypass", Watching())
         result = train_run(spec, tmp_path / "run")
     assert len(kept) == 2  # of either stage
     for backbone, state in kept:

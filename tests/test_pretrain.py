@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from training_tools import contents
-from xlayer_systems.backbones import SMALL_FOLDER, load_backbone, load_tokenizer
 from xlayer_systems.data.corpus import Corpus, load_corpus
 from xlayer_systems.errors import UserError
-from xlayer_systems.pretrain import IGNORED, EncoderShape, PretrainModel, make_encoder, pretrain_encoder
-from xlayer_systems.runs import RunDirectory
+from xlayer_systems.hf.encoders import SMALL_FOLDER, load_backbone, load_tokenizer
+from xlayer_systems.pretraining.encoder import IGNORED, EncoderShape, PretrainModel, make_encoder, pretrain_encoder
+from xlayer_systems.training.directory import RunDirectory
 
 SHAPE = EncoderShape(vocabulary=400, hidden_size=32, layers=2, heads=2, feed_forward=48, positions=64)
 SETTINGS = {"epochs": "4", "batch_size": "16", "max_length": "32", "tensorboard": "false", "encoder_lr": "3e-3"}

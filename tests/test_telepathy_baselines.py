@@ -8,18 +8,17 @@ import pytest
 import torch
 
 from xlayer_systems.data.answers import AnswerExample, AnswerTask
-from xlayer_systems.options import TelepathyOptions
-from xlayer_systems.pretrain_decoder import DecoderShape, make_decoder
+from xlayer_systems.hf.tokenizer import train_tokenizer
+from xlayer_systems.pretraining.decoder import DecoderShape, make_decoder
 from xlayer_systems.telepathy import baselines, prompting, receiver
 from xlayer_systems.telepathy.baselines import run_baselines
-from xlayer_systems.telepathy.config import TelepathyConfig
+from xlayer_systems.telepathy.config import TelepathyConfig, TelepathyOptions
 from xlayer_systems.telepathy.evaluation import entity_transfer, score
 from xlayer_systems.telepathy.latency import ROUTES, format_latency, measure_latency
 from xlayer_systems.telepathy.model import Pair, TelepathyModel
 from xlayer_systems.telepathy.probe import Pooled, fit_probe, pool
 from xlayer_systems.telepathy.prompt_tuning import Schedule, tune_prompt
 from xlayer_systems.telepathy.prompting import answer_prompts, complete, encode, few_shots, rank_labels
-from xlayer_systems.tokenizer import train_tokenizer
 
 LABELS = ("red", "green", "blue")
 WORDS = {"red": "rose fire brick", "green": "leaf grass moss", "blue": "sky sea ink"}

@@ -13,10 +13,10 @@ from torch import nn
 
 from training_tools import Line, Numbers, finish, read_metrics, save_backbone, save_rte, start_xlayer
 from xlayer_systems.errors import UserError
-from xlayer_systems.jobs import make_spec, train_run
-from xlayer_systems.options import TrainOptions, apply_overrides
-from xlayer_systems.runs import RunDirectory, flatten
-from xlayer_systems.training import Trainer, evaluate, linear_schedule, make_accelerator
+from xlayer_systems.runs.execute import make_spec, train_run
+from xlayer_systems.training.directory import RunDirectory, flatten
+from xlayer_systems.training.options import TrainOptions, apply_overrides
+from xlayer_systems.training.trainer import Trainer, evaluate, linear_schedule, make_accelerator
 
 QUIET = {"tensorboard": "false", "encoder_lr": "1e-3", "batch_size": "8", "log_every": "1", "head_dropout": "0"}
 

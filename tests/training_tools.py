@@ -17,8 +17,8 @@ from torch import nn
 from transformers import RobertaConfig, RobertaModel
 
 from xlayer_systems import cli
-from xlayer_systems.backbones import start_as_average
-from xlayer_systems.tokenizer import train_tokenizer
+from xlayer_systems.hf.encoders import start_as_average
+from xlayer_systems.hf.tokenizer import train_tokenizer
 
 NOUNS = ("cat", "dog", "bird", "fish", "horse", "mouse")
 VERBS = ("eats", "sees", "hears", "likes", "finds", "draws")

@@ -147,8 +147,8 @@ def train(
 
         xlayer train telepathy --bridge fsq --soft-tokens 16 --dataset passkey --quick
     """
-    from xlayer_systems.jobs import format_result, make_spec, train_run
-    from xlayer_systems.options import parse_overrides
+    from xlayer_systems.runs.execute import format_result, make_spec, train_run
+    from xlayer_systems.training.options import parse_overrides
 
     shortcuts = {"epochs": epochs, "expansion_rate": streams, "bridge": bridge, "soft_tokens": soft_tokens}
     overrides = _with_shortcuts(parse_overrides(settings or []), **shortcuts)
@@ -203,10 +203,10 @@ def sweep(
 
         xlayer sweep telepathy --presets classification:bridge=vq,classification:bridge=vq:revive_below=1 --quick
     """
-    from xlayer_systems.jobs import make_spec
-    from xlayer_systems.options import parse_overrides
-    from xlayer_systems.recipes import PLAIN, get_recipe
-    from xlayer_systems.sweep import cross_variants, format_sweep, parse_seeds, parse_variants, run_sweep
+    from xlayer_systems.registry import PLAIN, get_recipe
+    from xlayer_systems.runs.execute import make_spec
+    from xlayer_systems.runs.sweep import cross_variants, format_sweep, parse_seeds, parse_variants, run_sweep
+    from xlayer_systems.training.options import parse_overrides
 
     recipe = get_recipe(system)
     common = _with_shortcuts(parse_overrides(settings or []), epochs=epochs, expansion_rate=streams)
@@ -256,7 +256,7 @@ def evaluate(
 
         xlayer eval runs/hyper_lm-dhc-stdlib-lm-seed0-quick --prompt "def " --temperature 0.8 --top-k 40
     """
-    from xlayer_systems.jobs import complete_text, evaluate_run, format_result
+    from xlayer_systems.runs.execute import complete_text, evaluate_run, format_result
 
     if prompt is not None:
         print(complete_text(run, prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed))
@@ -298,9 +298,9 @@ def profile(
         xlayer profile hyper_lm --residual dhc --backbone small --set dtype=bfloat16 --tool nsys
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler says when it starts and stops
-    from xlayer_systems.jobs import make_spec
-    from xlayer_systems.options import parse_overrides
     from xlayer_systems.profiling.command import profile_run
+    from xlayer_systems.runs.execute import make_spec
+    from xlayer_systems.training.options import parse_overrides
 
     overrides = parse_overrides(settings or [])
     spec = make_spec(system, preset, dataset=dataset, backbone=backbone, seed=seed, quick=quick, overrides=overrides)
@@ -334,8 +334,8 @@ def encoder(
 
         xlayer pretrain encoder runs/encoder && xlayer train xlrb --backbone runs/encoder/encoder --quick
     """
-    from xlayer_systems.options import parse_overrides
-    from xlayer_systems.pretrain import pretrain_encoder
+    from xlayer_systems.pretraining.encoder import pretrain_encoder
+    from xlayer_systems.training.options import parse_overrides
 
     overrides = _with_shortcuts(parse_overrides(settings or []), epochs=epochs)
     result = pretrain_encoder(out, contrast=contrast, seed=seed, overrides=overrides, resume=resume)
@@ -360,8 +360,8 @@ def decoder(
 
         xlayer pretrain decoder runs/sender --shape sender
     """
-    from xlayer_systems.options import parse_overrides
-    from xlayer_systems.pretrain_decoder import pretrain_decoder
+    from xlayer_systems.pretraining.decoder import pretrain_decoder
+    from xlayer_systems.training.options import parse_overrides
 
     result = pretrain_decoder(out, shape=shape, seed=seed, overrides=parse_overrides(settings or []), resume=resume)
     if _is_main_process():

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from xlayer_systems.errors import UserError
+from xlayer_systems.training.options import LoopOptions
 
 Stage = Literal["both", "reconstruct", "task"]
 
@@ -84,3 +85,43 @@ class AdapterConfig:
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise UserError(f"unknown {name} {value!r}; expected one of {', '.join(choices)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class BypassOptions(LoopOptions):
+    """How to train a bypass on a frozen language model: first to reconstruct hidden states, then on the task.
+
+    Attributes:
+        max_steps: of the task.
+        max_length: tokens of a block; the model sees no further back.
+        learning_rate: of the projectors on the task.
+        reconstruct_steps, reconstruct_rate: of the first stage.
+        lora_rate: of the LoRA of the same size that the bypass is compared with, trained on as many batches.
+        calibration_tokens: of training, that the statistics of the hidden states come from.
+        pca_tokens: of training, that the principal components come from.
+        eval_blocks: blocks of the validation text that evaluations during training use, evenly spaced; None: all.
+        compare_blocks: the same for the comparison at the end.
+        compare: train the LoRA as well.
+    """
+
+    epochs: int = 100
+    max_steps: int | None = 2000
+    batch_size: int = 16
+    max_length: int = 256
+    weight_decay: float = 0.0
+    learning_rate: float = 1e-3
+    reconstruct_steps: int = 1000
+    reconstruct_rate: float = 1e-3
+    lora_rate: float = 1e-3
+    eval_batch_size: int = 32
+    eval_every: int | None = 200
+    calibration_tokens: int = 16384
+    pca_tokens: int = 65536
+    eval_blocks: int | None = 128
+    compare_blocks: int | None = 1024
+    compare: bool = True
+
+    counts: ClassVar[tuple[str, ...]] = (
+        *LoopOptions.counts, "reconstruct_steps", "calibration_tokens", "pca_tokens", "eval_blocks", "compare_blocks",
+    )  # fmt: skip
+    rates: ClassVar[tuple[str, ...]] = (*LoopOptions.rates, "learning_rate", "reconstruct_rate", "lora_rate")

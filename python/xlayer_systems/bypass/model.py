@@ -39,8 +39,8 @@ from transformers.cache_utils import DynamicCache
 
 from xlayer_systems.bypass.caches import Companion
 from xlayer_systems.bypass.config import BypassConfig
-from xlayer_systems.bypass.layers import describe, is_causal, layers_of, stack_of
 from xlayer_systems.errors import UserError
+from xlayer_systems.hf.layers import describe, is_causal, layers_of, stack_of
 
 CONFIG_FILE = "bypass.json"
 WEIGHTS_FILE = "bypass.safetensors"

@@ -24,14 +24,14 @@ from typing import Any
 import torch
 
 from xlayer_systems.bypass.config import AdapterConfig, BypassConfig
-from xlayer_systems.bypass.objective import PLAIN, RECONSTRUCTION, TASK, format_compared, format_reconstruction
 from xlayer_systems.bypass.plots import plot_projectors
+from xlayer_systems.bypass.report import PLAIN, RECONSTRUCTION, TASK, format_compared, format_reconstruction
 from xlayer_systems.bypass.task import block_losses, compare
 from xlayer_systems.data.blocks import IGNORED
-from xlayer_systems.jobs import RunSpec, load_model, train_run
-from xlayer_systems.plots import plot_losses
-from xlayer_systems.runs import Record, RunDirectory, environment
-from xlayer_systems.training import make_accelerator
+from xlayer_systems.reporting.plots import plot_losses
+from xlayer_systems.runs.execute import RunSpec, load_model, train_run
+from xlayer_systems.training.directory import Record, RunDirectory, environment
+from xlayer_systems.training.trainer import make_accelerator
 
 LORA = "lora"
 BASE = "model alone"

@@ -15,14 +15,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from xlayer_systems.bypass.config import AdapterConfig
-from xlayer_systems.bypass.layers import layers_of, stack_of
 from xlayer_systems.bypass.model import Bypass
 from xlayer_systems.bypass.reconstruction import BATCH, FrozenModel
 from xlayer_systems.data.blocks import IGNORED, LanguageModelingData
 from xlayer_systems.errors import UserError
-from xlayer_systems.pretrain_decoder import DecoderModel, DecoderOutput
-from xlayer_systems.runs import Record
-from xlayer_systems.stats import student_interval
+from xlayer_systems.hf.layers import layers_of, stack_of
+from xlayer_systems.pretraining.decoder import DecoderModel, DecoderOutput
+from xlayer_systems.reporting.stats import student_interval
+from xlayer_systems.training.directory import Record
 
 ADAPTER_FILE, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

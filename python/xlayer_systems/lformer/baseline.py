@@ -12,12 +12,13 @@ import torch
 from xlayer_systems.data.batches import epoch_batches
 from xlayer_systems.lformer.data import ToolData
 from xlayer_systems.lformer.path import count
-from xlayer_systems.lformer.trainee import Trainee
-from xlayer_systems.runs import Record
-from xlayer_systems.training import evaluate, linear_schedule, seed_everything
+from xlayer_systems.lformer.training_model import Trainee
+from xlayer_systems.training.directory import Record
+from xlayer_systems.training.optim import linear_schedule
+from xlayer_systems.training.trainer import evaluate, seed_everything
 
 if TYPE_CHECKING:
-    from xlayer_systems.jobs import RunSpec
+    from xlayer_systems.runs.execute import RunSpec
 
 
 def run_baseline(spec: RunSpec, data: ToolData, device: torch.device) -> Record:

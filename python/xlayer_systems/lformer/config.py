@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from xlayer_ext.nn.aggregate import POOLINGS
+from xlayer_systems.errors import UserError
+from xlayer_systems.training.options import LoopOptions
 
 Pooling = Literal["mean", "first", "last", "attention"]
 Kind = Literal["ema", "gru", "attn", "head_only"]
@@ -121,3 +123,39 @@ class ModelConfig:
     def _require(self, condition: bool, name: str, expected: str) -> None:
         if not condition:
             raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True)
+class LFormerOptions(LoopOptions):
+    """How to train a side path over a language model, first alone and then with the model's last layers.
+
+    Attributes:
+        max_steps: of both phases together.
+        max_length: tokens of a request.
+        phase_a_steps: steps with the base frozen; the others are phase B.
+        learning_rate: of side path and heads.
+        base_lr: of the base's layers in phase B.
+        lm_dataset: the text of the language-modelling loss.
+        lm_length: tokens of a block of it.
+        baseline: after training, train heads on the last hidden state with as many parameters.
+    """
+
+    epochs: int = 100
+    max_steps: int | None = 3000
+    batch_size: int = 32
+    phase_a_steps: int = 2000
+    learning_rate: float = 1e-3
+    base_lr: float = 2e-5
+    lm_dataset: str = "stdlib-lm"
+    lm_length: int = 256
+    eval_every: int | None = 250
+    baseline: bool = True
+
+    unused_parameters: ClassVar[bool] = True
+    counts: ClassVar[tuple[str, ...]] = (*LoopOptions.counts, "lm_length")
+    rates: ClassVar[tuple[str, ...]] = (*LoopOptions.rates, "learning_rate", "base_lr")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.phase_a_steps < 0:
+            raise UserError(f"phase_a_steps must not be negative, got {self.phase_a_steps}")

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from xlayer_systems.errors import UserError
-from xlayer_systems.jobs import RunSpec, build_model
-from xlayer_systems.ranges import WINDOW, listening, module_regions, nvtx_region, region, torch_region
-from xlayer_systems.runs import RunDirectory
-from xlayer_systems.training import Trainer, make_accelerator
+from xlayer_systems.runs.execute import RunSpec, build_model
+from xlayer_systems.training.directory import RunDirectory
+from xlayer_systems.training.regions import WINDOW, listening, module_regions, nvtx_region, region, torch_region
+from xlayer_systems.training.trainer import Trainer, make_accelerator
 
 EVAL_BATCHES = 1
 

@@ -23,11 +23,11 @@ from typing import Any
 import torch
 
 from xlayer_systems.errors import UserError
-from xlayer_systems.jobs import RunSpec
 from xlayer_systems.profiling import nsight
 from xlayer_systems.profiling.capture import EVAL_BATCHES, TorchCapture, run_steps
 from xlayer_systems.profiling.summary import Summary, format_summary, from_trace
-from xlayer_systems.runs import RunDirectory, disk_errors, environment
+from xlayer_systems.runs.execute import RunSpec
+from xlayer_systems.training.directory import RunDirectory, disk_errors, environment
 
 AUTO, TORCH = "auto", "torch"
 TOOLS = (AUTO, TORCH, *nsight.TOOLS)

@@ -16,7 +16,7 @@ from xlayer_ext.nsight import Launch, kernel_name, read_ncu, read_nsys
 from xlayer_systems.errors import UserError
 from xlayer_systems.profiling.capture import NsightCapture, run_steps
 from xlayer_systems.profiling.summary import Row, Summary, longest_first, split_regions
-from xlayer_systems.ranges import DOMAIN, WINDOW
+from xlayer_systems.training.regions import DOMAIN, WINDOW
 
 TOOLS = ("nsys", "ncu")
 NSYS_TABLES = ("cuda_gpu_kern_sum", "nvtx_sum")
@@ -160,8 +160,8 @@ def _run_all(tool: str, commands: Iterable[Command], run: Path) -> list[str]:
 
 def main(arguments: Sequence[str]) -> None:
     """The steps of a run directory, under the tool that started this process."""
-    from xlayer_systems.jobs import RunSpec
-    from xlayer_systems.runs import RunDirectory
+    from xlayer_systems.runs.execute import RunSpec
+    from xlayer_systems.training.directory import RunDirectory
 
     run, steps, warmup = RunDirectory(Path(arguments[0])), int(arguments[1]), int(arguments[2])
     spec = RunSpec.from_dict(run.read_config()["run"])

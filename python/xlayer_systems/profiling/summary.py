@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from xlayer_ext.nsight import kernel_name
-from xlayer_systems.objectives import table
-from xlayer_systems.ranges import DOMAIN, MODULE, PHASES, WINDOW
+from xlayer_systems.reporting.tables import table
+from xlayer_systems.training.regions import DOMAIN, MODULE, PHASES, WINDOW
 
 GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 CPU_WORK = "cpu_op"

@@ -28,9 +28,8 @@ import torch
 from torch import Tensor
 
 from xlayer_systems.data.answers import AnswerExample, AnswerTask
-from xlayer_systems.options import TelepathyOptions
 from xlayer_systems.telepathy import receiver as receiving
-from xlayer_systems.telepathy.config import TelepathyConfig
+from xlayer_systems.telepathy.config import TelepathyConfig, TelepathyOptions
 from xlayer_systems.telepathy.evaluation import score
 from xlayer_systems.telepathy.model import TelepathyModel
 from xlayer_systems.telepathy.probe import Pooled, fit_probe, pool

@@ -10,17 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from xlayer_ext.nn import (
-    FSQ,
-    DiffusionBridge,
-    PerceiverResampler,
-    RMSScale,
-    StatisticalNormalizer,
-    TanhScale,
-    VectorQuantizer,
-)
+from xlayer_ext.nn import FSQ, VectorQuantizer
 from xlayer_systems.errors import UserError
 from xlayer_systems.telepathy.config import TelepathyConfig
+from xlayer_systems.telepathy.diffusion import DiffusionBridge
+from xlayer_systems.telepathy.resampler import PerceiverResampler, RMSScale, StatisticalNormalizer, TanhScale
 
 WEIGHTS, DESCRIPTION = "bridge.safetensors", "bridge.json"
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from xlayer_systems.errors import UserError
+from xlayer_systems.training.options import LoopOptions
 
 LOSSES = ("lm", "flow", "anchor", "info_nce", "reconstruction", "bag_of_words", "batch_diversity", "variance_diversity")
 
@@ -107,3 +108,30 @@ class TelepathyConfig:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; ``TelepathyConfig(**d)`` is the inverse."""
         return {**dataclasses.asdict(self), "levels": list(self.levels)}
+
+
+@dataclasses.dataclass(frozen=True)
+class TelepathyOptions(LoopOptions):
+    """How to train a bridge between two frozen language models. The defaults are the report's for classification.
+
+    Attributes:
+        max_length: tokens of the text that the sender reads.
+        eval_examples: validation examples that evaluations during training use, evenly spaced; None: all.
+        max_new_tokens: longest answer; None takes the longest of training.
+        keep_states: ask the sender once for its states of all texts and keep them in memory, instead of every time.
+        baselines: after training, run every baseline on the same task and measure latencies.
+    """
+
+    epochs: int = 100
+    max_steps: int | None = 2000
+    batch_size: int = 16
+    max_length: int = 256
+    learning_rate: float = 2e-4
+    eval_every: int | None = 500
+    eval_examples: int | None = None
+    max_new_tokens: int | None = None
+    keep_states: bool = False
+    baselines: bool = True
+
+    counts: ClassVar[tuple[str, ...]] = (*LoopOptions.counts, "eval_examples", "max_new_tokens")
+    rates: ClassVar[tuple[str, ...]] = (*LoopOptions.rates, "learning_rate")

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 
 from xlayer_systems.data.answers import AnswerTask
-from xlayer_systems.objectives import table
+from xlayer_systems.reporting.tables import table
 from xlayer_systems.telepathy.model import TelepathyModel
 from xlayer_systems.telepathy.prompting import answer_prompts, answer_tokens, complete, encode, summary_prompts
 

@@ -37,7 +37,7 @@ class Pair:
     @classmethod
     def load(cls, sender: str, receiver: str) -> Pair:
         """By the names that `load_decoder` knows."""
-        from xlayer_systems.decoders import fingerprint_decoder, load_decoder
+        from xlayer_systems.hf.decoders import fingerprint_decoder, load_decoder
 
         prints = fingerprint_decoder(sender), fingerprint_decoder(receiver)
         return cls(sender, receiver, *load_decoder(sender), *load_decoder(receiver), *prints)

@@ -16,7 +16,7 @@ SMALL_SCRATCH = "small-scratch"
 # Standard deviations by part of the parameter's name, 0.02 elsewhere.
 START_SCALES = {"word_embeddings": 0.09, "attention.self.query": 0.05, "attention.self.key": 0.05}
 IDENTITY_GAIN = 0.7
-SMALL_FOLDER = Path(__file__).parent / "assets" / "encoder-small"
+SMALL_FOLDER = Path(__file__).parent.parent / "assets" / "encoder-small"
 
 
 def is_small(name: str) -> bool:

@@ -30,12 +30,13 @@ import torch
 from torch import Tensor, nn
 
 from xlayer_ext.bench import keep_freed_memory
-from xlayer_systems.checkpoints import TrainingState, whole
 from xlayer_systems.data.batches import epoch_batches
 from xlayer_systems.errors import DivergenceError, InterruptionError, UserError
-from xlayer_systems.options import DTYPES, LoopOptions
-from xlayer_systems.ranges import region
-from xlayer_systems.runs import Record, RunDirectory, flatten
+from xlayer_systems.training.checkpoints import TrainingState, whole
+from xlayer_systems.training.directory import Record, RunDirectory, flatten
+from xlayer_systems.training.optim import linear_schedule
+from xlayer_systems.training.options import DTYPES, LoopOptions
+from xlayer_systems.training.regions import region
 
 EMA_DECAY = 0.98
 
@@ -150,18 +151,6 @@ def seed_everything(seed: int) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-def linear_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: float) -> torch.optim.lr_scheduler.LambdaLR:
-    """Rates that rise linearly over the share ``warmup`` of all ``steps`` and then fall linearly to 0."""
-    rising = round(steps * warmup)
-
-    def factor(step: int) -> float:
-        if step < rising:
-            return (step + 1) / (rising + 1)
-        return max(0.0, (steps - step) / max(1, steps - rising))
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 class Trainer:

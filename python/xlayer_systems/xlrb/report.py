@@ -8,17 +8,17 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xlayer_systems import backbones
 from xlayer_systems.data import load_task
 from xlayer_systems.data.batches import ClassificationData
 from xlayer_systems.errors import UserError
-from xlayer_systems.objectives import Records, table
-from xlayer_systems.plots import plot_curves
-from xlayer_systems.runs import Record
-from xlayer_systems.stats import Interval, student_interval, wilson_interval
+from xlayer_systems.hf import encoders
+from xlayer_systems.reporting.plots import plot_curves
+from xlayer_systems.reporting.stats import Interval, student_interval, wilson_interval
+from xlayer_systems.reporting.tables import Records, table
+from xlayer_systems.training.directory import Record
 
 if TYPE_CHECKING:
-    from xlayer_systems.jobs import RunSpec
+    from xlayer_systems.runs.execute import RunSpec
 
 
 class Classification:
@@ -111,7 +111,7 @@ class Classification:
 @lru_cache(maxsize=2)
 def _prepare(dataset: str, backbone: str, max_length: int) -> ClassificationData:
     task = load_task(dataset)
-    tokenizer = backbones.load_tokenizer(backbone)
+    tokenizer = encoders.load_tokenizer(backbone)
     return ClassificationData(task, tokenizer, min(max_length, tokenizer.model_max_length))
 
 

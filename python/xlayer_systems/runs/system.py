@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from xlayer_systems.runs import Record
-from xlayer_systems.training import TrainingData
+from xlayer_systems.reporting.tables import Records
+from xlayer_systems.training.directory import Record
+from xlayer_systems.training.trainer import TrainingData
 
 if TYPE_CHECKING:
-    from xlayer_systems.jobs import RunSpec
-
-Records = Sequence[Mapping[str, Any]]
+    from xlayer_systems.runs.execute import RunSpec
 
 
 class RunData(TrainingData, Protocol):
@@ -44,11 +43,3 @@ class Objective(Protocol):
 
     def plot_sweep(self, summary: Mapping[str, Any], records: Mapping[str, Sequence[Records]], out: Path) -> list[str]:
         """Draw a sweep's curves into ``out``; the lines of its report that show them."""
-
-
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of plain text, the first column left-aligned, the others right-aligned."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    name, *numbers = (f"{{:{'<' if column == 0 else '>'}{width}}}" for column, width in enumerate(widths))
-    line = "  ".join([name, *numbers])
-    return [line.format(*row).rstrip() for row in rows]

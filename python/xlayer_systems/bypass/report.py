@@ -12,16 +12,16 @@ from xlayer_systems.bypass.plots import plot_reconstruction
 from xlayer_systems.bypass.reconstruction import ReconstructionData, principal_r2
 from xlayer_systems.data.blocks import LanguageModelingData
 from xlayer_systems.data.text import load_text
-from xlayer_systems.decoders import load_decoder
 from xlayer_systems.errors import UserError
-from xlayer_systems.objectives import Records, table
-from xlayer_systems.plots import plot_losses
-from xlayer_systems.pretrain_decoder import DecoderData
-from xlayer_systems.runs import Record
-from xlayer_systems.stats import student_interval
+from xlayer_systems.hf.decoders import load_decoder
+from xlayer_systems.pretraining.decoder import DecoderData
+from xlayer_systems.reporting.plots import plot_losses
+from xlayer_systems.reporting.stats import student_interval
+from xlayer_systems.reporting.tables import Records, table
+from xlayer_systems.training.directory import Record
 
 if TYPE_CHECKING:
-    from xlayer_systems.jobs import RunSpec
+    from xlayer_systems.runs.execute import RunSpec
 
 PLAIN = "plain"
 TASK = "task"  # folder and name of stage 2 in a run; of stage 1:

@@ -9,16 +9,16 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from xlayer_systems import backbones
-from xlayer_systems.bypass.recipe import BypassRecipe
-from xlayer_systems.classification import Classification
+from xlayer_systems.bypass.system import BypassRecipe
 from xlayer_systems.data.text import STDLIB
 from xlayer_systems.errors import UserError
-from xlayer_systems.language_modeling import LanguageModeling
-from xlayer_systems.lformer.recipe import LFormerRecipe
-from xlayer_systems.objectives import Objective
-from xlayer_systems.options import LanguageModelOptions, TrainOptions
-from xlayer_systems.telepathy.recipe import TelepathyRecipe
+from xlayer_systems.hf import encoders
+from xlayer_systems.hyper_lm.report import LanguageModeling
+from xlayer_systems.lformer.system import LFormerRecipe
+from xlayer_systems.runs.system import Objective
+from xlayer_systems.telepathy.system import TelepathyRecipe
+from xlayer_systems.training.options import LanguageModelOptions, TrainOptions
+from xlayer_systems.xlrb.report import Classification
 
 PLAIN = "plain"
 
@@ -70,7 +70,7 @@ class XLRBRecipe:
     objective: Objective = Classification()
     default_preset = "H9"
     default_dataset = "stdlib-topics"
-    default_backbone = backbones.SMALL
+    default_backbone = encoders.SMALL
     usage_title = "gates, messages and routing"
     sweep_defaults: Mapping[str, str] = {}
 
@@ -92,20 +92,20 @@ class XLRBRecipe:
         options = TrainOptions(epochs=5 if is_hybrid else 3)
         if is_hybrid and dataset == "glue/rte":
             options = dataclasses.replace(options, stop_below=0.70)
-        if backbones.is_small(backbone) or quick:
+        if encoders.is_small(backbone) or quick:
             # The published rates are for 355 M pretrained parameters.
             options = dataclasses.replace(options, batch_size=32, encoder_lr=5e-4, head_lr=1e-3, stop_below=None)
-        if backbone == backbones.SMALL_SCRATCH:
+        if backbone == encoders.SMALL_SCRATCH:
             options = dataclasses.replace(options, encoder_lr=1e-3)
         if quick:
             options = dataclasses.replace(options, epochs=3, max_length=64)
         return options
 
     def fingerprint(self, backbone: str) -> str:
-        return backbones.fingerprint(backbone)
+        return encoders.fingerprint(backbone)
 
     def load_backbone(self, backbone: str) -> Any:
-        return backbones.load_backbone(backbone)
+        return encoders.load_backbone(backbone)
 
     def build(self, backbone: Any, config: Any, data: Any, options: TrainOptions) -> nn.Module:
         from xlayer_systems.xlrb import XLRBClassifier

@@ -21,15 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xlayer_systems.backbones import start_as_average
 from xlayer_systems.data.corpus import Corpus, SourceFile, load_corpus
 from xlayer_systems.data.tasks import words
 from xlayer_systems.errors import UserError
-from xlayer_systems.options import TrainOptions, apply_overrides, check_seed, split_overrides
-from xlayer_systems.plots import plot_curves
-from xlayer_systems.runs import Record, RunDirectory, disk_errors, environment
-from xlayer_systems.tokenizer import SPECIAL_TOKENS, train_tokenizer
-from xlayer_systems.training import Trainer, make_accelerator, seed_everything
+from xlayer_systems.hf.encoders import start_as_average
+from xlayer_systems.hf.tokenizer import SPECIAL_TOKENS, train_tokenizer
+from xlayer_systems.reporting.plots import plot_curves
+from xlayer_systems.training.directory import Record, RunDirectory, disk_errors, environment
+from xlayer_systems.training.options import TrainOptions, apply_overrides, check_seed, split_overrides
+from xlayer_systems.training.trainer import Trainer, make_accelerator, seed_everything
 
 PRETRAINING = TrainOptions(
     epochs=3, batch_size=32, max_length=64, encoder_lr=1e-3, head_lr=1e-3, warmup=0.05, eval_batch_size=32

@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoTokenizer
 
-from xlayer_systems.backbones import load_quietly
 from xlayer_systems.data.blocks import LanguageModelingData, encode_text
 from xlayer_systems.data.text import load_text
 from xlayer_systems.errors import UserError
-from xlayer_systems.objectives import Records, table
-from xlayer_systems.plots import plot_depth, plot_losses
-from xlayer_systems.runs import Record
-from xlayer_systems.stats import Interval, student_interval
-from xlayer_systems.tokenizer import SPECIAL_TOKENS, train_tokenizer
+from xlayer_systems.hf.encoders import load_quietly
+from xlayer_systems.hf.tokenizer import SPECIAL_TOKENS, train_tokenizer
+from xlayer_systems.reporting.plots import plot_depth, plot_losses
+from xlayer_systems.reporting.stats import Interval, student_interval
+from xlayer_systems.reporting.tables import Records, table
+from xlayer_systems.training.directory import Record
 
 if TYPE_CHECKING:
-    from xlayer_systems.jobs import RunSpec
+    from xlayer_systems.runs.execute import RunSpec
 
 BASELINE = "plain"
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)

@@ -25,11 +25,11 @@ from xlayer_systems.data.corpus import Corpus, SourceFile, load_corpus
 from xlayer_systems.data.tasks import words
 from xlayer_systems.data.text import TextCorpus
 from xlayer_systems.errors import UserError
-from xlayer_systems.options import LanguageModelOptions, apply_overrides, check_seed, split_overrides
-from xlayer_systems.plots import plot_losses
-from xlayer_systems.runs import Record, RunDirectory, disk_errors, environment
-from xlayer_systems.tokenizer import train_tokenizer
-from xlayer_systems.training import Trainer, make_accelerator, seed_everything
+from xlayer_systems.hf.tokenizer import train_tokenizer
+from xlayer_systems.reporting.plots import plot_losses
+from xlayer_systems.training.directory import Record, RunDirectory, disk_errors, environment
+from xlayer_systems.training.options import LanguageModelOptions, apply_overrides, check_seed, split_overrides
+from xlayer_systems.training.trainer import Trainer, make_accelerator, seed_everything
 
 PRETRAINING = LanguageModelOptions(
     batch_size=16, max_length=128, learning_rate=3e-3, warmup=0.05, eval_blocks=128, eval_every=200, max_steps=900

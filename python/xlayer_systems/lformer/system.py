@@ -10,13 +10,12 @@ from typing import Any
 from torch import nn
 
 from xlayer_systems.data.tools import NAME
-from xlayer_systems.decoders import SENDER, fingerprint_decoder, load_decoder
 from xlayer_systems.errors import UserError
-from xlayer_systems.lformer.config import PRESETS, ModelConfig
-from xlayer_systems.lformer.objective import ToolUse
+from xlayer_systems.hf.decoders import SENDER, fingerprint_decoder, load_decoder
+from xlayer_systems.lformer.config import PRESETS, LFormerOptions, ModelConfig
 from xlayer_systems.lformer.plots import plot_paths
-from xlayer_systems.objectives import Objective
-from xlayer_systems.options import LFormerOptions
+from xlayer_systems.lformer.report import ToolUse
+from xlayer_systems.runs.system import Objective
 
 
 class LFormerRecipe:
@@ -54,7 +53,7 @@ class LFormerRecipe:
 
     def build(self, backbone: Any, config: ModelConfig, data: Any, options: LFormerOptions) -> nn.Module:
         from xlayer_systems.lformer.model import LFormer
-        from xlayer_systems.lformer.trainee import Trainee
+        from xlayer_systems.lformer.training_model import Trainee
 
         task = data.task
         fitted = dataclasses.replace(
@@ -91,7 +90,7 @@ class LFormerRecipe:
 
     def load(self, folder: Path, backbone: Any) -> nn.Module:
         from xlayer_systems.lformer.model import LFormer
-        from xlayer_systems.lformer.trainee import Trainee
+        from xlayer_systems.lformer.training_model import Trainee
 
         try:
             return Trainee(LFormer.from_pretrained(folder, backbone), 0)

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from xlayer_systems.bypass.objective import PLAIN, BypassObjective
+from xlayer_systems.bypass.config import BypassOptions
 from xlayer_systems.bypass.plots import plot_projectors
+from xlayer_systems.bypass.report import PLAIN, BypassObjective
 from xlayer_systems.data.text import STDLIB
-from xlayer_systems.decoders import SENDER, fingerprint_decoder, load_decoder
 from xlayer_systems.errors import UserError
-from xlayer_systems.objectives import Objective
-from xlayer_systems.options import BypassOptions
+from xlayer_systems.hf.decoders import SENDER, fingerprint_decoder, load_decoder
+from xlayer_systems.runs.system import Objective
 
 if TYPE_CHECKING:
-    from xlayer_systems.jobs import RunSpec
-    from xlayer_systems.runs import Record
+    from xlayer_systems.runs.execute import RunSpec
+    from xlayer_systems.training.directory import Record
 
 SENDER_LATENT = 80  # half its width
 VARIANTS = ("full", "offset")
@@ -80,7 +80,7 @@ class BypassRecipe:
         from xlayer_systems.bypass.model import attach
         from xlayer_systems.bypass.reconstruction import Reconstruction, inputs_of, spread
         from xlayer_systems.bypass.task import BypassLanguageModel, build_adapter
-        from xlayer_systems.pretrain_decoder import DecoderModel
+        from xlayer_systems.pretraining.decoder import DecoderModel
 
         if isinstance(config, AdapterConfig):
             return DecoderModel(build_adapter(backbone, config))
@@ -101,7 +101,7 @@ class BypassRecipe:
         from xlayer_systems.bypass.model import CONFIG_FILE, Bypass
         from xlayer_systems.bypass.reconstruction import Reconstruction
         from xlayer_systems.bypass.task import ADAPTER_FILE, BypassLanguageModel, load_adapter
-        from xlayer_systems.pretrain_decoder import DecoderModel
+        from xlayer_systems.pretraining.decoder import DecoderModel
 
         if (folder / CONFIG_FILE).exists():
             bypass = Bypass.from_pretrained(backbone, folder)

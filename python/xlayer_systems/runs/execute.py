@@ -12,10 +12,10 @@ from typing import Any
 from torch import nn
 
 from xlayer_systems.errors import UserError
-from xlayer_systems.options import apply_overrides, check_seed, split_overrides
-from xlayer_systems.recipes import Recipe, get_recipe
-from xlayer_systems.runs import Record, RunDirectory, disk_errors, environment
-from xlayer_systems.training import Trainer, evaluate, make_accelerator, seed_everything
+from xlayer_systems.registry import Recipe, get_recipe
+from xlayer_systems.training.directory import Record, RunDirectory, disk_errors, environment
+from xlayer_systems.training.options import apply_overrides, check_seed, split_overrides
+from xlayer_systems.training.trainer import Trainer, evaluate, make_accelerator, seed_everything
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from xlayer_systems.backbones import load_quietly, weights_hash
 from xlayer_systems.errors import UserError
+from xlayer_systems.hf.encoders import load_quietly, weights_hash
 
 SENDER = "decoder-sender"
 RECEIVER = "decoder-receiver"
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).parent.parent / "assets"
 
 
 def load_decoder(name: str) -> tuple[Any, Any]:

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from xlayer_systems.data.text import load_text
 from xlayer_systems.data.tools import load_tool_task
-from xlayer_systems.decoders import load_decoder
+from xlayer_systems.hf.decoders import load_decoder
 from xlayer_systems.lformer.data import ToolData
 from xlayer_systems.lformer.path import count
 from xlayer_systems.lformer.plots import plot_paths
-from xlayer_systems.objectives import Records, table
-from xlayer_systems.runs import Record
-from xlayer_systems.stats import Interval, student_interval, wilson_interval
+from xlayer_systems.reporting.stats import Interval, student_interval, wilson_interval
+from xlayer_systems.reporting.tables import Records, table
+from xlayer_systems.training.directory import Record
 
 if TYPE_CHECKING:
-    from xlayer_systems.jobs import RunSpec
-    from xlayer_systems.lformer.trainee import Trainee
+    from xlayer_systems.lformer.training_model import Trainee
+    from xlayer_systems.runs.execute import RunSpec
 
 KEPT = ("value_error", "value_error_of_mean", "lm_loss", "loss", "per_tool", "usage")
 HEAD = ("", "tool", "95 % interval", "plan", "value error", "LM loss", "parameters")
@@ -73,7 +73,7 @@ class ToolUse:
     def report(
         self, spec: RunSpec, data: ToolData, result: Mapping[str, Any], records: Records, plots: Path
     ) -> list[str]:
-        from xlayer_systems.plots import plot_curves
+        from xlayer_systems.reporting.plots import plot_curves
 
         plot_curves({spec.preset: [records]}, plots / "curves.png", result["majority"]["mean"])
         lines = [

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from xlayer_ext.functional._checks import check_choice, check_floats, check_integer, check_positive, check_sizes
 from xlayer_ext.nn._reset import ZeroLinear, draw_normal, reset
-from xlayer_ext.nn.bridge import Attention, check_states, feed_forward
+from xlayer_systems.telepathy.resampler import Attention, check_states, feed_forward
 
 CONDITIONINGS = ("pooled", "cross", "hybrid")
 INIT_DEVIATION = 0.02  # of positions and of the query that pools

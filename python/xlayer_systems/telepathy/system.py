@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xlayer_systems.decoders import RECEIVER, SENDER, fingerprint_decoder
 from xlayer_systems.errors import UserError
-from xlayer_systems.objectives import Objective
-from xlayer_systems.options import TelepathyOptions
-from xlayer_systems.telepathy.objective import Telepathy, evaluations
+from xlayer_systems.hf.decoders import RECEIVER, SENDER, fingerprint_decoder
+from xlayer_systems.runs.system import Objective
+from xlayer_systems.telepathy.config import TelepathyOptions
 from xlayer_systems.telepathy.plots import plot_bridges
+from xlayer_systems.telepathy.report import Telepathy, evaluations
 
 CALIBRATION_BATCH = 50
 

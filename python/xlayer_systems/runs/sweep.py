@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from xlayer_systems.errors import UserError
-from xlayer_systems.jobs import RunSpec, train_run
-from xlayer_systems.options import check_seed, parse_overrides
-from xlayer_systems.recipes import get_recipe
-from xlayer_systems.runs import Record, RunDirectory, disk_errors
+from xlayer_systems.registry import get_recipe
+from xlayer_systems.runs.execute import RunSpec, train_run
+from xlayer_systems.training.directory import Record, RunDirectory, disk_errors
+from xlayer_systems.training.options import check_seed, parse_overrides
 
 AllRecords = dict[str, list[list[Record]]]  # per variant, per seed: metrics.jsonl
 

@@ -10,15 +10,15 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from xlayer_systems.data.answers import load_answer_task
-from xlayer_systems.decoders import load_decoder
-from xlayer_systems.objectives import Records, table
-from xlayer_systems.runs import Record
-from xlayer_systems.stats import Interval, student_interval, wilson_interval
+from xlayer_systems.hf.decoders import load_decoder
+from xlayer_systems.reporting.stats import Interval, student_interval, wilson_interval
+from xlayer_systems.reporting.tables import Records, table
 from xlayer_systems.telepathy.data import TelepathyData
 from xlayer_systems.telepathy.plots import plot_bridges, plot_soft_tokens
+from xlayer_systems.training.directory import Record
 
 if TYPE_CHECKING:
-    from xlayer_systems.jobs import RunSpec
+    from xlayer_systems.runs.execute import RunSpec
     from xlayer_systems.telepathy.model import TelepathyModel
 
 USAGE = ("similarity", "perplexity")
@@ -88,7 +88,7 @@ class Telepathy:
     def report(
         self, spec: RunSpec, data: TelepathyData, result: Mapping[str, Any], records: Records, plots: Path
     ) -> list[str]:
-        from xlayer_systems.plots import plot_curves
+        from xlayer_systems.reporting.plots import plot_curves
 
         plot_curves({spec.preset: [records]}, plots / "curves.png", result["majority"]["mean"])
         lines = [
