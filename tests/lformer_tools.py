@@ -16,7 +16,7 @@ from xlayer_systems.data.tools import ToolExample, ToolTask
 from xlayer_systems.hf.tokenizer import train_tokenizer
 from xlayer_systems.lformer import LFormer, ModelConfig, attach
 from xlayer_systems.lformer.data import ToolData
-from xlayer_systems.lformer.training_model import Trainee
+from xlayer_systems.lformer.training_model import LFormerForTraining
 
 VOCABULARY, LAYERS, WIDTH = 60, 4, 24
 WORDS = {"look": ("see", "watch", "find"), "move": ("walk", "run", "drive"), "talk": ("say", "ask", "call")}
@@ -93,13 +93,13 @@ def toy_data(**sizes: int) -> ToolData:
     return ToolData(toy_task(**sizes), toy_corpus(), toy_tokenizer(), 16, 12)
 
 
-def make_trainee(data: ToolData, phase_a_steps: int = 1, **options: Any) -> Trainee:
+def make_trainee(data: ToolData, phase_a_steps: int = 1, **options: Any) -> LFormerForTraining:
     """The toy task's L-Former on a Llama of its vocabulary."""
     given = {"n_tools": 3, "n_steps": len(STEPS), "plan_length": 3, "plan_decoder": True, "last_k_unfreeze": 1}
     base = make_base(vocabulary=len(data.tokenizer))
     model = make_model(base=base, **{**given, **options})
     model.heads.calibrate(data.values)
-    return Trainee(model, phase_a_steps)
+    return LFormerForTraining(model, phase_a_steps)
 
 
 def toy_base(seed: int = 0) -> Any:

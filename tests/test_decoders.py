@@ -12,13 +12,14 @@ from typer.testing import CliRunner
 
 from training_tools import contents
 from xlayer_systems.cli import app
+from xlayer_systems.data.blocks import DecoderData
 from xlayer_systems.data.corpus import Corpus, load_corpus
 from xlayer_systems.errors import UserError
 from xlayer_systems.hf import decoders
 from xlayer_systems.hf.decoders import ASSETS, RECEIVER, SENDER, fingerprint_decoder, load_decoder
 from xlayer_systems.hf.tokenizer import train_tokenizer
 from xlayer_systems.pretraining import decoder as pretraining
-from xlayer_systems.pretraining.decoder import DecoderData, DecoderShape, decoder_text, make_decoder
+from xlayer_systems.pretraining.decoder import DecoderShape, decoder_text, make_decoder
 from xlayer_systems.training.directory import RunDirectory
 
 SHAPE = DecoderShape(vocabulary=300, hidden_size=32, feed_forward=48, layers=2, heads=2, positions=64)

@@ -232,7 +232,7 @@ def test_the_trace_has_the_phases_the_modules_and_the_operators(profiled):
     events = json.loads((profiled[0] / "trace.json").read_text())["traceEvents"]
     complete = [found for found in events if found["ph"] == "X"]
     marks = [found for found in complete if found["name"].startswith("xlayer/")]
-    count = {name: sum(found["name"] == f"xlayer/{name}" for found in marks) for name in marks.PHASES}
+    count = {name: sum(found["name"] == f"xlayer/{name}" for found in marks) for name in regions.PHASES}
     assert count == {"step": 2, "data": 2, "forward": 2, "backward": 2, "optimizer": 2, "eval": 1}
     names = {found["name"] for found in complete}
     assert {"xlayer/module/encoder.embeddings", "xlayer/module/encoder.encoder.layer.3.attention"} <= names

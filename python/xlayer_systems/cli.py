@@ -147,16 +147,18 @@ def train(
 
         xlayer train telepathy --bridge fsq --soft-tokens 16 --dataset passkey --quick
     """
-    from xlayer_systems.runs.execute import format_result, make_spec, train_run
+    from xlayer_systems.registry import get_system
+    from xlayer_systems.runs.execute import format_result, train_run
     from xlayer_systems.training.options import parse_overrides
 
+    chosen = get_system(system)
     shortcuts = {"epochs": epochs, "expansion_rate": streams, "bridge": bridge, "soft_tokens": soft_tokens}
     overrides = _with_shortcuts(parse_overrides(settings or []), **shortcuts)
-    spec = make_spec(system, preset, dataset=dataset, backbone=backbone, seed=seed, quick=quick, overrides=overrides)
+    spec = chosen.make_spec(preset, dataset=dataset, backbone=backbone, seed=seed, quick=quick, overrides=overrides)
     path = run_dir or Path("runs") / _run_name(system, spec.preset, spec.dataset, seed, quick)
-    result = train_run(spec, path, resume)
+    result = train_run(chosen, spec, path, resume)
     if _is_main_process():
-        print(format_result(result))
+        print(format_result(chosen, result))
         print(f"run directory: {path}  ({result['seconds']:.0f} s)")
 
 
@@ -203,23 +205,22 @@ def sweep(
 
         xlayer sweep telepathy --presets classification:bridge=vq,classification:bridge=vq:revive_below=1 --quick
     """
-    from xlayer_systems.registry import PLAIN, get_recipe
-    from xlayer_systems.runs.execute import make_spec
-    from xlayer_systems.runs.sweep import cross_variants, format_sweep, parse_seeds, parse_variants, run_sweep
+    from xlayer_systems.registry import get_system
+    from xlayer_systems.runs.sweep import cross_variants, parse_seeds, parse_variants, run_sweep
+    from xlayer_systems.runs.system import PLAIN
     from xlayer_systems.training.options import parse_overrides
 
-    recipe = get_recipe(system)
+    chosen = get_system(system)
     common = _with_shortcuts(parse_overrides(settings or []), epochs=epochs, expansion_rate=streams)
-    common = {**recipe.sweep_defaults, **common}
-    default = f"{PLAIN},{recipe.default_preset}" if PLAIN in recipe.presets() else recipe.default_preset
+    common = {**chosen.sweep_defaults, **common}
+    default = f"{PLAIN},{chosen.default_preset}" if PLAIN in chosen.presets() else chosen.default_preset
     variants = cross_variants(
         parse_variants(default if presets is None else presets), bridge=bridge, soft_tokens=soft_tokens
     )
     numbers = parse_seeds(seeds)
     specs = {
         variant.name: [
-            make_spec(
-                system,
+            chosen.make_spec(
                 variant.preset,
                 dataset=dataset,
                 backbone=backbone,
@@ -231,11 +232,11 @@ def sweep(
         ]
         for variant in variants
     }
-    name = (dataset or recipe.default_dataset).replace("/", "-")
+    name = (dataset or chosen.default_dataset).replace("/", "-")
     path = out or Path("runs") / f"sweep-{system}-{name}{'-quick' * quick}"
-    summary = run_sweep(specs, path, resume)
+    summary = run_sweep(chosen, specs, path, resume)
     if _is_main_process():
-        print(format_sweep(summary))
+        print(chosen.format_sweep(summary))
         print(f"sweep directory: {path}")
 
 
@@ -256,14 +257,16 @@ def evaluate(
 
         xlayer eval runs/hyper_lm-dhc-stdlib-lm-seed0-quick --prompt "def " --temperature 0.8 --top-k 40
     """
+    from xlayer_systems.registry import open_run
     from xlayer_systems.runs.execute import complete_text, evaluate_run, format_result
 
+    system, spec = open_run(run)
     if prompt is not None:
-        print(complete_text(run, prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed))
+        print(complete_text(system, spec, run, prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed))
         return
-    result = evaluate_run(run)
+    result = evaluate_run(system, spec, run)
     if _is_main_process():
-        print(format_result(result))
+        print(format_result(system, result))
 
 
 @app.command()
@@ -299,13 +302,14 @@ def profile(
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler says when it starts and stops
     from xlayer_systems.profiling.command import profile_run
-    from xlayer_systems.runs.execute import make_spec
+    from xlayer_systems.registry import get_system
     from xlayer_systems.training.options import parse_overrides
 
     overrides = parse_overrides(settings or [])
-    spec = make_spec(system, preset, dataset=dataset, backbone=backbone, seed=seed, quick=quick, overrides=overrides)
+    chosen = get_system(system)
+    spec = chosen.make_spec(preset, dataset=dataset, backbone=backbone, seed=seed, quick=quick, overrides=overrides)
     path = run_dir or Path("runs") / f"profile-{_run_name(system, spec.preset, spec.dataset, seed, quick)}"
-    print("\n".join(profile_run(spec, path, steps=steps, warmup=warmup, tool=tool)))
+    print("\n".join(profile_run(chosen, spec, path, steps=steps, warmup=warmup, tool=tool)))
     print(f"run directory: {path}")
 
 
@@ -334,13 +338,16 @@ def encoder(
 
         xlayer pretrain encoder runs/encoder && xlayer train xlrb --backbone runs/encoder/encoder --quick
     """
-    from xlayer_systems.pretraining.encoder import pretrain_encoder
+    from xlayer_systems.registry import PRETRAINING
+    from xlayer_systems.runs.execute import format_result, train_run
     from xlayer_systems.training.options import parse_overrides
 
+    system = PRETRAINING["encoder"]
     overrides = _with_shortcuts(parse_overrides(settings or []), epochs=epochs)
-    result = pretrain_encoder(out, contrast=contrast, seed=seed, overrides=overrides, resume=resume)
+    spec = system.make_spec(seed=seed, overrides=overrides, config={"contrast": str(contrast)})
+    result = train_run(system, spec, out, resume)
     if _is_main_process():
-        print(f"masked-token loss {result['masked_loss']:.3f} nats, pairs found {100 * result['pairs_found']:.1f} %")
+        print(format_result(system, result))
         print(f"encoder: {out / 'encoder'}")
 
 
@@ -360,12 +367,15 @@ def decoder(
 
         xlayer pretrain decoder runs/sender --shape sender
     """
-    from xlayer_systems.pretraining.decoder import pretrain_decoder
+    from xlayer_systems.registry import PRETRAINING
+    from xlayer_systems.runs.execute import format_result, train_run
     from xlayer_systems.training.options import parse_overrides
 
-    result = pretrain_decoder(out, shape=shape, seed=seed, overrides=parse_overrides(settings or []), resume=resume)
+    system = PRETRAINING["decoder"]
+    spec = system.make_spec(shape, seed=seed, overrides=parse_overrides(settings or []))
+    result = train_run(system, spec, out, resume)
     if _is_main_process():
-        print(f"validation loss {result['loss']:.3f} nats per token, {result['bits_per_byte']:.3f} bits per byte")
+        print(format_result(system, result))
         print(f"decoder: {out / 'decoder'}")
 
 

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from xlayer_systems.bypass.model import Bypass
 from xlayer_systems.data.blocks import IGNORED, LanguageModelingData
+from xlayer_systems.training.model import TrainingModel
 
 BATCH = 32  # blocks at once, where no gradient is needed
 
 
-class FrozenModel(nn.Module):
+class FrozenModel(TrainingModel):
     """What the training loop trains: a bypass as the only submodule, beside the frozen model that it is on.
 
     Args:

@@ -3,50 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from xlayer_systems.bypass.plots import plot_reconstruction
-from xlayer_systems.bypass.reconstruction import ReconstructionData, principal_r2
-from xlayer_systems.data.blocks import LanguageModelingData
-from xlayer_systems.data.text import load_text
-from xlayer_systems.errors import UserError
-from xlayer_systems.hf.decoders import load_decoder
-from xlayer_systems.pretraining.decoder import DecoderData
 from xlayer_systems.reporting.plots import plot_losses
 from xlayer_systems.reporting.stats import student_interval
 from xlayer_systems.reporting.tables import Records, table
-from xlayer_systems.training.directory import Record
+from xlayer_systems.runs.spec import RunSpec
+from xlayer_systems.runs.system import PLAIN, System
+from xlayer_systems.training.directory import Record, RunDirectory
 
-if TYPE_CHECKING:
-    from xlayer_systems.runs.execute import RunSpec
-
-PLAIN = "plain"
 TASK = "task"  # folder and name of stage 2 in a run; of stage 1:
 RECONSTRUCTION = "reconstruction"
 
 
-class BypassObjective:
+class BypassReport(System):
     """An `Objective` for both stages, told apart by the config's ``stage``, and for runs of both."""
 
-    def prepare(self, spec: RunSpec, whole: bool = False) -> Any:
-        options = spec.options
-        if spec.config is not None and spec.config.model != spec.backbone:
-            raise UserError(f"the model is named by --backbone, got {spec.backbone!r} there and {spec.config.model!r}")
-        text, layers = _prepare(spec.dataset, spec.backbone, options.max_length, None if whole else options.eval_blocks)
-        return ReconstructionData(text, layers) if _stage(spec) == "reconstruct" else text
-
     def result(self, spec: RunSpec, data: Any, metrics: Mapping[str, Any]) -> Record:
-        names = ("loss", "r2", "r2_mean") if _stage(spec) == "reconstruct" else ("loss", "perplexity")
+        names = ("loss", "r2", "r2_mean") if stage_of(spec) == "reconstruct" else ("loss", "perplexity")
         return {**{name: metrics[name] for name in names}, "validation_tokens": metrics["tokens"]}
-
-    def examine(self, spec: RunSpec, data: Any, model: Any) -> Record:
-        """After stage 1: the principal components that it is compared with."""
-        if _stage(spec) != "reconstruct":
-            return {}
-        return {"pca": principal_r2(model.bypass, data.text, spec.options.pca_tokens), "latent": spec.config.latent}
 
     def format(self, result: Mapping[str, Any]) -> str:
         name = f"{result['dataset']}: {result['system']} {result['preset']}"
@@ -62,14 +40,39 @@ class BypassObjective:
             return "\n".join(lines + format_compared(result["compared"]))
         return "\n".join([*lines, f"  loss {result['loss']:.4f} nats per token, perplexity {result['perplexity']:.2f}"])
 
-    def report(self, spec: RunSpec, data: Any, result: Mapping[str, Any], records: Records, plots: Path) -> list[str]:
-        evaluations = [r for r in records if r["event"] == "eval"]
+    def report(self, spec: RunSpec, data: Any, result: Mapping[str, Any], run: RunDirectory) -> list[str]:
+        if stage_of(spec) == "both":
+            return self._report_both(spec, result, run)
+        plots = run.path / "plots"
+        evaluations = evaluations_of(run.metrics())
         lines = [f"On `{spec.backbone}`, seed {spec.seed}.", "", "```", self.format(result), "```", ""]
-        if _stage(spec) == "reconstruct":
+        if stage_of(spec) == "reconstruct":
             plot_reconstruction(result["r2"], result["pca"], evaluations, plots / "reconstruction.png")
             return [*lines, "![R² per layer, and over the steps](plots/reconstruction.png)"]
         plot_losses({spec.preset: [loss_curve(evaluations, spec)]}, plots / "curves.png")
         return [*lines, "![curves](plots/curves.png)"]
+
+    def _report_both(self, spec: RunSpec, result: Mapping[str, Any], run: RunDirectory) -> list[str]:
+        compared = result["compared"]
+        base = compared["base_parameters"]
+        lines = [f"On `{spec.backbone}`, seed {spec.seed}.", ""]
+        if RECONSTRUCTION in result:
+            stage = result[RECONSTRUCTION]
+            share = f"{100 * stage['parameters'] / base:.2f} % of the model"
+            lines += ["## Stage 1: reconstruction of every layer's hidden states", ""]
+            lines += [f"{stage['parameters']:,} trained parameters, {share}."]
+            lines += ["", "```", *format_reconstruction(stage), "```", ""]
+            lines += [f"![R² per layer, and over the steps]({RECONSTRUCTION}/plots/reconstruction.png)", ""]
+        lines += ["## Stage 2: the task", "", "```", *format_compared(compared), "```"]
+        curves: dict[str, list[list[tuple[float, float]]]] = {}
+        for record in evaluations_of(run.metrics()):
+            if record["stage"] != RECONSTRUCTION:
+                name = spec.preset if record["stage"] == TASK else record["stage"]
+                curves.setdefault(name, [[]])[0].append((record["step"] * result["tokens_per_step"], record["loss"]))
+        if curves:
+            plot_losses(curves, run.path / "plots" / "curves.png")
+            lines += ["", "![validation loss](plots/curves.png)"]
+        return lines
 
     def summarize(self, results: Mapping[str, list[Record]], records: Mapping[str, Sequence[Records]]) -> Record:
         first = next(iter(results.values()))[0]
@@ -135,20 +138,20 @@ def format_compared(compared: Mapping[str, Any]) -> list[str]:
     return [*lines, f"  Student's t over {compared['blocks']} blocks of validation, differences paired"]
 
 
+def evaluations_of(records: Records) -> list[Mapping[str, Any]]:
+    """Returns the evaluations among a run's records."""
+    return [record for record in records if record["event"] == "eval"]
+
+
 def loss_curve(evaluations: Records, spec: RunSpec) -> list[tuple[float, float]]:
     """(training tokens, validation loss) of stage 2."""
     per_step = spec.options.batch_size * spec.options.max_length
     return [(r["step"] * per_step, r["loss"]) for r in evaluations]
 
 
-@lru_cache(maxsize=2)
-def _prepare(dataset: str, model: str, length: int, eval_blocks: int | None) -> tuple[LanguageModelingData, int]:
-    decoder, tokenizer = load_decoder(model)
-    return DecoderData(load_text(dataset), tokenizer, length, eval_blocks), int(decoder.config.num_hidden_layers)
-
-
-def _stage(spec: RunSpec) -> str:
-    return getattr(spec.config, "stage", "both")
+def stage_of(spec: RunSpec) -> str:
+    """Returns which stage a run is of; one without a config compares the model alone and has both."""
+    return "both" if spec.config is None else str(spec.config.stage)
 
 
 def _is_task_evaluation(record: Mapping[str, Any]) -> bool:

@@ -19,8 +19,8 @@ from xlayer_systems.bypass.model import Bypass
 from xlayer_systems.bypass.reconstruction import BATCH, FrozenModel
 from xlayer_systems.data.blocks import IGNORED, LanguageModelingData
 from xlayer_systems.errors import UserError
+from xlayer_systems.hf.causal_lm import DecoderModel, DecoderOutput
 from xlayer_systems.hf.layers import layers_of, stack_of
-from xlayer_systems.pretraining.decoder import DecoderModel, DecoderOutput
 from xlayer_systems.reporting.stats import student_interval
 from xlayer_systems.training.directory import Record
 

@@ -88,6 +88,23 @@ class LanguageModelingData:
         return torch.tensor(ids, dtype=torch.int32).unfold(0, self.length + 1, self.length)
 
 
+class DecoderData(LanguageModelingData):
+    """Blocks in which every document stands between its own first and last special token.
+
+    A receiver hears a message, then its first token, then answers and ends; both tokens must have been learned.
+    """
+
+    def _blocks(self, texts: Iterable[str], drop_last: bool) -> Tensor:
+        first = self.tokenizer.bos_token_id
+        ids = [id for row in encode_text(self.tokenizer, texts) for id in (first, *row, self.end_id)]
+        missing = -(len(ids) - 1) % self.length
+        if missing and not drop_last:
+            ids += [IGNORED] * missing
+        if len(ids) <= self.length:
+            return torch.empty(0, self.length + 1, dtype=torch.int32)
+        return torch.tensor(ids, dtype=torch.int32).unfold(0, self.length + 1, self.length)
+
+
 def encode_text(tokenizer: Any, texts: Iterable[str]) -> list[list[int]]:
     """Ids of each text and nothing else; a text that spells a special token, such as ``</s>``, is still text."""
     backend = tokenizer.backend_tokenizer

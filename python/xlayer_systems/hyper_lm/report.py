@@ -4,41 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
 from xlayer_systems.data.blocks import LanguageModelingData, encode_text
-from xlayer_systems.data.text import load_text
 from xlayer_systems.errors import UserError
 from xlayer_systems.hf.encoders import load_quietly
-from xlayer_systems.hf.tokenizer import SPECIAL_TOKENS, train_tokenizer
 from xlayer_systems.reporting.plots import plot_depth, plot_losses
 from xlayer_systems.reporting.stats import Interval, student_interval
 from xlayer_systems.reporting.tables import Records, table
-from xlayer_systems.training.directory import Record
-
-if TYPE_CHECKING:
-    from xlayer_systems.runs.execute import RunSpec
+from xlayer_systems.runs.spec import RunSpec
+from xlayer_systems.runs.system import System
+from xlayer_systems.training.directory import Record, RunDirectory
 
 BASELINE = "plain"
-SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 
 Curve = Sequence[tuple[float, float]]  # (tokens, loss) per evaluation, in their order
 
 
-class LanguageModeling:
+class LanguageModelReport(System):
     """An `Objective`. The tokenizer is trained on the training text, and belongs to the data."""
-
-    def prepare(self, spec: RunSpec, whole: bool = False) -> LanguageModelingData:
-        vocabulary, options = spec.config.vocab_size, spec.options
-        if vocabulary < SMALLEST_VOCABULARY:
-            raise UserError(f"vocab_size must be at least {SMALLEST_VOCABULARY} (every byte), got {vocabulary}")
-        return _prepare(spec.dataset, vocabulary, options.max_length, None if whole else options.eval_blocks)
 
     def result(self, spec: RunSpec, data: LanguageModelingData, metrics: Mapping[str, Any]) -> Record:
         return {
@@ -62,8 +51,9 @@ class LanguageModeling:
         )
 
     def report(
-        self, spec: RunSpec, data: LanguageModelingData, result: Mapping[str, Any], records: Records, plots: Path
+        self, spec: RunSpec, data: LanguageModelingData, result: Mapping[str, Any], run: RunDirectory
     ) -> list[str]:
+        records, plots = run.metrics(), run.path / "plots"
         per_step = result["tokens_per_step"]
         plot_losses({spec.preset: [validation_curve(records, per_step)]}, plots / "curves.png")
         lines = [
@@ -232,10 +222,3 @@ def _range(low: float, high: float, style: str = ".4f") -> str:
 
 def _evaluations(records: Records) -> list[Mapping[str, Any]]:
     return [record for record in records if record["event"] == "eval"]
-
-
-@lru_cache(maxsize=2)
-def _prepare(dataset: str, vocabulary: int, length: int, eval_blocks: int | None) -> LanguageModelingData:
-    corpus = load_text(dataset)
-    tokenizer = train_tokenizer(corpus.train, vocabulary, length, keep_text=True)
-    return LanguageModelingData(corpus, tokenizer, length, eval_blocks)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from xlayer_systems.data.blocks import IGNORED
 from xlayer_systems.hyper_lm.model import HyperTransformer
+from xlayer_systems.training.model import TrainingModel
 
 
 class LanguageModelOutput(NamedTuple):
@@ -20,7 +21,7 @@ class LanguageModelOutput(NamedTuple):
     token_loss: Tensor
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(TrainingModel):
     """Next-token prediction with a `HyperTransformer`: ``forward(input_ids, labels) -> LanguageModelOutput``.
 
     In evaluation it gathers how similar the inputs of adjacent sublayers are: where layers stop adding anything new,

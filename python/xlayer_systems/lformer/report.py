@@ -4,56 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from xlayer_systems.data.text import load_text
-from xlayer_systems.data.tools import load_tool_task
-from xlayer_systems.hf.decoders import load_decoder
 from xlayer_systems.lformer.data import ToolData
-from xlayer_systems.lformer.path import count
 from xlayer_systems.lformer.plots import plot_paths
 from xlayer_systems.reporting.stats import Interval, student_interval, wilson_interval
 from xlayer_systems.reporting.tables import Records, table
-from xlayer_systems.training.directory import Record
-
-if TYPE_CHECKING:
-    from xlayer_systems.lformer.training_model import Trainee
-    from xlayer_systems.runs.execute import RunSpec
+from xlayer_systems.runs.spec import RunSpec
+from xlayer_systems.runs.system import System
+from xlayer_systems.training.directory import Record, RunDirectory
 
 KEPT = ("value_error", "value_error_of_mean", "lm_loss", "loss", "per_tool", "usage")
 HEAD = ("", "tool", "95 % interval", "plan", "value error", "LM loss", "parameters")
 
 
-class ToolUse:
-    """An `Objective`."""
-
-    def prepare(self, spec: RunSpec, whole: bool = False) -> ToolData:
-        options = spec.options
-        return _prepare(spec.dataset, options.lm_dataset, spec.backbone, options.max_length, options.lm_length)
+class ToolUseReport(System):
+    """Reports of ..."""
 
     def result(self, spec: RunSpec, data: ToolData, metrics: Mapping[str, Any]) -> Record:
         return {
             "majority": _counted(*data.task.majority()),
             "keyword": _counted(*data.task.keyword()),
-            **_measured(metrics),
+            **measured(metrics),
             "phase_a_steps": spec.options.phase_a_steps,
         }
-
-    def examine(self, spec: RunSpec, data: ToolData, model: Trainee) -> Record:
-        """After training: the side path's parameters, and the baseline of equal parameters where it is asked for."""
-        found: Record = {"path_parameters": count(model.model.path)}
-        if spec.options.baseline and spec.config.aggregator != "head_only":
-            from xlayer_systems.lformer.baseline import run_baseline
-
-            row = run_baseline(spec, data, next(model.parameters()).device)
-            extra = {key: row[key] for key in ("path_parameters", "seconds")}
-            found |= {"baseline": {**_measured(row), **extra}, "base_lm_loss": row["base_lm_loss"]}
-            if row["phase_a"] is not None:
-                found["baseline"]["phase_a"] = _measured(row["phase_a"])
-        return found
 
     def format(self, result: Mapping[str, Any]) -> str:
         rows = [HEAD, _cells(f"{result['system']} {result['preset']}", result)]
@@ -70,9 +46,8 @@ class ToolUse:
             lines.append(f"  LM loss of the base before training {result['base_lm_loss']:.4f} nats per token")
         return "\n".join(lines)
 
-    def report(
-        self, spec: RunSpec, data: ToolData, result: Mapping[str, Any], records: Records, plots: Path
-    ) -> list[str]:
+    def report(self, spec: RunSpec, data: ToolData, result: Mapping[str, Any], run: RunDirectory) -> list[str]:
+        records, plots = run.metrics(), run.path / "plots"
         from xlayer_systems.reporting.plots import plot_curves
 
         plot_curves({spec.preset: [records]}, plots / "curves.png", result["majority"]["mean"])
@@ -133,11 +108,6 @@ class ToolUse:
         return ["![accuracy, gates and movement](curves.png)"]
 
 
-@lru_cache(maxsize=2)
-def _prepare(dataset: str, corpus: str, backbone: str, max_length: int, lm_length: int) -> ToolData:
-    return ToolData(load_tool_task(dataset), load_text(corpus), load_decoder(backbone)[1], max_length, lm_length)
-
-
 def evaluations(records: Records) -> list[Mapping[str, Any]]:
     """The evaluations among a run's records."""
     return [record for record in records if record["event"] == "eval"]
@@ -149,12 +119,12 @@ def _after_phase_a(spec: RunSpec, result: Mapping[str, Any], records: Records) -
     theirs = result.get("baseline", {}).get("phase_a")
     if not mine or theirs is None:
         return []
-    rows = ((spec.preset, _measured(mine[0])["accuracy"]), ("head only", theirs["accuracy"]))
+    rows = ((spec.preset, measured(mine[0])["accuracy"]), ("head only", theirs["accuracy"]))
     told = ", ".join(f"{name} {_percent(row)} {_range(row)}" for name, row in rows)
     return ["", f"Tools at the end of phase A: {told}."]
 
 
-def _measured(metrics: Mapping[str, Any]) -> Record:
+def measured(metrics: Mapping[str, Any]) -> Record:
     row: Record = {"accuracy": _counted(metrics["correct"], metrics["total"])}
     if "plans_correct" in metrics:
         row["plan"] = _counted(metrics["plans_correct"], metrics["total"])

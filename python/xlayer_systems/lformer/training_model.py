@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from xlayer_systems.data.blocks import IGNORED
 from xlayer_systems.lformer.model import LFormer
 from xlayer_systems.lformer.path import SidePath
+from xlayer_systems.training.model import TrainingModel
 
 
-class TraineeOutput(NamedTuple):
+class LFormerTrainingOutput(NamedTuple):
     """``loss`` alone has a gradient. ``token_loss [blocks, S]``, where they were read: nats, 0 for no prediction."""
 
     loss: Tensor
@@ -24,7 +25,7 @@ class TraineeOutput(NamedTuple):
     token_loss: Tensor | None
 
 
-class Trainee(nn.Module):
+class LFormerForTraining(TrainingModel):
     """An attached L-Former on requests, and on blocks of text for the language-modelling loss.
 
     Args:
@@ -59,7 +60,7 @@ class Trainee(nn.Module):
         plan: Tensor,
         lm_input_ids: Tensor,
         lm_labels: Tensor,
-    ) -> TraineeOutput:
+    ) -> LFormerTrainingOutput:
         """The batch of a `ToolData`. In training the blocks are read only where their loss has a gradient."""
         model = self.model
         output = model(input_ids, attention_mask, tools=tools, values=values, plan=plan, logits=False)
@@ -73,7 +74,7 @@ class Trainee(nn.Module):
             token_loss = token_loss.detach().view_as(lm_labels)
         if not self.training:
             self._watch(output.states)
-        return TraineeOutput(
+        return LFormerTrainingOutput(
             loss,
             {name: part.detach() for name, part in losses.items()},
             _detached(output.logits_tools),

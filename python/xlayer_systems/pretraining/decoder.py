@@ -9,27 +9,29 @@ texts of their own, and which package says what.
 from __future__ import annotations
 
 import dataclasses
-import json
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from xlayer_systems.data.blocks import IGNORED, LanguageModelingData, encode_text
+from xlayer_systems.data.blocks import DecoderData
 from xlayer_systems.data.corpus import Corpus, SourceFile, load_corpus
 from xlayer_systems.data.tasks import words
 from xlayer_systems.data.text import TextCorpus
 from xlayer_systems.errors import UserError
+from xlayer_systems.hf.causal_lm import DecoderModel
+from xlayer_systems.hf.decoders import load_decoder
 from xlayer_systems.hf.tokenizer import train_tokenizer
+from xlayer_systems.pretraining.backbones import save_backbone, write_recipe
 from xlayer_systems.reporting.plots import plot_losses
-from xlayer_systems.training.directory import Record, RunDirectory, disk_errors, environment
-from xlayer_systems.training.options import LanguageModelOptions, apply_overrides, check_seed, split_overrides
-from xlayer_systems.training.trainer import Trainer, make_accelerator, seed_everything
+from xlayer_systems.runs.spec import RunSpec
+from xlayer_systems.runs.system import System
+from xlayer_systems.training.directory import Record, RunDirectory
+from xlayer_systems.training.options import LanguageModelOptions
 
 PRETRAINING = LanguageModelOptions(
     batch_size=16, max_length=128, learning_rate=3e-3, warmup=0.05, eval_blocks=128, eval_every=200, max_steps=900
@@ -54,44 +56,6 @@ SHAPES = {
     "sender": DecoderShape(vocabulary=4096, hidden_size=160, feed_forward=448),
     "receiver": DecoderShape(vocabulary=3072, hidden_size=128, feed_forward=352),
 }
-
-
-class DecoderOutput(NamedTuple):
-    """``loss``: mean over the predicted tokens; ``token_loss``: ``[B, S]``, 0 where nothing is predicted (nats)."""
-
-    loss: Tensor
-    token_loss: Tensor
-
-
-class DecoderModel(nn.Module):
-    """A causal language model as the training loop calls it: labels are the next tokens already."""
-
-    def __init__(self, decoder: Any) -> None:
-        super().__init__()
-        self.decoder = decoder
-
-    def forward(self, input_ids: Tensor, labels: Tensor) -> DecoderOutput:
-        """``input_ids`` and ``labels`` ``[B, S]``."""
-        logits = self.decoder(input_ids=input_ids, use_cache=False).logits.float()
-        token_loss = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
-        return DecoderOutput(token_loss.sum() / (labels != IGNORED).sum().clamp(min=1), token_loss)
-
-
-class DecoderData(LanguageModelingData):
-    """Blocks in which every document stands between its own first and last special token.
-
-    A receiver hears a message, then its first token, then answers and ends; both tokens must have been learned.
-    """
-
-    def _blocks(self, texts: Iterable[str], drop_last: bool) -> Tensor:
-        first = self.tokenizer.bos_token_id
-        ids = [id for row in encode_text(self.tokenizer, texts) for id in (first, *row, self.end_id)]
-        missing = -(len(ids) - 1) % self.length
-        if missing and not drop_last:
-            ids += [IGNORED] * missing
-        if len(ids) <= self.length:
-            return torch.empty(0, self.length + 1, dtype=torch.int32)
-        return torch.tensor(ids, dtype=torch.int32).unfold(0, self.length + 1, self.length)
 
 
 def decoder_text(corpus: Corpus, seed: int) -> TextCorpus:
@@ -137,77 +101,90 @@ def make_decoder(shape: DecoderShape, tokenizer: Any) -> Any:
     return decoder
 
 
-def pretrain_decoder(
-    out: Path,
-    *,
-    shape: str | DecoderShape = "sender",
-    seed: int = 0,
-    overrides: Mapping[str, str] | None = None,
-    resume: bool = False,
-    corpus: Corpus | None = None,
-) -> Record:
-    """Pretrain a small decoder in the run directory ``out`` and write it, in half precision, to ``out/decoder``.
+class DecoderPretraining(System):
+    """Pretrains a small decoder and keeps it, in half precision, in the folder decoder of the run directory.
 
     Args:
-        out: a new directory, or with ``resume`` one of an interrupted run.
-        shape: ``sender``, ``receiver`` or any other shape.
-        seed: parameters, order of documents and blocks.
-        overrides: settings of `LanguageModelOptions`, as text.
-        resume: go on from the last checkpoint.
         corpus: the embedded one by default; only its training files reach tokenizer and parameters.
-
-    Returns the last evaluation, on the validation files. Raises `UserError` for an unknown shape or setting and for a
-    run directory that exists.
     """
-    if isinstance(shape, str):
-        if shape not in SHAPES:
-            raise UserError(f"unknown shape {shape!r}; expected one of {', '.join(SHAPES)}")
-        shape = SHAPES[shape]
-    check_seed(seed)
-    with disk_errors(out):
-        if out.exists() and not resume:
-            raise UserError(f"run directory {out} exists; choose another one, or continue it with --resume")
-    split_overrides(overrides or {}, PRETRAINING)
-    options = apply_overrides(PRETRAINING, overrides or {})
-    if options.max_length > shape.positions:
-        raise UserError(
-            f"max_length must be at most the decoder's {shape.positions} positions, got {options.max_length}"
-        )
-    corpus = corpus or load_corpus()
-    accelerator = make_accelerator(options)
-    with disk_errors(out), RunDirectory(out, accelerator.is_main_process) as run:
-        description = {
-            "system": "decoder",
-            "seed": seed,
-            "shape": dataclasses.asdict(shape),
-            "options": dataclasses.asdict(options),
-        }
-        surroundings = environment(corpus.hash)
-        resume = resume and out.exists()
-        if resume:
-            run.check_resumable(description, surroundings)
-            run.lock()
-        accelerator.wait_for_everyone()
-        text = decoder_text(corpus, seed)
+
+    name = "decoder"
+    summary = "pretraining of a small decoder"
+    preset_help = "sender or receiver: they differ in tokenizer and width"
+    dataset_help = "stdlib, the embedded corpus"
+    backbone_help = "scratch"
+    default_preset = "sender"
+    default_dataset = "stdlib"
+    default_backbone = "scratch"
+    model_folder = "decoder"
+
+    def __init__(self, corpus: Corpus | None = None) -> None:
+        self.corpus = corpus
+
+    def presets(self) -> Sequence[str]:
+        return tuple(SHAPES)
+
+    def config(self, preset: str, backbone: str) -> DecoderShape:
+        if preset not in SHAPES:
+            raise UserError(f"unknown shape {preset!r}; expected one of {', '.join(SHAPES)}")
+        return SHAPES[preset]
+
+    def options(self, preset: str, dataset: str, backbone: str, quick: bool) -> LanguageModelOptions:
+        return PRETRAINING
+
+    def upgrade(self, stored: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Translates the description of a run before pretraining was one like all others."""
+        if "shape" not in stored:
+            return stored
+        known = {name for name, shape in SHAPES.items() if dataclasses.asdict(shape) == stored["shape"]}
+        preset = known.pop() if known else self.default_preset
+        names = {"preset": preset, "dataset": self.default_dataset, "backbone": self.default_backbone}
+        kept = {name: stored[name] for name in ("system", "seed", "options")}
+        return {**kept, **names, "config": stored["shape"], "backbone_weights": self.default_backbone}
+
+    def prepare(self, spec: RunSpec, whole: bool = False) -> DecoderData:
+        options, shape = spec.options, spec.config
+        if options.max_length > shape.positions:
+            raise UserError(
+                f"max_length must be at most the decoder's {shape.positions} positions, got {options.max_length}"
+            )
+        text = decoder_text(self.corpus or load_corpus(), spec.seed)
         tokenizer = train_tokenizer(text.train, shape.vocabulary, shape.positions, keep_text=True)
-        data: Any = DecoderData(text, tokenizer, options.max_length, options.eval_blocks)
-        seed_everything(seed)
-        model = DecoderModel(make_decoder(shape, tokenizer))
-        trainer = Trainer(accelerator, model, _groups(model, options), data, options, run, seed, "pretraining")
-        if resume:
-            trainer.resume()
-        else:
-            run.create(description, surroundings)
-        accelerator.wait_for_everyone()
-        result = trainer.train()
-        if accelerator.is_main_process:
-            trained = accelerator.unwrap_model(trainer.model).decoder
-            recipe = {"run": description, "environment": surroundings, "result": result}
-            _save_decoder(trained, tokenizer, out / "decoder", recipe)
-            curve = [(r["step"] * options.batch_size * options.max_length, r["loss"]) for r in _evaluations(run)]
-            plot_losses({"decoder": [curve]}, out / "plots" / "curves.png", None)
-            run.write_json("result.json", result)
-        return result
+        data = DecoderData(text, tokenizer, options.max_length, None if whole else options.eval_blocks)
+        data.fingerprint = text.fingerprint  # the tokenizer follows from text and config
+        return data
+
+    def build(
+        self, backbone: Any, config: DecoderShape, data: DecoderData, options: LanguageModelOptions
+    ) -> DecoderModel:
+        return DecoderModel(make_decoder(config, data.tokenizer))
+
+    def parameter_groups(self, model: nn.Module, options: LanguageModelOptions) -> list[dict[str, Any]]:
+        matrices = [p for p in model.parameters() if p.ndim > 1]
+        others = [p for p in model.parameters() if p.ndim <= 1]
+        return [
+            {"params": matrices, "lr": options.learning_rate, "weight_decay": options.weight_decay},
+            {"params": others, "lr": options.learning_rate, "weight_decay": 0.0},
+        ]
+
+    def save(self, model: Any, data: DecoderData, folder: Path) -> None:
+        save_backbone(model.decoder, data.tokenizer, folder)
+
+    def load(self, folder: Path, backbone: Any) -> DecoderModel:
+        return DecoderModel(load_decoder(str(folder))[0])
+
+    def result(self, spec: RunSpec, data: DecoderData, metrics: Mapping[str, Any]) -> Record:
+        return {name: metrics[name] for name in ("loss", "perplexity", "bits_per_byte")}
+
+    def format(self, result: Mapping[str, Any]) -> str:
+        return f"validation loss {result['loss']:.3f} nats per token, {result['bits_per_byte']:.3f} bits per byte"
+
+    def report(self, spec: RunSpec, data: DecoderData, result: Mapping[str, Any], run: RunDirectory) -> list[str]:
+        write_recipe(spec, data, result, run.path / self.model_folder)
+        per_step = spec.options.batch_size * spec.options.max_length
+        curve = [(r["step"] * per_step, r["loss"]) for r in run.metrics() if r["event"] == "eval"]
+        plot_losses({"decoder": [curve]}, run.path / "plots" / "curves.png", None)
+        return [self.format(result), "", "![curves](plots/curves.png)"]
 
 
 def _documents(file: SourceFile) -> list[str]:
@@ -218,25 +195,3 @@ def _documents(file: SourceFile) -> list[str]:
             found.append(f"{file.path}: {definition.docstring}")
             found.append(f"{definition.docstring}\n\n{file.path}")
     return found
-
-
-def _groups(model: nn.Module, options: LanguageModelOptions) -> list[dict[str, Any]]:
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    return [
-        {"params": matrices, "lr": options.learning_rate, "weight_decay": options.weight_decay},
-        {"params": others, "lr": options.learning_rate, "weight_decay": 0.0},
-    ]
-
-
-def _evaluations(run: RunDirectory) -> list[Record]:
-    return [record for record in run.metrics() if record["event"] == "eval"]
-
-
-def _save_decoder(decoder: Any, tokenizer: Any, folder: Path, recipe: Record) -> None:
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    decoder.half().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")

@@ -9,7 +9,6 @@ is what a classification head reads.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import random
 from collections.abc import Mapping, Sequence
@@ -26,10 +25,13 @@ from xlayer_systems.data.tasks import words
 from xlayer_systems.errors import UserError
 from xlayer_systems.hf.encoders import start_as_average
 from xlayer_systems.hf.tokenizer import SPECIAL_TOKENS, train_tokenizer
+from xlayer_systems.pretraining.backbones import save_backbone, write_recipe
 from xlayer_systems.reporting.plots import plot_curves
-from xlayer_systems.training.directory import Record, RunDirectory, disk_errors, environment
-from xlayer_systems.training.options import TrainOptions, apply_overrides, check_seed, split_overrides
-from xlayer_systems.training.trainer import Trainer, make_accelerator, seed_everything
+from xlayer_systems.runs.spec import RunSpec
+from xlayer_systems.runs.system import System
+from xlayer_systems.training.directory import Record, RunDirectory
+from xlayer_systems.training.model import TrainingModel
+from xlayer_systems.training.options import TrainOptions
 
 PRETRAINING = TrainOptions(
     epochs=3, batch_size=32, max_length=64, encoder_lr=1e-3, head_lr=1e-3, warmup=0.05, eval_batch_size=32
@@ -51,6 +53,17 @@ class EncoderShape:
     heads: int = 4
     feed_forward: int = 512
     positions: int = 130
+
+
+@dataclass(frozen=True)
+class EncoderConfig(EncoderShape):
+    """Adds ``contrast``, the weight of the contrastive loss, to the shape; 0 leaves masked tokens only."""
+
+    contrast: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.contrast < math.inf:
+            raise ValueError(f"contrast must be finite and not negative, got {self.contrast}")
 
 
 class PretrainOutput(NamedTuple):
@@ -77,6 +90,7 @@ class PassagePairs:
 
     def __init__(self, corpus: Corpus, tokenizer: Any, max_length: int, seed: int) -> None:
         generator = random.Random(f"pairs/{seed}")
+        self.tokenizer, self.fingerprint = tokenizer, corpus.hash
         self.pad_id: int = tokenizer.pad_token_id
         self.train = self._pairs(corpus.of("train"), tokenizer, max_length, generator)
         self.validation = self._pairs(corpus.of("validation"), tokenizer, max_length, generator)
@@ -123,7 +137,7 @@ class PassagePairs:
         return [Pair(first, second) for first, second in zip(*ids, strict=True)]
 
 
-class PretrainModel(nn.Module):
+class PretrainModel(TrainingModel):
     """An encoder with a head for masked tokens (tied to its embeddings) and the contrastive loss.
 
     Args:
@@ -189,65 +203,86 @@ class PretrainModel(nn.Module):
         return masked, torch.where(chosen, ids, torch.full_like(ids, IGNORED))
 
 
-def pretrain_encoder(
-    out: Path,
-    *,
-    contrast: float = 1.0,
-    seed: int = 0,
-    overrides: Mapping[str, str] | None = None,
-    resume: bool = False,
-    shape: EncoderShape | None = None,
-    corpus: Corpus | None = None,
-) -> Record:
-    """Pretrain the small encoder in the run directory ``out`` and write it, in half precision, to ``out/encoder``.
+class EncoderPretraining(System):
+    """Pretrains the small encoder and keeps it, in half precision, in the folder encoder of the run directory.
 
-    Returns the last evaluation, on pairs from the validation files.
+    Args:
+        corpus: the embedded one by default; only its training files reach tokenizer and parameters.
     """
-    check_seed(seed)
-    if not 0 <= contrast < math.inf:
-        raise UserError(f"contrast must be finite and not negative, got {contrast}")
-    with disk_errors(out):
-        if out.exists() and not resume:
-            raise UserError(f"run directory {out} exists; choose another one, or continue it with --resume")
-    shape, corpus = shape or EncoderShape(), corpus or load_corpus()
-    split_overrides(overrides or {}, PRETRAINING)
-    options = apply_overrides(PRETRAINING, overrides or {})
-    accelerator = make_accelerator(options)
-    with disk_errors(out), RunDirectory(out, accelerator.is_main_process) as run:
-        description = {
-            "system": "encoder",
-            "seed": seed,
-            "contrast": contrast,
-            "shape": dataclasses.asdict(shape),
-            "options": dataclasses.asdict(options),
-        }
-        surroundings = environment(corpus.hash)
-        resume = resume and out.exists()
-        if resume:
-            run.check_resumable(description, surroundings)
-            run.lock()
-        accelerator.wait_for_everyone()
+
+    name = "encoder"
+    summary = "pretraining of the small encoder"
+    preset_help = "small"
+    dataset_help = "stdlib, the embedded corpus"
+    backbone_help = "scratch"
+    default_preset = "small"
+    default_dataset = "stdlib"
+    default_backbone = "scratch"
+    model_folder = "encoder"
+
+    def __init__(self, corpus: Corpus | None = None) -> None:
+        self.corpus = corpus
+
+    def presets(self) -> Sequence[str]:
+        return (self.default_preset,)
+
+    def config(self, preset: str, backbone: str) -> EncoderConfig:
+        if preset != self.default_preset:
+            raise UserError(f"unknown shape {preset!r}; expected {self.default_preset}")
+        return EncoderConfig()
+
+    def options(self, preset: str, dataset: str, backbone: str, quick: bool) -> TrainOptions:
+        return PRETRAINING
+
+    def upgrade(self, stored: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Translates the description of a run before pretraining was one like all others."""
+        if "shape" not in stored:
+            return stored
+        config = {**stored["shape"], "contrast": stored["contrast"]}
+        names = {"preset": self.default_preset, "dataset": self.default_dataset, "backbone": self.default_backbone}
+        kept = {name: stored[name] for name in ("system", "seed", "options")}
+        return {**kept, **names, "config": config, "backbone_weights": self.default_backbone}
+
+    def prepare(self, spec: RunSpec, whole: bool = False) -> PassagePairs:
+        corpus, shape = self.corpus or load_corpus(), spec.config
         texts = (text for file in corpus.of("train") for pair in passages(file) for text in pair if text)
         tokenizer = train_tokenizer(texts, shape.vocabulary, shape.positions)
-        data = PassagePairs(corpus, tokenizer, options.max_length, seed)
-        seed_everything(seed)
+        return PassagePairs(corpus, tokenizer, spec.options.max_length, spec.seed)
+
+    def build(self, backbone: Any, config: EncoderConfig, data: PassagePairs, options: TrainOptions) -> PretrainModel:
+        tokenizer = data.tokenizer
         # A short pretraining underfits, so it goes without dropout; fine-tuning on far less text needs it.
-        encoder = make_encoder(dataclasses.replace(shape, vocabulary=len(tokenizer)), tokenizer, dropout=0.0)
+        encoder = make_encoder(dataclasses.replace(config, vocabulary=len(tokenizer)), tokenizer, dropout=0.0)
         frequencies = data.log_frequencies(len(tokenizer))
-        model = PretrainModel(encoder, len(SPECIAL_TOKENS), tokenizer.mask_token_id, frequencies, contrast)
-        trainer = Trainer(accelerator, model, _groups(model, options), data, options, run, seed, "pretraining")
-        if resume:
-            trainer.resume()
-        else:
-            run.create(description, surroundings)
-        accelerator.wait_for_everyone()
-        result = trainer.train()
-        if accelerator.is_main_process:
-            trained = accelerator.unwrap_model(trainer.model).encoder
-            _save_encoder(trained, tokenizer, out / "encoder", {"run": description, "environment": surroundings})
-            plot_curves({"encoder": [run.metrics()]}, out / "plots" / "curves.png", metric="masked_loss")
-            run.write_json("result.json", result)
-        return result
+        return PretrainModel(encoder, len(SPECIAL_TOKENS), tokenizer.mask_token_id, frequencies, config.contrast)
+
+    def parameter_groups(self, model: nn.Module, options: TrainOptions) -> list[dict[str, Any]]:
+        matrices = [p for p in model.parameters() if p.ndim > 1]
+        others = [p for p in model.parameters() if p.ndim <= 1]
+        return [
+            {"params": matrices, "lr": options.encoder_lr, "weight_decay": options.weight_decay},
+            {"params": others, "lr": options.encoder_lr, "weight_decay": 0.0},
+        ]
+
+    def save(self, model: Any, data: PassagePairs, folder: Path) -> None:
+        encoder = model.encoder
+        encoder.config.hidden_dropout_prob = encoder.config.attention_probs_dropout_prob = FINE_TUNING_DROPOUT
+        save_backbone(encoder, data.tokenizer, folder)
+
+    def load(self, folder: Path, backbone: Any) -> nn.Module:
+        raise UserError(f"{folder} holds an encoder without its pretraining heads; train a system on it")
+
+    def result(self, spec: RunSpec, data: PassagePairs, metrics: Mapping[str, Any]) -> Record:
+        return {name: metrics[name] for name in ("masked_loss", "pairs_found")}
+
+    def format(self, result: Mapping[str, Any]) -> str:
+        found = f"pairs found {100 * result['pairs_found']:.1f} %"
+        return f"masked-token loss {result['masked_loss']:.3f} nats, {found}"
+
+    def report(self, spec: RunSpec, data: PassagePairs, result: Mapping[str, Any], run: RunDirectory) -> list[str]:
+        write_recipe(spec, data, result, run.path / self.model_folder)
+        plot_curves({"encoder": [run.metrics()]}, run.path / "plots" / "curves.png", metric="masked_loss")
+        return [self.format(result), "", "![curves](plots/curves.png)"]
 
 
 def make_encoder(shape: EncoderShape, tokenizer: Any, dropout: float) -> nn.Module:
@@ -294,22 +329,3 @@ def _file_pairs(file: SourceFile, generator: random.Random) -> list[tuple[str, s
         if partner != own:
             pairs.append((own, partner))
     return pairs
-
-
-def _groups(model: nn.Module, options: TrainOptions) -> list[dict[str, Any]]:
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    return [
-        {"params": matrices, "lr": options.encoder_lr, "weight_decay": options.weight_decay},
-        {"params": others, "lr": options.encoder_lr, "weight_decay": 0.0},
-    ]
-
-
-def _save_encoder(encoder: Any, tokenizer: Any, folder: Path, recipe: Record) -> None:
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    encoder.config.hidden_dropout_prob = encoder.config.attention_probs_dropout_prob = FINE_TUNING_DROPOUT
-    encoder.half().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")

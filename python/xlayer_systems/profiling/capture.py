@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from xlayer_systems.errors import UserError
-from xlayer_systems.runs.execute import RunSpec, build_model
+from xlayer_systems.runs.execute import build_model
+from xlayer_systems.runs.spec import RunSpec
+from xlayer_systems.runs.system import System
 from xlayer_systems.training.directory import RunDirectory
 from xlayer_systems.training.regions import WINDOW, listening, module_regions, nvtx_region, region, torch_region
 from xlayer_systems.training.trainer import Trainer, make_accelerator
@@ -123,7 +125,7 @@ class ProfiledTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         self._window.enter_context(listening(self.capture.open))
         self._window.enter_context(module_regions(model))
-        for index, frozen in enumerate(getattr(model, "frozen", ())):  # held by the model, but no submodules of it
+        for index, frozen in enumerate(model.frozen):  # held by the model, but no submodules of it
             self._window.enter_context(module_regions(frozen, f"frozen{index}."))
         self._window.enter_context(region(WINDOW))
         if torch.cuda.is_available():
@@ -137,7 +139,9 @@ class ProfiledTrainer(Trainer):
         return
 
 
-def run_steps(spec: RunSpec, data: Any, run: RunDirectory, capture: Capture, steps: int, warmup: int) -> None:
+def run_steps(
+    system: System, spec: RunSpec, data: Any, run: RunDirectory, capture: Capture, steps: int, warmup: int
+) -> None:
     """``warmup`` steps, then ``steps`` of them and an evaluation on `EVAL_BATCHES` that count."""
     total = warmup + steps
     # An epoch has at least one step; whatever the options say, the loop ends after these steps.
@@ -147,8 +151,8 @@ def run_steps(spec: RunSpec, data: Any, run: RunDirectory, capture: Capture, ste
     accelerator = make_accelerator(options)
     if accelerator.num_processes > 1:
         raise UserError(f"a profile is taken of one process, not of {accelerator.num_processes}")
-    model = build_model(spec, data)
-    groups = spec.recipe.parameter_groups(model, options)
+    model = build_model(system, spec, data)
+    groups = system.parameter_groups(model, options)
     short = ShortValidation(data, EVAL_BATCHES * options.eval_batch_size)
     trainer = ProfiledTrainer(
         accelerator, model, groups, short, options, run, spec.seed, "profiling", capture=capture, warmup=warmup

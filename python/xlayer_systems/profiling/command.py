@@ -26,7 +26,8 @@ from xlayer_systems.errors import UserError
 from xlayer_systems.profiling import nsight
 from xlayer_systems.profiling.capture import EVAL_BATCHES, TorchCapture, run_steps
 from xlayer_systems.profiling.summary import Summary, format_summary, from_trace
-from xlayer_systems.runs.execute import RunSpec
+from xlayer_systems.runs.spec import RunSpec
+from xlayer_systems.runs.system import System
 from xlayer_systems.training.directory import RunDirectory, disk_errors, environment
 
 AUTO, TORCH = "auto", "torch"
@@ -57,26 +58,28 @@ def _missing(tool: str) -> str | None:
     return None
 
 
-def profile_run(spec: RunSpec, path: Path, *, steps: int = 5, warmup: int = 3, tool: str = AUTO) -> list[str]:
+def profile_run(
+    system: System, spec: RunSpec, path: Path, *, steps: int = 5, warmup: int = 3, tool: str = AUTO
+) -> list[str]:
     """Profile ``steps`` steps of ``spec`` and an evaluation into a new run directory; the lines of the summary."""
     for name, count in (("steps", steps), ("warmup", warmup)):
         if count < 1:
             raise UserError(f"{name} must be at least 1, got {count}")
     tools = choose_tools(tool)
     with disk_errors(path), RunDirectory(path) as run:
-        return _profile(spec, run, steps, warmup, tools)
+        return _profile(system, spec, run, steps, warmup, tools)
 
 
-def _profile(spec: RunSpec, run: RunDirectory, steps: int, warmup: int, tools: list[str]) -> list[str]:
+def _profile(system: System, spec: RunSpec, run: RunDirectory, steps: int, warmup: int, tools: list[str]) -> list[str]:
     path = run.path
     if path.exists():
         raise UserError(f"run directory {path} exists; choose another --run-dir")
-    spec = _one_stage(spec)
-    data = spec.recipe.objective.prepare(spec)
+    spec = system.profiled(spec)
+    data = system.prepare(spec)
     run.create(spec.to_dict(), environment(data.fingerprint))
     commands: list[list[str]] = []
     if tools == [TORCH]:
-        run_steps(spec, data, run, TorchCapture(path / "trace.json", warmup), steps, warmup)
+        run_steps(system, spec, data, run, TorchCapture(path / "trace.json", warmup), steps, warmup)
         summary = from_trace(json.loads((path / "trace.json").read_text()))
     else:
         summary, commands = nsight.profile(tools, path, steps, warmup)
@@ -86,15 +89,6 @@ def _profile(spec: RunSpec, run: RunDirectory, steps: int, warmup: int, tools: l
     run.write_json("summary.json", {"steps": steps, "warmup": warmup, **summary.to_dict()})
     run.write_text("report.md", "\n".join(_report(spec, summary, lines, commands)) + "\n")
     return lines
-
-
-def _one_stage(spec: RunSpec) -> RunSpec:
-    """Of a run that has stages, the last one: the task."""
-    if getattr(spec.recipe, "stages", None) is None or getattr(spec.config, "stage", "both") != "both":
-        return spec
-    if spec.config is None:
-        raise UserError(f"{spec.system} {spec.preset} trains nothing; choose another --preset")
-    return dataclasses.replace(spec, config=dataclasses.replace(spec.config, stage="task"))
 
 
 def _report(spec: RunSpec, summary: Summary, lines: list[str], commands: list[list[str]]) -> list[str]:

@@ -160,12 +160,12 @@ def _run_all(tool: str, commands: Iterable[Command], run: Path) -> list[str]:
 
 def main(arguments: Sequence[str]) -> None:
     """The steps of a run directory, under the tool that started this process."""
-    from xlayer_systems.runs.execute import RunSpec
+    from xlayer_systems.registry import open_run
     from xlayer_systems.training.directory import RunDirectory
 
     run, steps, warmup = RunDirectory(Path(arguments[0])), int(arguments[1]), int(arguments[2])
-    spec = RunSpec.from_dict(run.read_config()["run"])
-    run_steps(spec, spec.recipe.objective.prepare(spec), run, NsightCapture(warmup), steps, warmup)
+    system, spec = open_run(run.path)
+    run_steps(system, spec, system.prepare(spec), run, NsightCapture(warmup), steps, warmup)
 
 
 if __name__ == "__main__":

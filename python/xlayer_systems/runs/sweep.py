@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from xlayer_systems.errors import UserError
-from xlayer_systems.registry import get_recipe
-from xlayer_systems.runs.execute import RunSpec, train_run
+from xlayer_systems.runs.execute import train_run
+from xlayer_systems.runs.spec import RunSpec
+from xlayer_systems.runs.system import System
 from xlayer_systems.training.directory import Record, RunDirectory, disk_errors
 from xlayer_systems.training.options import check_seed, parse_overrides
 
@@ -74,7 +75,7 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-def run_sweep(specs: dict[str, list[RunSpec]], out: Path, resume: bool) -> Record:
+def run_sweep(system: System, specs: dict[str, list[RunSpec]], out: Path, resume: bool) -> Record:
     """Train every spec (per variant name, one per seed) and write results.json, report.md and the plots into ``out``.
 
     With ``resume`` finished runs are kept and an interrupted one goes on.
@@ -87,34 +88,32 @@ def run_sweep(specs: dict[str, list[RunSpec]], out: Path, resume: bool) -> Recor
     for name, variants in specs.items():
         for spec in variants:
             path = out / f"{Variant(name, '', {}).folder}-seed{spec.seed}"
-            results[name].append(train_run(spec, path, resume))
+            results[name].append(train_run(system, spec, path, resume))
             paths[name].append(path)
     records = {name: [RunDirectory(path).metrics() for path in folders] for name, folders in paths.items()}
-    objective = next(iter(specs.values()))[0].recipe.objective
-    summary = {"system": next(iter(specs.values()))[0].system, **objective.summarize(results, records), "runs": results}
+    summary = {"system": system.name, **system.summarize(results, records), "runs": results}
     if int(os.environ.get("RANK", "0")) == 0:
         with disk_errors(out):
-            _write(summary, specs, records, RunDirectory(next(iter(paths.values()))[0]), out)
+            _write(system, summary, specs, records, RunDirectory(next(iter(paths.values()))[0]), out)
     return summary
 
 
-def format_sweep(summary: Record) -> str:
-    """The sweep's table in plain text."""
-    return get_recipe(summary["system"]).objective.format_sweep(summary)
-
-
 def _write(
-    summary: Record, specs: dict[str, list[RunSpec]], records: AllRecords, first: RunDirectory, out: Path
+    system: System,
+    summary: Record,
+    specs: dict[str, list[RunSpec]],
+    records: AllRecords,
+    first: RunDirectory,
+    out: Path,
 ) -> None:
-    recipe = get_recipe(summary["system"])
-    pictures = recipe.objective.plot_sweep(summary, records, out)
+    pictures = system.plot_sweep(summary, records, out)
     for name, variants in specs.items():
         picture = f"usage-{Variant(name, '', {}).folder}.png"
         evaluations: list[Any] = [record for record in records[name][0] if record["event"] == "eval"]
-        if recipe.plot(evaluations, out / picture):
-            title = f"{recipe.usage_title[0].upper()}{recipe.usage_title[1:]}"
+        if system.plot_usage(evaluations, out / picture):
+            title = f"{system.usage_title[0].upper()}{system.usage_title[1:]}"
             pictures.append(f"{title} of {name}, seed {variants[0].seed}:\n\n![usage]({picture})")
     environment = first.read_config()["environment"]
     (out / "results.json").write_text(json.dumps({**summary, "environment": environment}, indent=2) + "\n")
-    table = f"```\n{format_sweep(summary)}\n```"
+    table = f"```\n{system.format_sweep(summary)}\n```"
     (out / "report.md").write_text("\n\n".join(["# Sweep", table, *pictures]) + "\n")

@@ -17,6 +17,7 @@ from xlayer_systems.telepathy.bridge import DESCRIPTION, BridgeOutput, Dimension
 from xlayer_systems.telepathy.config import TelepathyConfig
 from xlayer_systems.telepathy.receiver import ReceiverInput, generate_answers, receiver_input, receiver_logits
 from xlayer_systems.telepathy.usage import Messages
+from xlayer_systems.training.model import TrainingModel
 
 EVALUATION_NOISE = 0  # seed of the diffusion's noise in evaluation
 
@@ -68,7 +69,7 @@ class TelepathyOutput(NamedTuple):
     generated: list[str] | None
 
 
-class TelepathyModel(nn.Module):
+class TelepathyModel(TrainingModel):
     """Sender, bridge, receiver. Only the bridge is a submodule: nothing else is trained, saved or checkpointed.
 
     Args:

@@ -4,33 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from xlayer_systems.data.answers import load_answer_task
-from xlayer_systems.hf.decoders import load_decoder
 from xlayer_systems.reporting.stats import Interval, student_interval, wilson_interval
 from xlayer_systems.reporting.tables import Records, table
+from xlayer_systems.runs.spec import RunSpec
+from xlayer_systems.runs.system import System
 from xlayer_systems.telepathy.data import TelepathyData
+from xlayer_systems.telepathy.latency import format_latency
 from xlayer_systems.telepathy.plots import plot_bridges, plot_soft_tokens
-from xlayer_systems.training.directory import Record
-
-if TYPE_CHECKING:
-    from xlayer_systems.runs.execute import RunSpec
-    from xlayer_systems.telepathy.model import TelepathyModel
+from xlayer_systems.training.directory import Record, RunDirectory
 
 USAGE = ("similarity", "perplexity")
 
 
-class Telepathy:
-    """An `Objective`."""
-
-    def prepare(self, spec: RunSpec, whole: bool = False) -> TelepathyData:
-        options, config = spec.options, spec.config
-        limit = None if whole else options.eval_examples
-        return _prepare(spec.dataset, config.sender, config.receiver, options.max_length, config.target, limit)
+class TelepathyReport(System):
+    """Reports of ..."""
 
     def result(self, spec: RunSpec, data: TelepathyData, metrics: Mapping[str, Any]) -> Record:
         kept = ("invalid", "diversity", "entity_transfer", "per_class", "loss", "usage")
@@ -40,24 +31,6 @@ class Telepathy:
             **{key: metrics[key] for key in kept if key in metrics},
             "bridge": spec.config.bridge,
             "soft_tokens": spec.config.soft_tokens,
-        }
-
-    def examine(self, spec: RunSpec, data: TelepathyData, model: TelepathyModel) -> Record:
-        """After training: every baseline on the same task and the latencies, where the options ask for them."""
-        if not spec.options.baselines:
-            return {}
-        from xlayer_systems.telepathy.baselines import run_baselines
-        from xlayer_systems.telepathy.latency import measure_latency
-
-        model.eval()
-        rows = run_baselines(data.task, spec.config, spec.options, model, spec.seed)
-        baselines = {
-            name: {**row, **counted(row["correct"], row["total"])} if "correct" in row else row
-            for name, row in rows.items()
-        }
-        return {
-            "baselines": baselines,
-            "latency": measure_latency(model, data.task, max_length=spec.options.max_length),
         }
 
     def format(self, result: Mapping[str, Any]) -> str:
@@ -80,14 +53,11 @@ class Telepathy:
                 said.append(f"code perplexity {usage['perplexity']:.1f}")
             lines.append("  " + ", ".join(said))
         if "latency" in result:
-            from xlayer_systems.telepathy.latency import format_latency
-
             lines += ["", format_latency(result["latency"])]
         return "\n".join(lines)
 
-    def report(
-        self, spec: RunSpec, data: TelepathyData, result: Mapping[str, Any], records: Records, plots: Path
-    ) -> list[str]:
+    def report(self, spec: RunSpec, data: TelepathyData, result: Mapping[str, Any], run: RunDirectory) -> list[str]:
+        records, plots = run.metrics(), run.path / "plots"
         from xlayer_systems.reporting.plots import plot_curves
 
         plot_curves({spec.preset: [records]}, plots / "curves.png", result["majority"]["mean"])
@@ -152,14 +122,6 @@ class Telepathy:
             plot_soft_tokens(rows, majority["mean"], out / "soft_tokens.png")
             lines.append("![accuracy over soft tokens](soft_tokens.png)")
         return lines
-
-
-@lru_cache(maxsize=2)
-def _prepare(
-    dataset: str, sender: str, receiver: str, max_length: int, target: str, eval_examples: int | None
-) -> TelepathyData:
-    tokenizers = load_decoder(sender)[1], load_decoder(receiver)[1]
-    return TelepathyData(load_answer_task(dataset), *tokenizers, max_length, target, eval_examples)
 
 
 def counted(correct: int, total: int) -> Record:

@@ -32,6 +32,7 @@ from typing import IO, Any
 from xlayer_systems.errors import UserError
 
 Record = dict[str, Any]
+Upgrade = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 # What a disk or a path can do to a program that is right.
 DISK_ERRORS = (
     errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EIO, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG,
@@ -129,23 +130,28 @@ class RunDirectory:
             pass  # a file system without locks: as safe as the user is careful
         self._locked = stream
 
-    def hold(self, config: Mapping[str, Any], environment: Mapping[str, Any]) -> Record | None:
+    def hold(self, config: Mapping[str, Any], environment: Mapping[str, Any], upgrade: Upgrade = dict) -> Record | None:
         """Take an interrupted run, to go on with it, or return the result of a finished one.
 
         A run that another process holds is refused, and so is one of another config, Python version or other data.
         """
-        self.check_resumable(config, environment)
+        self.check_resumable(config, environment, upgrade)
         finished = self.result()
         if finished is None:
             self.lock()
             finished = self.result()  # it may have ended in between
         return finished
 
-    def check_resumable(self, config: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
-        """Refuse to continue a run of another config, another Python version or other data."""
+    def check_resumable(
+        self, config: Mapping[str, Any], environment: Mapping[str, Any], upgrade: Upgrade = dict
+    ) -> None:
+        """Refuse to continue a run of another config, another Python version or other data.
+
+        ``upgrade`` translates a config that an earlier version wrote.
+        """
         stored = self.read_config()
         wanted = json.loads(json.dumps(config))
-        for key, (found, expected) in _differences(stored["run"], wanted).items():
+        for key, (found, expected) in _differences(upgrade(stored["run"]), wanted).items():
             raise UserError(f"cannot resume {self.path}: its {key} is {found!r}, this command's is {expected!r}")
         for key, name in (("python", "Python version"), ("data_hash", "corpus hash")):
             found, expected = stored["environment"].get(key), environment[key]

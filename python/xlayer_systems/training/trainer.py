@@ -1,11 +1,8 @@
 """The training loop that every system shares, on Accelerate.
 
-A system brings a model whose ``forward(**batch)`` returns an object with ``.loss``, its parameter groups, and its data
-in the shape of `TrainingData`. Where the model has them, ``usage(reset)`` (what it did in an evaluation) and
-``gradient_groups()`` (parameters by the name of their layer, for the norms of their gradients) are logged with every
-evaluation; ``begin_step(step)`` is called before every optimizer step, with its number. Started through ``accelerate
-launch`` the same loop runs under DDP or FSDP2 on many devices (with the run directory on a shared disk); a batch is
-then divided among the processes, so the run takes the same steps as on one.
+A system brings a `TrainingModel`, its parameter groups, and its data in the shape of `TrainingData`. Started through
+``accelerate launch`` the same loop runs under DDP or FSDP2 on many devices (with the run directory on a shared disk); a
+batch is then divided among the processes, so the run takes the same steps as on one.
 
 A run that is killed and resumed ends with the same bits on the CPU: a checkpoint holds model, optimizer, schedule,
 random state and position, and what was logged after it is cut off again. SIGINT and SIGTERM end a run after the step
@@ -24,6 +21,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -34,6 +32,7 @@ from xlayer_systems.data.batches import epoch_batches
 from xlayer_systems.errors import DivergenceError, InterruptionError, UserError
 from xlayer_systems.training.checkpoints import TrainingState, whole
 from xlayer_systems.training.directory import Record, RunDirectory, flatten
+from xlayer_systems.training.model import TrainingModel
 from xlayer_systems.training.optim import linear_schedule
 from xlayer_systems.training.options import DTYPES, LoopOptions
 from xlayer_systems.training.regions import region
@@ -174,7 +173,7 @@ class Trainer:
     def __init__(
         self,
         accelerator: Any,
-        model: nn.Module,
+        model: TrainingModel,
         groups: list[dict[str, Any]],
         data: TrainingData,
         options: LoopOptions,
@@ -195,7 +194,10 @@ class Trainer:
         if accelerator.distributed_type.value == "FSDP" and not accelerator.is_fsdp2:
             raise UserError("checkpoints need FSDP2; choose it with fsdp_version: 2 in the config of accelerate")
         if options.gradient_checkpointing:
-            _enable_checkpointing(model)
+            try:
+                model.gradient_checkpointing_enable()
+            except ValueError as error:
+                raise UserError(str(error)) from error
         if accelerator.device.type == "cpu":
             # Fresh pages for every large tensor can cost more than the kernel that fills it.
             keep_freed_memory()
@@ -293,9 +295,7 @@ class Trainer:
         return every is not None and (self.progress.step + 1) % every == 0
 
     def _begin_step(self) -> None:
-        begin = getattr(self.accelerator.unwrap_model(self.model), "begin_step", None)
-        if begin is not None:
-            begin(self.progress.step)
+        self.accelerator.unwrap_model(self.model).begin_step(self.progress.step)
 
     def _step(self, batch: list[int], watch: bool = False) -> Tensor:
         """One optimizer step on the examples ``batch``; returns this process's mean loss without synchronizing.
@@ -364,11 +364,11 @@ class Trainer:
 
     def _layer_gradient_norms(self, total: Any) -> dict[str, float]:
         """Norm of the gradient of each layer, before it was clipped from the norm ``total``; {} without layers."""
-        groups = getattr(self.accelerator.unwrap_model(self.model), "gradient_groups", None)
-        if groups is None:
+        groups = self.accelerator.unwrap_model(self.model).gradient_groups()
+        if not groups:
             return {}
         scale = max(1.0, float(whole(total)) / self.options.clip)
-        return {name: scale * gradient_norm(parameters) for name, parameters in groups().items()}
+        return {name: scale * gradient_norm(parameters) for name, parameters in groups.items()}
 
     def _evaluate_on_time(self, steps: int, started: float) -> None:
         trained = time.perf_counter()
@@ -378,9 +378,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         model, progress = self.accelerator.unwrap_model(self.model), self.progress
-        usage = getattr(model, "usage", None)
-        if usage is not None:
-            usage(reset=True)
+        model.usage(reset=True)
         with region("eval"):
             try:
                 metrics = evaluate(self.accelerator, self.model, self.data, self.options.eval_batch_size)
@@ -389,9 +387,10 @@ class Trainer:
         record: Record = {"event": "eval", "step": progress.step, "epoch": progress.epoch + 1, **metrics}
         if progress.batch:
             record["train_loss"] = progress.epoch_loss / progress.batch
+        # Gathered over validation, not over training: then it does not depend on where a run was interrupted.
+        usage = model.usage(reset=True)
         if usage is not None:
-            # Gathered over validation, not over training: then it does not depend on where a run was interrupted.
-            record["usage"] = usage(reset=True)
+            record["usage"] = usage
         if self.gradient_norms:
             record["gradient_norms"] = self.gradient_norms
         self.run.log(record)
@@ -419,6 +418,13 @@ class Trainer:
         with Bar(*columns, disable=is_hidden, transient=True) as bar:
             task = bar.add_task(self.name, total=self.total_steps, completed=self.progress.step)
             yield lambda: bar.advance(task)
+
+
+def evaluate_alone(model: nn.Module, data: TrainingData, batch_size: int) -> dict[str, float | int]:
+    """As `evaluate`, in this process alone, on the device of the model's parameters."""
+    device = next(model.parameters()).device
+    alone = SimpleNamespace(num_processes=1, process_index=0, device=device, reduce=lambda sums, how: sums)
+    return evaluate(alone, model, data, batch_size)
 
 
 def evaluate(accelerator: Any, model: nn.Module, data: TrainingData, batch_size: int) -> dict[str, float | int]:
@@ -449,13 +455,6 @@ def evaluate(accelerator: Any, model: nn.Module, data: TrainingData, batch_size:
         if isinstance(value, float) and not math.isfinite(value):
             raise DivergenceError(f"the metric {name} is {value}")
     return metrics
-
-
-def _enable_checkpointing(model: nn.Module) -> None:
-    enable = getattr(model, "gradient_checkpointing_enable", None)
-    if enable is None:
-        raise UserError(f"{type(model).__name__} has no gradient checkpointing; leave gradient_checkpointing at false")
-    enable()
 
 
 def gradient_norm(parameters: Sequence[Tensor]) -> float:

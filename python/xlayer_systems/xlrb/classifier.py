@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from xlayer_systems.training.model import TrainingModel
+
 from .bridge import XLRBBridge, attach, check_masks
 from .config import XLRBConfig
 
@@ -41,7 +43,7 @@ class ClassifierHead(nn.Sequential):
         )
 
 
-class XLRBClassifier(nn.Module):
+class XLRBClassifier(TrainingModel):
     """An encoder, optionally with an XLRB bridge, and a classification head on token 0.
 
     The loss is cross entropy with label smoothing, plus ``entropy_weight`` times the mean HDIM attention entropy,

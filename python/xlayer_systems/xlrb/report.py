@@ -4,34 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from xlayer_systems.data import load_task
 from xlayer_systems.data.batches import ClassificationData
-from xlayer_systems.errors import UserError
-from xlayer_systems.hf import encoders
 from xlayer_systems.reporting.plots import plot_curves
 from xlayer_systems.reporting.stats import Interval, student_interval, wilson_interval
 from xlayer_systems.reporting.tables import Records, table
-from xlayer_systems.training.directory import Record
+from xlayer_systems.runs.spec import RunSpec
+from xlayer_systems.runs.system import System
+from xlayer_systems.training.directory import Record, RunDirectory
 
-if TYPE_CHECKING:
-    from xlayer_systems.runs.execute import RunSpec
 
-
-class Classification:
-    """An `Objective`."""
-
-    def prepare(self, spec: RunSpec, whole: bool = False) -> ClassificationData:
-        data = _prepare(spec.dataset, spec.backbone, spec.options.max_length)
-        if getattr(spec.config, "needs_pairs", False) and not data.task.has_pairs:
-            raise UserError(
-                f"preset {spec.preset} reads sentence pairs, and {spec.dataset} has single texts; "
-                "expected a data set such as stdlib-pairs or glue/rte"
-            )
-        return data
+class ClassificationReport(System):
+    """Reports of ..."""
 
     def result(self, spec: RunSpec, data: ClassificationData, metrics: Mapping[str, Any]) -> Record:
         lexical = data.task.lexical()
@@ -54,8 +40,9 @@ class Classification:
         return "\n".join(lines)
 
     def report(
-        self, spec: RunSpec, data: ClassificationData, result: Mapping[str, Any], records: Records, plots: Path
+        self, spec: RunSpec, data: ClassificationData, result: Mapping[str, Any], run: RunDirectory
     ) -> list[str]:
+        records, plots = run.metrics(), run.path / "plots"
         plot_curves({spec.preset: [records]}, plots / "curves.png", result["majority"]["mean"])
         lines = [
             f"Backbone `{spec.backbone}`, seed {spec.seed}, {result['parameters']:,} parameters, "
@@ -106,13 +93,6 @@ class Classification:
     def plot_sweep(self, summary: Mapping[str, Any], records: Mapping[str, Sequence[Records]], out: Path) -> list[str]:
         plot_curves(records, out / "curves.png", summary["rows"][0]["accuracy"])
         return ["![curves](curves.png)"]
-
-
-@lru_cache(maxsize=2)
-def _prepare(dataset: str, backbone: str, max_length: int) -> ClassificationData:
-    task = load_task(dataset)
-    tokenizer = encoders.load_tokenizer(backbone)
-    return ClassificationData(task, tokenizer, min(max_length, tokenizer.model_max_length))
 
 
 def _counted(correct: int, total: int) -> Record:
