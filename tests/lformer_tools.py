@@ -117,8 +117,8 @@ def save_base(folder: Path) -> str:
 
 def use_toy_task(patch: pytest.MonkeyPatch, **sizes: int) -> None:
     """Let the command find the toy task under every name."""
-    from xlayer_systems.lformer import report
+    from xlayer_systems.lformer import system
 
-    report._prepare.cache_clear()
-    patch.setattr(report, "load_tool_task", lambda name: toy_task(**sizes))
-    patch.setattr(report, "load_text", lambda name: toy_corpus())
+    system._prepare.cache_clear()
+    patch.setattr(system, "load_tool_task", lambda name: toy_task(**sizes))
+    patch.setattr(system, "load_text", lambda name: toy_corpus())

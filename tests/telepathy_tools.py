@@ -115,10 +115,10 @@ def make_model(pair: Pair, config: TelepathyConfig = SMALL, data: TelepathyData 
 
 def use_toy_task(patch: pytest.MonkeyPatch, **sizes: int) -> None:
     """Let the command find the toy task under the name ``toy``."""
-    from xlayer_systems.telepathy import report
+    from xlayer_systems.telepathy import system
 
     def load(name: str) -> Any:
         return toy_task(name, **sizes)
 
-    report._prepare.cache_clear()
-    patch.setattr(report, "load_answer_task", load)
+    system._prepare.cache_clear()
+    patch.setattr(system, "load_answer_task", load)

@@ -22,11 +22,20 @@ from lformer_tools import (
     toy_tokenizer,
     use_toy_task,
 )
-from training_tools import contents, finish, read_metrics, run_xlayer, start_xlayer
+from training_tools import (
+    contents,
+    evaluate_run,
+    finish,
+    format_result,
+    make_spec,
+    read_metrics,
+    run_xlayer,
+    start_xlayer,
+    train_run,
+)
 from xlayer_systems.errors import UserError
 from xlayer_systems.lformer import AGGREGATORS, LFormer
 from xlayer_systems.lformer.data import BLOCK_EVERY
-from xlayer_systems.runs.execute import evaluate_run, format_result, make_spec, train_run
 from xlayer_systems.training.trainer import Trainer
 
 FAST = {
@@ -216,9 +225,9 @@ def test_requests_from_a_folder_without_values_and_plans(
     base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from xlayer_systems.data.tools import load_tool_task
-    from xlayer_systems.lformer import report
+    from xlayer_systems.lformer import system
 
-    monkeypatch.setattr(report, "load_tool_task", load_tool_task)
+    monkeypatch.setattr(system, "load_tool_task", load_tool_task)
     spec = make_spec("lformer", dataset=save_rows(tmp_path), backbone=base, overrides=FAST | {"max_steps": "3"})
     result = train_run(spec, tmp_path / "run")
     assert result["accuracy"]["total"] == 9 and "plan" not in result and "value_error" not in result
@@ -243,11 +252,11 @@ def test_wrong_input_ends_in_one_line(
 
 
 def test_another_base_is_refused_at_loading(base: str, tmp_path: Path) -> None:
-    from xlayer_systems.registry import get_recipe
+    from xlayer_systems.registry import get_system
 
     train_run(toy_spec(base, max_steps="1"), tmp_path / "run")
     with pytest.raises(UserError, match="was made for a base with weights"):
-        get_recipe("lformer").load(tmp_path / "run" / "model", toy_base(seed=5))
+        get_system("lformer").load(tmp_path / "run" / "model", toy_base(seed=5))
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ from training_tools import Numbers, Output, contents, read_metrics, run_xlayer, 
 from xlayer_systems.errors import DivergenceError, InterruptionError, UserError
 from xlayer_systems.training.checkpoints import TrainingState
 from xlayer_systems.training.directory import RunDirectory
+from xlayer_systems.training.model import TrainingModel
 from xlayer_systems.training.options import TrainOptions
 from xlayer_systems.training.trainer import StopSignals, Trainer, linear_schedule, make_accelerator
 
@@ -37,7 +38,7 @@ EARLIER_FILES = (
 ENVIRONMENT = {"python": "3", "data_hash": "x"}
 
 
-class Net(nn.Module):
+class Net(TrainingModel):
     """A weight under two names, dropout, a buffer, and a parameter that no step reaches."""
 
     def __init__(self) -> None:

@@ -11,9 +11,18 @@ import pytest
 import torch
 from torch import nn
 
-from training_tools import Line, Numbers, finish, read_metrics, save_backbone, save_rte, start_xlayer
+from training_tools import (
+    Line,
+    Numbers,
+    finish,
+    make_spec,
+    read_metrics,
+    save_backbone,
+    save_rte,
+    start_xlayer,
+    train_run,
+)
 from xlayer_systems.errors import UserError
-from xlayer_systems.runs.execute import make_spec, train_run
 from xlayer_systems.training.directory import RunDirectory, flatten
 from xlayer_systems.training.options import TrainOptions, apply_overrides
 from xlayer_systems.training.trainer import Trainer, evaluate, linear_schedule, make_accelerator
