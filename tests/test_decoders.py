@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from training_tools import contents
-from xlayer_systems.cli import app
+from xlayer_systems.cli import make_app
 from xlayer_systems.data.blocks import DecoderData
 from xlayer_systems.data.corpus import Corpus, load_corpus
 from xlayer_systems.errors import UserError
@@ -138,7 +138,7 @@ def test_a_fresh_decoder_predicts_nearly_evenly(corpus):
 
 
 def test_the_command_refuses_an_unknown_shape(tmp_path):
-    result = CliRunner().invoke(app, ["pretrain", "decoder", str(tmp_path / "x"), "--shape", "huge"])
+    result = CliRunner().invoke(make_app(), ["pretrain", "decoder", str(tmp_path / "x"), "--shape", "huge"])
     assert isinstance(result.exception, UserError)
     assert str(result.exception) == "unknown shape 'huge'; expected one of sender, receiver"
     assert not (tmp_path / "x").exists()

@@ -349,7 +349,7 @@ def _sizes(size: str) -> dict[str, int]:
         ({"residual": "highway"}, "residual must be one of plain, shc, dhc, mhc, got 'highway'"),
         ({"expansion_rate": 0}, "expansion_rate must be at least 1, got 0"),
         ({"hidden_size": 30, "num_heads": 4}, "hidden_size must be a multiple of 2·num_heads = 8"),
-        ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
+        ({"dropout": 1.0}, "dropout must be at least 0 and less than 1"),
     ],
 )
 def test_settings_are_checked(changes, message):

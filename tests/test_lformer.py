@@ -318,8 +318,8 @@ def test_autocast_and_a_base_in_bfloat16() -> None:
         ({"aggregator": "attn", "gate_l1": 0.1}, "are for ema, got aggregator 'attn'"),
         ({"pooling": "cls"}, "pooling must be one of mean, first, last, attention, got 'cls'"),
         ({"d_side": 0}, "d_side must be at least 1, got 0"),
-        ({"lambda_lm": -1.0}, "lambda_lm must be at least 0"),
-        ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
+        ({"lambda_lm": -1.0}, "lambda_lm must be finite and not negative"),
+        ({"dropout": 1.0}, "dropout must be at least 0 and less than 1"),
         ({"equal_to": "head_only"}, "equal_to must be one of ema, gru, attn"),
     ],
 )

@@ -33,7 +33,6 @@ from training_tools import (
     start_xlayer,
     train_run,
 )
-from xlayer_systems.errors import UserError
 from xlayer_systems.lformer import AGGREGATORS, LFormer
 from xlayer_systems.lformer.data import BLOCK_EVERY
 from xlayer_systems.training.trainer import Trainer
@@ -241,7 +240,7 @@ def test_wrong_input_ends_in_one_line(
     for arguments, message in (
         (("--preset", "lstm"), "unknown preset 'lstm'; expected one of ema, gru, attn, head_only"),
         (("--set", "pooling=cls"), "unknown pooling 'cls'; expected one of mean, first, last, attention"),
-        (("--set", "phase_a_steps=-1"), "phase_a_steps must not be negative, got -1"),
+        (("--set", "phase_a_steps=-1"), "phase_a_steps must be at least 0, got -1"),
         (("--set", "blend_into_lm=true", "--set", "sequence_wise=true"), "blend_into_lm needs sequence_wise=False"),
         ((*short, "--set", "last_k_unfreeze=9"), "last_k_unfreeze must be at most the base's 4 layers"),
         ((*short, "--set", "heads=3", "--preset", "attn"), "d_side must be a multiple of heads = 3"),
@@ -255,7 +254,7 @@ def test_another_base_is_refused_at_loading(base: str, tmp_path: Path) -> None:
     from xlayer_systems.registry import get_system
 
     train_run(toy_spec(base, max_steps="1"), tmp_path / "run")
-    with pytest.raises(UserError, match="was made for a base with weights"):
+    with pytest.raises(ValueError, match="was made for a base with weights"):
         get_system("lformer").load(tmp_path / "run" / "model", toy_base(seed=5))
 
 

@@ -14,8 +14,6 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from xlayer_systems.errors import UserError
-
 _NAME = "_bypass_companion"
 
 
@@ -24,7 +22,7 @@ class Companion:
 
     def __init__(self, cache: Cache) -> None:
         if cache.get_seq_length():
-            raise UserError("this cache was filled without the bypass; begin with an empty one")
+            raise ValueError("this cache was filled without the bypass; begin with an empty one")
         self.unmodified = copy.deepcopy(cache)
         self.latents: Any = DynamicLayer()
         self._is_joined = False

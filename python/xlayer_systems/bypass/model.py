@@ -39,7 +39,6 @@ from transformers.cache_utils import DynamicCache
 
 from xlayer_systems.bypass.caches import Companion
 from xlayer_systems.bypass.config import BypassConfig
-from xlayer_systems.errors import UserError
 from xlayer_systems.hf.layers import describe, is_causal, layers_of, stack_of
 
 CONFIG_FILE = "bypass.json"
@@ -69,7 +68,7 @@ class Bypass(nn.Module):
         stack = stack_of(model)
         layers = layers_of(stack)
         if any(isinstance(getattr(h, "__self__", None), Bypass) for h in stack._forward_pre_hooks.values()):
-            raise UserError("this model has a bypass already; call its remove() first")
+            raise ValueError("this model has a bypass already; call its remove() first")
         depth, width, rank = len(layers), int(stack.config.hidden_size), config.latent
         self.config, self.is_causal = config, is_causal(stack)
         self.injects = config.stage != "reconstruct"
@@ -173,7 +172,7 @@ class Bypass(nn.Module):
             sums = sums + tokens.sum(0, dtype=torch.float64)
             squares = squares + tokens.double().square().sum(0)
         if not count:
-            raise UserError("statistics of hidden states need at least one token")
+            raise ValueError("statistics of hidden states need at least one token")
         mean: Any = sums / count
         scale = (squares / count - mean.square()).mean(-1).clamp(min=1e-12).sqrt()
         self.mean.copy_(mean[1:])
@@ -201,7 +200,7 @@ class Bypass(nn.Module):
         if not self.injects:
             return None
         if stack.training and any(getattr(m, "gradient_checkpointing", False) for m in stack.modules()):
-            raise UserError("a bypass cannot train through gradient checkpointing; disable it")
+            raise ValueError("a bypass cannot train through gradient checkpointing; disable it")
         inputs = self._by_name(args, kwargs)
         companion = self._companion(inputs)
         states = self.collect(**(inputs | {"past_key_values": companion.unmodified} if companion else inputs))
@@ -241,7 +240,7 @@ class Bypass(nn.Module):
         if self._states is not None:
             return None
         if self._biases is None:
-            raise UserError(f"the layers ran without the forward pass of {type(self._stack[0]).__name__} around them")
+            raise ValueError(f"the layers ran without the forward pass of {type(self._stack[0]).__name__} around them")
         hidden = args[0] if args else kwargs["hidden_states"]
         hidden = hidden + self._biases[row].to(hidden)
         return ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})
@@ -274,7 +273,7 @@ class Bypass(nn.Module):
         """Attach what `save_pretrained` wrote to ``model``, the one that it was made for.
 
         Raises:
-            UserError: files are missing or do not fit, or ``model`` is another one; it is then as it was.
+            ValueError: files are missing or do not fit, or ``model`` is another one; it is then as it was.
         """
         config, state = _read(Path(folder), stack_of(model))
         made = cls(model, config)
@@ -282,22 +281,22 @@ class Bypass(nn.Module):
             made.load_state_dict(state)
         except RuntimeError as error:
             made.remove()
-            raise UserError(f"the weights in {folder} do not fit their config") from error
+            raise ValueError(f"the weights in {folder} do not fit their config") from error
         return made
 
     def load_encoder(self, folder: Path) -> None:
         """Take encoder and statistics of the bypass saved in ``folder``, made for the same model.
 
         Raises:
-            UserError: as `from_pretrained`, or its encoder has another shape.
+            ValueError: as `from_pretrained`, or its encoder has another shape.
         """
         try:
             config, state = _read(folder, self._stack[0])
             for name in ("variant", "latent"):
                 found, wanted = getattr(config, name), getattr(self.config, name)
                 if found != wanted:
-                    raise UserError(f"{folder} was made with {name} {found!r}, this bypass has {wanted!r}")
-        except UserError:
+                    raise ValueError(f"{folder} was made with {name} {found!r}, this bypass has {wanted!r}")
+        except ValueError:
             self.remove()
             raise
         with torch.no_grad():
@@ -322,7 +321,7 @@ def attach(model: Any, config: BypassConfig | None = None, **settings: Any) -> B
         The bypass, in float32 on the model's device; ``remove()`` takes it off again.
 
     Raises:
-        UserError: the model is of another kind or has a bypass already; an option is wrong.
+        ValueError: the model is of another kind or has a bypass already; an option is wrong.
 
     Example::
 
@@ -340,7 +339,7 @@ def attach(model: Any, config: BypassConfig | None = None, **settings: Any) -> B
     """
     unknown = set(settings) - {field.name for field in dataclasses.fields(BypassConfig)}
     if unknown:
-        raise UserError(f"a bypass has no setting {', '.join(sorted(unknown))}")
+        raise ValueError(f"a bypass has no setting {', '.join(sorted(unknown))}")
     return Bypass(model, dataclasses.replace(config or BypassConfig(), **settings))
 
 
@@ -348,13 +347,13 @@ def _read(folder: Path, stack: Any) -> tuple[BypassConfig, dict[str, Tensor]]:
     """Config and weights of the bypass in ``folder``, if it was made for this model."""
     missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
     if missing:
-        raise UserError(f"no bypass in {folder}: {', '.join(missing)} missing")
+        raise ValueError(f"no bypass in {folder}: {', '.join(missing)} missing")
     settings = json.loads((folder / CONFIG_FILE).read_text())
     for name, found in describe(stack).items():
         made_for = settings["model"].get(name)
         if made_for != found:
-            raise UserError(f"the bypass in {folder} was made for a model with {name} {made_for!r}, got {found!r}")
+            raise ValueError(f"the bypass in {folder} was made for a model with {name} {made_for!r}, got {found!r}")
     unknown = set(settings["config"]) - {field.name for field in dataclasses.fields(BypassConfig)}
     if unknown:
-        raise UserError(f"{folder} has options that this version does not know: {', '.join(sorted(unknown))}")
+        raise ValueError(f"{folder} has options that this version does not know: {', '.join(sorted(unknown))}")
     return BypassConfig(**settings["config"]), load_file(folder / WEIGHTS_FILE)

@@ -18,7 +18,6 @@ from xlayer_systems.bypass.config import AdapterConfig
 from xlayer_systems.bypass.model import Bypass
 from xlayer_systems.bypass.reconstruction import BATCH, FrozenModel
 from xlayer_systems.data.blocks import IGNORED, LanguageModelingData
-from xlayer_systems.errors import UserError
 from xlayer_systems.hf.causal_lm import DecoderModel, DecoderOutput
 from xlayer_systems.hf.layers import layers_of, stack_of
 from xlayer_systems.reporting.stats import student_interval
@@ -59,12 +58,14 @@ def load_adapter(decoder: Any, folder: Path) -> Any:
     try:
         rank, alpha = int(settings["r"]), int(settings["lora_alpha"])
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder / ADAPTER_FILE} is no config of a LoRA: expected numbers r and lora_alpha") from error
+        raise ValueError(
+            f"{folder / ADAPTER_FILE} is no config of a LoRA: expected numbers r and lora_alpha"
+        ) from error
     model = _add_lora(decoder, rank, alpha)
     state = load_file(folder / ADAPTER_WEIGHTS)
     own = {name: tensor.shape for name, tensor in _peft().get_peft_model_state_dict(model).items()}
     if {name: tensor.shape for name, tensor in state.items()} != own:
-        raise UserError(f"the weights in {folder} do not fit their config or this model")
+        raise ValueError(f"the weights in {folder} do not fit their config or this model")
     _peft().set_peft_model_state_dict(model, state)
     return model.requires_grad_(False)
 
@@ -128,5 +129,5 @@ def _peft() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise UserError("LoRA needs the package peft; install it, or train with --set compare=false") from error
+        raise ValueError("LoRA needs the package peft; install it, or train with --set compare=false") from error
     return peft

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from xlayer_systems.errors import UserError
-
 _SAMPLE = 64  # elements of every parameter that the fingerprint sees
 
 
@@ -33,7 +31,7 @@ def _list_of_layers(base: Any) -> str:
     settings = getattr(base, "config", None)
     depth = getattr(settings, "num_hidden_layers", None)
     if depth is None or getattr(settings, "is_encoder_decoder", False):
-        raise UserError(f"a bypass attaches to an encoder or a decoder of Hugging Face; got {type(base).__name__}")
+        raise ValueError(f"a bypass attaches to an encoder or a decoder of Hugging Face; got {type(base).__name__}")
     found: list[str] = []
     for name, module in base.named_modules():
         is_list = isinstance(module, nn.ModuleList) and len(module) == depth
@@ -41,7 +39,7 @@ def _list_of_layers(base: Any) -> str:
             found.append(name)
     if len(found) != 1:
         names = ", ".join(found) or "none"
-        raise UserError(f"a bypass needs one list of {depth} layers in {type(base).__name__}; found {names}")
+        raise ValueError(f"a bypass needs one list of {depth} layers in {type(base).__name__}; found {names}")
     return found[0]
 
 

@@ -31,7 +31,7 @@ from xlayer_systems.reporting.plots import plot_losses
 from xlayer_systems.runs.spec import RunSpec
 from xlayer_systems.runs.system import System
 from xlayer_systems.training.directory import Record, RunDirectory
-from xlayer_systems.training.options import LanguageModelOptions
+from xlayer_systems.training.options import LanguageModelOptions, check_fields, option
 
 PRETRAINING = LanguageModelOptions(
     batch_size=16, max_length=128, learning_rate=3e-3, warmup=0.05, eval_blocks=128, eval_every=200, max_steps=900
@@ -42,18 +42,21 @@ EMBEDDING_SCALE, PROJECTION_GAIN = 0.06, 0.8
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """Size of a small decoder; ``positions`` is the longest input in tokens."""
+    """Defines a small decoder."""
 
-    vocabulary: int
-    hidden_size: int
-    feed_forward: int
-    layers: int = 4
-    heads: int = 4
-    positions: int = 1024
+    vocabulary: int = option(4096, "tokens of the vocabulary", minimum=300)
+    hidden_size: int = option(160, "width", minimum=1)
+    feed_forward: int = option(448, "inner width", minimum=1)
+    layers: int = option(4, "layers", minimum=1)
+    heads: int = option(4, "attention heads; must divide the width", minimum=1)
+    positions: int = option(1024, "tokens of the longest input", minimum=1)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 SHAPES = {
-    "sender": DecoderShape(vocabulary=4096, hidden_size=160, feed_forward=448),
+    "sender": DecoderShape(),
     "receiver": DecoderShape(vocabulary=3072, hidden_size=128, feed_forward=352),
 }
 

@@ -31,7 +31,7 @@ from xlayer_systems.runs.spec import RunSpec
 from xlayer_systems.runs.system import System
 from xlayer_systems.training.directory import Record, RunDirectory
 from xlayer_systems.training.model import TrainingModel
-from xlayer_systems.training.options import TrainOptions
+from xlayer_systems.training.options import TrainOptions, check_fields, option
 
 PRETRAINING = TrainOptions(
     epochs=3, batch_size=32, max_length=64, encoder_lr=1e-3, head_lr=1e-3, warmup=0.05, eval_batch_size=32
@@ -44,26 +44,19 @@ FINE_TUNING_DROPOUT = 0.1
 
 
 @dataclass(frozen=True)
-class EncoderShape:
-    """Size of the small encoder (about 1.7 M parameters)."""
+class EncoderConfig:
+    """Defines the small encoder (about 1.7 M parameters by default) and its objective."""
 
-    vocabulary: int = 5000
-    hidden_size: int = 128
-    layers: int = 6
-    heads: int = 4
-    feed_forward: int = 512
-    positions: int = 130
-
-
-@dataclass(frozen=True)
-class EncoderConfig(EncoderShape):
-    """Adds ``contrast``, the weight of the contrastive loss, to the shape; 0 leaves masked tokens only."""
-
-    contrast: float = 1.0
+    vocabulary: int = option(5000, "tokens of the vocabulary", minimum=300)
+    hidden_size: int = option(128, "width", minimum=1)
+    layers: int = option(6, "layers", minimum=1)
+    heads: int = option(4, "attention heads; must divide the width", minimum=1)
+    feed_forward: int = option(512, "inner width", minimum=1)
+    positions: int = option(130, "tokens of the longest input", minimum=1)
+    contrast: float = option(1.0, "weight of the contrastive loss; 0 leaves masked tokens only", minimum=0)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.contrast < math.inf:
-            raise ValueError(f"contrast must be finite and not negative, got {self.contrast}")
+        check_fields(self)
 
 
 class PretrainOutput(NamedTuple):
@@ -285,7 +278,7 @@ class EncoderPretraining(System):
         return [self.format(result), "", "![curves](plots/curves.png)"]
 
 
-def make_encoder(shape: EncoderShape, tokenizer: Any, dropout: float) -> nn.Module:
+def make_encoder(shape: EncoderConfig, tokenizer: Any, dropout: float) -> nn.Module:
     """A RoBERTa encoder of this shape with fresh parameters."""
     from transformers import RobertaConfig, RobertaModel
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from xlayer_systems.errors import UserError
+from xlayer_systems.runs import run_file
 from xlayer_systems.runs.spec import RunSpec
 from xlayer_systems.runs.system import Part, System
 from xlayer_systems.training.directory import Record, RunDirectory, disk_errors, environment
@@ -55,7 +56,7 @@ def _train(system: System, spec: RunSpec, accelerator: Any, run: RunDirectory, r
         name = f"{spec.preset} seed {spec.seed}"
         trainer = Trainer(accelerator, model, groups, data, spec.options, run, spec.seed, name)
     if not resume:
-        run.create(description, surroundings)
+        run.create(description, surroundings, {run_file.NAME: run_file.write_run_file(spec)})
     elif trainer is not None:
         trainer.resume()
     accelerator.wait_for_everyone()

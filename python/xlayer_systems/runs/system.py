@@ -15,9 +15,19 @@ from xlayer_systems.reporting.tables import Records
 from xlayer_systems.runs.spec import RunSpec
 from xlayer_systems.training.directory import Record, RunDirectory
 from xlayer_systems.training.model import TrainingModel
-from xlayer_systems.training.options import LoopOptions, apply_overrides, check_seed, split_overrides
+from xlayer_systems.training.options import (
+    MAX_SEED,
+    LoopOptions,
+    apply_overrides,
+    check_seed,
+    json_schema,
+    plain,
+    split_overrides,
+)
 from xlayer_systems.training.trainer import TrainingData
 
+SEED_HELP = "Initial parameters, order of the examples, dropout."
+QUICK_HELP = "Settings that train in a minute or two on two CPU cores."
 PLAIN = "plain"  # the preset without what the system adds
 
 
@@ -93,7 +103,7 @@ class System(ABC):
         """Returns the system's config dataclass for a preset, or None for a backbone alone.
 
         Raises:
-            UserError: the preset is unknown.
+            UserError, ValueError: the preset is unknown.
         """
 
     @abstractmethod
@@ -131,8 +141,11 @@ class System(ABC):
         check_seed(seed)
         preset, dataset = preset or self.default_preset, dataset or self.default_dataset
         backbone = backbone or self.default_backbone
-        made_config = self.config(preset, backbone)
-        made_options = self.options(preset, dataset, backbone, quick)
+        try:
+            made_config = self.config(preset, backbone)
+            made_options = self.options(preset, dataset, backbone, quick)
+        except ValueError as error:
+            raise UserError(str(error)) from error
         for_options, for_config = split_overrides(overrides or {}, made_options, made_config)
         for_options |= split_overrides(options or {}, made_options)[0]
         for_config |= split_overrides(config or {}, made_config)[0]
@@ -162,6 +175,51 @@ class System(ABC):
     def upgrade(self, stored: Mapping[str, Any]) -> Mapping[str, Any]:
         """Translates a run's description that an earlier version wrote; the default returns it as it is."""
         return stored
+
+    def schema(self, preset: str | None = None, quick: bool = False) -> dict[str, Any]:
+        """Returns the JSON schema of everything that `make_spec` takes, made of the fields of the dataclasses.
+
+        Defaults are those of the given preset, on the default data set and backbone. Beside the schema proper,
+        ``presets`` says what each preset changes of them, and ``quick`` what quick settings change.
+        """
+        preset = preset or self.default_preset
+        config, options = self._defaults(preset, quick)
+        names = {
+            "preset": {"enum": list(self.presets()), "default": preset, "description": self.preset_help},
+            "dataset": {"type": "string", "default": self.default_dataset, "description": self.dataset_help},
+            "backbone": {"type": "string", "default": self.default_backbone, "description": self.backbone_help},
+        }
+        seed = {"type": "integer", "minimum": 0, "maximum": MAX_SEED, "default": 0, "description": SEED_HELP}
+        short = {"type": "boolean", "default": quick, "description": QUICK_HELP}
+        parts = {"options": json_schema(options), "config": {"type": "null"} if config is None else json_schema(config)}
+        return {
+            "$schema": "https://json-schema.org/draft/2020-12/schema",
+            "title": self.name,
+            "description": self.summary,
+            "type": "object",
+            "additionalProperties": False,
+            "properties": {**names, "seed": seed, "quick": short, **parts},
+            "presets": {name: self._changes((config, options), self._defaults(name, quick)) for name in self.presets()},
+            "quick": self._changes(self._defaults(preset, False), self._defaults(preset, True)),
+        }
+
+    def _defaults(self, preset: str, quick: bool) -> tuple[Any, LoopOptions]:
+        backbone = self.default_backbone
+        return self.config(preset, backbone), self.options(preset, self.default_dataset, backbone, quick)
+
+    def _changes(self, base: tuple[Any, LoopOptions], other: tuple[Any, LoopOptions]) -> Record:
+        """Returns the fields of config and options in which ``other`` differs; a config of another kind is whole."""
+        changes: Record = {}
+        for name, mine, theirs in zip(("config", "options"), base, other, strict=True):
+            if theirs is None or type(mine) is not type(theirs):
+                if mine is not theirs:
+                    changes[name] = None if theirs is None else plain(theirs)
+                continue
+            before, after = plain(mine), plain(theirs)
+            changed = {key: value for key, value in after.items() if value != before[key]}
+            if changed:
+                changes[name] = changed
+        return changes
 
     # ---- composite runs ----------------------------------------------------------------------------------------------
 
@@ -225,8 +283,8 @@ class System(ABC):
         try:
             return self.load(folder, backbone)
         except Exception as error:  # whatever a broken file makes its reader raise
-            if isinstance(error, UserError) and str(folder) in str(error):
-                raise
+            if isinstance(error, UserError | ValueError) and str(folder) in str(error):
+                raise UserError(str(error)) from error
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"cannot load the model in {folder}: {reason}") from error
 

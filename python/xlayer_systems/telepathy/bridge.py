@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from xlayer_ext.nn import FSQ, VectorQuantizer
-from xlayer_systems.errors import UserError
 from xlayer_systems.telepathy.config import TelepathyConfig
 from xlayer_systems.telepathy.diffusion import DiffusionBridge
 from xlayer_systems.telepathy.resampler import PerceiverResampler, RMSScale, StatisticalNormalizer, TanhScale
@@ -61,7 +60,7 @@ class TelepathyBridge(nn.Module):
         source, target, vocabulary = dimensions
         width = config.width or target
         if width % config.heads:
-            raise UserError(f"heads must divide the bridge's width {width}, got {config.heads}")
+            raise ValueError(f"heads must divide the bridge's width {width}, got {config.heads}")
         self.normalizer: nn.Module = nn.Identity()
         if config.normalizer != "none":
             self.normalizer = StatisticalNormalizer(source, target, learnable=config.normalizer == "learnable")
@@ -131,7 +130,7 @@ class TelepathyBridge(nn.Module):
     ) -> Tensor:
         """Rectified flow towards the embeddings ``target [B, K, d]``."""
         if self.dit is None:
-            raise UserError(f"only a dit bridge has a flow loss, this one is {self.config.bridge}")
+            raise ValueError(f"only a dit bridge has a flow loss, this one is {self.config.bridge}")
         return self.dit.loss(self.normalizer(_kept(states, mask)), mask, target, generator)
 
     def calibrate(self, batches: Iterable[tuple[Tensor, Tensor]], target_embeddings: Tensor) -> None:
@@ -155,18 +154,18 @@ class TelepathyBridge(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: Path, pair: Mapping[str, Any]) -> TelepathyBridge:
-        """The inverse; models other than those that it was trained between raise `UserError`."""
+        """The inverse; models other than those that it was trained between raise `ValueError`."""
         from safetensors.torch import load_file
 
         try:
             stored = json.loads((folder / DESCRIPTION).read_text())
             weights = load_file(folder / WEIGHTS)
         except (OSError, ValueError) as error:
-            raise UserError(f"{folder} holds no bridge: expected {DESCRIPTION} and {WEIGHTS} ({error})") from error
+            raise ValueError(f"{folder} holds no bridge: expected {DESCRIPTION} and {WEIGHTS} ({error})") from error
         for role in ("sender", "receiver"):
             trained, given = stored[role], pair[role]
             if trained["fingerprint"] != given["fingerprint"]:
-                raise UserError(
+                raise ValueError(
                     f"this bridge was trained for the {role} {trained['name']} ({trained['fingerprint']}), "
                     f"got {given['name']} ({given['fingerprint']})"
                 )

@@ -94,7 +94,7 @@ class TelepathyModel(TrainingModel):
 
     @classmethod
     def from_pretrained(cls, folder: Path, pair: Pair) -> TelepathyModel:
-        """A saved bridge between ``pair``; models that it was not trained for raise `UserError`."""
+        """A saved bridge between ``pair``; models that it was not trained for raise `ValueError`."""
         bridge = TelepathyBridge.from_pretrained(folder, pair.describe())
         return cls(pair, bridge, json.loads((folder / DESCRIPTION).read_text())["max_new_tokens"])
 

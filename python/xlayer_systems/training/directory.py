@@ -3,6 +3,7 @@
 ::
 
     config.json      what was run, and the environment that it ran in; locked by the process that the run is in
+    run.yaml         the run file that reproduces it
     metrics.jsonl    one record per line, no times: the same bits for the same config on the same CPU
     timings.jsonl    wall-clock times
     checkpoints/     the newest complete checkpoint (safetensors and JSON)
@@ -87,8 +88,10 @@ class RunDirectory:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def create(self, config: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
-        """Make the directory, and hold its lock; one that exists is refused, whatever is in it."""
+    def create(
+        self, config: Mapping[str, Any], environment: Mapping[str, Any], files: Mapping[str, str] | None = None
+    ) -> None:
+        """Makes the directory, with texts by name in ``files``, and holds its lock; one that exists is refused."""
         if self.is_writer:  # the other processes may look when this one has made it already
             self._check_new()
             # Under another name until it is whole: a directory that exists can then always be resumed. The name has
@@ -99,6 +102,8 @@ class RunDirectory:
                 (unfinished.path / "checkpoints").mkdir(parents=True)
                 (unfinished.path / "plots").mkdir()
                 unfinished.write_json("config.json", {"run": config, "environment": environment})
+                for name, text in (files or {}).items():
+                    unfinished.write_text(name, text)
                 unfinished.lock()
                 self._check_new()
                 os.rename(unfinished.path, self.path)  # fails where another command was faster

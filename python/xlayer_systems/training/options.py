@@ -75,10 +75,18 @@ def json_schema(settings: Any) -> dict[str, Any]:
     for field in dataclasses.fields(settings):
         if "help" in field.metadata:
             schema = _field_schema(hints[field.name], field.metadata)
-            default = getattr(settings, field.name)
-            default = list(default) if isinstance(default, tuple) else default
-            properties[field.name] = {**schema, "default": default, "description": field.metadata["help"]}
+            properties[field.name] = {
+                **schema,
+                "default": plain(settings)[field.name],
+                "description": field.metadata["help"],
+            }
     return {"type": "object", "additionalProperties": False, "properties": properties}
+
+
+def plain(settings: Any) -> dict[str, Any]:
+    """Returns the fields of a dataclass as JSON and YAML hold them."""
+    values = dataclasses.asdict(settings)
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 _TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
