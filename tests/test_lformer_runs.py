@@ -254,7 +254,7 @@ def test_another_base_is_refused_at_loading(base: str, tmp_path: Path) -> None:
     from xlayer_systems.registry import get_system
 
     train_run(toy_spec(base, max_steps="1"), tmp_path / "run")
-    with pytest.raises(ValueError, match="was made for a base with weights"):
+    with pytest.raises(ValueError, match="was made for a model with weights"):
         get_system("lformer").load(tmp_path / "run" / "model", toy_base(seed=5))
 
 

@@ -248,12 +248,6 @@ def test_prompt_tuning_learns(model):
     assert losses[-1] < losses[0] - 0.5  # nats; these random models cannot be talked into more
 
 
-def test_schedule_rises_and_falls():
-    schedule = Schedule(steps=10, batch_size=1, learning_rate=1.0, warmup=0.2)
-    rates = [schedule.rate(step) for step in range(11)]
-    assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1.0]) and rates[9] == pytest.approx(1 / 8) and rates[10] == 0
-
-
 def test_latency(task, model):
     latency = measure_latency(model, task, examples=3, warmup=1, max_length=24)
     assert {route: tuple(stages) for route, stages in latency.items()} == {

@@ -26,27 +26,37 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from xlayer_systems.bypass.caches import Companion
 from xlayer_systems.bypass.config import BypassConfig
-from xlayer_systems.hf.layers import describe, is_causal, layers_of, stack_of
+from xlayer_systems.hf.layers import is_causal, layers_of, stack_of
+from xlayer_systems.hf.pretrained import (
+    Attachment,
+    check_model,
+    check_state,
+    describe_model,
+    read_config,
+    read_own,
+    resolve_config,
+    save_own,
+    weights_fingerprint,
+)
 
 CONFIG_FILE = "bypass.json"
 WEIGHTS_FILE = "bypass.safetensors"
+SAMPLE = 64  # elements of every parameter that identify a model
 _ENCODER = ("encoder", "mean", "scale", "input_scale")
 
 
-class Bypass(nn.Module):
+class Bypass(Attachment):
     """Encoder and projectors on a frozen model (made by `attach`): its parameters are the new ones, and those alone.
 
     Attributes:
@@ -98,7 +108,7 @@ class Bypass(nn.Module):
         if config.encoder is not None:
             self.load_encoder(Path(config.encoder))
 
-    def _register(self, stack: Any, layers: Sequence[nn.Module]) -> list[Any]:
+    def _register(self, stack: Any, layers: nn.ModuleList) -> list[Any]:
         hooks = [
             stack.register_forward_pre_hook(self._before_model, with_kwargs=True),
             stack.register_forward_hook(self._after_model, always_call=True),
@@ -261,12 +271,9 @@ class Bypass(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the bypass (safetensors), its config and which model it is for (JSON) into ``folder``."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / WEIGHTS_FILE)
         config = dataclasses.replace(self.config, encoder=None)  # it is among the weights
         settings = {"config": config.to_dict(), "model": describe(self._stack[0])}
-        (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+        save_own(Path(folder), self.state_dict(), WEIGHTS_FILE, settings, CONFIG_FILE)
 
     @classmethod
     def from_pretrained(cls, model: Any, folder: str | Path) -> Bypass:
@@ -278,10 +285,11 @@ class Bypass(nn.Module):
         config, state = _read(Path(folder), stack_of(model))
         made = cls(model, config)
         try:
-            made.load_state_dict(state)
-        except RuntimeError as error:
+            check_state(state, made.state_dict(), Path(folder))
+        except ValueError:
             made.remove()
-            raise ValueError(f"the weights in {folder} do not fit their config") from error
+            raise
+        made.load_state_dict(state)
         return made
 
     def load_encoder(self, folder: Path) -> None:
@@ -304,8 +312,8 @@ class Bypass(nn.Module):
                 getattr(self, name).copy_(state[name])
 
 
-def attach(model: Any, config: BypassConfig | None = None, **settings: Any) -> Bypass:
-    """Give a Hugging Face model a bypass, in place, by hooks; the model is frozen.
+def attach(model: Any, config: BypassConfig | str | None = None, **options: Any) -> Bypass:
+    """Gives a Hugging Face model a bypass, in place, by hooks; the model is frozen.
 
     In the stage ``task`` (and ``both``, the default) every forward pass of the model runs with biases, and so does
     ``generate``, beam search and padding included. In the stage ``reconstruct`` the model computes what it did, and the
@@ -314,8 +322,8 @@ def attach(model: Any, config: BypassConfig | None = None, **settings: Any) -> B
     Args:
         model: an encoder or decoder with one list of layers, with or without a head. Attach before DDP, FSDP2 or
             ``torch.compile``. Dropout in a model in training mode makes the two passes differ: keep it in ``eval()``.
-        config: of the bypass.
-        settings: fields of `BypassConfig` that differ from ``config``.
+        config: of the bypass, or its variant by name.
+        options: fields of `BypassConfig` that differ from ``config``.
 
     Returns:
         The bypass, in float32 on the model's device; ``remove()`` takes it off again.
@@ -337,23 +345,18 @@ def attach(model: Any, config: BypassConfig | None = None, **settings: Any) -> B
         >>> sum(p.numel() for p in bypass.parameters() if p.requires_grad)
         512
     """
-    unknown = set(settings) - {field.name for field in dataclasses.fields(BypassConfig)}
-    if unknown:
-        raise ValueError(f"a bypass has no setting {', '.join(sorted(unknown))}")
-    return Bypass(model, dataclasses.replace(config or BypassConfig(), **settings))
+    return Bypass(
+        model, resolve_config(BypassConfig, config, options, lambda name: BypassConfig(variant=cast(Any, name)))
+    )
+
+
+def describe(stack: Any) -> dict[str, Any]:
+    """Returns kind, size and fingerprint of a model."""
+    return {**describe_model(stack), "fingerprint": weights_fingerprint(stack.named_parameters(), SAMPLE)}
 
 
 def _read(folder: Path, stack: Any) -> tuple[BypassConfig, dict[str, Tensor]]:
-    """Config and weights of the bypass in ``folder``, if it was made for this model."""
-    missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
-    if missing:
-        raise ValueError(f"no bypass in {folder}: {', '.join(missing)} missing")
-    settings = json.loads((folder / CONFIG_FILE).read_text())
-    for name, found in describe(stack).items():
-        made_for = settings["model"].get(name)
-        if made_for != found:
-            raise ValueError(f"the bypass in {folder} was made for a model with {name} {made_for!r}, got {found!r}")
-    unknown = set(settings["config"]) - {field.name for field in dataclasses.fields(BypassConfig)}
-    if unknown:
-        raise ValueError(f"{folder} has options that this version does not know: {', '.join(sorted(unknown))}")
-    return BypassConfig(**settings["config"]), load_file(folder / WEIGHTS_FILE)
+    """Reads config and weights of the bypass in ``folder``, if it was made for this model."""
+    settings, state = read_own(folder, "bypass", WEIGHTS_FILE, CONFIG_FILE)
+    check_model(settings["model"], describe(stack), folder)
+    return read_config(BypassConfig, settings["config"], folder), state

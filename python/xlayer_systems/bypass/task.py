@@ -20,6 +20,7 @@ from xlayer_systems.bypass.reconstruction import BATCH, FrozenModel
 from xlayer_systems.data.blocks import IGNORED, LanguageModelingData
 from xlayer_systems.hf.causal_lm import DecoderModel, DecoderOutput
 from xlayer_systems.hf.layers import layers_of, stack_of
+from xlayer_systems.hf.pretrained import check_state
 from xlayer_systems.reporting.stats import student_interval
 from xlayer_systems.training.directory import Record
 
@@ -63,9 +64,7 @@ def load_adapter(decoder: Any, folder: Path) -> Any:
         ) from error
     model = _add_lora(decoder, rank, alpha)
     state = load_file(folder / ADAPTER_WEIGHTS)
-    own = {name: tensor.shape for name, tensor in _peft().get_peft_model_state_dict(model).items()}
-    if {name: tensor.shape for name, tensor in state.items()} != own:
-        raise ValueError(f"the weights in {folder} do not fit their config or this model")
+    check_state(state, _peft().get_peft_model_state_dict(model), folder)
     _peft().set_peft_model_state_dict(model, state)
     return model.requires_grad_(False)
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from xlayer_systems.errors import UserError
-from xlayer_systems.hf.encoders import load_quietly, weights_hash
+from xlayer_systems.hf.encoders import load_quietly
+from xlayer_systems.hf.pretrained import weights_hash
 
 SENDER = "decoder-sender"
 RECEIVER = "decoder-receiver"

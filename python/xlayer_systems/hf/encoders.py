@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from xlayer_systems.errors import UserError
+from xlayer_systems.hf.pretrained import weights_hash
 
 SMALL = "small"
 SMALL_SCRATCH = "small-scratch"
@@ -69,14 +69,6 @@ def fingerprint(name: str) -> str:
     if name == SMALL_SCRATCH or not folder.is_dir():
         return name
     return weights_hash(folder)
-
-
-def weights_hash(folder: Path) -> str:
-    """Hash of the weight files of a saved model."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def _folder(name: str) -> Path:

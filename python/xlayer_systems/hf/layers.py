@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
-import torch
 from torch import nn
-
-_SAMPLE = 64  # elements of every parameter that the fingerprint sees
 
 
 def stack_of(model: Any) -> Any:
-    """The innermost Hugging Face model whose forward runs the layers: heads may call it past those around it."""
+    """Returns the innermost Hugging Face model whose forward runs the layers; heads may call it directly."""
     from transformers import PreTrainedModel
 
     base = getattr(model, "base_model", model)
@@ -21,17 +17,24 @@ def stack_of(model: Any) -> Any:
     return owners[-1] if owners else base
 
 
-def layers_of(stack: Any) -> list[nn.Module]:
-    """The layers, first to last."""
-    return list(stack.get_submodule(_list_of_layers(stack)))
+def layers_of(stack: Any) -> nn.ModuleList:
+    """Returns the layers of an encoder or decoder, first to last.
+
+    Raises:
+        ValueError: the model is no encoder or decoder of Hugging Face, or has not one list of layers.
+    """
+    layers: nn.ModuleList = stack.get_submodule(_list_of_layers(stack))
+    return layers
 
 
 def _list_of_layers(base: Any) -> str:
-    """Name of the one list of modules that is as long as the config says and not part of another."""
-    settings = getattr(base, "config", None)
+    """Returns the name of the one list of modules that is as long as the config says and not part of another."""
+    settings: Any = getattr(base, "config", None)
+    if hasattr(settings, "get_text_config"):
+        settings = settings.get_text_config()
     depth = getattr(settings, "num_hidden_layers", None)
     if depth is None or getattr(settings, "is_encoder_decoder", False):
-        raise ValueError(f"a bypass attaches to an encoder or a decoder of Hugging Face; got {type(base).__name__}")
+        raise ValueError(f"expected an encoder or a decoder of Hugging Face; got {type(base).__name__}")
     found: list[str] = []
     for name, module in base.named_modules():
         is_list = isinstance(module, nn.ModuleList) and len(module) == depth
@@ -39,17 +42,17 @@ def _list_of_layers(base: Any) -> str:
             found.append(name)
     if len(found) != 1:
         names = ", ".join(found) or "none"
-        raise ValueError(f"a bypass needs one list of {depth} layers in {type(base).__name__}; found {names}")
+        raise ValueError(f"expected one list of {depth} layers in {type(base).__name__}; found {names}")
     return found[0]
 
 
 def _holds(outer: str, inner: str) -> bool:
-    """Whether the module named ``outer`` has the one named ``inner`` in it."""
+    """Tells whether the module named ``outer`` has the one named ``inner`` in it."""
     return not outer or inner.startswith(f"{outer}.")
 
 
 def is_causal(stack: Any) -> bool:
-    """Whether tokens see only those before them: decoders, as against BERT and its kind."""
+    """Tells whether tokens attend only to those before them: in decoders, not in BERT and its kind."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -59,20 +62,3 @@ def is_causal(stack: Any) -> bool:
     if getattr(stack.config, "is_decoder", False):
         return True
     return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-
-def describe(stack: Any) -> dict[str, Any]:
-    """Kind, size and fingerprint of a model."""
-    settings = stack.config
-    names = ("model_type", "hidden_size", "num_hidden_layers")
-    return {**{name: getattr(settings, name, None) for name in names}, "fingerprint": fingerprint(stack)}
-
-
-def fingerprint(stack: Any) -> str:
-    """Identifies the weights by the first elements of every parameter, in bfloat16: the same for a model that was
-    loaded in float32 and in bfloat16."""
-    digest = hashlib.sha256()
-    for name, parameter in stack.named_parameters():
-        sample = parameter.detach().flatten()[:_SAMPLE].to("cpu", torch.bfloat16)
-        digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]

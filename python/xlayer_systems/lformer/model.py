@@ -8,7 +8,9 @@ cached generation needs no cache of theirs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,11 +20,26 @@ from torch.export import register_dataclass
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from xlayer_systems.data.blocks import IGNORED
+from xlayer_systems.hf.layers import layers_of
+from xlayer_systems.hf.pretrained import (
+    DESCRIBED,
+    Attachment,
+    check_model,
+    check_state,
+    describe_model,
+    read_config,
+    read_own,
+    resolve_config,
+    save_own,
+    weights_fingerprint,
+)
 from xlayer_systems.lformer.config import ModelConfig
 from xlayer_systems.lformer.path import Heads, SidePath, make_path
-from xlayer_systems.lformer.saving import load_pretrained, save_pretrained
 
 PHASES = ("joint", "a", "b")
+CONFIG_FILE = "lformer_config.json"
+WEIGHTS_FILE = "lformer.safetensors"
+SAMPLE = 1024  # elements of each frozen parameter that identify a base
 _MARK = "_lformer"  # on a decoder that has one
 
 
@@ -66,7 +83,7 @@ class LFormerOutput:
 register_dataclass(LFormerOutput)
 
 
-class LFormer(nn.Module):
+class LFormer(Attachment):
     """A causal language model, its side path and the heads on the state.
 
     A base that is made here is trained with the rest (phase ``joint``), one that is attached is frozen (phase ``a``);
@@ -190,7 +207,7 @@ class LFormer(nn.Module):
         return self.base.generate(*args, **kwargs)
 
     def remove(self) -> Any:
-        """Takes the side path off and returns the base, as trainable as it was."""
+        """Detaches the side path and returns the base, as trainable as it was."""
         for hook in self._hooks:
             hook.remove()
         decoder = _parts(self.base)[0]
@@ -200,8 +217,58 @@ class LFormer(nn.Module):
             parameter.requires_grad_(requires_grad)
         return self.base.train(self._was[1])
 
-    save_pretrained = save_pretrained
-    from_pretrained = classmethod(load_pretrained)
+    # ---- files -------------------------------------------------------------------------------------------------------
+
+    def own_state(self) -> dict[str, Tensor]:
+        """Returns side path, heads and the base's layers that phase B trains; everything of a base made here."""
+        state = self.state_dict()
+        if self.owns_base:  # each tensor once: a tied head has the embedding's
+            names = {name for name, _ in [*self.named_parameters(), *self.named_buffers()]}
+            return {name: tensor for name, tensor in state.items() if name in names}
+        trained = {id(parameter) for parameter in self.unfrozen()}
+        names = {name for name, parameter in self.named_parameters() if id(parameter) in trained}
+        return {name: tensor for name, tensor in state.items() if not name.startswith("base.") or name in names}
+
+    def describe_base(self) -> dict[str, Any]:
+        """Returns what tells an attached base from another: kind, sizes, and a hash over its frozen parameters."""
+        trained = {id(parameter) for parameter in self.unfrozen()}
+        frozen = [(name, p) for name, p in self.base.named_parameters() if id(p) not in trained]
+        sizes = describe_model(SimpleNamespace(config=self.base.config.get_text_config()), (*DESCRIBED, "vocab_size"))
+        return {**sizes, "weights": weights_fingerprint(frozen, SAMPLE, list)}
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes the own parameters and the configuration into ``directory``, made if missing.
+
+        Of an attached base only the layers that phase B trains are written, and what tells it from another one.
+        """
+        settings = {"config": asdict(self.config), "base": None if self.owns_base else self.describe_base()}
+        save_own(Path(directory), self.own_state(), WEIGHTS_FILE, settings, CONFIG_FILE)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, base: Any = None) -> LFormer:
+        """Loads what `save_pretrained` wrote, onto ``base``, the same model as then, where it was not made here.
+
+        Raises:
+            ValueError: files are missing or do not fit each other, or ``base`` is another model; it is then as it was.
+        """
+        directory = Path(directory)
+        saved, state = read_own(directory, "L-Former", WEIGHTS_FILE, CONFIG_FILE)
+        config = read_config(ModelConfig, saved["config"], directory)
+        if (base is None) != (saved["base"] is None):
+            needs = "needs the base that it was attached to"
+            raise ValueError(
+                f"the L-Former in {directory} {needs if base is None else 'brings its own base, and takes no other'}"
+            )
+        model = cls(config, base)
+        try:
+            if saved["base"] is not None:
+                check_model(saved["base"], model.describe_base(), directory)
+            check_state(state, model.own_state(), directory)
+        except ValueError:
+            model.remove()
+            raise
+        model.load_state_dict(state, strict=False)
+        return model
 
     def gradient_checkpointing_enable(self) -> None:
         """Recomputes each layer of the base in backward."""
@@ -296,7 +363,7 @@ class _Seen:
     states: Tensor | None = None
 
 
-def attach(model: Any, config: ModelConfig | None = None, **options: Any) -> LFormer:
+def attach(model: Any, config: ModelConfig | str | None = None, **options: Any) -> LFormer:
     """Gives a Hugging Face causal language model a side path and heads, in place; it starts frozen (phase ``a``).
 
     With ``blend_into_lm`` the model itself, its ``generate`` too, then sees the state; as the gate starts at 0, its
@@ -304,8 +371,8 @@ def attach(model: Any, config: ModelConfig | None = None, **options: Any) -> LFo
 
     Args:
         model: every architecture whose decoder returns its hidden states.
-        config: `ModelConfig`; its sizes of the base are of no meaning here.
-        options: fields of `ModelConfig`, without a ``config``.
+        config: of the side path, or its aggregator by name; sizes of the base in it are ignored.
+        options: fields of `ModelConfig` that differ from it.
 
     Returns:
         The L-Former around the model; ``remove()`` takes it off again.
@@ -320,12 +387,7 @@ def attach(model: Any, config: ModelConfig | None = None, **options: Any) -> LFo
         >>> model(torch.arange(12).view(2, 6)).states.shape
         torch.Size([3, 2, 16])
     """
-    if config is not None and options:
-        raise ValueError(f"give a config or options, got both: {', '.join(options)}")
-    try:
-        return LFormer(ModelConfig(**options) if config is None else config, model)
-    except TypeError as error:
-        raise ValueError(str(error)) from error
+    return LFormer(resolve_config(ModelConfig, config, options, lambda name: ModelConfig(aggregator=name)), model)
 
 
 def make_base(config: ModelConfig) -> Any:
@@ -340,15 +402,11 @@ def make_base(config: ModelConfig) -> Any:
 
 
 def _parts(base: Any) -> tuple[Any, nn.ModuleList]:
-    """The decoder of a causal language model, and its layers."""
+    """Returns the decoder of a causal language model, and its layers."""
     decoder = getattr(base, "base_model", None)
     if decoder is None or decoder is base or getattr(base, "get_output_embeddings", lambda: None)() is None:
         raise ValueError(f"a side path is for Hugging Face's causal language models, got {type(base).__name__}")
-    number = base.config.get_text_config().num_hidden_layers
-    for module in decoder.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == number:
-            return decoder, module
-    raise ValueError(f"found no list of {number} layers in {type(base).__name__}")
+    return decoder, layers_of(decoder)
 
 
 def last_counted(states: Tensor, mask: Tensor | None) -> Tensor:

@@ -26,6 +26,7 @@ from xlayer_systems.runs.spec import RunSpec
 from xlayer_systems.runs.system import Part
 from xlayer_systems.training.directory import Record, RunDirectory
 from xlayer_systems.training.model import TrainingModel
+from xlayer_systems.training.optim import decay_groups
 from xlayer_systems.training.trainer import evaluate_alone
 
 HEAD_ONLY = "head_only"  # the preset without a side path, and the folder of its run
@@ -92,14 +93,10 @@ class LFormerSystem(ToolUseReport):
     def parameter_groups(self, model: Any, options: LFormerOptions) -> list[dict[str, Any]]:
         unfrozen = model.model.unfrozen()
         kept = {id(parameter) for parameter in unfrozen}
-        own = [p for p in model.parameters() if p.requires_grad and id(p) not in kept]
-        groups = []
-        for parameters, rate in ((own, options.learning_rate), (unfrozen, options.base_lr)):
-            for is_matrix, decay in ((True, options.weight_decay), (False, 0.0)):
-                chosen = [p for p in parameters if (p.ndim > 1) == is_matrix]
-                if chosen:
-                    groups.append({"params": chosen, "lr": rate, "weight_decay": decay})
-        return groups
+        own = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in kept]
+        base = [("", parameter) for parameter in unfrozen]
+        groups = decay_groups(own, options.learning_rate, options.weight_decay)
+        return [*groups, *decay_groups(base, options.base_lr, options.weight_decay)]
 
     def save(self, model: Any, data: Any, folder: Path) -> None:
         model.model.save_pretrained(folder)

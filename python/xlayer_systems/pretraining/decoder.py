@@ -31,6 +31,7 @@ from xlayer_systems.reporting.plots import plot_losses
 from xlayer_systems.runs.spec import RunSpec
 from xlayer_systems.runs.system import System
 from xlayer_systems.training.directory import Record, RunDirectory
+from xlayer_systems.training.optim import decay_groups
 from xlayer_systems.training.options import LanguageModelOptions, check_fields, option
 
 PRETRAINING = LanguageModelOptions(
@@ -163,12 +164,7 @@ class DecoderPretraining(System):
         return DecoderModel(make_decoder(config, data.tokenizer))
 
     def parameter_groups(self, model: nn.Module, options: LanguageModelOptions) -> list[dict[str, Any]]:
-        matrices = [p for p in model.parameters() if p.ndim > 1]
-        others = [p for p in model.parameters() if p.ndim <= 1]
-        return [
-            {"params": matrices, "lr": options.learning_rate, "weight_decay": options.weight_decay},
-            {"params": others, "lr": options.learning_rate, "weight_decay": 0.0},
-        ]
+        return decay_groups(model.named_parameters(), options.learning_rate, options.weight_decay)
 
     def save(self, model: Any, data: DecoderData, folder: Path) -> None:
         save_backbone(model.decoder, data.tokenizer, folder)

@@ -31,6 +31,7 @@ from xlayer_systems.runs.spec import RunSpec
 from xlayer_systems.runs.system import System
 from xlayer_systems.training.directory import Record, RunDirectory
 from xlayer_systems.training.model import TrainingModel
+from xlayer_systems.training.optim import decay_groups
 from xlayer_systems.training.options import TrainOptions, check_fields, option
 
 PRETRAINING = TrainOptions(
@@ -250,12 +251,7 @@ class EncoderPretraining(System):
         return PretrainModel(encoder, len(SPECIAL_TOKENS), tokenizer.mask_token_id, frequencies, config.contrast)
 
     def parameter_groups(self, model: nn.Module, options: TrainOptions) -> list[dict[str, Any]]:
-        matrices = [p for p in model.parameters() if p.ndim > 1]
-        others = [p for p in model.parameters() if p.ndim <= 1]
-        return [
-            {"params": matrices, "lr": options.encoder_lr, "weight_decay": options.weight_decay},
-            {"params": others, "lr": options.encoder_lr, "weight_decay": 0.0},
-        ]
+        return decay_groups(model.named_parameters(), options.encoder_lr, options.weight_decay)
 
     def save(self, model: Any, data: PassagePairs, folder: Path) -> None:
         encoder = model.encoder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from xlayer_ext.nn import FSQ, VectorQuantizer
+from xlayer_systems.hf.pretrained import check_state, read_config, read_own, save_own
 from xlayer_systems.telepathy.config import TelepathyConfig
 from xlayer_systems.telepathy.diffusion import DiffusionBridge
 from xlayer_systems.telepathy.resampler import PerceiverResampler, RMSScale, StatisticalNormalizer, TanhScale
@@ -140,28 +140,22 @@ class TelepathyBridge(nn.Module):
 
     def save_pretrained(self, folder: Path, pair: Mapping[str, Any]) -> None:
         """Write the bridge alone, beside which models it is for: ``pair`` of `describe_pair`."""
-        from safetensors.torch import save_file
-
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.contiguous() for name, value in self.state_dict().items()}, folder / WEIGHTS)
         description = {
             "config": self.config.to_dict(),
             "dimensions": self.dimensions._asdict(),
             "target_rms": self.target_rms,
             **pair,
         }
-        (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+        save_own(folder, self.state_dict(), WEIGHTS, description, DESCRIPTION)
 
     @classmethod
     def from_pretrained(cls, folder: Path, pair: Mapping[str, Any]) -> TelepathyBridge:
-        """The inverse; models other than those that it was trained between raise `ValueError`."""
-        from safetensors.torch import load_file
+        """Loads what `save_pretrained` wrote.
 
-        try:
-            stored = json.loads((folder / DESCRIPTION).read_text())
-            weights = load_file(folder / WEIGHTS)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{folder} holds no bridge: expected {DESCRIPTION} and {WEIGHTS} ({error})") from error
+        Raises:
+            ValueError: files are missing or do not fit, or ``pair`` is not what the bridge was trained between.
+        """
+        stored, weights = read_own(folder, "bridge", WEIGHTS, DESCRIPTION)
         for role in ("sender", "receiver"):
             trained, given = stored[role], pair[role]
             if trained["fingerprint"] != given["fingerprint"]:
@@ -169,7 +163,9 @@ class TelepathyBridge(nn.Module):
                     f"this bridge was trained for the {role} {trained['name']} ({trained['fingerprint']}), "
                     f"got {given['name']} ({given['fingerprint']})"
                 )
-        bridge = cls(TelepathyConfig(**stored["config"]), Dimensions(**stored["dimensions"]), stored["target_rms"])
+        config = read_config(TelepathyConfig, stored["config"], folder)
+        bridge = cls(config, Dimensions(**stored["dimensions"]), stored["target_rms"])
+        check_state(weights, bridge.state_dict(), folder)
         bridge.load_state_dict(weights)
         return bridge
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from xlayer_ext.functional.losses import language_modeling_loss
 from xlayer_systems.telepathy import receiver as receiving
+from xlayer_systems.training.optim import linear_schedule
 
 Ids = Sequence[int]
 
@@ -27,13 +28,6 @@ class Schedule:
     learning_rate: float
     warmup: float = 0.1
     clip: float = 1.0
-
-    def rate(self, step: int) -> float:
-        """Factor of the learning rate at ``step``, from 0."""
-        rising = round(self.warmup * self.steps)
-        if step < rising:
-            return (step + 1) / (rising + 1)
-        return (self.steps - step) / max(1, self.steps - rising)
 
 
 def tune_prompt(
@@ -63,7 +57,7 @@ def tune_prompt(
     drawn = torch.randint(0, len(table), (soft_tokens,), generator=generator)
     prompt = table[drawn.to(table.device)].clone().requires_grad_()
     optimizer = torch.optim.AdamW([prompt], lr=schedule.learning_rate, weight_decay=0.0)
-    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.rate)
+    rates = linear_schedule(optimizer, schedule.steps, schedule.warmup)
     order: list[int] = []
     with torch.enable_grad():
         for step in range(schedule.steps):

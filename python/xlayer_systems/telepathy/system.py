@@ -27,6 +27,7 @@ from xlayer_systems.telepathy.presets import preset as find_preset
 from xlayer_systems.telepathy.report import TelepathyReport, counted
 from xlayer_systems.training.directory import Record
 from xlayer_systems.training.model import TrainingModel
+from xlayer_systems.training.optim import decay_groups, is_matrix
 
 CALIBRATION_BATCH = 50
 
@@ -92,14 +93,12 @@ class TelepathySystem(TelepathyReport):
         return model
 
     def parameter_groups(self, model: Any, options: TelepathyOptions) -> list[dict[str, Any]]:
-        named = list(model.named_parameters())
-        matrices = [p for name, p in named if p.ndim > 1 and "codebook" not in name]
-        others = [p for name, p in named if p.ndim <= 1 or "codebook" in name]
-        groups = [
-            {"params": matrices, "lr": options.learning_rate, "weight_decay": options.weight_decay},
-            {"params": others, "lr": options.learning_rate, "weight_decay": 0.0},
-        ]
-        return [group for group in groups if group["params"]]
+        return decay_groups(
+            model.named_parameters(),
+            options.learning_rate,
+            options.weight_decay,
+            lambda name, parameter: is_matrix(name, parameter) and "codebook" not in name,
+        )
 
     def save(self, model: Any, data: Any, folder: Path) -> None:
         model.save_pretrained(folder)

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from xlayer_ext.nn import HDIMMessage, LayerRouter
+from xlayer_systems.hf.layers import layers_of
+from xlayer_systems.hf.pretrained import Attachment, resolve_config
 
 from .config import XLRBConfig
+from .presets import preset
 from .target import Routing, TargetLayer, make_hdim
 from .usage import LayerUsage
 
@@ -59,7 +62,7 @@ class _Routed:
     counted: bool = False
 
 
-class XLRBBridge(nn.Module):
+class XLRBBridge(Attachment):
     """Routed messages from earlier layers into the last layers of an encoder (made by ``attach``).
 
     Its parameters are the bridge's own; the encoder's are used, not owned. While attached, the encoder's forward
@@ -210,7 +213,7 @@ class XLRBBridge(nn.Module):
         self._pass = None
 
 
-def attach(encoder: nn.Module, config: XLRBConfig) -> XLRBBridge:
+def attach(model: nn.Module, config: XLRBConfig | str | None = None, **options: Any) -> XLRBBridge:
     """Attaches routed cross-layer messages to a RoBERTa/BERT-like Hugging Face encoder, in place, with hooks.
 
     Only the last ``route_last_n`` layers receive messages. The bridge is made on the encoder's device, in its dtype.
@@ -219,16 +222,17 @@ def attach(encoder: nn.Module, config: XLRBConfig) -> XLRBBridge:
     One host synchronization per target layer groups the examples by source.
 
     Args:
-        encoder: for example ``RobertaModel`` (not a model with a task head).
-        config: the options.
+        model: an encoder, for example ``RobertaModel`` (not a model with a task head).
+        config: of the bridge, or the id of a published ablation, such as ``"H9"``.
+        options: fields of `XLRBConfig` that differ from it.
 
     Returns:
         The bridge, to be trained and saved beside the encoder. ``remove()`` detaches it.
 
     Raises:
-        ValueError: if the encoder has another structure, fewer than two layers or a bridge already.
+        ValueError: if the encoder has another structure, fewer than two layers or a bridge already; an option is wrong.
     """
-    return XLRBBridge(encoder, config)
+    return XLRBBridge(model, resolve_config(XLRBConfig, config, options, preset))
 
 
 def check_masks(tokens: Tensor, **masks: Tensor | None) -> None:
@@ -240,11 +244,15 @@ def check_masks(tokens: Tensor, **masks: Tensor | None) -> None:
 
 
 def _check_encoder(encoder: Any) -> Any:
-    """The encoder's layers, or ValueError."""
-    layers = getattr(getattr(encoder, "encoder", None), "layer", None)
+    """Returns the encoder's layers, or raises ValueError."""
+    try:
+        layers: Any = layers_of(encoder)
+    except ValueError:
+        layers = []
     settings = getattr(encoder, "config", None)
     has_sizes = hasattr(settings, "hidden_size") and hasattr(settings, "num_attention_heads")
-    if not has_sizes or not isinstance(layers, nn.ModuleList) or not all(_is_bert_layer(layer) for layer in layers):
+    is_whole = layers is getattr(getattr(encoder, "encoder", None), "layer", None)  # not inside a model with a head
+    if not has_sizes or not is_whole or not all(_is_bert_layer(layer) for layer in layers):
         raise ValueError(f"XLRB attaches to {_EXPECTED}; got {type(encoder).__name__}")
     if len(layers) < 2:
         raise ValueError(f"XLRB needs an encoder of at least 2 layers, got {len(layers)}")
