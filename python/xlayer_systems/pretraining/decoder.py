@@ -45,7 +45,7 @@ EMBEDDING_SCALE, PROJECTION_GAIN = 0.06, 0.8
 class DecoderShape:
     """Defines a small decoder."""
 
-    vocabulary: int = option(4096, "tokens of the vocabulary", minimum=300)
+    vocabulary: int = option(4096, "tokens of the vocabulary", minimum=1)
     hidden_size: int = option(160, "width", minimum=1)
     feed_forward: int = option(448, "inner width", minimum=1)
     layers: int = option(4, "layers", minimum=1)

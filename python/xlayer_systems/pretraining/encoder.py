@@ -48,7 +48,7 @@ FINE_TUNING_DROPOUT = 0.1
 class EncoderConfig:
     """Defines the small encoder (about 1.7 M parameters by default) and its objective."""
 
-    vocabulary: int = option(5000, "tokens of the vocabulary", minimum=300)
+    vocabulary: int = option(5000, "tokens of the vocabulary", minimum=1)
     hidden_size: int = option(128, "width", minimum=1)
     layers: int = option(6, "layers", minimum=1)
     heads: int = option(4, "attention heads; must divide the width", minimum=1)
