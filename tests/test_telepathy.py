@@ -166,13 +166,15 @@ def test_padding_of_the_text_changes_nothing(pair: Pair, data: TelepathyData, ki
     ids, mask = batch["input_ids"], batch["attention_mask"]
     padded = torch.nn.functional.pad(ids, (0, 5), value=17), torch.nn.functional.pad(mask, (0, 5))
     with torch.no_grad():
-        torch.testing.assert_close(model.speak(*padded).soft, model.speak(ids, mask).soft, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            model.encode_message(*padded).soft, model.encode_message(ids, mask).soft, rtol=1e-4, atol=1e-5
+        )
 
 
 def test_soft_tokens_have_the_scale_of_the_embeddings(pair: Pair, data: TelepathyData) -> None:
     model = make_model(pair, SMALL, data).eval()
     batch = data.collate(data.train[:16])
-    soft = model.speak(batch["input_ids"], batch["attention_mask"]).soft
+    soft = model.encode_message(batch["input_ids"], batch["attention_mask"]).soft
     assert float(soft.detach().square().mean().sqrt()) == pytest.approx(pair.target_rms(), rel=1e-3)
     embedded = pair.receiver.get_input_embeddings().weight
     assert pair.target_rms() == pytest.approx(float(embedded.square().mean().sqrt()), rel=1e-5)
@@ -206,7 +208,7 @@ def test_language_modelling_loss_is_that_of_the_whole_input(pair: Pair, data: Te
     model = make_model(pair, config, data).train()
     examples = data.train[:8]
     batch = data.collate(examples)
-    soft = model.speak(batch["input_ids"], batch["attention_mask"]).soft
+    soft = model.encode_message(batch["input_ids"], batch["attention_mask"]).soft
     given = model.receiver_input(soft, [example.answer_ids for example in examples])
     expected = pair.receiver(
         inputs_embeds=given.inputs_embeds, attention_mask=given.attention_mask, labels=given.labels

@@ -147,7 +147,7 @@ def test_noise_has_the_rms_of_the_bridge(task, model, monkeypatch):
     run = baselines._Run(task, CONFIG, OPTIONS, model, 0, None)
     _, notes = run.noise()
     ids, mask = run.sender_batch(run.texts)
-    soft = model.speak(ids, mask).soft
+    soft = model.encode_message(ids, mask).soft
     primer = len(encode(model.pair.receiver_tokenizer, CONFIG.primer))
     noise = given[0].inputs_embeds[:, primer : primer + 3]
     assert noise.shape == soft.shape and not torch.allclose(noise, soft)

@@ -18,7 +18,7 @@ _NAME = "_bypass_companion"
 
 
 class Companion:
-    """What belongs to one cache: ``unmodified``, the cache of the other pass, and the latents so far."""
+    """Holds what belongs to one cache: ``unmodified``, the cache of the other pass, and the latents so far."""
 
     def __init__(self, cache: Cache) -> None:
         if cache.get_seq_length():
@@ -29,7 +29,7 @@ class Companion:
 
     @classmethod
     def of(cls, cache: Cache) -> Companion:
-        """The companion of ``cache``, a new one where it has none."""
+        """Returns the companion of ``cache``, a new one where it has none."""
         found = getattr(cache, _NAME, None)
         if found is None:
             found = cls(cache)
@@ -38,15 +38,15 @@ class Companion:
 
     @property
     def last(self) -> Tensor | None:
-        """The latent ``[B, ..., latent]`` of the token before, None at the beginning."""
+        """Returns the latent ``[B, ..., latent]`` of the token before, None at the beginning."""
         return self.latents.keys[:, 0, -1] if self.latents.get_seq_length() else None
 
     def add(self, latents: Tensor) -> None:
-        """Append the latents ``[B, T, latent]`` of new tokens."""
+        """Appends the latents ``[B, T, latent]`` of new tokens."""
         self.latents.update(latents[:, None], latents[:, None, :, :0])
 
     def join(self, cache: Cache) -> None:
-        """Make it part of ``cache``, once that has its own layers."""
+        """Makes it part of ``cache``, once that has its own layers."""
         if not self._is_joined:
             cache.layers.extend([*self.unmodified.layers, self.latents])
             self._is_joined = True

@@ -144,11 +144,11 @@ class Bypass(Attachment):
         return self.project(torch.cat([first[:, None], latents[:, :-1]], dim=1)), latents
 
     def standardize(self, states: Tensor) -> Tensor:
-        """Hidden states ``[..., L, d]`` less their mean, by the scale of their layer."""
+        """Returns hidden states ``[..., L, d]`` less their mean, by the scale of their layer."""
         return (states.to(self.mean.dtype) - self.mean) / self.scale[:, None]
 
     def encode(self, states: Tensor) -> Tensor:
-        """From hidden states ``[B, T, L, d]`` to latents ``[B, T, r]``; ``offset``: ``[B, T, sources·r]``."""
+        """Maps hidden states ``[B, T, L, d]`` to latents ``[B, T, r]``; ``offset``: ``[B, T, sources·r]``."""
         standardized = self.standardize(states)
         if self.config.variant == "full":
             return standardized.flatten(-2) @ self.encoder.flatten(0, 1)
@@ -156,7 +156,7 @@ class Bypass(Attachment):
         return torch.einsum("btld,ldr->btlr", standardized[:, :, sources], self.encoder[sources]).flatten(-2)
 
     def project(self, latents: Tensor) -> Tensor:
-        """From latents ``[B, T, …]`` to ``[targets, B, T, d]``."""
+        """Maps latents ``[B, T, …]`` to ``[targets, B, T, d]``."""
         projectors: Tensor = self.projectors
         if self.injects:
             projectors = projectors * self.input_scale[list(self.targets), None, None]
@@ -166,12 +166,12 @@ class Bypass(Attachment):
         return torch.einsum("btlr,lrd->lbtd", latents, projectors)
 
     def collect(self, **inputs: Any) -> Tensor:
-        """Hidden states ``[B, T, L, d]`` of the unmodified model, given its keyword arguments."""
+        """Returns hidden states ``[B, T, L, d]`` of the unmodified model, given its keyword arguments."""
         return torch.stack(self._run(inputs)[1:], dim=2)
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[dict[str, Tensor]]) -> None:
-        """Measure the statistics on batches of keyword arguments of the model; masked tokens do not count."""
+        """Measures the statistics on batches of keyword arguments of the model; masked tokens do not count."""
         count = 0
         sums = squares = torch.zeros((), dtype=torch.float64, device=self.mean.device)
         for inputs in batches:
@@ -206,7 +206,7 @@ class Bypass(Attachment):
     # ---- inside the model --------------------------------------------------------------------------------------------
 
     def _before_model(self, stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the unmodified model, and keep the biases that its latents give for the pass that comes now."""
+        """Runs the unmodified model, and keeps the biases that its latents give for the pass that comes now."""
         if not self.injects:
             return None
         if stack.training and any(getattr(m, "gradient_checkpointing", False) for m in stack.modules()):
@@ -222,7 +222,7 @@ class Bypass(Attachment):
         return (), inputs
 
     def _companion(self, inputs: dict[str, Any]) -> Companion | None:
-        """What belongs to the cache among the inputs; where the model would make one, it is made here."""
+        """Returns what belongs to the cache among the inputs; where the model would make one, it is made here."""
         settings, wanted = self._stack[0].config, inputs.get("use_cache")
         if wanted is None:
             wanted = getattr(settings, "use_cache", False)
@@ -264,20 +264,20 @@ class Bypass(Attachment):
     # ---- files -------------------------------------------------------------------------------------------------------
 
     def remove(self) -> None:
-        """Take the hooks off: the model is then what it was (and still frozen)."""
+        """Takes the hooks off: the model is then what it was (and still frozen)."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the bypass (safetensors), its config and which model it is for (JSON) into ``folder``."""
+        """Writes the bypass (safetensors), its config and which model it is for (JSON) into ``folder``."""
         config = dataclasses.replace(self.config, encoder=None)  # it is among the weights
         settings = {"config": config.to_dict(), "model": describe(self._stack[0])}
         save_own(Path(folder), self.state_dict(), WEIGHTS_FILE, settings, CONFIG_FILE)
 
     @classmethod
     def from_pretrained(cls, model: Any, folder: str | Path) -> Bypass:
-        """Attach what `save_pretrained` wrote to ``model``, the one that it was made for.
+        """Attaches what `save_pretrained` wrote to ``model``, the one that it was made for.
 
         Raises:
             ValueError: files are missing or do not fit, or ``model`` is another one; it is then as it was.
@@ -293,7 +293,7 @@ class Bypass(Attachment):
         return made
 
     def load_encoder(self, folder: Path) -> None:
-        """Take encoder and statistics of the bypass saved in ``folder``, made for the same model.
+        """Takes encoder and statistics of the bypass saved in ``folder``, made for the same model.
 
         Raises:
             ValueError: as `from_pretrained`, or its encoder has another shape.

@@ -1,4 +1,4 @@
-"""What the latents keep of every layer, as PNG files."""
+"""Plots of what the latents keep of every layer."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def plot_reconstruction(
 
 
 def plot_projectors(evaluations: Sequence[Mapping[str, Any]], path: Path) -> bool:
-    """Root mean square of each layer's projector over the steps of stage 2; False without an evaluation."""
+    """Plots the root mean square of each layer's projector over stage 2; returns False without an evaluation."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

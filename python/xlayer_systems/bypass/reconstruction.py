@@ -20,7 +20,7 @@ BATCH = 32  # blocks at once, where no gradient is needed
 
 
 class FrozenModel(TrainingModel):
-    """What the training loop trains: a bypass as the only submodule, beside the frozen model that it is on.
+    """Is the training form of a bypass: the bypass as the only submodule, beside the frozen model that it is on.
 
     Args:
         frozen: is moved and cast along; not trained, saved or put into checkpoints.
@@ -49,7 +49,7 @@ class ReconstructionOutput(NamedTuple):
 
 
 class Reconstruction(FrozenModel):
-    """Stage 1 as the training loop calls it."""
+    """Is the training form of stage 1."""
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> ReconstructionOutput:
         """``input_ids`` ``[B, S]``; tokens whose label is −100 do not count.
@@ -80,7 +80,7 @@ class ReconstructionData:
         self.lengths, self.collate = text.lengths, text.collate
 
     def score(self, output: ReconstructionOutput, batch: dict[str, Tensor]) -> Tensor:
-        """Per block ``[B, 2L + 1 + L·d]``: squared errors, squares, tokens, sums."""
+        """Returns for each block ``[B, 2L + 1 + L·d]``: squared errors, squares, tokens, sums."""
         tokens = output.tokens.double()[:, None]
         return torch.cat([output.errors, output.squares, tokens, output.sums], dim=1)
 
@@ -95,7 +95,7 @@ class ReconstructionData:
 
 
 def spread(blocks: Sequence[Tensor], tokens: int) -> list[Tensor]:
-    """Evenly spaced blocks with about so many tokens together, whatever the seed."""
+    """Returns evenly spaced blocks with about so many tokens together, whatever the seed."""
     count = min(len(blocks), max(1, tokens // (len(blocks[0]) - 1)))
     return [blocks[index * len(blocks) // count] for index in range(count)]
 

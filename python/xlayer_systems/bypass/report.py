@@ -1,4 +1,4 @@
-"""How much of the hidden states a latent keeps, and what the biases are worth on the task."""
+"""Reports of a bypass: what a latent keeps of the hidden states, and the loss on the task beside the baselines."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RECONSTRUCTION = "reconstruction"
 
 
 class BypassReport(System):
-    """An `Objective` for both stages, told apart by the config's ``stage``, and for runs of both."""
+    """Reports on both stages, told apart by the config's ``stage``, and on runs of both."""
 
     def result(self, spec: RunSpec, data: Any, metrics: Mapping[str, Any]) -> Record:
         names = ("loss", "r2", "r2_mean") if stage_of(spec) == "reconstruct" else ("loss", "perplexity")

@@ -28,7 +28,7 @@ ADAPTER_FILE, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensor
 
 
 class BypassLanguageModel(FrozenModel):
-    """A causal language model with a bypass, as the training loop calls it."""
+    """Is the training form of a causal language model with a bypass."""
 
     def __init__(self, decoder: Any, bypass: Bypass) -> None:
         super().__init__(DecoderModel(decoder), bypass)
@@ -39,7 +39,7 @@ class BypassLanguageModel(FrozenModel):
         return output
 
     def usage(self, reset: bool = True) -> Record:
-        """How strong the projectors are: root mean square of their elements, per layer with a bias."""
+        """Returns how strong the projectors are: root mean square of their elements, per layer with a bias."""
         rms = self.bypass.projectors.detach().float().square().mean((1, 2)).sqrt().tolist()
         return {"projectors": dict(zip(map(str, self.bypass.targets), rms, strict=True))}
 
@@ -89,7 +89,7 @@ def matching_rank(decoder: Any, latent: int) -> int:
 
 @torch.no_grad()
 def block_losses(model: nn.Module, data: LanguageModelingData, device: Any) -> list[float]:
-    """Loss in nats per token of each validation block."""
+    """Returns the loss in nats per token of each validation block."""
     model.to(device).eval()
     losses: list[float] = []
     for start in range(0, len(data.validation), BATCH):

@@ -46,7 +46,7 @@ class LanguageModelingData:
         self.fingerprint = hashlib.sha256(described.encode()).hexdigest()[:16]
 
     def lengths(self) -> list[int]:
-        """Tokens of each training block."""
+        """Returns the number of tokens of each training block."""
         return [self.length] * len(self.train)
 
     def collate(self, examples: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -57,7 +57,7 @@ class LanguageModelingData:
         return {"input_ids": torch.where(inputs == IGNORED, self.end_id, inputs), "labels": labels.contiguous()}
 
     def score(self, output: Any, batch: dict[str, Tensor]) -> Tensor:
-        """Per block ``[B, 3]``: cross-entropy in nats, tokens that were predicted, and their bytes."""
+        """Returns for each block ``[B, 3]``: cross-entropy in nats, tokens that were predicted, and their bytes."""
         labels = batch["labels"]
         predicted = labels != IGNORED
         lengths = self.bytes_of.to(labels.device)[labels.clamp(min=0)] * predicted

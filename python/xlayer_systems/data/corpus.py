@@ -60,7 +60,7 @@ class SourceFile:
 
     @property
     def package(self) -> str:
-        """The top-level package, or "" for a module that stands alone."""
+        """Returns the top-level package, or "" for a module that stands alone."""
         return self.path.split("/")[0] if "/" in self.path else ""
 
     @property
@@ -86,19 +86,19 @@ class Corpus:
     hash: str
 
     def of(self, split: str) -> tuple[SourceFile, ...]:
-        """The files of one split."""
+        """Returns the files of one split."""
         return tuple(file for file in self.files if file.split == split)
 
 
 def split_of(path: str, salt: str = SPLIT_SALT) -> str:
-    """The split of a library path such as ``"asyncio/events.py"``."""
+    """Returns the split of a library path such as ``"asyncio/events.py"``."""
     digest = hashlib.sha256(f"{salt}:{path}".encode()).digest()
     return "validation" if int.from_bytes(digest[:8], "big") % 100 < VALIDATION_PERCENT else "train"
 
 
 @lru_cache(maxsize=2)
 def load_corpus(root: Path | None = None) -> Corpus:
-    """Read the standard library below ``root`` (default: that of the running interpreter)."""
+    """Reads the standard library below ``root`` (default: that of the running interpreter)."""
     folder = root or Path(sysconfig.get_path("stdlib"))
     files = tuple(SourceFile(path, text) for path, text in _read_sources(folder))
     if not files:

@@ -53,7 +53,7 @@ def load_named(name: str) -> TextTask:
 
 
 def load_splits(name: str) -> tuple[Any, Any, str]:
-    """Training rows, validation rows, and what the split of the latter is called."""
+    """Returns training rows, validation rows, and what the split of the latter is called."""
     splits = _load(name)
     if "train" not in splits:
         raise UserError(f"data set {name!r}: expected a split named train, found {', '.join(splits)}")

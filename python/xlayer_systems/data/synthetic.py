@@ -45,7 +45,7 @@ def passkeys(seed: int = 0) -> tuple[Rows, Rows]:
 
 
 def sums(seed: int = 0) -> tuple[Rows, Rows]:
-    """Training and validation rows: two or three numbers to be added or subtracted; answers may be negative.
+    """Returns training and validation rows: two or three numbers to be added or subtracted; answers may be negative.
 
     A validation problem's numbers and signs are in training under no wording and in no order of its first two numbers.
     """

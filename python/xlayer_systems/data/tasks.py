@@ -30,11 +30,11 @@ class TextTask:
 
     @property
     def has_pairs(self) -> bool:
-        """Whether the examples are pairs of texts."""
+        """Tells whether the examples are pairs of texts."""
         return self.train[0].second is not None
 
     def majority(self) -> tuple[int, int]:
-        """Correct answers and examples in validation for always answering training's most frequent label."""
+        """Returns correct answers and examples in validation for always answering training's most frequent label."""
         label = Counter(example.label for example in self.train).most_common(1)[0][0]
         return sum(example.label == label for example in self.validation), len(self.validation)
 
@@ -60,7 +60,7 @@ class TextTask:
 
 
 def words(text: str) -> list[str]:
-    """The lower-cased words of a text: maximal runs of letters and digits, so ``read_file`` is two words."""
+    """Returns the lower-cased words of a text: maximal runs of letters and digits, so ``read_file`` is two words."""
     return "".join(c if c.isalnum() else " " for c in text.lower()).split()
 
 

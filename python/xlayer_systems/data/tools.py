@@ -149,7 +149,7 @@ class ToolTask:
     fingerprint: str
 
     def majority(self) -> tuple[int, int]:
-        """Right answers and examples in validation for always taking training's most frequent tool."""
+        """Returns right answers and examples in validation for always taking training's most frequent tool."""
         tool = Counter(example.tool for example in self.train).most_common(1)[0][0]
         return sum(example.tool == tool for example in self.validation), len(self.validation)
 
@@ -169,7 +169,7 @@ class ToolTask:
 
 
 def load_tool_task(name: str) -> ToolTask:
-    """The task ``name``; one that cannot be used raises `UserError`.
+    """Returns the task ``name``; one that cannot be used raises `UserError`.
 
     * ``tools``: the requests that are made here;
     * a folder with a train and a validation file (.jsonl, .csv or .parquet) or a data set of the hub with columns
@@ -191,7 +191,7 @@ def load_tool_task(name: str) -> ToolTask:
 def requests(
     seed: int = 0, train: int = TRAIN, validation: int = VALIDATION
 ) -> tuple[list[ToolExample], list[ToolExample]]:
-    """Training and validation examples, no request twice."""
+    """Returns training and validation examples, no request twice."""
     draw = random.Random(f"tools/{seed}")
     numbers = list(range(2, 100))
     draw.shuffle(numbers)

@@ -19,7 +19,7 @@ class DecoderOutput(NamedTuple):
 
 
 class DecoderModel(TrainingModel):
-    """A causal language model as the training loop calls it: labels are the next tokens already."""
+    """Is the training form of a causal language model; labels are the next tokens already."""
 
     def __init__(self, decoder: Any) -> None:
         super().__init__()

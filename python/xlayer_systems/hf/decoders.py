@@ -15,7 +15,7 @@ ASSETS = Path(__file__).parent.parent / "assets"
 
 
 def load_decoder(name: str) -> tuple[Any, Any]:
-    """A frozen causal language model in float32 and evaluation mode, and its fast tokenizer.
+    """Returns a frozen causal language model in float32 and evaluation mode, and its fast tokenizer.
 
     Args:
         name: `SENDER`, `RECEIVER`, a folder written by ``save_pretrained`` or a model of the Hugging Face hub.

@@ -20,12 +20,12 @@ SMALL_FOLDER = Path(__file__).parent.parent / "assets" / "encoder-small"
 
 
 def is_small(name: str) -> bool:
-    """Whether ``name`` is one of the two small encoders, which need other learning rates than large ones."""
+    """Tells whether ``name`` is one of the two small encoders, which need other learning rates than large ones."""
     return name in (SMALL, SMALL_SCRATCH)
 
 
 def load_tokenizer(name: str) -> Any:
-    """The fast tokenizer of a backbone."""
+    """Returns the fast tokenizer of a backbone."""
     from transformers import AutoTokenizer
 
     tokenizer = _load(AutoTokenizer, name)
@@ -44,7 +44,7 @@ def load_backbone(name: str) -> Any:
 
 
 def start_as_average(encoder: Any) -> Any:
-    """Initialize a BERT-like encoder so that each token starts as itself plus averages of all tokens.
+    """Initializes a BERT-like encoder so that each token starts as itself plus averages of all tokens.
 
     Value and output projections start near the identity and the feed-forward layers near zero, so the first token is a
     bag of words from the first step on. With the usual initialization an encoder as narrow as the small one keeps

@@ -9,7 +9,7 @@ SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int, max_length: int, *, keep_text: bool = False) -> Any:
-    """Train on ``texts`` and return a `PreTrainedTokenizerFast` that wraps pairs as RoBERTa does.
+    """Trains on ``texts`` and returns a `PreTrainedTokenizerFast` that wraps pairs as RoBERTa does.
 
     ``<s> a </s>`` and ``<s> a </s></s> b </s>``; ids 0 to 4 are `SPECIAL_TOKENS` in RoBERTa's order. For an encoder the
     text is lower-cased: a small vocabulary then goes further, and case says little about what a docstring is about.

@@ -59,7 +59,7 @@ class AttachConfig:
         check_fields(self)
 
     def connection(self, hidden_size: int, sublayer: int, like: Tensor) -> HyperConnection | ManifoldHyperConnection:
-        """A new hyper-connection for sublayer number ``sublayer``, which starts as a residual connection."""
+        """Returns a new hyper-connection for sublayer number ``sublayer``, which starts as a residual connection."""
         place: dict[str, Any] = {"layer_index": sublayer, "device": like.device, "dtype": like.dtype}
         if self.residual == "mhc":
             return ManifoldHyperConnection(hidden_size, self.expansion_rate, iterations=self.iterations, **place)
@@ -68,14 +68,14 @@ class AttachConfig:
 
 
 class _HyperBlock(nn.Module):
-    """What is common to decoder layers between two hyper-connections."""
+    """Holds what decoder layers between two hyper-connections share."""
 
     hyper_attention: HyperConnection | ManifoldHyperConnection
     hyper_mlp: HyperConnection | ManifoldHyperConnection
     mlp: Callable[[Tensor], Tensor]
 
-    def _enter(self, state: Tensor | State) -> State:
-        """Streams, what attention reads of them, and its coefficients."""
+    def _pre_attention(self, state: Tensor | State) -> State:
+        """Computes the streams, the input of attention, and its coefficients."""
         _check_checkpointing(self)
         if isinstance(state, Tensor):  # embeddings: this is the first layer
             streams = expand_streams(state, self.hyper_attention.expansion_rate)
@@ -89,7 +89,7 @@ class _LlamaBlock(_HyperBlock):
     post_attention_layernorm: nn.Module
 
     def forward(self, hidden_states: Any, **kwargs: Any) -> State:
-        streams, x, coefficients = self._enter(hidden_states)
+        streams, x, coefficients = self._pre_attention(hidden_states)
         y, _ = self.self_attn(hidden_states=self.input_layernorm(x), **kwargs)
         streams, x, coefficients = self.hyper_mlp.boundary(streams, y, coefficients)
         return streams, self.mlp(self.post_attention_layernorm(x)), coefficients
@@ -111,7 +111,7 @@ class _GPT2Block(_HyperBlock):
     ) -> State:
         if encoder_hidden_states is not None:
             raise ValueError("hyper-connections: GPT-2 with cross-attention is not supported")
-        streams, x, coefficients = self._enter(hidden_states)
+        streams, x, coefficients = self._pre_attention(hidden_states)
         y, _ = self.attn(self.ln_1(x), past_key_values=past_key_values, attention_mask=attention_mask, **kwargs)
         streams, x, coefficients = self.hyper_mlp.boundary(streams, y, coefficients)
         return streams, self.mlp(self.ln_2(x)), coefficients
@@ -119,7 +119,7 @@ class _GPT2Block(_HyperBlock):
 
 @dataclass(frozen=True)
 class _Kind:
-    """Where a kind of decoder keeps its parts."""
+    """Names the parts of a kind of decoder."""
 
     block: type[_HyperBlock]
     final_norm: str
@@ -161,7 +161,7 @@ class HyperAttachment(Attachment):
         for layer, own in zip(layers, cast(Any, self.layers), strict=True):
             layer.hyper_attention, layer.hyper_mlp = own["attention"], own["mlp"]
             layer.__class__ = _block_class(kind.block, type(layer))
-        self._hook: Any = getattr(decoder, kind.final_norm).register_forward_pre_hook(_leave)
+        self._hook: Any = getattr(decoder, kind.final_norm).register_forward_pre_hook(_merge_streams)
 
     def remove(self) -> None:
         """Gives the decoder its residual connections back: it then computes exactly what it did before.
@@ -182,7 +182,7 @@ class HyperAttachment(Attachment):
         self._hook = None
 
     def no_weight_decay(self) -> set[str]:
-        """Names among :meth:`named_parameters` that weight decay is not for: all but the dynamic weights."""
+        """Returns the names among :meth:`named_parameters` that weight decay is not for: all but the dynamic weights."""
         return no_weight_decay(self)
 
     def save_pretrained(self, directory: str | Path, *, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -255,8 +255,8 @@ def attach(model: nn.Module, config: AttachConfig | str | None = None, **options
     return HyperAttachment(_decoder_of(model), resolve_config(AttachConfig, config, options, AttachConfig))
 
 
-def _leave(norm: nn.Module, args: tuple[Any, ...]) -> Any:
-    """The last post and the mean over streams, before the decoder's final norm."""
+def _merge_streams(norm: nn.Module, args: tuple[Any, ...]) -> Any:
+    """Computes the last post and the mean over streams, before the decoder's final norm."""
     if isinstance(args[0], Tensor):  # no layer ran before it
         return None
     return (reduce_streams(XF.hyper_post(*args[0]), reduce="mean"), *args[1:])

@@ -58,7 +58,7 @@ def generate(
 
 
 def _choose(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
-    """The next tokens ``[B, 1]`` by logits ``[B, V]``."""
+    """Returns the next tokens ``[B, 1]`` by logits ``[B, V]``."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     logits = logits.float() / temperature

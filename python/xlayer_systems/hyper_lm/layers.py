@@ -63,7 +63,7 @@ class MLP(nn.Module):
 
 
 def rotations(start: int, length: int, head_size: int, base: float, like: Tensor) -> Tensor:
-    """Cosines and sines ``[2, S, 1, 1, head_size/2]`` of the positions from ``start`` on, for `rotate`."""
+    """Returns cosines and sines ``[2, S, 1, 1, head_size/2]`` of the positions from ``start`` on, for `rotate`."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     half = head_size // 2
     frequencies = base ** -(torch.arange(half, device=like.device, dtype=dtype) / half)

@@ -138,7 +138,7 @@ class HyperTransformer(nn.Module):
 
     @classmethod
     def from_config(cls, config: HyperLMConfig) -> HyperTransformer:
-        """A model with fresh parameters."""
+        """Returns a model with fresh parameters."""
         return cls(**asdict(config))
 
     def forward(self, input_ids: Tensor, past: list[KeyValues] | None = None) -> Tensor:

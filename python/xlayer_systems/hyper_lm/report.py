@@ -27,7 +27,7 @@ Curve = Sequence[tuple[float, float]]  # (tokens, loss) per evaluation, in their
 
 
 class LanguageModelReport(System):
-    """An `Objective`. The tokenizer is trained on the training text, and belongs to the data."""
+    """Reports loss per token and per byte."""
 
     def result(self, spec: RunSpec, data: LanguageModelingData, metrics: Mapping[str, Any]) -> Record:
         return {
@@ -159,7 +159,7 @@ def validation_curve(records: Records, tokens_per_step: int) -> list[tuple[float
 
 
 def mean_curve(curves: Sequence[Curve]) -> list[tuple[float, float]]:
-    """The mean over seeds that were evaluated at the same tokens."""
+    """Returns the mean over seeds that were evaluated at the same tokens."""
     return [(points[0][0], fmean(loss for _, loss in points)) for points in zip(*curves, strict=True)]
 
 
@@ -180,7 +180,7 @@ def tokens_to_reach(curve: Curve, loss: float) -> float | None:
 
 
 def speed_up(curve: Curve, baseline: Curve) -> Record:
-    """How many times fewer tokens than ``baseline`` the ``curve`` takes to the baseline's final loss.
+    """Returns how many times fewer tokens than ``baseline`` the ``curve`` takes to the baseline's final loss.
 
     ``{"tokens", "speed_up", "bound"}``: where the loss is never reached, ``tokens`` is None and the speed-up is below
     the given one (bound "<"); where the first evaluation is that low already, it is above the given one (bound ">").

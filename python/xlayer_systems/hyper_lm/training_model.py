@@ -60,7 +60,7 @@ class LanguageModel(TrainingModel):
         }
 
     def gradient_checkpointing_enable(self) -> None:
-        """As of the model."""
+        """Recomputes each block in the backward pass."""
         self.model.gradient_checkpointing_enable()
 
 
@@ -94,7 +94,7 @@ class SublayerInputs:
         self.active, self.last = False, None
 
     def similarity(self) -> dict[str, float]:
-        """Mean cosine per sublayer with the one before; {} before any token."""
+        """Returns the mean cosine per sublayer with the one before; {} before any token."""
         named = zip(self.names, self.sums, strict=True)
         return {name: float(total) / self.tokens for name, total in list(named)[1:]} if self.tokens else {}
 

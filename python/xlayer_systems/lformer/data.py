@@ -54,11 +54,11 @@ class ToolData:
 
     @property
     def has_plans(self) -> bool:
-        """Whether the requests come with plans."""
+        """Tells whether the requests come with plans."""
         return any(example.plan for example in self.train)
 
     def lengths(self) -> list[int]:
-        """Tokens of each training request."""
+        """Returns the number of tokens of each training request."""
         return [len(example.input_ids) for example in self.train]
 
     def collate(self, examples: Sequence[Asked]) -> dict[str, Tensor]:
@@ -119,7 +119,7 @@ class ToolData:
 
 
 def encode(examples: Sequence[ToolExample], tokenizer: Any, max_length: int, blocks: Tensor) -> list[Asked]:
-    """Tokenize requests, each behind the tokenizer's first token, and deal out the blocks evenly."""
+    """Tokenizes requests, each behind the tokenizer's first token, and deals out the blocks evenly."""
     texts = [example.text for example in examples]
     ids = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=max_length - 1)["input_ids"]
     return [

@@ -127,8 +127,8 @@ class LFormer(Attachment):
         self._seen: _Seen | None = None
         self._reading = self._asked = False
         self._hooks = [
-            decoder.register_forward_pre_hook(self._ask, with_kwargs=True),
-            decoder.register_forward_hook(self._read, with_kwargs=True),
+            decoder.register_forward_pre_hook(self._request_states, with_kwargs=True),
+            decoder.register_forward_hook(self._collect_states, with_kwargs=True),
         ]
         setattr(decoder, _MARK, True)
         self.phase = "joint"
@@ -149,14 +149,14 @@ class LFormer(Attachment):
         return self.train(self.training)
 
     def train(self, mode: bool = True) -> LFormer:
-        """As of every module; a frozen base stays in evaluation mode."""
+        """Sets the mode as of every module, but a frozen base stays in evaluation mode."""
         super().train(mode)
         if self.phase == "a":
             self.base.eval()
         return self
 
     def unfrozen(self) -> list[nn.Parameter]:
-        """Parameters of the base's last ``last_k_unfreeze`` layers."""
+        """Returns parameters of the base's last ``last_k_unfreeze`` layers."""
         layers = _parts(self.base)[1]
         chosen = layers[len(layers) - self.config.last_k_unfreeze :]
         return [parameter for layer in chosen for parameter in layer.parameters()]
@@ -203,7 +203,7 @@ class LFormer(Attachment):
         return output
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's ``generate``, with the state blended in where the config says so."""
+        """Returns the base's ``generate``, with the state blended in where the config says so."""
         return self.base.generate(*args, **kwargs)
 
     def remove(self) -> Any:
@@ -278,7 +278,7 @@ class LFormer(Attachment):
 
     @property
     def detaches(self) -> bool:
-        """Whether the side path's losses stop at the taps."""
+        """Tells whether the side path's losses stop at the taps."""
         return self.phase == "a" or (self.phase == "joint" and self.config.detach_taps)
 
     def _run_base(self, input_ids: Tensor, attention_mask: Tensor | None, logits: bool) -> tuple[_Seen, Tensor | None]:
@@ -292,15 +292,15 @@ class LFormer(Attachment):
         assert seen is not None
         return seen, output.logits if logits else None
 
-    def _ask(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Before the decoder runs: all its hidden states, please."""
+    def _request_states(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Asks the decoder, before it runs, for all its hidden states."""
         if not (self._reading or self.config.blend_into_lm):
             return None
         self._asked = bool(kwargs.get("output_hidden_states", decoder.config.output_hidden_states))
         return args, {**kwargs, "output_hidden_states": True, "return_dict": True}
 
-    def _read(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """After it ran: keep what was seen, and blend the state into what the language model's head will read."""
+    def _collect_states(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Keeps the hidden states, and blends the state into what the language model's head reads."""
         blends = self.config.blend_into_lm
         if not (self._reading or blends):
             return None
@@ -339,7 +339,7 @@ class LFormer(Attachment):
             if values is not None:
                 losses["value"] = heads.value_loss(output.values, values)
         if heads.plan is not None:
-            output.plan = heads.plan.say(state)
+            output.plan = heads.plan.decode(state)
             if plan is not None:
                 losses["plan"] = heads.plan.loss(state, plan)
         return losses
@@ -391,7 +391,7 @@ def attach(model: Any, config: ModelConfig | str | None = None, **options: Any) 
 
 
 def make_base(config: ModelConfig) -> Any:
-    """A GPT-2 with fresh parameters."""
+    """Returns a GPT-2 with fresh parameters."""
     return GPT2LMHeadModel(
         GPT2Config(
             vocab_size=config.vocab_size, n_positions=config.max_length, n_embd=config.d_model,

@@ -55,13 +55,13 @@ class HeadOnlyPath(nn.Module):
         self.mlp = nn.Sequential(nn.GELU(), nn.Linear(width, config.d_side))
 
     def forward(self, hidden: Sequence[Tensor], mask: Tensor | None, last_only: bool = True) -> Tensor:
-        """As of `SidePath`, with one state."""
+        """Maps the last hidden state to one state, as `SidePath` does."""
         states: Tensor = self.mlp(self.projector([hidden[-1]], mask))
         return states
 
 
 def make_aggregator(config: ModelConfig, layers: int) -> Aggregator:
-    """The aggregator that ``config`` names."""
+    """Returns the aggregator that ``config`` names."""
     if config.aggregator == "gru":
         return GRUAggregator(layers, config.d_side)
     if config.aggregator == "attn":
@@ -70,13 +70,13 @@ def make_aggregator(config: ModelConfig, layers: int) -> Aggregator:
 
 
 def make_path(config: ModelConfig, layers: int, d_model: int) -> SidePath | HeadOnlyPath:
-    """The side path, or what stands in for it in ``head_only``."""
+    """Returns the side path, or what stands in for it in ``head_only``."""
     kind = HeadOnlyPath if config.aggregator == "head_only" else SidePath
     return kind(config, layers, d_model)
 
 
 def count(module: nn.Module) -> int:
-    """Parameters of a module."""
+    """Counts the parameters of a module."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
@@ -96,7 +96,7 @@ class Heads(nn.Module):
         self.register_buffer("value_std", torch.ones(1))
 
     def calibrate(self, values: Tensor) -> None:
-        """Take mean and standard deviation from the values of the training examples."""
+        """Takes mean and standard deviation from the values of the training examples."""
         self.value_mean.fill_(float(values.double().mean()))
         self.value_std.fill_(max(float(values.double().std()), 1e-6))
 
@@ -140,8 +140,8 @@ class PlanDecoder(nn.Module):
         return (each.sum(1) / (lengths.squeeze(1) + 1)).mean()
 
     @torch.no_grad()
-    def say(self, state: Tensor) -> Tensor:
-        """The plan ``[B, length]`` that takes the likeliest step every time, −100 behind its end."""
+    def decode(self, state: Tensor) -> Tensor:
+        """Returns the plan ``[B, length]`` that takes the likeliest step every time, −100 behind its end."""
         hidden = state.unsqueeze(0).contiguous()
         step = torch.full((len(state), 1), self.end, device=state.device)
         ended, steps = torch.zeros_like(step, dtype=torch.bool), []

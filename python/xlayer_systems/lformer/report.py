@@ -1,4 +1,4 @@
-"""Which tool, what value, what plan: accuracy with its interval beside the baselines, and what became of the text."""
+"""Reports of an L-Former: accuracy with its interval beside the baselines, and the loss on text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HEAD = ("", "tool", "95 % interval", "plan", "value error", "LM loss", "paramete
 
 
 class ToolUseReport(System):
-    """Reports of ..."""
+    """Reports the accuracy of tools and plans beside the baselines."""
 
     def result(self, spec: RunSpec, data: ToolData, metrics: Mapping[str, Any]) -> Record:
         return {
@@ -109,12 +109,12 @@ class ToolUseReport(System):
 
 
 def evaluations(records: Records) -> list[Mapping[str, Any]]:
-    """The evaluations among a run's records."""
+    """Returns the evaluations among a run's records."""
     return [record for record in records if record["event"] == "eval"]
 
 
 def _after_phase_a(spec: RunSpec, result: Mapping[str, Any], records: Records) -> list[str]:
-    """A line about the frozen base, where both the run and its baseline were evaluated then."""
+    """Returns a line about the frozen base, where both the run and its baseline were evaluated then."""
     mine = [record for record in evaluations(records) if record["step"] == spec.options.phase_a_steps]
     theirs = result.get("baseline", {}).get("phase_a")
     if not mine or theirs is None:

@@ -37,15 +37,15 @@ class LFormerForTraining(TrainingModel):
         super().__init__()
         self.model, self.phase_a_steps = model, phase_a_steps
         self.moved: list[Tensor] = []
-        self._enter("a")
+        self._set_phase("a")
 
     def begin_step(self, step: int) -> None:
         """Before each optimizer step: the phase follows from its number."""
         phase = "a" if step < self.phase_a_steps else "b"
         if phase != self.model.phase:
-            self._enter(phase)
+            self._set_phase(phase)
 
-    def _enter(self, phase: str) -> None:
+    def _set_phase(self, phase: str) -> None:
         self.model.set_phase(phase)
         for parameter in self.model.unfrozen():
             # In phase A too, where no gradient reaches them: DDP asks once, when it is made.
@@ -85,7 +85,7 @@ class LFormerForTraining(TrainingModel):
 
     @property
     def reads_blocks(self) -> bool:
-        """Whether the language-modelling loss can teach anything in this phase."""
+        """Tells whether the language-modelling loss can teach anything in this phase."""
         config = self.model.config
         taught = config.blend_into_lm or (self.model.phase == "b" and config.last_k_unfreeze > 0)
         return taught and config.lambda_lm > 0
@@ -108,7 +108,7 @@ class LFormerForTraining(TrainingModel):
         return {"gates": dict(zip(map(str, path.taps), whole.tolist(), strict=True)), "movement": dict(named)}
 
     def gradient_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters by part of the side path, the heads, and the base's layers that phase B trains."""
+        """Returns the parameters by part of the side path, the heads, and the base's layers that phase B trains."""
         model = self.model
         parts = {name: list(part.parameters()) for name, part in model.path.named_children()}
         parts["heads"] = list(model.heads.parameters())
@@ -119,7 +119,7 @@ class LFormerForTraining(TrainingModel):
         return parts
 
     def gradient_checkpointing_enable(self) -> None:
-        """As of the L-Former."""
+        """Recomputes each layer of the base in the backward pass."""
         self.model.gradient_checkpointing_enable()
 
     def _watch(self, states: Tensor) -> None:

@@ -63,7 +63,7 @@ SHAPES = {
 
 
 def decoder_text(corpus: Corpus, seed: int) -> TextCorpus:
-    """What the decoders read: source files and docstrings, in an order drawn from ``seed``."""
+    """Returns what the decoders read: source files and docstrings, in an order drawn from ``seed``."""
     splits = []
     for split in ("train", "validation"):
         documents = [text for file in corpus.of(split) for text in _documents(file)]
@@ -73,7 +73,7 @@ def decoder_text(corpus: Corpus, seed: int) -> TextCorpus:
 
 
 def make_decoder(shape: DecoderShape, tokenizer: Any) -> Any:
-    """A Llama causal language model of this shape with fresh parameters.
+    """Returns a Llama causal language model of this shape with fresh parameters.
 
     Projections start with variance 0.64 / inputs, those that write into the residual stream further divided by twice
     the number of layers: the usual fixed 0.02 is so little at this width that the first hundreds of steps are lost.
@@ -187,7 +187,7 @@ class DecoderPretraining(System):
 
 
 def _documents(file: SourceFile) -> list[str]:
-    """The file's source, and each docstring of some length with the file's path before it and after it."""
+    """Returns the file's source, and each docstring of some length with the file's path before it and after it."""
     found = [file.text] if file.text else []
     for definition in file.definitions:
         if len(words(definition.docstring)) >= MIN_WORDS:

@@ -92,7 +92,7 @@ class PassagePairs:
         generator.shuffle(self.validation)
 
     def lengths(self) -> list[int]:
-        """Tokens of the longer passage of each training pair."""
+        """Returns the number of tokens of the longer passage of each training pair."""
         return [max(len(pair.first), len(pair.second)) for pair in self.train]
 
     def log_frequencies(self, vocabulary: int) -> Tensor:
@@ -112,12 +112,12 @@ class PassagePairs:
         }
 
     def score(self, output: PretrainOutput, batch: dict[str, Tensor]) -> Tensor:
-        """Per pair: masked-token loss (the batch's mean), whether the pair found each other, 1."""
+        """Returns for each pair: masked-token loss (the batch's mean), whether the pair found each other, 1."""
         ones = torch.ones_like(output.hits)
         return torch.stack([output.masked_loss * ones, output.hits, ones], dim=1).double()
 
     def summarize(self, sums: Tensor) -> dict[str, float | int]:
-        """Mean masked-token loss in nats, and how often the pair was found among a batch of passages."""
+        """Returns the mean masked-token loss in nats, and how often the pair was found among a batch of passages."""
         return {"masked_loss": float(sums[0] / sums[2]), "pairs_found": float(sums[1] / sums[2])}
 
     def _pairs(
@@ -275,7 +275,7 @@ class EncoderPretraining(System):
 
 
 def make_encoder(shape: EncoderConfig, tokenizer: Any, dropout: float) -> nn.Module:
-    """A RoBERTa encoder of this shape with fresh parameters."""
+    """Returns a RoBERTa encoder of this shape with fresh parameters."""
     from transformers import RobertaConfig, RobertaModel
 
     config = RobertaConfig(

@@ -33,7 +33,7 @@ class Capture(Protocol):
         """After each step that does not count; the next one after the last of them does."""
 
     def open(self, name: str) -> AbstractContextManager[Any]:
-        """A region that it will show."""
+        """Returns a region that it will show."""
 
 
 class TorchCapture:
@@ -107,7 +107,7 @@ class ProfiledTrainer(Trainer):
         self._window = ExitStack()
 
     def train(self) -> dict[str, Any]:
-        """As of the loop."""
+        """Trains as the loop does, under the profiler."""
         with self.capture, self._window:
             return super().train()
 

@@ -35,7 +35,7 @@ TOOLS = (AUTO, TORCH, *nsight.TOOLS)
 
 
 def choose_tools(wanted: str) -> list[str]:
-    """The profilers to use, one after the other: those asked for, or the best that this machine has."""
+    """Returns the profilers to use, one after the other: those asked for, or the best that this machine has."""
     if wanted not in TOOLS:
         raise UserError(f"unknown tool {wanted!r}; expected one of {', '.join(TOOLS)}")
     missing = {tool: _missing(tool) for tool in nsight.TOOLS}
@@ -48,7 +48,7 @@ def choose_tools(wanted: str) -> list[str]:
 
 
 def _missing(tool: str) -> str | None:
-    """What a tool of Nsight lacks on this machine."""
+    """Returns what a tool of Nsight lacks on this machine."""
     if not torch.cuda.is_available():
         return "PyTorch sees no CUDA device"
     if shutil.which(tool) is None:
@@ -61,7 +61,7 @@ def _missing(tool: str) -> str | None:
 def profile_run(
     system: System, spec: RunSpec, path: Path, *, steps: int = 5, warmup: int = 3, tool: str = AUTO
 ) -> list[str]:
-    """Profile ``steps`` steps of ``spec`` and an evaluation into a new run directory; the lines of the summary."""
+    """Profiles ``steps`` steps of ``spec`` and an evaluation into a new run directory; the lines of the summary."""
     for name, count in (("steps", steps), ("warmup", warmup)):
         if count < 1:
             raise UserError(f"{name} must be at least 1, got {count}")

@@ -30,12 +30,12 @@ Command = list[str]
 
 
 def watched(run: Path, steps: int, warmup: int) -> Command:
-    """The process whose steps the tools watch."""
+    """Returns the process whose steps the tools watch."""
     return [sys.executable, "-m", __name__, str(run), str(steps), str(warmup)]
 
 
 def nsys_commands(run: Path, steps: int, warmup: int) -> list[Command]:
-    """Take the report, then print each of `NSYS_TABLES`."""
+    """Returns the commands that take the report and then print each of `NSYS_TABLES`."""
     profile = ["nsys", "profile", "--trace=cuda,nvtx", "--sample=none", "--cpuctxsw=none"]
     profile += ["--capture-range=cudaProfilerApi", "--capture-range-end=stop", "--force-overwrite=true"]
     profile += [f"--output={run / 'nsys'}", *watched(run, steps, warmup)]
@@ -45,7 +45,7 @@ def nsys_commands(run: Path, steps: int, warmup: int) -> list[Command]:
 
 
 def ncu_commands(run: Path, warmup: int) -> list[Command]:
-    """Take the report of one step, then print its table."""
+    """Returns the commands that take the report of one step and then print its table."""
     profile = ["ncu", "--profile-from-start=off", f"--launch-count={NCU_LAUNCHES}", "--clock-control=none"]
     profile += ["--force-overwrite", *(f"--section={name}" for name in NCU_SECTIONS)]
     profile += [f"--export={run / 'ncu'}", *watched(run, 1, warmup)]
@@ -54,7 +54,7 @@ def ncu_commands(run: Path, warmup: int) -> list[Command]:
 
 
 def profile(tools: Sequence[str], run: Path, steps: int, warmup: int) -> tuple[Summary, list[Command]]:
-    """Run the tools one after the other; what they found as one summary, and the commands."""
+    """Runs the tools one after the other; what they found as one summary, and the commands."""
     commands: list[Command] = []
     summary: Summary | None = None
     launches: list[Launch] = []
@@ -144,7 +144,7 @@ def _mean(weighted: Sequence[tuple[float, float | None]]) -> float | None:
 
 
 def _run_all(tool: str, commands: Iterable[Command], run: Path) -> list[str]:
-    """What each command prints; all of it goes to ``<tool>.log`` in the run directory."""
+    """Returns what each command prints; all of it goes to ``<tool>.log`` in the run directory."""
     log, outputs = run / f"{tool}.log", []
     log.write_text("")
     for command in commands:

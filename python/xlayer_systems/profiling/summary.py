@@ -108,7 +108,7 @@ def covered(intervals: Iterable[tuple[float, float]]) -> float:
 
 
 def format_summary(summary: Summary) -> list[str]:
-    """Lines of plain text."""
+    """Returns lines of plain text."""
     on_cpu = summary.device == "cpu"
     worker = "operators on the CPU" if on_cpu else "kernels and copies on the GPU"
     lines = [f"{1e3 * summary.seconds:.1f} ms, {100 * summary.busy:.1f} % of them with {worker} ({summary.tool})"]
@@ -189,7 +189,7 @@ def _operators(events: Sequence[Event]) -> list[Row]:
 
 
 def with_own_time(events: Iterable[Event]) -> list[tuple[Event, float]]:
-    """The events of a thread, each with its duration without the events inside it."""
+    """Returns the events of a thread, each with its duration without the events inside it."""
     ordered = sorted(events, key=lambda event: (event["ts"], -event["dur"]))
     own = [event["dur"] for event in ordered]
     outer: list[int] = []

@@ -45,7 +45,7 @@ def student_interval(values: Sequence[float], confidence: float = 0.95) -> Inter
 
 
 def student_quantile(confidence: float, degrees: int) -> float:
-    """The t with P(|T| < t) = ``confidence`` at a whole number of ``degrees`` of freedom, by bisection."""
+    """Returns the t with P(|T| < t) = ``confidence`` at a whole number of ``degrees`` of freedom, by bisection."""
     low, high = 0.0, 1.0
     while _student_central(high, degrees) < confidence:
         high *= 2

@@ -9,7 +9,7 @@ Records = Sequence[Mapping[str, Any]]
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of plain text, the first column left-aligned, the others right-aligned."""
+    """Returns lines of plain text, the first column left-aligned, the others right-aligned."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     name, *numbers = (f"{{:{'<' if column == 0 else '>'}{width}}}" for column, width in enumerate(widths))
     line = "  ".join([name, *numbers])

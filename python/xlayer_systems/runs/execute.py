@@ -41,9 +41,9 @@ def train_run(system: System, spec: RunSpec, path: Path, resume: bool = False) -
 def _train(system: System, spec: RunSpec, accelerator: Any, run: RunDirectory, resume: bool, started: float) -> Record:
     accelerator.wait_for_everyone()
     data = system.prepare(spec)
-    description, surroundings = spec.to_dict(), environment(data.fingerprint)
+    description, recorded = spec.to_dict(), environment(data.fingerprint)
     if resume:
-        finished = run.hold(description, surroundings, system.upgrade)
+        finished = run.hold(description, recorded, system.upgrade)
         if finished is not None:
             return finished
     names = ("system", "preset", "dataset", "backbone", "seed")
@@ -56,7 +56,7 @@ def _train(system: System, spec: RunSpec, accelerator: Any, run: RunDirectory, r
         name = f"{spec.preset} seed {spec.seed}"
         trainer = Trainer(accelerator, model, groups, data, spec.options, run, spec.seed, name)
     if not resume:
-        run.create(description, surroundings, {run_file.NAME: run_file.write_run_file(spec)})
+        run.create(description, recorded, {run_file.NAME: run_file.write_run_file(spec)})
     elif trainer is not None:
         trainer.resume()
     accelerator.wait_for_everyone()

@@ -29,7 +29,7 @@ class Variant:
 
     @property
     def folder(self) -> str:
-        """The name with characters that are safe in paths."""
+        """Returns the name with characters that are safe in paths."""
         return self.name.replace(":", "-").replace("=", "_").replace("/", "_")
 
 
@@ -76,7 +76,7 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def run_sweep(system: System, specs: dict[str, list[RunSpec]], out: Path, resume: bool) -> Record:
-    """Train every spec (per variant name, one per seed) and write results.json, report.md and the plots into ``out``.
+    """Trains every spec (per variant name, one per seed) and writes results.json, report.md and the plots into ``out``.
 
     With ``resume`` finished runs are kept and an interrupted one goes on.
     """

@@ -60,7 +60,7 @@ def run_baselines(
     seed: int,
     limit: int | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Run every baseline; the seed and the models determine all but the times.
+    """Runs every baseline; the seed and the models determine all but the times.
 
     Args:
         config: of the bridge: soft tokens, primer and source layer.
@@ -109,7 +109,7 @@ class _Run:
         self._summaries: tuple[list[str], list[str]] | None = None
 
     def all(self) -> dict[str, Callable[[], Result]]:
-        """Name to baseline, in the order of the report."""
+        """Returns the baselines by name, in the order of the report."""
         baselines: dict[str, Callable[[], Result]] = {
             "majority": self.majority,
             "random": self.random,
@@ -152,7 +152,7 @@ class _Run:
         return rank_labels(*reader, prompts, self.task.labels, BATCH), {}
 
     def summaries(self) -> tuple[list[str], list[str]]:
-        """The sender's, of the texts that are read and of the solved examples."""
+        """Returns the sender's, of the texts that are read and of the solved examples."""
         if self._summaries is None:
             texts = [*self.read_texts, *(shot.text for shot in self.shots)]
             prompts = summary_prompts(self.sender[1], texts, self.options.max_length)
@@ -198,7 +198,7 @@ class _Run:
     def noise(self) -> Result:
         ids, mask = self.sender_batch(self.texts[:BATCH])
         with torch.no_grad():
-            soft = self.model.speak(ids, mask).soft
+            soft = self.model.encode_message(ids, mask).soft
         rms = soft.double().square().mean().sqrt().item()
         generator = torch.Generator().manual_seed(self.seed)
 
@@ -233,7 +233,7 @@ class _Run:
         )
 
     def _answers(self, soft: Callable[[int], Tensor], prompts: Sequence[Sequence[int]] | None) -> list[str]:
-        """What the receiver says to ``soft(rows)``, batch by batch."""
+        """Returns what the receiver says to ``soft(rows)``, batch by batch."""
         said: list[str] = []
         for first in range(0, len(self.examples), BATCH):
             count = min(BATCH, len(self.examples) - first)

@@ -1,4 +1,4 @@
-"""What is trained: from the sender's hidden states to soft tokens that the receiver can read."""
+"""Bridge from the sender's hidden states to soft tokens that the receiver can read."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class TelepathyBridge(nn.Module):
 
     @property
     def samples(self) -> bool:
-        """Whether training makes soft tokens: a diffusion transformer alone can do without."""
+        """Tells whether training makes soft tokens: a diffusion transformer alone can do without."""
         config = self.config
         others = (
             config.lm, config.anchor, config.info_nce, config.reconstruction, config.bag_of_words,
@@ -134,12 +134,12 @@ class TelepathyBridge(nn.Module):
         return self.dit.loss(self.normalizer(_kept(states, mask)), mask, target, generator)
 
     def calibrate(self, batches: Iterable[tuple[Tensor, Tensor]], target_embeddings: Tensor) -> None:
-        """Measure the statistics of the source (states and mask per batch) and of the receiver's embeddings."""
+        """Measures the statistics of the source (states and mask per batch) and of the receiver's embeddings."""
         if isinstance(self.normalizer, StatisticalNormalizer):
             self.normalizer.calibrate(batches, target_embeddings)
 
     def save_pretrained(self, folder: Path, pair: Mapping[str, Any]) -> None:
-        """Write the bridge alone, beside which models it is for: ``pair`` of `describe_pair`."""
+        """Writes the bridge alone, beside which models it is for: ``pair`` of `describe_pair`."""
         description = {
             "config": self.config.to_dict(),
             "dimensions": self.dimensions._asdict(),
@@ -171,7 +171,7 @@ class TelepathyBridge(nn.Module):
 
 
 def start_as_messages(resampler: PerceiverResampler) -> None:
-    """Let the first messages depend on the texts.
+    """Lets the first messages depend on the texts.
 
     Normalized states are as small as the receiver's embeddings, so a usual bias is as large as what it is added to, and
     projections that keep a third of the variance leave little of the source beside the queries: messages then start

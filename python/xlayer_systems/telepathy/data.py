@@ -71,11 +71,11 @@ class TelepathyData:
         return self.task.fingerprint
 
     def lengths(self) -> list[int]:
-        """Tokens of each training example."""
+        """Returns the number of tokens of each training example."""
         return [len(example.input_ids) for example in self.train]
 
     def keep_states(self, encode: Callable[[Tensor, Tensor], Tensor], layer: int) -> None:
-        """Ask the sender once for the states of every text: it is frozen, and a run reads each text many times.
+        """Asks the sender once for the states of every text: it is frozen, and a run reads each text many times.
 
         Args:
             encode: from input_ids and attention_mask ``[B, T]`` to states ``[B, T, d]``.
@@ -117,7 +117,7 @@ class TelepathyData:
         return rows.to(output.loss.device)
 
     def summarize(self, sums: Tensor) -> dict[str, Any]:
-        """Metrics from the sum of `score`. ``diversity``: different texts per example (by their hashes)."""
+        """Returns the metrics from the sum of `score`. ``diversity``: different texts per example (by their hashes)."""
         total = round(float(sums[5 + 2 * self.classes :].sum()))
         correct, invalid, loss, found, there = sums[:5].tolist()
         metrics: dict[str, Any] = {
@@ -138,12 +138,12 @@ class TelepathyData:
         return metrics
 
     def said(self, text: str) -> str:
-        """The answer's part of a generated text: with ``question_answer`` what follows the mark."""
+        """Returns the answer's part of a generated text: with ``question_answer`` what follows the mark."""
         return text.rpartition(ANSWER_MARK)[2] if self.target == "question_answer" else text
 
 
 def encode(examples: Sequence[AnswerExample], sender: Any, receiver: Any, max_length: int, target: str) -> list[Spoken]:
-    """Tokenize texts and answers; the sender reads its first token and then the text."""
+    """Tokenizes texts and answers; the sender reads its first token and then the text."""
     texts = [example.text for example in examples]
     cut = {"add_special_tokens": False, "truncation": True}
     read = sender(texts, max_length=max_length - 1, **cut)["input_ids"]

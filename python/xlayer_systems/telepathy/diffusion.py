@@ -102,7 +102,7 @@ class DiffusionBridge(nn.Module):
         return self._velocity(source, mask, pooled, x_t, t)
 
     def loss(self, x: Tensor, mask: Tensor | None, target: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Mean squared error of the velocity at a random time and noise for each element of the batch.
+        """Returns the mean squared error of the velocity at a random time and noise for each element of the batch.
 
         Args:
             x: states ``[B, T, source_dim]``.
@@ -139,7 +139,7 @@ class DiffusionBridge(nn.Module):
         return x_t * self.target_scale
 
     def _condition(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The states as blocks read them, and what joins the timestep."""
+        """Returns the states as blocks read them, and what joins the timestep."""
         check_states(x, mask, self.source_dim)
         if mask is not None:
             x = torch.where(mask.unsqueeze(-1), x, torch.zeros_like(x))  # a masked state may hold NaN

@@ -56,6 +56,6 @@ def entity_transfer(generated: Sequence[str], examples: Sequence[AnswerExample])
 
 
 def count_entities(generated: str, text: str) -> tuple[int, int]:
-    """How many of a text's numbers and capitalized words the generated text has, and how many there are."""
+    """Returns how many of a text's numbers and capitalized words the generated text has, and how many there are."""
     wanted = set(ENTITY.findall(text))
     return len(wanted & set(ENTITY.findall(generated))), len(wanted)

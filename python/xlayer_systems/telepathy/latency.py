@@ -32,7 +32,7 @@ Value = TypeVar("Value")
 def measure_latency(
     model: TelepathyModel, task: AnswerTask, examples: int = 32, warmup: int = 3, max_length: int = 64
 ) -> dict[str, dict[str, float]]:
-    """Median milliseconds per example and stage, batch size 1, each route on the same validation texts.
+    """Returns the median milliseconds per example and stage, batch size 1, each route on the same validation texts.
 
     Args:
         warmup: examples before the first that counts.
@@ -68,7 +68,7 @@ def format_latency(latency: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def _one(model: TelepathyModel, task: AnswerTask, text: str, max_length: int) -> dict[tuple[str, str], float]:
-    """Milliseconds of every stage of every route for one text."""
+    """Returns the milliseconds of every stage of every route for one text."""
     took: dict[tuple[str, str], float] = {}
     device = next(model.bridge.parameters()).device
 

@@ -44,7 +44,7 @@ PRESETS: dict[str, TelepathyConfig] = {
 
 
 def preset(name: str) -> TelepathyConfig:
-    """The config of a preset; an unknown name raises `ValueError` with the known ones."""
+    """Returns the config of a preset; an unknown name raises `ValueError` with the known ones."""
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; expected one of {', '.join(PRESETS)}")
     return PRESETS[name]

@@ -21,7 +21,7 @@ class Pooled(NamedTuple):
     last: Tensor
 
     def features(self) -> dict[str, Tensor]:
-        """What a probe may read, by name."""
+        """Returns what a probe may read, by name."""
         return {"mean": self.mean, "last": self.last, "both": torch.cat(self, dim=1)}
 
 
@@ -45,7 +45,7 @@ class Probe(NamedTuple):
     weight: Tensor
 
     def predict(self, pooled: Pooled) -> list[int]:
-        """Index of the most probable label per text."""
+        """Returns the index of the most probable label per text."""
         x = _standard(pooled.features()[self.features], self.center, self.scale)
         labels: list[int] = (x @ self.weight).argmax(1).tolist()
         return labels

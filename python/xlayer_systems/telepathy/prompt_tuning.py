@@ -41,7 +41,7 @@ def tune_prompt(
     seed: int,
     progress: Callable[[int, float], None] | None = None,
 ) -> Tensor:
-    """Learn ``soft_tokens`` vectors that make the frozen ``receiver`` say ``answers``, without or behind ``prompts``.
+    """Learns ``soft_tokens`` vectors that make the frozen ``receiver`` say ``answers``, without or behind ``prompts``.
 
     They begin as embeddings of tokens drawn from the vocabulary, as the paper found best after class labels.
 

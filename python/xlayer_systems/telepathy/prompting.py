@@ -21,14 +21,14 @@ EXTRA_TOKENS = 2  # a space that is a token of its own, and the end
 
 
 def encode(tokenizer: Any, text: str, max_length: int | None = None) -> list[int]:
-    """Token ids without special tokens, the first ``max_length`` of them."""
+    """Returns token ids without special tokens, the first ``max_length`` of them."""
     cut = {} if max_length is None else {"truncation": True, "max_length": max_length}
     ids: list[int] = tokenizer(text, add_special_tokens=False, **cut)["input_ids"]
     return ids
 
 
 def answer_tokens(task: AnswerTask, tokenizer: Any) -> int:
-    """How many new tokens an answer may take."""
+    """Returns how many new tokens an answer may take."""
     if task.labels is None:
         return OPEN_ANSWER_TOKENS
     return max(len(encode(tokenizer, f" {label}")) for label in task.labels) + EXTRA_TOKENS
@@ -78,7 +78,7 @@ def answer_prompts(
 
 
 def summary_prompts(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[int]]:
-    """Token ids of BOS and a request to summarize each text, of which ``max_length`` tokens are kept."""
+    """Returns token ids of BOS and a request to summarize each text, of which ``max_length`` tokens are kept."""
     before = [tokenizer.bos_token_id, *encode(tokenizer, "Summarize this text in one sentence.\n\nText: ")]
     after = encode(tokenizer, "\nSummary:")
     return [[*before, *encode(tokenizer, text, max_length), *after] for text in texts]
@@ -88,7 +88,7 @@ def summary_prompts(tokenizer: Any, texts: Sequence[str], max_length: int) -> li
 def rank_labels(
     model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], labels: Sequence[str], batch_size: int
 ) -> list[str]:
-    """The label that ``model`` finds likeliest after each prompt, by the mean log-probability of its tokens.
+    """Returns the label that ``model`` finds likeliest after each prompt, by the mean log-probability of its tokens.
 
     What a model knows and cannot say: a small one hardly ever answers in the words that it is asked for.
     """

@@ -41,7 +41,7 @@ def receiver_input(
     answers: Sequence[Ids] | None,
     prompts: Sequence[Ids] | None = None,
 ) -> ReceiverInput:
-    """Lay out a batch for the receiver.
+    """Lays out a batch for the receiver.
 
     Args:
         receiver: a causal language model.
@@ -101,7 +101,7 @@ def receiver_logits(receiver: Any, given: ReceiverInput, last: int = 0) -> Tenso
 
 @torch.no_grad()
 def generate_answers(receiver: Any, tokenizer: Any, given: ReceiverInput, max_new_tokens: int) -> list[str]:
-    """What the receiver says, greedily, up to EOS or ``max_new_tokens`` tokens."""
+    """Returns what the receiver says, greedily, up to EOS or ``max_new_tokens`` tokens."""
     if given.labels is not None:
         raise ValueError("generation takes an input that ends in BOS, got one with answers")
     tokens = receiver.generate(

@@ -1,4 +1,4 @@
-"""Does the receiver understand? Accuracy with its interval beside the baselines, and whether the messages collapsed."""
+"""Reports of telepathy: accuracy with its interval beside the baselines, and how the messages differ."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ USAGE = ("similarity", "perplexity")
 
 
 class TelepathyReport(System):
-    """Reports of ..."""
+    """Reports accuracy with its interval beside the baselines."""
 
     def result(self, spec: RunSpec, data: TelepathyData, metrics: Mapping[str, Any]) -> Record:
         kept = ("invalid", "diversity", "entity_transfer", "per_class", "loss", "usage")
@@ -125,12 +125,12 @@ class TelepathyReport(System):
 
 
 def counted(correct: int, total: int) -> Record:
-    """A proportion with its Wilson interval and what it was counted from."""
+    """Returns a proportion with its Wilson interval and what it was counted from."""
     return {**dataclasses.asdict(wilson_interval(correct, total)), "correct": correct, "total": total}
 
 
 def evaluations(records: Records) -> list[Mapping[str, Any]]:
-    """The evaluations among a run's records."""
+    """Returns the evaluations among a run's records."""
     return [record for record in records if record["event"] == "eval"]
 
 

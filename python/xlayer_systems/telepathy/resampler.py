@@ -79,7 +79,7 @@ class StatisticalNormalizer(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[tuple[Tensor, Tensor | None]], target_embeddings: Tensor) -> None:
-        """Measure both sides.
+        """Measures both sides.
 
         Args:
             batches: (states ``[B, T, source_dim]``, bool mask ``[B, T]`` or None); what is masked may hold anything.

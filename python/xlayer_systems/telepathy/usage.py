@@ -20,7 +20,7 @@ class Messages:
         self.indices: list[Tensor] = []
 
     def add(self, sent: BridgeOutput) -> None:
-        """Count a batch."""
+        """Counts a batch."""
         soft = sent.soft.detach().double().cpu()
         directions = torch.nn.functional.normalize(soft.flatten(1), dim=1).sum(0)
         tokens = soft.flatten(0, 1)

@@ -35,14 +35,14 @@ MERSENNE_WORDS = 624  # of NumPy's generator; it trusts the position that it is 
 
 
 def whole(value: Tensor) -> Tensor:
-    """Gather a tensor that FSDP2 divided; every process must ask."""
+    """Gathers a tensor that FSDP2 divided; every process must ask."""
     gathered: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
     return gathered
 
 
 @dataclass
 class Checkpoint:
-    """What a checkpoint holds for one process. ``schedule`` counts the steps that the schedule has taken."""
+    """Holds the checkpoint of one process. ``schedule`` counts the steps that the schedule has taken."""
 
     processes: int
     progress: dict[str, Any]
@@ -68,7 +68,7 @@ class TrainingState:
         self.accelerator, self.model, self.optimizer, self.schedule = accelerator, model, optimizer, schedule
 
     def save(self, folder: Path, progress: Mapping[str, Any]) -> None:
-        """Write a checkpoint into ``folder``, which exists; every process must call this."""
+        """Writes a checkpoint into ``folder``, which exists; every process must call this."""
         accelerator, is_main = self.accelerator, self.accelerator.is_main_process
         states = self.optimizer.state_dict()["state"]
         named = {f"{index}.{name}": value for index, values in states.items() for name, value in values.items()}
@@ -88,7 +88,7 @@ class TrainingState:
         (folder / _random_file(accelerator.process_index)).write_text(json.dumps(random_states(accelerator.device)))
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """Take everything from the checkpoint in ``folder`` and return the progress that it was saved with.
+        """Takes everything from the checkpoint in ``folder`` and returns the progress that it was saved with.
 
         Raises `UserError` where files are missing, damaged or of another model, in one line.
         """
@@ -113,7 +113,7 @@ class TrainingState:
         return stored.progress
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Parameters and buffers that are saved, each under the first of its names."""
+        """Returns parameters and buffers that are saved, each under the first of its names."""
         found: dict[int, tuple[str, Tensor]] = {}
         for name, tensor in self._state().items():
             found.setdefault(id(tensor), (name, tensor))
@@ -154,7 +154,7 @@ class TrainingState:
 
 
 def read_checkpoint(folder: Path, process: int) -> Checkpoint:
-    """Read what the checkpoint in ``folder`` holds for ``process``; `UserError` names a file that cannot be used."""
+    """Reads what the checkpoint in ``folder`` holds for ``process``; `UserError` names a file that cannot be used."""
     if not (folder / STATE_FILE).exists() and (folder / EARLIER_MODEL_FILE).exists():
         return _read_earlier(folder, process)
     if not (folder / STATE_FILE).exists() and any(folder.glob("*_fsdp_*")):
@@ -179,7 +179,7 @@ def read_checkpoint(folder: Path, process: int) -> Checkpoint:
 
 
 def random_states(device: torch.device) -> dict[str, Any]:
-    """The states of this process's random generators, JSON-able."""
+    """Returns the states of this process's random generators, JSON-able."""
     version, words, gauss = random.getstate()
     generator: tuple[Any, ...] = numpy.random.get_state(legacy=True)  # type: ignore[assignment]
     kind, keys, *rest = generator
@@ -194,7 +194,7 @@ def random_states(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
-    """Set the generators as `random_states` found them; raises an exception of some kind on anything else."""
+    """Sets the generators as `random_states` found them; raises an exception of some kind on anything else."""
     version, words, gauss = states["python"]
     random.setstate((version, tuple(words), gauss))
     kind, keys, position, has_gauss, cached = states["numpy"]
@@ -207,7 +207,7 @@ def set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
 
 
 def _read_earlier(folder: Path, process: int) -> Checkpoint:
-    """Read a checkpoint as Accelerate's ``save_state`` wrote it for earlier versions, under DDP or in one process."""
+    """Reads a checkpoint as Accelerate's ``save_state`` wrote it for earlier versions, under DDP or in one process."""
     model = _read_weights(folder, EARLIER_MODEL_FILE)
     optimizer = _read_weights(folder, "optimizer.bin")
     schedule, progress = (_read_weights(folder, f"custom_checkpoint_{number}.pkl") for number in (0, 1))
@@ -242,7 +242,7 @@ def _read_earlier(folder: Path, process: int) -> Checkpoint:
 
 
 def _read_weights(folder: Path, name: str) -> dict[str, Any]:
-    """A pickle of tensors, plain values and NumPy's arrays; anything else in it is refused, not called."""
+    """Reads a pickle of tensors, plain values and NumPy's arrays; anything else in it is refused, not called."""
     from _codecs import encode  # what pickle writes bytes with
 
     _check_present(folder, name)
@@ -278,7 +278,7 @@ def _check_present(folder: Path, name: str) -> None:
 
 @contextmanager
 def _refusing(folder: Path, name: str) -> Iterator[None]:
-    """Turn whatever a reader raises about broken or hostile content into one line."""
+    """Turns whatever a reader raises about broken or hostile content into one line."""
     try:
         yield
     except UserError:

@@ -43,7 +43,7 @@ RECORDED_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "datas
 
 
 def environment(data_hash: str) -> Record:
-    """What a result depends on beside its config: Python, the hash of the data, the versions of the packages."""
+    """Returns what a result depends on beside its config: Python, the hash of the data, the versions of the packages."""
     versions = {}
     for package in RECORDED_PACKAGES:
         try:
@@ -56,7 +56,7 @@ def environment(data_hash: str) -> Record:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn what a full, read-only or missing disk does to the writing of ``path`` into one line, a `UserError`."""
+    """Turns what a full, read-only or missing disk does to the writing of ``path`` into one line, a `UserError`."""
     from safetensors import SafetensorError
 
     try:
@@ -122,7 +122,7 @@ class RunDirectory:
             raise UserError(f"run directory {self.path} exists; choose another --run-dir, or continue it with --resume")
 
     def lock(self) -> None:
-        """Hold the run, so that no other process writes into it; one that another process holds is refused."""
+        """Holds the run, so that no other process writes into it; one that another process holds is refused."""
         if not self.is_writer or self._locked is not None:
             return
         stream = (self.path / "config.json").open("r+b")
@@ -136,7 +136,7 @@ class RunDirectory:
         self._locked = stream
 
     def hold(self, config: Mapping[str, Any], environment: Mapping[str, Any], upgrade: Upgrade = dict) -> Record | None:
-        """Take an interrupted run, to go on with it, or return the result of a finished one.
+        """Takes an interrupted run, to go on with it, or returns the result of a finished one.
 
         A run that another process holds is refused, and so is one of another config, Python version or other data.
         """
@@ -150,7 +150,7 @@ class RunDirectory:
     def check_resumable(
         self, config: Mapping[str, Any], environment: Mapping[str, Any], upgrade: Upgrade = dict
     ) -> None:
-        """Refuse to continue a run of another config, another Python version or other data.
+        """Refuses to continue a run of another config, another Python version or other data.
 
         ``upgrade`` translates a config that an earlier version wrote.
         """
@@ -188,12 +188,12 @@ class RunDirectory:
         return result
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        """Write a whole file or nothing: to a temporary name first, then renamed."""
+        """Writes a whole file or nothing: to a temporary name first, then renamed."""
         if self.is_writer:
             self.write_text(name, json.dumps(content, indent=2) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
-        """As `write_json`, for text."""
+        """Writes a whole text file or nothing, as `write_json` does."""
         if self.is_writer:
             temporary = self.path / f".{name}.tmp"
             temporary.write_text(text)
@@ -201,7 +201,7 @@ class RunDirectory:
             os.replace(temporary, self.path / name)
 
     def log(self, record: Record) -> None:
-        """Append to metrics.jsonl; numbers go to TensorBoard too when that is open."""
+        """Appends to metrics.jsonl; numbers go to TensorBoard too when that is open."""
         self._append("metrics.jsonl", record)
         if self._tensorboard is not None:
             for name, value in flatten(record):
@@ -209,11 +209,11 @@ class RunDirectory:
                     self._tensorboard.add_scalar(f"{record['event']}/{name}", value, record["step"])
 
     def log_time(self, record: Record) -> None:
-        """Append to timings.jsonl."""
+        """Appends to timings.jsonl."""
         self._append("timings.jsonl", record)
 
     def metrics(self) -> list[Record]:
-        """All records of metrics.jsonl so far."""
+        """Returns all records of metrics.jsonl so far."""
         path = self.path / "metrics.jsonl"
         return self._parse(path.read_bytes()) if path.exists() else []
 
@@ -254,27 +254,27 @@ class RunDirectory:
         return records
 
     def open_tensorboard(self, step: int) -> None:
-        """Start an event file; events of an earlier attempt from ``step`` on are hidden."""
+        """Starts an event file; events of an earlier attempt from ``step`` on are hidden."""
         if self.is_writer:
             from torch.utils.tensorboard import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
 
     def close_tensorboard(self) -> None:
-        """Flush and close the event file."""
+        """Flushes and closes the event file."""
         tensorboard, self._tensorboard = self._tensorboard, None
         if tensorboard is not None:
             tensorboard.close()
 
     def close(self) -> None:
-        """Close the event file and let go of the lock."""
+        """Closes the event file and lets go of the lock."""
         locked, self._locked = self._locked, None
         if locked is not None:
             locked.close()
         self.close_tensorboard()
 
     def latest_checkpoint(self) -> Path | None:
-        """The newest complete checkpoint."""
+        """Returns the newest complete checkpoint."""
         folder = self.path / "checkpoints"
         if not folder.is_dir():
             raise UserError(f"{self.path} is damaged: its folder checkpoints is missing")
@@ -282,7 +282,7 @@ class RunDirectory:
         return found[-1] if found else None
 
     def save_checkpoint(self, step: int, save: Callable[[Path], None], barrier: Callable[[], None]) -> None:
-        """Write a checkpoint so that a kill at any moment leaves a complete one.
+        """Writes a checkpoint so that a kill at any moment leaves a complete one.
 
         ``save(folder)`` runs on every process, with the folder there; ``barrier`` waits for all of them.
         """

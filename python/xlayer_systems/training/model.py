@@ -25,7 +25,7 @@ class TrainingModel(nn.Module):
         return None
 
     def gradient_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Returns parameters by the name of their layer, whose gradient norms are logged with every evaluation."""
+        """Returns the parameters by the name of their layer, whose gradient norms are logged with every evaluation."""
         return {}
 
     def gradient_checkpointing_enable(self) -> None:

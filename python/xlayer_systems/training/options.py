@@ -264,7 +264,7 @@ Settings = TypeVar("Settings")
 
 
 def check_seed(seed: int) -> None:
-    """Refuse a seed that some random generator would not take."""
+    """Refuses a seed that some random generator would not take."""
     if not 0 <= seed <= MAX_SEED:
         raise UserError(f"a seed must be between 0 and {MAX_SEED}, got {seed}")
 
@@ -279,7 +279,7 @@ def parse_overrides(items: list[str]) -> dict[str, str]:
 
 
 def apply_overrides(settings: Settings, overrides: Mapping[str, str]) -> Settings:
-    """A copy of the dataclass ``settings`` with ``overrides``, each parsed as its field's type."""
+    """Returns a copy of the dataclass ``settings`` with ``overrides``, each parsed as its field's type."""
     hints = typing.get_type_hints(type(settings))
     values = {key: _parse(key, text, hints[key]) for key, text in overrides.items()}
     try:

@@ -40,14 +40,14 @@ def listening(opener: Opener) -> Iterator[None]:
 
 
 def torch_region(name: str) -> AbstractContextManager[Any]:
-    """A region in the traces of `torch.profiler`: ``xlayer/<name>``."""
+    """Returns a region in the traces of `torch.profiler`: ``xlayer/<name>``."""
     from torch.profiler import record_function
 
     return record_function(f"{DOMAIN}/{name}")
 
 
 def nvtx_region(name: str) -> AbstractContextManager[Any]:
-    """A region in the reports of Nsight Systems and Nsight Compute: ``name`` in the NVTX domain ``xlayer``."""
+    """Returns a region in the reports of Nsight Systems and Nsight Compute: ``name`` in the NVTX domain ``xlayer``."""
     import nvtx
 
     made: AbstractContextManager[Any] = nvtx.annotate(name, domain=DOMAIN)

@@ -41,32 +41,32 @@ EMA_DECAY = 0.98
 
 
 class TrainingData(Protocol):
-    """What the loop asks of a data set."""
+    """Is the interface of a data set."""
 
     @property
     def train(self) -> Sequence[Any]:
-        """The training examples."""
+        """Returns the training examples."""
 
     @property
     def validation(self) -> Sequence[Any]:
-        """The validation examples."""
+        """Returns the validation examples."""
 
     def lengths(self) -> list[int]:
-        """Tokens of each training example."""
+        """Returns the number of tokens of each training example."""
 
     def collate(self, examples: Sequence[Any]) -> dict[str, Tensor]:
-        """A batch, to be passed to the model as keyword arguments."""
+        """Returns a batch, to be passed to the model as keyword arguments."""
 
     def score(self, output: Any, batch: dict[str, Tensor]) -> Tensor:
-        """What is summed over validation, ``[B, m]`` float64, one row per example."""
+        """Returns what is summed over validation, ``[B, m]`` float64, one row per example."""
 
     def summarize(self, sums: Tensor) -> dict[str, float | int]:
-        """Metrics from the sum ``[m]`` over all validation examples."""
+        """Returns the metrics from the sum ``[m]`` over all validation examples."""
 
 
 @dataclass
 class Progress:
-    """Where a run stands; part of its checkpoints. ``window`` has the losses that were not logged yet."""
+    """Holds the position of a run, which is part of its checkpoints. ``window`` has the losses that were not logged yet."""
 
     step: int = 0
     epoch: int = 0
@@ -127,7 +127,7 @@ class StopSignals:
 
 
 def make_accelerator(options: LoopOptions) -> Any:
-    """An `accelerate.Accelerator` for these options; a second run in one process may use another precision."""
+    """Returns an `accelerate.Accelerator` for these options; a second run in one process may use another precision."""
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState, GradientState
 
@@ -141,7 +141,7 @@ def make_accelerator(options: LoopOptions) -> Any:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch, and ask torch for deterministic kernels where it has them."""
+    """Seeds Python, NumPy and torch, and asks torch for deterministic kernels where it has them."""
     import numpy
 
     random.seed(seed)
@@ -214,7 +214,7 @@ class Trainer:
         seed_everything(seed * 1000 + accelerator.process_index)
 
     def resume(self) -> None:
-        """Go back to the newest checkpoint, or to the start when there is none; a damaged one raises `UserError`."""
+        """Goes back to the newest checkpoint, or to the start when there is none; a damaged one raises `UserError`."""
         checkpoint = self.run.latest_checkpoint()
         if checkpoint is not None:
             try:
@@ -224,7 +224,7 @@ class Trainer:
         self.run.cut_metrics(self.progress.metrics_size)
 
     def train(self) -> Record:
-        """Train to the end and return the last evaluation."""
+        """Trains to the end and returns the last evaluation."""
         if self.options.tensorboard:
             self.run.open_tensorboard(self.progress.step)
         with nullcontext() if not self.handles_signals else self.signals, self._progress_bar() as advance:
@@ -274,11 +274,11 @@ class Trainer:
         self._save_checkpoint()
 
     def _stop_signal(self) -> int | None:
-        """The signal that asks to stop now: processes that train together agree on it whenever they log."""
+        """Returns the signal that asks to stop now: processes that train together agree on it whenever they log."""
         return self._agreed_signal if self.accelerator.num_processes > 1 else self.signals.caught
 
     def _end_if_asked(self) -> None:
-        """Leave the loop after a checkpoint, when a signal asked for it."""
+        """Leaves the loop after a checkpoint, when a signal asked for it."""
         number = self._stop_signal()
         if number is not None:
             self.accelerator.wait_for_everyone()
@@ -291,7 +291,7 @@ class Trainer:
             )
 
     def _is_due(self, every: int | None) -> bool:
-        """Whether the step that comes now is one of those that something is done after."""
+        """Tells whether a periodic action is due after this step."""
         return every is not None and (self.progress.step + 1) % every == 0
 
     def _begin_step(self) -> None:
@@ -356,7 +356,7 @@ class Trainer:
         raise DivergenceError(f"{self.run.path} diverged: {what}; {kept}; smaller learning rates may help")
 
     def _check_parameters(self) -> None:
-        """End the run when a trained parameter is not finite: a step may break what its own loss does not show."""
+        """Ends the run when a trained parameter is not finite: a step may break what its own loss does not show."""
         local = [p.detach().to_local() if hasattr(p, "to_local") else p.detach() for p in self.parameters]
         broken = torch.stack([~torch.isfinite(p).all() for p in local]).sum().double()
         if self.accelerator.reduce(broken, "sum").item():
@@ -397,7 +397,7 @@ class Trainer:
         progress.last_evaluation = record
 
     def _save_checkpoint(self, window: Sequence[Tensor] = ()) -> None:
-        """Write a checkpoint; ``window`` has the losses that were not logged yet."""
+        """Writes a checkpoint; ``window`` has the losses that were not logged yet."""
         self._check_parameters()
         self.progress.metrics_size = self.run.metrics_size()
         progress = {**self.progress.to_dict(), "window": [float(loss) for loss in window]}
@@ -421,7 +421,7 @@ class Trainer:
 
 
 def evaluate_alone(model: nn.Module, data: TrainingData, batch_size: int) -> dict[str, float | int]:
-    """As `evaluate`, in this process alone, on the device of the model's parameters."""
+    """Computes the metrics as `evaluate` does, in this process alone, on the device of the model's parameters."""
     device = next(model.parameters()).device
     alone = SimpleNamespace(num_processes=1, process_index=0, device=device, reduce=lambda sums, how: sums)
     return evaluate(alone, model, data, batch_size)
@@ -458,6 +458,6 @@ def evaluate(accelerator: Any, model: nn.Module, data: TrainingData, batch_size:
 
 
 def gradient_norm(parameters: Sequence[Tensor]) -> float:
-    """Norm of the gradients of ``parameters``, divided by FSDP2 or not; every process must ask."""
+    """Returns the norm of the gradients of ``parameters``, divided by FSDP2 or not; every process must ask."""
     squares = [whole(p.grad.detach().float().square().sum()) for p in parameters if p.grad is not None]
     return float(torch.stack(squares).sum().sqrt()) if squares else 0.0

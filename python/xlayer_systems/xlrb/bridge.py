@@ -122,7 +122,7 @@ class XLRBBridge(Attachment):
         self._handles = []
 
     def take_entropy(self) -> Tensor | None:
-        """Mean attention entropy (nats) of the last forward pass over its target layers, differentiable, once.
+        """Returns the mean attention entropy (nats) of the last forward pass over its target layers, differentiable, once.
 
         None with ``entropy_weight`` 0, where it is not computed.
         """
@@ -130,7 +130,7 @@ class XLRBBridge(Attachment):
         return entropy
 
     def usage(self, reset: bool = True) -> dict[str, Any]:
-        """What this process's forward passes did since the last reset, as a JSON-able dict.
+        """Returns what this process's forward passes did since the last reset, as a JSON-able dict.
 
         ``{"layers": {"20": {...}, ...}}`` with, per target layer: ``sources`` (how often each source layer was
         chosen), ``router_entropy`` (nats, mean over examples) and, for kind ``attn`` (the QKV message) and ``hdim``:

@@ -17,7 +17,7 @@ from xlayer_systems.training.directory import Record, RunDirectory
 
 
 class ClassificationReport(System):
-    """Reports of ..."""
+    """Reports accuracy with its interval, beside the majority and lexical baselines."""
 
     def result(self, spec: RunSpec, data: ClassificationData, metrics: Mapping[str, Any]) -> Record:
         lexical = data.task.lexical()

@@ -50,7 +50,7 @@ class Routing:
         return torch.cat(list(grouped))[self.position].chunk(self.indices.shape[1])
 
     def blend(self, messages: Sequence[Tensor]) -> Tensor:
-        """Weighted sum of the k slots' messages `[B, S, H]`."""
+        """Returns the weighted sum of the k slots' messages `[B, S, H]`."""
         first, *rest = messages
         total = self._weighted(first, 0)
         for slot, message in enumerate(rest, start=1):
@@ -99,7 +99,7 @@ class MessageBlend(nn.Module):
 
     @property
     def eps(self) -> float:
-        """The eps of the LayerNorm that follows the messages."""
+        """Returns the eps of the LayerNorm that follows the messages."""
         norms = [module for module in self.modules() if isinstance(module, nn.LayerNorm)]
         return norms[0].eps
 
@@ -119,7 +119,7 @@ class MessageBlend(nn.Module):
 
 
 def make_hdim(config: XLRBConfig, hidden_size: int) -> HDIMMessage:
-    """The HDIM message module that `config` asks for."""
+    """Returns the HDIM message module that `config` asks for."""
     return HDIMMessage(
         hidden_size,
         config.proj_dim,
