@@ -142,7 +142,7 @@ def test_plans_are_learned_word_by_word() -> None:
         optimizer.zero_grad()
         decoder.loss(state, plan).backward()
         optimizer.step()
-    assert torch.equal(decoder.say(state), F.pad(plan, (0, 1), value=-100))
+    assert torch.equal(decoder.decode(state), F.pad(plan, (0, 1), value=-100))
 
 
 @pytest.mark.parametrize("like", AGGREGATORS[:3])

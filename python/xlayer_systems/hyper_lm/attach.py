@@ -182,7 +182,7 @@ class HyperAttachment(Attachment):
         self._hook = None
 
     def no_weight_decay(self) -> set[str]:
-        """Returns the names among :meth:`named_parameters` that weight decay is not for: all but the dynamic weights."""
+        """Returns the names among :meth:`named_parameters` without weight decay: all but the dynamic weights."""
         return no_weight_decay(self)
 
     def save_pretrained(self, directory: str | Path, *, state_dict: dict[str, Tensor] | None = None) -> None:

@@ -43,7 +43,7 @@ RECORDED_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "datas
 
 
 def environment(data_hash: str) -> Record:
-    """Returns what a result depends on beside its config: Python, the hash of the data, the versions of the packages."""
+    """Returns what a result depends on beside its config: Python, the data's hash, the versions of the packages."""
     versions = {}
     for package in RECORDED_PACKAGES:
         try:

@@ -66,7 +66,7 @@ class TrainingData(Protocol):
 
 @dataclass
 class Progress:
-    """Holds the position of a run, which is part of its checkpoints. ``window`` has the losses that were not logged yet."""
+    """Holds the position of a run; part of its checkpoints. ``window`` has the losses that were not logged yet."""
 
     step: int = 0
     epoch: int = 0

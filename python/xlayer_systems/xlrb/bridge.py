@@ -122,7 +122,7 @@ class XLRBBridge(Attachment):
         self._handles = []
 
     def take_entropy(self) -> Tensor | None:
-        """Returns the mean attention entropy (nats) of the last forward pass over its target layers, differentiable, once.
+        """Returns, once, the mean attention entropy (nats) of the last forward pass over its target layers, differentiable.
 
         None with ``entropy_weight`` 0, where it is not computed.
         """
