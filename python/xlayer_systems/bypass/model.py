@@ -57,7 +57,7 @@ _ENCODER = ("encoder", "mean", "scale", "input_scale")
 
 
 class Bypass(Attachment):
-    """Encoder and projectors on a frozen model (made by `attach`): its parameters are the new ones, and those alone.
+    """Holds encoder and projectors on a frozen model (made by `attach`): its parameters are the new ones alone.
 
     Attributes:
         config: what was asked for.
@@ -191,7 +191,7 @@ class Bypass(Attachment):
 
     @torch.no_grad()
     def _run(self, inputs: dict[str, Any]) -> list[Tensor]:
-        """The unmodified model: what the first layer reads, and the output of every layer, ``[B, T, d]`` each."""
+        """Runs the unmodified model; returns the first layer's input and every layer's output, ``[B, T, d]`` each."""
         dropped = ("output_hidden_states", "output_attentions", "use_cache")
         kept = {name: value for name, value in inputs.items() if name not in dropped}
         if self.is_causal:

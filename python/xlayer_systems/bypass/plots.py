@@ -10,7 +10,7 @@ from typing import Any
 def plot_reconstruction(
     r2: Sequence[float], pca: Sequence[float], evaluations: Sequence[Mapping[str, Any]], path: Path
 ) -> None:
-    """R² per layer beside that of principal components, and their means over the steps.
+    """Plots R² per layer beside that of principal components, and their means over the steps.
 
     Args:
         r2, pca: per layer, on validation.

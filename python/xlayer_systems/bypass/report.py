@@ -112,7 +112,7 @@ class BypassReport(System):
 
 
 def format_reconstruction(result: Mapping[str, Any]) -> list[str]:
-    """Lines: R² per layer beside that of principal components."""
+    """Formats R² per layer beside that of principal components."""
     r2, pca = result["r2"], result.get("pca", [])
     rows = [("layer", *map(str, range(len(r2))), "mean"), ("R² of the latent", *(f"{v:.4f}" for v in (*r2, fmean(r2))))]
     if pca:
@@ -122,7 +122,7 @@ def format_reconstruction(result: Mapping[str, Any]) -> list[str]:
 
 
 def format_compared(compared: Mapping[str, Any]) -> list[str]:
-    """Lines: loss of each model, and its difference from the frozen model alone."""
+    """Formats the loss of each model, and its difference from the frozen model alone."""
     rows = [("", "loss", "95 % interval", "difference", "95 % interval", "trained parameters", "of the model")]
     for name, row in compared["rows"].items():
         cells = [name, f"{row['loss']['mean']:.4f}", _range(row["loss"])]
@@ -144,7 +144,7 @@ def evaluations_of(records: Records) -> list[Mapping[str, Any]]:
 
 
 def loss_curve(evaluations: Records, spec: RunSpec) -> list[tuple[float, float]]:
-    """(training tokens, validation loss) of stage 2."""
+    """Returns (training tokens, validation loss) of stage 2."""
     per_step = spec.options.batch_size * spec.options.max_length
     return [(r["step"] * per_step, r["loss"]) for r in evaluations]
 

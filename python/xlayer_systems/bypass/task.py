@@ -34,7 +34,7 @@ class BypassLanguageModel(FrozenModel):
         super().__init__(DecoderModel(decoder), bypass)
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> DecoderOutput:
-        """``input_ids`` and ``labels`` ``[B, S]``: loss per token, of the model with biases."""
+        """Computes the loss per token of the model with biases; ``input_ids`` and ``labels`` are ``[B, S]``."""
         output: DecoderOutput = self.frozen[0](input_ids, labels)
         return output
 
@@ -45,13 +45,13 @@ class BypassLanguageModel(FrozenModel):
 
 
 def build_adapter(decoder: Any, config: AdapterConfig) -> Any:
-    """LoRA on every linear layer of ``decoder`` but the head, by ``peft``."""
+    """Adds LoRA to every linear layer of ``decoder`` but the head, by ``peft``."""
     rank = config.rank or matching_rank(decoder, config.latent)
     return _add_lora(decoder, rank, 2 * rank)
 
 
 def load_adapter(decoder: Any, folder: Path) -> Any:
-    """What `build_adapter` made and ``save_pretrained`` wrote; the tensors and the two numbers of the config alone.
+    """Loads what `build_adapter` made and ``save_pretrained`` wrote: tensors and the two numbers of the config alone.
 
     ``peft`` would follow more of the config, such as the names of modules to import.
     """
@@ -78,7 +78,7 @@ def _add_lora(decoder: Any, rank: int, alpha: int) -> Any:
 
 
 def matching_rank(decoder: Any, latent: int) -> int:
-    """The rank with which an adapter is as large, to the nearest, as the projectors of a bypass on all layers."""
+    """Returns the rank of an adapter as large, to the nearest, as the projectors of a bypass on all layers."""
     from transformers.pytorch_utils import Conv1D
 
     layers = layers_of(stack_of(decoder))
@@ -102,7 +102,7 @@ def block_losses(model: nn.Module, data: LanguageModelingData, device: Any) -> l
 
 
 def compare(losses: Mapping[str, Sequence[float]], base: str) -> Record:
-    """Per name the mean loss over blocks with its interval, and the paired ``difference`` from ``base`` with its own.
+    """Returns by name the mean loss over blocks and its paired ``difference`` from ``base``, each with its interval.
 
     95 % intervals, Student's t over blocks. Another pair's difference is under ``between``.
     """

@@ -32,7 +32,7 @@ INSTRUCTIONS = {
 
 @dataclass(frozen=True)
 class AnswerExample:
-    """``text``: what the sender reads; ``answer``: what the receiver must say."""
+    """Holds ``text``: what the sender reads; ``answer``: what the receiver must say."""
 
     text: str
     answer: str
@@ -40,7 +40,7 @@ class AnswerExample:
 
 @dataclass(frozen=True)
 class AnswerTask:
-    """A task with text answers in two splits.
+    """Holds a task with text answers in two splits.
 
     Attributes:
         labels: the closed set of answers, or None where the answer is any number.

@@ -32,7 +32,7 @@ def readable(name: str, labels: Iterable[str]) -> tuple[str, ...]:
 
 
 def gsm8k() -> Read:
-    """Word problems; the answer is the number after ``####`` of the worked solution."""
+    """Loads word problems; the answer is the number after ``####`` of the worked solution."""
 
     def read(row: Mapping[str, Any]) -> tuple[str, str] | None:
         _, mark, number = row["answer"].rpartition("####")

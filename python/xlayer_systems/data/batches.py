@@ -17,7 +17,7 @@ BUCKET_BATCHES = 16
 
 @dataclass(frozen=True)
 class Encoded:
-    """One example as token ids, with its segment per token (0, 1; -1 for special tokens of a pair) and its label."""
+    """Holds an example as token ids, its segment per token (0, 1; -1 for special tokens of a pair) and its label."""
 
     input_ids: list[int]
     segment_ids: list[int]
@@ -26,7 +26,7 @@ class Encoded:
 
 
 class ClassificationData:
-    """A `TextTask` under a tokenizer, in the form that the training loop asks for.
+    """Encodes a `TextTask` with a tokenizer, in the form that the training loop asks for.
 
     Args:
         task: the examples.
@@ -68,7 +68,7 @@ class ClassificationData:
         }
 
     def score(self, output: Any, batch: dict[str, Tensor]) -> Tensor:
-        """Per example ``[B, C*C + 1]``: the one-hot cell of the confusion matrix, then the cross-entropy in nats."""
+        """Returns per example ``[B, C*C + 1]`` the one-hot cell of the confusion matrix, then cross-entropy in nats."""
         logits, labels = output.logits.float(), batch["labels"]
         classes = logits.shape[-1]
         cell = labels * classes + logits.argmax(-1)

@@ -17,7 +17,7 @@ IGNORED = -100  # as a label: nothing is to be predicted here
 
 
 class LanguageModelingData:
-    """A `TextCorpus` under a tokenizer, in the form that the training loop asks for.
+    """Encodes a `TextCorpus` with a tokenizer, in the form that the training loop asks for.
 
     The documents of a split are joined, with the end-of-text token before each and after the last, and cut into blocks.
     Every token but the first is predicted in exactly one block; what remains of training after the last whole block is
@@ -50,7 +50,7 @@ class LanguageModelingData:
         return [self.length] * len(self.train)
 
     def collate(self, examples: Sequence[Tensor]) -> dict[str, Tensor]:
-        """``input_ids`` and ``labels`` ``[B, S]``, int64: every label is the token after the one above it."""
+        """Returns ``input_ids`` and ``labels`` ``[B, S]``, int64: every label is the token after the one above it."""
         blocks = torch.stack(list(examples)).long()
         labels = blocks[:, 1:]
         inputs = blocks[:, :-1]
@@ -64,7 +64,7 @@ class LanguageModelingData:
         return torch.stack([output.token_loss.double().sum(1), predicted.sum(1), lengths.sum(1)], dim=1).double()
 
     def summarize(self, sums: Tensor) -> dict[str, float | int]:
-        """Cross-entropy in nats per token, its exponential, and in bits per byte of text."""
+        """Returns cross-entropy in nats per token, its exponential, and in bits per byte of text."""
         nats, tokens, size = sums.tolist()
         loss = nats / tokens
         perplexity = math.exp(min(loss, 700.0))  # a diverged model must not stop its run by an overflow
@@ -76,7 +76,7 @@ class LanguageModelingData:
         }
 
     def _blocks(self, texts: Iterable[str], drop_last: bool) -> Tensor:
-        """``[N, length + 1]`` int32: the last token of a block is the first of the next."""
+        """Returns ``[N, length + 1]`` int32: the last token of a block is the first of the next."""
         ids = [self.end_id]
         for row in encode_text(self.tokenizer, texts):
             ids += [*row, self.end_id]

@@ -39,7 +39,7 @@ SPLIT_SALT = "xlayer-6174"
 
 @dataclass(frozen=True)
 class Definition:
-    """A module, class or function of the corpus.
+    """Holds a module, class or function of the corpus.
 
     ``docstring`` is cleaned and "" where there is none; ``body`` is a function's source below its signature and
     docstring, dedented, and "" for modules and classes.
@@ -53,7 +53,7 @@ class Definition:
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of the library: its path relative to the library (with "/") and its text."""
+    """Holds one file of the library: its path relative to the library (with "/") and its text."""
 
     path: str
     text: str
@@ -65,12 +65,12 @@ class SourceFile:
 
     @property
     def split(self) -> str:
-        """``train`` or ``validation``, from the hash of the path alone."""
+        """Returns ``train`` or ``validation``, from the hash of the path alone."""
         return split_of(self.path)
 
     @cached_property
     def definitions(self) -> tuple[Definition, ...]:
-        """Everything that is defined in the file, in its order; () when this Python cannot parse it."""
+        """Returns everything that is defined in the file, in its order; () when this Python cannot parse it."""
         try:
             tree = ast.parse(self.text)
         except SyntaxError:
@@ -80,7 +80,7 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Corpus:
-    """All files in the order of their paths, with a hash over paths and contents."""
+    """Holds all files in the order of their paths, with a hash over paths and contents."""
 
     files: tuple[SourceFile, ...]
     hash: str

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Example:
-    """One text (``second`` is None) or a pair of texts, with the index of its label."""
+    """Holds one text (``second`` is None) or a pair of texts, with the index of its label."""
 
     first: str
     second: str | None
@@ -17,7 +17,7 @@ class Example:
 
 @dataclass(frozen=True)
 class TextTask:
-    """A classification task in two splits.
+    """Holds a classification task in two splits.
 
     ``fingerprint`` identifies the data (for embedded tasks the corpus hash); a run can only be resumed on the same one.
     """
@@ -39,7 +39,7 @@ class TextTask:
         return sum(example.label == label for example in self.validation), len(self.validation)
 
     def lexical(self) -> tuple[int, int] | None:
-        """The same for one threshold on the words that the pair shares, chosen on training; None for single texts.
+        """Returns the same for one threshold on the words that the pair shares, set on training; None for single texts.
 
         The score of a pair is the share of the shorter text's words that the other one has too.
         """

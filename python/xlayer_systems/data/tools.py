@@ -129,7 +129,7 @@ STEPS = ("read", "swap", *WORDINGS, *AFTERWARDS, "answer")
 
 @dataclass(frozen=True)
 class ToolExample:
-    """A request, the index of its tool, the result, and the steps of its plan by their indices."""
+    """Holds a request, the index of its tool, the result, and the steps of its plan by their indices."""
 
     text: str
     tool: int
@@ -154,7 +154,7 @@ class ToolTask:
         return sum(example.tool == tool for example in self.validation), len(self.validation)
 
     def keyword(self) -> tuple[int, int]:
-        """The same for going by one word: that of the request's words which told the tool most surely in training."""
+        """Returns the same for a rule of one word: the request's word that identified a tool best in training."""
         seen: dict[str, Counter[int]] = defaultdict(Counter)
         for example in self.train:
             for word in set(words(example.text)):
@@ -206,7 +206,7 @@ def requests(
 
 
 def signed_log(value: float) -> float:
-    """``sign(v)·log(1 + |v|)``: what the value head learns, so that products do not drown everything else."""
+    """Computes ``sign(v)·log(1 + |v|)``, the target of the value head, so that products do not dominate the loss."""
     return math.copysign(math.log1p(abs(value)), value)
 
 

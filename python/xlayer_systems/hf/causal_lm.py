@@ -12,7 +12,7 @@ from xlayer_systems.training.model import TrainingModel
 
 
 class DecoderOutput(NamedTuple):
-    """``loss``: mean over the predicted tokens; ``token_loss``: ``[B, S]``, 0 where nothing is predicted (nats)."""
+    """Holds ``loss``: mean over predicted tokens; ``token_loss``: ``[B, S]``, 0 where nothing is predicted (nats)."""
 
     loss: Tensor
     token_loss: Tensor
@@ -26,7 +26,7 @@ class DecoderModel(TrainingModel):
         self.decoder = decoder
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> DecoderOutput:
-        """``input_ids`` and ``labels`` ``[B, S]``."""
+        """Computes the loss; ``input_ids`` and ``labels`` are ``[B, S]``."""
         logits = self.decoder(input_ids=input_ids, use_cache=False).logits.float()
         token_loss = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
         return DecoderOutput(token_loss.sum() / (labels != IGNORED).sum().clamp(min=1), token_loss)

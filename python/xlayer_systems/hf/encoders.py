@@ -35,7 +35,7 @@ def load_tokenizer(name: str) -> Any:
 
 
 def load_backbone(name: str) -> Any:
-    """The encoder itself, in float32; ``small-scratch`` draws its parameters from torch's current random state."""
+    """Loads the encoder in float32; ``small-scratch`` draws its parameters from torch's current random state."""
     from transformers import AutoConfig, AutoModel
 
     if name == SMALL_SCRATCH:
@@ -84,8 +84,11 @@ def _load(loader: Any, name: str) -> Any:
 
 
 def load_quietly(loader: Any, folder: Path, what: str, expected: str) -> Any:
-    """``loader.from_pretrained`` of a folder or, where there is none, of the hub's model of that name; a failure is one
-    line that says ``what`` was asked for and what is ``expected``."""
+    """Loads a folder or, where there is none, the hub's model of that name by ``loader.from_pretrained``.
+
+    Raises:
+        UserError: it cannot be loaded; the line names ``what`` was asked for and what is ``expected``.
+    """
     from transformers.utils import logging
 
     logging.disable_progress_bar()

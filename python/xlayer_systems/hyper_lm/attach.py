@@ -133,7 +133,7 @@ KINDS = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA, "
 
 
 class HyperAttachment(Attachment):
-    """The hyper-connections of a decoder (made by :func:`attach`): its parameters are the new ones, and those alone.
+    """Holds the hyper-connections of a decoder (made by :func:`attach`): its parameters are the new ones alone.
 
     They are the decoder's parameters as well, under ``…layers.i.hyper_attention`` and ``…layers.i.hyper_mlp``.
 
@@ -266,8 +266,10 @@ _BLOCK_CLASSES: dict[tuple[type, type], type[nn.Module]] = {}
 
 
 def _block_class(block: type[_HyperBlock], original: type[nn.Module]) -> type[nn.Module]:
-    """The layer's class with the forward of ``block``, under the same name and one for all layers: FSDP policies look
-    a layer's class up by name and wrap its instances."""
+    """Makes the layer's class with the forward of ``block``.
+
+    It has the same name and is one for all layers: FSDP policies look a layer's class up by name and wrap its instances.
+    """
     if (block, original) not in _BLOCK_CLASSES:
         body = {"_hyper_block": True, "__module__": original.__module__, "__qualname__": original.__qualname__}
         _BLOCK_CLASSES[block, original] = type(original.__name__, (block, original), body)

@@ -19,7 +19,7 @@ def generate(
     generator: torch.Generator | None = None,
     end_id: int | None = None,
 ) -> Tensor:
-    """``input_ids [B, S]`` with up to ``max_new_tokens`` tokens after them.
+    """Continues ``input_ids [B, S]`` by up to ``max_new_tokens`` tokens.
 
     Args:
         input_ids: at least one token per row, and no padding.

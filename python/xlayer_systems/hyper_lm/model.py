@@ -32,7 +32,7 @@ _WEIGHTS_FILE = "hyper_lm.safetensors"
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP, each with a norm before it and a connection of its own."""
+    """Is one layer: attention and MLP, each with a norm before it and a connection of its own."""
 
     def __init__(self, config: HyperLMConfig, index: int) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Block(nn.Module):
 
 
 class Readout(nn.Module):
-    """The last post and the reduction of the streams, as a boundary to a sublayer that reads their sum or mean."""
+    """Computes the last post and reduces the streams, as a boundary to a sublayer that reads their sum or mean."""
 
     coefficients: Tensor
 
@@ -76,14 +76,14 @@ class Readout(nn.Module):
         self.register_buffer("coefficients", coefficients, persistent=False)
 
     def forward(self, streams: Tensor, branch_output: Tensor, coefficients: Tensor | None) -> Tensor:
-        """One row per token, ``[B, S, d]``."""
+        """Returns one row per token, ``[B, S, d]``."""
         if coefficients is None:
             return streams + branch_output
         return hyper_post_pre(streams, branch_output, coefficients, Connection(self.coefficients))[1]
 
 
 class HyperTransformer(nn.Module):
-    """A language model: ``model(input_ids [B, S]) -> logits [B, S, V]``.
+    """Is a language model: ``model(input_ids [B, S]) -> logits [B, S, V]``.
 
     Pre-norm, rotary positions, GELU, no biases, the embedding's weight also makes the logits. With the same seed every
     residual kind begins with the same weights, and computes the same function (up to rounding, and to the final norm's
@@ -160,7 +160,7 @@ class HyperTransformer(nn.Module):
         return F.linear(self.norm(self.readout(streams, branch_output, coefficients)), self.embedding.weight)
 
     def empty_past(self) -> list[KeyValues]:
-        """For `forward`, before the first token."""
+        """Returns the ``past`` of `forward` before the first token."""
         return [KeyValues() for _ in self.blocks]
 
     generate = generate

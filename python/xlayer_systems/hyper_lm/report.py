@@ -134,7 +134,7 @@ class LanguageModelReport(System):
     def complete(
         self, model: Any, folder: Path, prompt: str, tokens: int, temperature: float, top_k: int | None, seed: int
     ) -> str:
-        """``prompt`` and its continuation by ``model``, a `LanguageModel`, with the tokenizer saved in ``folder``."""
+        """Continues ``prompt`` with ``model``, a `LanguageModel`, and the tokenizer saved in ``folder``."""
         tokenizer = load_quietly(AutoTokenizer, folder, f"the tokenizer in {folder}", "what the run saved there")
         # Documents begin after an end-of-text token.
         ids = torch.tensor([[tokenizer.eos_token_id, *encode_text(tokenizer, [prompt])[0]]])
@@ -154,7 +154,7 @@ class LanguageModelReport(System):
 
 
 def validation_curve(records: Records, tokens_per_step: int) -> list[tuple[float, float]]:
-    """(training tokens, validation loss) of each evaluation of a run."""
+    """Returns (training tokens, validation loss) of each evaluation of a run."""
     return [(record["step"] * tokens_per_step, record["loss"]) for record in _evaluations(records)]
 
 
@@ -195,14 +195,14 @@ def speed_up(curve: Curve, baseline: Curve) -> Record:
 
 
 def format_speed_up(found: Mapping[str, Any]) -> str:
-    """For example ``1.35×``, ``<0.97×`` or ``>20.00×``."""
+    """Formats a speed-up, for example ``1.35×``, ``<0.97×`` or ``>20.00×``."""
     return f"{found['bound']}{found['speed_up']:.2f}×"
 
 
 def _against(
     losses: Sequence[float], plain: Sequence[float], curves: Sequence[Curve], baseline: Sequence[Curve]
 ) -> Record:
-    """A variant against the baseline: same seed, same examples in the same order, so their differences are paired."""
+    """Compares a variant with the baseline, paired: same seed, same examples in the same order."""
     difference = _interval([mine - theirs for mine, theirs in zip(losses, plain, strict=True)])
     per_seed = [format_speed_up(speed_up(*pair)) for pair in zip(curves, baseline, strict=True)]
     return {

@@ -12,7 +12,7 @@ from xlayer_systems.hyper_lm.config import HyperLMConfig
 
 
 class Connection(Protocol):
-    """The residual connection of a sublayer. Streams are ``[B, S, n, d]``, of a plain one ``[B, S, d]``."""
+    """Is the interface of the residual connection of a sublayer. Streams are ``[B, S, n, d]``, plain ``[B, S, d]``."""
 
     def pre(self, streams: Tensor) -> tuple[Tensor, Tensor | None]:
         """Returns what the sublayer reads ``[B, S, d]``, and the coefficients for its `post`."""
@@ -24,7 +24,7 @@ class Connection(Protocol):
 
 
 class PlainConnection(nn.Module):
-    """The residual connection x + T(x), in the form of a hyper-connection with one stream and no coefficients."""
+    """Is the residual connection x + T(x), in the form of a hyper-connection with one stream and no coefficients."""
 
     def pre(self, streams: Tensor) -> tuple[Tensor, None]:
         return streams, None

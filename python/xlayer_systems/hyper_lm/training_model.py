@@ -15,14 +15,14 @@ from xlayer_systems.training.model import TrainingModel
 
 
 class LanguageModelOutput(NamedTuple):
-    """``loss``, the mean over predicted tokens in nats; ``token_loss [B, S]``, 0 where nothing was predicted."""
+    """Holds ``loss``, the mean over predicted tokens in nats; ``token_loss [B, S]``, 0 where nothing was predicted."""
 
     loss: Tensor
     token_loss: Tensor
 
 
 class LanguageModel(TrainingModel):
-    """Next-token prediction with a `HyperTransformer`: ``forward(input_ids, labels) -> LanguageModelOutput``.
+    """Predicts next tokens with a `HyperTransformer`: ``forward(input_ids, labels) -> LanguageModelOutput``.
 
     In evaluation it gathers how similar the inputs of adjacent sublayers are: where layers stop adding anything new,
     the cosine is near 1 (representation collapse, as Zhu et al. 2025 measure it).
@@ -34,7 +34,7 @@ class LanguageModel(TrainingModel):
         self.inputs = SublayerInputs(model)
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> LanguageModelOutput:
-        """``labels [B, S]``: the token after each of ``input_ids``, or `IGNORED`."""
+        """Computes the loss; ``labels [B, S]``: the token after each of ``input_ids``, or `IGNORED`."""
         with self.inputs.watch(not self.training):
             logits = self.model(input_ids)
         token_loss = F.cross_entropy(
@@ -44,14 +44,14 @@ class LanguageModel(TrainingModel):
         return LanguageModelOutput(loss, token_loss.detach().view_as(labels))
 
     def usage(self, reset: bool = True) -> dict[str, Any]:
-        """``{"similarity": {sublayer: mean cosine of its input and that of the sublayer before}}`` in evaluations."""
+        """Returns ``{"similarity": {sublayer: mean cosine of its input and the one before}}`` in evaluations."""
         similarity = self.inputs.similarity()
         if reset:
             self.inputs.reset()
         return {"similarity": similarity}
 
     def gradient_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters by layer: the embedding (which also makes the logits), the blocks by number, the last norm."""
+        """Returns the parameters by layer: embedding (which also makes the logits), blocks by number, last norm."""
         blocks = {f"{index}": list(block.parameters()) for index, block in enumerate(self.model.blocks)}
         return {
             "embedding": list(self.model.embedding.parameters()),
@@ -84,7 +84,7 @@ class SublayerInputs:
         self.last: Tensor | None = None
 
     def watch(self, active: bool) -> SublayerInputs:
-        """For ``with``: watches, or does not, until its end."""
+        """Watches, or does not, until the end of a ``with`` block."""
         self.active = active
         return self
 

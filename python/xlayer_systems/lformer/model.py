@@ -45,7 +45,7 @@ _MARK = "_lformer"  # on a decoder that has one
 
 @dataclass
 class LFormerOutput:
-    """What an L-Former gives; also by name, ``output["logits_lm"]``, where it is not None.
+    """Holds the output of an L-Former; also by name, ``output["logits_lm"]``, where it is not None.
 
     No `transformers.utils.ModelOutput`: the field ``values`` would hide the method by which wrappers such as FSDP2's
     take one apart.
@@ -84,7 +84,7 @@ register_dataclass(LFormerOutput)
 
 
 class LFormer(Attachment):
-    """A causal language model, its side path and the heads on the state.
+    """Is a causal language model with its side path and the heads on the state.
 
     A base that is made here is trained with the rest (phase ``joint``), one that is attached is frozen (phase ``a``);
     see `set_phase`.
@@ -136,7 +136,7 @@ class LFormer(Attachment):
             self.set_phase("a")
 
     def set_phase(self, phase: str) -> LFormer:
-        """``a``: the base is frozen, in evaluation mode, and no gradient reaches it. ``b``: its last
+        """Sets the phase. ``a``: the base is frozen, in evaluation mode, without gradients. ``b``: its last
         ``last_k_unfreeze`` layers train too, end to end. ``joint``: everything trains, and ``detach_taps`` says whether
         the side path's losses reach the base."""
         if phase not in PHASES:
@@ -357,7 +357,7 @@ class LFormer(Attachment):
 
 @dataclass
 class _Seen:
-    """Hidden states of the base, and states of the side path where they are known already."""
+    """Holds hidden states of the base, and states of the side path where they are known already."""
 
     hidden: Sequence[Tensor]
     states: Tensor | None = None
@@ -410,7 +410,7 @@ def _parts(base: Any) -> tuple[Any, nn.ModuleList]:
 
 
 def last_counted(states: Tensor, mask: Tensor | None) -> Tensor:
-    """Of states per token ``[B, S, d]`` those of the last token that counts, ``[B, d]``."""
+    """Selects of states per token ``[B, S, d]`` those of the last token that counts, ``[B, d]``."""
     if mask is None:
         return states[:, -1]
     position = mask.shape[1] - 1 - mask.int().flip(1).argmax(1)

@@ -17,7 +17,7 @@ Aggregator = EMAAggregator | GRUAggregator | DepthAttentionAggregator
 
 
 class SidePath(nn.Module):
-    """Hidden states of a base to states of the side path: taps, their projections, and what is carried over depth.
+    """Maps hidden states of a base to states of the side path: taps, projections, aggregation over depth.
 
     Args:
         config: kind and sizes.
@@ -32,7 +32,7 @@ class SidePath(nn.Module):
         self.aggregator = make_aggregator(config, len(self.taps))
 
     def forward(self, hidden: Sequence[Tensor], mask: Tensor | None, last_only: bool = True) -> Tensor:
-        """``layers + 1`` hidden states ``[B, S, d_model]`` to states ``[L, B, d_side]``.
+        """Maps ``layers + 1`` hidden states ``[B, S, d_model]`` to states ``[L, B, d_side]``.
 
         Per token they are ``[L, B, S, d_side]``. With ``last_only`` L is 1.
         """
@@ -42,7 +42,7 @@ class SidePath(nn.Module):
 
 
 class HeadOnlyPath(nn.Module):
-    """The baseline without a side path: an MLP on the last hidden state, with as many parameters as a side path."""
+    """Is the baseline without a side path: an MLP on the last hidden state, with as many parameters as a side path."""
 
     def __init__(self, config: ModelConfig, layers: int, d_model: int) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ def count(module: nn.Module) -> int:
 
 
 class Heads(nn.Module):
-    """Tool, value and plan from a state ``[B, d_side]``. Values are standardized inside (`calibrate`)."""
+    """Predicts tool, value and plan from a state ``[B, d_side]``. Values are standardized inside (`calibrate`)."""
 
     value_mean: Tensor
     value_std: Tensor
@@ -101,7 +101,7 @@ class Heads(nn.Module):
         self.value_std.fill_(max(float(values.double().std()), 1e-6))
 
     def value_loss(self, predicted: Tensor, values: Tensor) -> Tensor:
-        """Mean square of the error in standard deviations: 1 for always saying the mean. NaN says there is no value."""
+        """Computes the mean squared error in standard deviations: 1 for always the mean. NaN: there is no value."""
         there = ~values.isnan()
         error = ((predicted - values.where(there, predicted)) / self.value_std).float()
         return error.square().sum() / there.sum().clamp(min=1)
@@ -131,7 +131,7 @@ class PlanDecoder(nn.Module):
         return logits
 
     def loss(self, state: Tensor, plan: Tensor) -> Tensor:
-        """Cross-entropy in nats: the mean over the steps of a plan and its end, then over plans."""
+        """Computes the cross-entropy in nats: the mean over the steps of a plan and its end, then over plans."""
         steps = plan != IGNORED
         lengths = steps.sum(1, keepdim=True)
         target = F.pad(plan, (0, 1), value=IGNORED).scatter(1, lengths, self.end)

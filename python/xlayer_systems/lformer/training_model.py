@@ -15,7 +15,7 @@ from xlayer_systems.training.model import TrainingModel
 
 
 class LFormerTrainingOutput(NamedTuple):
-    """``loss`` alone has a gradient. ``token_loss [blocks, S]``, where they were read: nats, 0 for no prediction."""
+    """Holds the losses; ``loss`` alone has a gradient. ``token_loss [blocks, S]``: nats, 0 for no prediction."""
 
     loss: Tensor
     losses: dict[str, Tensor]
@@ -26,7 +26,7 @@ class LFormerTrainingOutput(NamedTuple):
 
 
 class LFormerForTraining(TrainingModel):
-    """An attached L-Former on requests, and on blocks of text for the language-modelling loss.
+    """Is the training form of an attached L-Former, on requests and on blocks of text for the next-token loss.
 
     Args:
         model: the L-Former.
@@ -40,7 +40,7 @@ class LFormerForTraining(TrainingModel):
         self._set_phase("a")
 
     def begin_step(self, step: int) -> None:
-        """Before each optimizer step: the phase follows from its number."""
+        """Sets the phase, which follows from the number of the step."""
         phase = "a" if step < self.phase_a_steps else "b"
         if phase != self.model.phase:
             self._set_phase(phase)
@@ -61,7 +61,7 @@ class LFormerForTraining(TrainingModel):
         lm_input_ids: Tensor,
         lm_labels: Tensor,
     ) -> LFormerTrainingOutput:
-        """The batch of a `ToolData`. In training the blocks are read only where their loss has a gradient."""
+        """Computes the losses of a batch; in training, blocks are read only where their loss has a gradient."""
         model = self.model
         output = model(input_ids, attention_mask, tools=tools, values=values, plan=plan, logits=False)
         loss, losses, token_loss = output.loss, dict(output.losses), None
@@ -91,8 +91,10 @@ class LFormerForTraining(TrainingModel):
         return taught and config.lambda_lm > 0
 
     def usage(self, reset: bool = True) -> dict[str, Any]:
-        """``gates`` (of ema), and ``movement``: the share of each layer in the way that the state went, the mean over
-        the evaluation; {} without a side path."""
+        """Returns ``gates`` (of ema) and ``movement``, each layer's share in the way of the state; {} without a path.
+
+        The shares are means over the evaluation.
+        """
         if not isinstance(self.model.path, SidePath) or not self.moved:
             return {}
         path = self.model.path
@@ -123,7 +125,7 @@ class LFormerForTraining(TrainingModel):
         self.model.gradient_checkpointing_enable()
 
     def _watch(self, states: Tensor) -> None:
-        """How far each layer moved each state, ``[L, states]``."""
+        """Collects how far each layer moved each state, ``[L, states]``."""
         before = torch.cat([torch.zeros_like(states[:1]), states[:-1]])
         self.moved.append((states - before).float().norm(dim=-1).flatten(1))
 

@@ -61,7 +61,7 @@ class EncoderConfig:
 
 
 class PretrainOutput(NamedTuple):
-    """``loss`` and its two parts, as scalars; the parts per example ``[B]`` for evaluation."""
+    """Holds ``loss`` and its two parts, as scalars; the parts per example ``[B]`` for evaluation."""
 
     loss: Tensor
     masked_loss: Tensor
@@ -69,7 +69,7 @@ class PretrainOutput(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Two passages that belong together, as token ids."""
+    """Holds two passages that belong together, as token ids."""
 
     first: list[int]
     second: list[int]
@@ -96,14 +96,14 @@ class PassagePairs:
         return [max(len(pair.first), len(pair.second)) for pair in self.train]
 
     def log_frequencies(self, vocabulary: int) -> Tensor:
-        """Natural logarithm of each token's share of the training passages (each token counted once more)."""
+        """Returns the logarithm of each token's share of the training passages (each token counted once more)."""
         counts = torch.ones(vocabulary)
         for pair in self.train:
             counts += torch.bincount(torch.tensor(pair.first + pair.second), minlength=vocabulary)
         return (counts / counts.sum()).log()
 
     def collate(self, examples: Sequence[Pair]) -> dict[str, Tensor]:
-        """``input_ids`` and ``attention_mask`` ``[2 B, S]``: all first passages, then all second ones."""
+        """Returns ``input_ids`` and ``attention_mask`` ``[2 B, S]``: all first passages, then all second ones."""
         rows = [pair.first for pair in examples] + [pair.second for pair in examples]
         width = max(map(len, rows))
         return {
@@ -132,7 +132,7 @@ class PassagePairs:
 
 
 class PretrainModel(TrainingModel):
-    """An encoder with a head for masked tokens (tied to its embeddings) and the contrastive loss.
+    """Adds a head for masked tokens (tied to the embeddings) and the contrastive loss to an encoder.
 
     Args:
         encoder: a RoBERTa-like encoder.
@@ -296,7 +296,7 @@ def make_encoder(shape: EncoderConfig, tokenizer: Any, dropout: float) -> nn.Mod
 
 
 def passages(file: SourceFile) -> list[tuple[str, str]]:
-    """(docstring, body) of each definition, "" for one that is absent or too short to say anything."""
+    """Returns (docstring, body) of each definition, "" for one that is absent or too short to say anything."""
     found = []
     for definition in file.definitions:
         docstring = definition.docstring if len(words(definition.docstring)) >= MIN_WORDS else ""

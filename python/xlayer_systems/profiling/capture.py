@@ -23,21 +23,21 @@ EVAL_BATCHES = 1
 
 
 class Capture(Protocol):
-    """A profiler: entered before the first step, left after the evaluation, and told of every step to warm up."""
+    """Is the interface of a profiler: entered before the first step, left after the evaluation."""
 
     def __enter__(self) -> Any: ...
 
     def __exit__(self, *_: object) -> Any: ...
 
     def warm_up(self) -> None:
-        """After each step that does not count; the next one after the last of them does."""
+        """Ends a step that does not count; the step after the last of them does."""
 
     def open(self, name: str) -> AbstractContextManager[Any]:
         """Returns a region that it will show."""
 
 
 class TorchCapture:
-    """`torch.profiler`, which writes a Chrome trace to ``trace``."""
+    """Profiles with `torch.profiler`, which writes a Chrome trace to ``trace``."""
 
     def __init__(self, trace: Path, warmup: int) -> None:
         activities = [torch.profiler.ProfilerActivity.CPU]
@@ -65,7 +65,7 @@ class TorchCapture:
 
 
 class NsightCapture:
-    """For a process that Nsight Systems or Nsight Compute has started with the capture range ``cudaProfilerApi``."""
+    """Marks the capture range ``cudaProfilerApi`` in a process that Nsight Systems or Nsight Compute has started."""
 
     def __init__(self, warmup: int) -> None:
         self.left = warmup
@@ -86,7 +86,7 @@ class NsightCapture:
 
 
 class ShortValidation:
-    """``data`` with the first ``count`` of its validation examples."""
+    """Restricts ``data`` to the first ``count`` of its validation examples."""
 
     def __init__(self, data: Any, count: int) -> None:
         self._data = data
@@ -97,7 +97,7 @@ class ShortValidation:
 
 
 class ProfiledTrainer(Trainer):
-    """The loop, whose steps count for ``capture`` after ``warmup`` of them. It keeps no checkpoints."""
+    """Runs the loop with steps that count for ``capture`` after ``warmup`` of them. It keeps no checkpoints."""
 
     handles_signals = False
 
@@ -142,7 +142,7 @@ class ProfiledTrainer(Trainer):
 def run_steps(
     system: System, spec: RunSpec, data: Any, run: RunDirectory, capture: Capture, steps: int, warmup: int
 ) -> None:
-    """``warmup`` steps, then ``steps`` of them and an evaluation on `EVAL_BATCHES` that count."""
+    """Takes ``warmup`` steps, then ``steps`` of them and an evaluation on `EVAL_BATCHES` that count."""
     total = warmup + steps
     # An epoch has at least one step; whatever the options say, the loop ends after these steps.
     options = dataclasses.replace(

@@ -75,7 +75,7 @@ def profile(tools: Sequence[str], run: Path, steps: int, warmup: int) -> tuple[S
 
 
 def from_nsys(kernels: Iterable[str], regions: Iterable[str]) -> Summary:
-    """Of the tables cuda_gpu_kern_sum and nvtx_sum. Busy: the sum over kernels, so that concurrent ones count twice."""
+    """Summarizes the tables cuda_gpu_kern_sum and nvtx_sum. Busy: the sum over kernels; concurrent ones count twice."""
     times: dict[str, list[float]] = defaultdict(list)
     calls: dict[str, int] = defaultdict(int)
     for row in read_nsys(kernels):
@@ -97,7 +97,7 @@ def from_nsys(kernels: Iterable[str], regions: Iterable[str]) -> Summary:
 
 
 def ncu_rows(launches: Iterable[Launch]) -> list[Row]:
-    """One row per kernel; bandwidth (of DRAM) and occupancy are weighted by time."""
+    """Returns one row per kernel; bandwidth (of DRAM) and occupancy are weighted by time."""
     groups: dict[str, list[tuple[float, float | None, float | None]]] = defaultdict(list)
     for launch in launches:
         time = (launch.largest(TIME) or 0.0) * 1e-9
@@ -113,13 +113,13 @@ def ncu_rows(launches: Iterable[Launch]) -> list[Row]:
 
 
 def from_ncu(launches: Iterable[Launch]) -> Summary:
-    """Of Nsight Compute alone, which runs one kernel at a time: the window is what the kernels took."""
+    """Summarizes Nsight Compute alone, which runs one kernel at a time: the window is what the kernels took."""
     rows = ncu_rows(launches)
     return Summary("Nsight Compute", "cuda", sum(row.seconds for row in rows), 1.0, [], rows, [])
 
 
 def with_ncu(summary: Summary, launches: Iterable[Launch]) -> Summary:
-    """``summary`` by Nsight Systems, with the bandwidth and the occupancy that Nsight Compute saw."""
+    """Adds the bandwidth and the occupancy that Nsight Compute measured to ``summary`` of Nsight Systems."""
     seen = {row.name: row for row in ncu_rows(launches)}
     rows = []
     for row in summary.kernels:
@@ -159,7 +159,7 @@ def _run_all(tool: str, commands: Iterable[Command], run: Path) -> list[str]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """The steps of a run directory, under the tool that started this process."""
+    """Takes the steps of a run directory, under the tool that started this process."""
     from xlayer_systems.registry import open_run
     from xlayer_systems.training.directory import RunDirectory
 

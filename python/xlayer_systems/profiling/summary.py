@@ -29,7 +29,7 @@ Event = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Row:
-    """A region, a kernel or an operator. ``seconds``: of an operator without those that it called.
+    """Holds a region, a kernel or an operator. ``seconds``: of an operator without those that it called.
 
     ``bandwidth`` in bytes per second and ``occupancy`` (resident warps over the most possible) where they are known.
     """
@@ -43,7 +43,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """``seconds`` of the window, ``busy``: the share of them in which the device was at work. Rows: longest first."""
+    """Holds ``seconds`` of the window and ``busy``, the share in which the device worked. Rows: longest first."""
 
     tool: str
     device: str
@@ -54,12 +54,12 @@ class Summary:
     modules: list[Row]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """Returns a JSON-able dict."""
         return dataclasses.asdict(self)
 
 
 def from_trace(trace: Mapping[str, Any]) -> Summary:
-    """Of a trace that `xlayer_systems.profiling.capture` took; times in it are microseconds."""
+    """Summarizes a trace that `xlayer_systems.profiling.capture` took; times in it are microseconds."""
     events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
     regions = [e for e in events if e.get("cat") == "user_annotation" and e["name"].startswith(f"{DOMAIN}/")]
     window = next(e for e in regions if e["name"] == f"{DOMAIN}/{WINDOW}")
@@ -99,7 +99,7 @@ def longest_first(rows: Iterable[Row]) -> list[Row]:
 
 
 def covered(intervals: Iterable[tuple[float, float]]) -> float:
-    """Length of the union of intervals."""
+    """Returns the length of the union of intervals."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted(intervals):
         total += max(0.0, end - max(start, reached))

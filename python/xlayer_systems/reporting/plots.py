@@ -12,7 +12,7 @@ Records = Sequence[Mapping[str, Any]]
 def plot_curves(
     runs: Mapping[str, Sequence[Records]], path: Path, majority: float | None = None, metric: str = "accuracy"
 ) -> None:
-    """Training loss per step and a validation metric per epoch.
+    """Plots training loss per step and a validation metric per epoch.
 
     Args:
         runs: per name the records of its runs (metrics.jsonl), one per seed; seeds share a colour.
@@ -46,7 +46,7 @@ def plot_curves(
 def plot_losses(
     runs: Mapping[str, Sequence[Sequence[tuple[float, float]]]], path: Path, target: float | None = None
 ) -> None:
-    """Validation loss over training tokens: thin lines per seed, a thick one for their mean.
+    """Plots validation loss over training tokens: thin lines per seed, a thick one for their mean.
 
     Args:
         runs: per name the curves (tokens, loss) of its runs, one per seed, evaluated at the same tokens.
@@ -79,7 +79,7 @@ def plot_losses(
 
 
 def plot_depth(runs: Mapping[str, Records], path: Path) -> None:
-    """Gradient norm per layer, and similarity of what adjacent sublayers read, over depth.
+    """Plots gradient norm per layer, and similarity of what adjacent sublayers read, over depth.
 
     Args:
         runs: per name the last evaluation of each of its runs.

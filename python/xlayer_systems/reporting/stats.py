@@ -10,7 +10,7 @@ from statistics import NormalDist, fmean, stdev
 
 @dataclass(frozen=True)
 class Interval:
-    """A point estimate with its lower and upper confidence bounds."""
+    """Holds a point estimate with its lower and upper confidence bounds."""
 
     mean: float
     low: float
@@ -21,7 +21,7 @@ class Interval:
 
 
 def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> Interval:
-    """Interval of a proportion from ``correct`` hits among ``total`` independent examples.
+    """Computes the interval of a proportion from ``correct`` hits among ``total`` independent examples.
 
     Wilson's score interval (JASA 22, 1927): stays inside [0, 1] and keeps its coverage near 0 and 1.
     """
@@ -36,7 +36,7 @@ def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> Inter
 
 
 def student_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
-    """Interval of the mean of ``values``, one per seed: Student's t with ``len(values) - 1`` degrees of freedom."""
+    """Computes the interval of the mean of ``values``, by Student's t with ``len(values) - 1`` degrees of freedom."""
     if len(values) < 2:
         raise ValueError(f"an interval over seeds needs at least two values, got {len(values)}")
     mean = fmean(values)
@@ -59,7 +59,7 @@ def student_quantile(confidence: float, degrees: int) -> float:
 
 
 def _student_central(t: float, degrees: int) -> float:
-    """P(|T| < t) in closed form for integer degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    """Computes P(|T| < t) in closed form for integer degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
     angle = math.atan(t / math.sqrt(degrees))
     cosine = math.cos(angle)
     odd = degrees % 2 == 1

@@ -21,7 +21,7 @@ AllRecords = dict[str, list[list[Record]]]  # per variant, per seed: metrics.jso
 
 @dataclass(frozen=True)
 class Variant:
-    """A preset with overrides, written ``H9`` or ``H9:router_weight=full_softmax:topk=2``."""
+    """Holds a preset with overrides, written ``H9`` or ``H9:router_weight=full_softmax:topk=2``."""
 
     name: str
     preset: str
@@ -34,7 +34,7 @@ class Variant:
 
 
 def parse_variants(text: str) -> list[Variant]:
-    """``"plain,H9,H9:router_weight=full_softmax"`` as variants; the same one twice is refused."""
+    """Parses ``"plain,H9,H9:router_weight=full_softmax"`` as variants; the same one twice is refused."""
     variants = []
     for item in (part.strip() for part in text.split(",")):
         preset, *settings = item.split(":")
@@ -48,7 +48,7 @@ def parse_variants(text: str) -> list[Variant]:
 
 
 def cross_variants(variants: Sequence[Variant], **settings: str | None) -> list[Variant]:
-    """Every variant with every combination of the values of ``settings``, which are separated by commas or None."""
+    """Returns every variant with every combination of the values of ``settings``, each separated by commas or None."""
     for key, text in settings.items():
         if text is not None:
             values = [value.strip() for value in text.split(",")]
@@ -63,7 +63,7 @@ def cross_variants(variants: Sequence[Variant], **settings: str | None) -> list[
 
 
 def parse_seeds(text: str) -> list[int]:
-    """``"0,1,2"`` as whole numbers, each once."""
+    """Parses ``"0,1,2"`` as whole numbers, each once."""
     try:
         seeds = [int(part) for part in text.split(",")]
     except ValueError as error:

@@ -32,15 +32,15 @@ PLAIN = "plain"  # the preset without what the system adds
 
 
 class RunData(TrainingData, Protocol):
-    """Data of a run; ``fingerprint`` identifies them, so that no run is resumed on others."""
+    """Is the interface of the data of a run."""
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the examples."""
+        """Identifies the examples, so that no run is resumed on others."""
 
 
 class Part(NamedTuple):
-    """A finished part of a composite run."""
+    """Holds a finished part of a composite run."""
 
     spec: RunSpec
     path: Path

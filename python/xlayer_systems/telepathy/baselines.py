@@ -87,7 +87,7 @@ Result = tuple[Sequence[str], dict[str, Any]]  # a text per example, and notes f
 
 
 class _Run:
-    """The baselines of one task and pair; what two of them need is made once."""
+    """Runs the baselines of one task and pair; what two of them need is made once."""
 
     def __init__(
         self,
@@ -243,7 +243,7 @@ class _Run:
 
 
 def _drawn(examples: Sequence[AnswerExample], limit: int | None, seed: int) -> Sequence[AnswerExample]:
-    """``limit`` of the examples, in their order; all where there are no more."""
+    """Draws ``limit`` of the examples, in their order; all where there are no more."""
     if limit is None or limit >= len(examples):
         return examples
     chosen = random.Random(f"validation/{seed}").sample(range(len(examples)), limit)

@@ -19,7 +19,7 @@ WEIGHTS, DESCRIPTION = "bridge.safetensors", "bridge.json"
 
 
 class BridgeOutput(NamedTuple):
-    """What a bridge makes of a batch.
+    """Holds the output of a bridge for a batch.
 
     Attributes:
         soft: ``[B, K, d]``, in the scale of the receiver's embeddings.
@@ -45,7 +45,7 @@ class Dimensions(NamedTuple):
 
 
 class TelepathyBridge(nn.Module):
-    """Normalizer, resampler or diffusion transformer, quantizer, output scale; heads for the losses that need one.
+    """Combines normalizer, resampler or diffusion transformer, quantizer and output scale, with heads for the losses.
 
     Args:
         config: the bridge.
@@ -109,7 +109,7 @@ class TelepathyBridge(nn.Module):
         return config.bridge != "dit" or any(weight > 0 for weight in others)
 
     def forward(self, states: Tensor, mask: Tensor, generator: torch.Generator | None = None) -> BridgeOutput:
-        """``states [B, T, d_s]`` of the sender, ``mask [B, T]`` bool; ``generator``: of the diffusion's noise."""
+        """Maps ``states [B, T, d_s]``, ``mask [B, T]`` bool, to a message; ``generator``: of the diffusion's noise."""
         states = self.normalizer(_kept(states, mask))
         config = self.config
         if self.dit is not None:
@@ -128,7 +128,7 @@ class TelepathyBridge(nn.Module):
     def flow_loss(
         self, states: Tensor, mask: Tensor, target: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Rectified flow towards the embeddings ``target [B, K, d]``."""
+        """Computes the rectified flow's loss towards the embeddings ``target [B, K, d]``."""
         if self.dit is None:
             raise ValueError(f"only a dit bridge has a flow loss, this one is {self.config.bridge}")
         return self.dit.loss(self.normalizer(_kept(states, mask)), mask, target, generator)

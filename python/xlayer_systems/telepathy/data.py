@@ -22,7 +22,7 @@ ANSWER_MARK = "Answer:"
 
 @dataclass(frozen=True)
 class Spoken:
-    """An example as token ids: the sender's of the text, the receiver's of text, answer and target.
+    """Holds an example as token ids: the sender's of the text, the receiver's of text, answer and target.
 
     ``states``: what the sender makes of the text ``[T, d]``, once `TelepathyData.keep_states` has asked it.
     """
@@ -36,7 +36,7 @@ class Spoken:
 
 
 class TelepathyData:
-    """An `AnswerTask` under two tokenizers.
+    """Encodes an `AnswerTask` with two tokenizers.
 
     Args:
         task: the examples.
@@ -86,7 +86,7 @@ class TelepathyData:
             self.layer = layer
 
     def collate(self, examples: Sequence[Spoken]) -> dict[str, Tensor]:
-        """input_ids and attention_mask ``[B, T]``; target_ids, answer_ids, question_ids, each padded with −100;
+        """Returns input_ids and attention_mask ``[B, T]``; target_ids, answer_ids, question_ids, each padded with −100;
         example ``[B]``: numbers in the task's split; states ``[B, T, d]`` if they are kept, padded with 0."""
         states = [example.states for example in examples if example.states is not None]
         kept = {"states": torch.nn.utils.rnn.pad_sequence(states, batch_first=True)} if states else {}
@@ -100,8 +100,8 @@ class TelepathyData:
         }
 
     def score(self, output: Any, batch: dict[str, Tensor]) -> Tensor:
-        """Per example ``[B, 5 + 2 C + BUCKETS]``: right, without an answer, loss of the batch, entities found and there
-        to be found; per class right and there; which of `BUCKETS` the generated text hashes to."""
+        """Returns per example ``[B, 5 + 2 C + BUCKETS]``: right, without an answer, loss of the batch, entities found
+        and there to be found; per class right and there; which of `BUCKETS` the generated text hashes to."""
         rows = torch.zeros(len(output.generated), 5 + 2 * self.classes + BUCKETS, dtype=torch.float64)
         loss = float(output.parts.get("lm", output.loss))
         for row, text, number in zip(rows, output.generated, batch["example"].tolist(), strict=True):

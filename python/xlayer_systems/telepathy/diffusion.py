@@ -25,7 +25,7 @@ MAX_STEPS = 1000  # of sampling: the embedding of times tells no more apart
 
 
 class DiffusionBridge(nn.Module):
-    """Soft tokens ``[B, K, target_dim]`` from hidden states ``[B, T, source_dim]``.
+    """Draws soft tokens ``[B, K, target_dim]`` from hidden states ``[B, T, source_dim]``.
 
     Args:
         source_dim: width of the states.
@@ -91,7 +91,7 @@ class DiffusionBridge(nn.Module):
         reset(self.blocks, self.norm, self.modulation, self.leave)
 
     def forward(self, x: Tensor, mask: Tensor | None, x_t: Tensor, t: Tensor) -> Tensor:
-        """The velocity ``[B, K, target_dim]`` at ``x_t [B, K, target_dim]`` and times ``t [B]`` in [0, 1]."""
+        """Computes the velocity ``[B, K, target_dim]`` at ``x_t [B, K, target_dim]`` and times ``t [B]`` in [0, 1]."""
         check_floats(x_t=x_t, t=t)
         source, pooled = self._condition(x, mask)
         if x_t.shape != (len(x), self.soft_tokens, self.target_dim):
@@ -123,7 +123,7 @@ class DiffusionBridge(nn.Module):
     def sample(
         self, x: Tensor, mask: Tensor | None = None, steps: int = 10, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Soft tokens ``[B, K, target_dim]`` by Euler's method from noise; differentiable.
+        """Draws soft tokens ``[B, K, target_dim]`` by Euler's method from noise; differentiable.
 
         The same generator state gives the same bits.
 
@@ -166,7 +166,7 @@ class DiffusionBridge(nn.Module):
 
 
 class DiTBlock(nn.Module):
-    """Self-attention and feed-forward, modulated and gated by the condition; between them attention to the source."""
+    """Applies self-attention, attention to the source and feed-forward, modulated and gated by the condition."""
 
     def __init__(self, dim: int, heads: int, crosses: bool) -> None:
         super().__init__()
@@ -178,7 +178,7 @@ class DiTBlock(nn.Module):
             self.cross_norm, self.cross_attention = nn.LayerNorm(dim), Attention(dim, heads)
 
     def forward(self, hidden: Tensor, condition: Tensor, source: Tensor, mask: Tensor | None) -> Tensor:
-        """``[B, K, dim]``, ``[B, dim]`` and ``[B, T, dim]`` to ``[B, K, dim]``."""
+        """Computes the velocity ``[B, K, target_dim]`` at ``x_t [B, K, target_dim]`` and times ``t [B]`` in [0, 1]."""
         parts = self.modulation(F.silu(condition)).unsqueeze(1).chunk(6, -1)
         normed = self.norms[0](hidden) * (1 + parts[1]) + parts[0]
         hidden = hidden + parts[2] * self.attention(normed, normed)

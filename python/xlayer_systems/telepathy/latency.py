@@ -58,7 +58,7 @@ def measure_latency(
 
 
 def format_latency(latency: Mapping[str, Mapping[str, float]]) -> str:
-    """The result of `measure_latency` as a table in plain text, bridge's total as the unit of the last column."""
+    """Formats the result of `measure_latency` as a table, in units of the bridge's total in the last column."""
     unit = latency["bridge"]["total"]
     rows = [("ms per example (median)", "total", "x bridge", "stages")]
     for route, stages in latency.items():

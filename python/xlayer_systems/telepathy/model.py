@@ -24,7 +24,7 @@ EVALUATION_NOISE = 0  # seed of the diffusion's noise in evaluation
 
 @dataclass(frozen=True)
 class Pair:
-    """Two language models by name, loaded and frozen, each with its tokenizer and what identifies its weights."""
+    """Holds two language models by name, loaded and frozen, each with its tokenizer and what identifies its weights."""
 
     sender_name: str
     receiver_name: str
@@ -37,7 +37,7 @@ class Pair:
 
     @classmethod
     def load(cls, sender: str, receiver: str) -> Pair:
-        """By the names that `load_decoder` knows."""
+        """Loads a pair by the names that `load_decoder` knows."""
         from xlayer_systems.hf.decoders import fingerprint_decoder, load_decoder
 
         prints = fingerprint_decoder(sender), fingerprint_decoder(receiver)
@@ -62,7 +62,7 @@ class Pair:
 
 
 class TelepathyOutput(NamedTuple):
-    """``loss``; its ``parts`` before their weights; in evaluation what the receiver ``generated`` for each example."""
+    """Holds ``loss``; its ``parts`` before weighting; in evaluation what the receiver ``generated`` per example."""
 
     loss: Tensor
     parts: dict[str, Tensor]
@@ -70,7 +70,7 @@ class TelepathyOutput(NamedTuple):
 
 
 class TelepathyModel(TrainingModel):
-    """Sender, bridge, receiver. Only the bridge is a submodule: nothing else is trained, saved or checkpointed.
+    """Joins sender, bridge and receiver. Only the bridge is a submodule: nothing else is trained or saved.
 
     Args:
         pair: the two models.
@@ -104,7 +104,7 @@ class TelepathyModel(TrainingModel):
 
     @property
     def config(self) -> TelepathyConfig:
-        """Of the bridge."""
+        """Returns the config of the bridge."""
         return self.bridge.config
 
     @property

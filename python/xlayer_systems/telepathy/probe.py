@@ -15,7 +15,7 @@ ITERATIONS = 60
 
 
 class Pooled(NamedTuple):
-    """Of N texts: the mean state and the last token's, ``[N, d]`` each."""
+    """Holds the mean state and the last token's of N texts, ``[N, d]`` each."""
 
     mean: Tensor
     last: Tensor
@@ -26,7 +26,7 @@ class Pooled(NamedTuple):
 
 
 def pool(states: Tensor, mask: Tensor) -> Pooled:
-    """``states [B, T, d]`` over the tokens of ``mask [B, T]`` bool; a text has at least one."""
+    """Pools ``states [B, T, d]`` over the tokens of ``mask [B, T]`` bool; a text has at least one."""
     weights = mask.to(states.dtype).unsqueeze(-1)
     mean = (states * weights).sum(1) / weights.sum(1)
     places = torch.arange(mask.shape[1], device=mask.device)
@@ -35,7 +35,7 @@ def pool(states: Tensor, mask: Tensor) -> Pooled:
 
 
 class Probe(NamedTuple):
-    """A fitted probe: ``features`` names what it reads, ``held_out`` its accuracy where it was chosen."""
+    """Holds a fitted probe: ``features`` names what it reads, ``held_out`` its accuracy where it was chosen."""
 
     features: str
     penalty: float
@@ -52,7 +52,7 @@ class Probe(NamedTuple):
 
 
 def fit_probe(pooled: Pooled, labels: Sequence[int], classes: int, seed: int) -> Probe:
-    """Multinomial logistic regression; features and penalty are chosen on a held-out fifth, then all is fitted again.
+    """Fits a multinomial logistic regression, its features and penalty chosen on a held-out fifth, then on all.
 
     The validation examples of the task have no part in it. Penalties are of the mean loss: λ/2 · ‖W‖².
     """

@@ -21,7 +21,7 @@ Ids = Sequence[int]
 
 @dataclass(frozen=True)
 class Schedule:
-    """AdamW without weight decay; the rate rises over the ``warmup`` share of the steps, then falls linearly to 0."""
+    """Defines AdamW without weight decay, whose rate rises over the ``warmup`` share of the steps, then falls to 0."""
 
     steps: int
     batch_size: int

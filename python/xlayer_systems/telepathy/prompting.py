@@ -55,7 +55,7 @@ def few_shots(task: AnswerTask, shots: int, seed: int) -> list[AnswerExample]:
 def answer_prompts(
     task: AnswerTask, tokenizer: Any, texts: Sequence[str], shots: Sequence[AnswerExample], max_length: int
 ) -> list[list[int]]:
-    """Token ids of BOS, the instruction, the labels, ``shots`` with their answers, and each text up to ``Answer:``.
+    """Returns token ids of BOS, instruction, labels, ``shots`` with their answers, and each text up to ``Answer:``.
 
     Args:
         max_length: tokens of a text without shots; with shots, all texts share a context of `CONTEXT` tokens evenly.
@@ -115,7 +115,7 @@ def rank_labels(
 def complete(
     model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int
 ) -> list[str]:
-    """Greedy continuations of ``prompts``, each up to its first line break; padded on the left, batch by batch."""
+    """Continues ``prompts`` greedily, each up to its first line break; padded on the left, batch by batch."""
     texts: list[str] = []
     for first in range(0, len(prompts), batch_size):
         ids, mask = _left_padded(prompts[first : first + batch_size], tokenizer.pad_token_id, model.device)

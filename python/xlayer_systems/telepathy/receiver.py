@@ -22,7 +22,7 @@ Ids = Sequence[int]
 
 
 class ReceiverInput(NamedTuple):
-    """``inputs_embeds [B, T, d]``, ``attention_mask [B, T]`` int64 (1: real) and ``labels [B, T]`` or None.
+    """Holds ``inputs_embeds [B, T, d]``, ``attention_mask [B, T]`` int64 (1: real) and ``labels [B, T]`` or None.
 
     A label stands where its token is, as Hugging Face models want it, not one place before.
     """

@@ -69,7 +69,7 @@ class StatisticalNormalizer(nn.Module):
             nn.init.ones_(deviation)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., source_dim]`` to the same shape and dtype; float32 inside."""
+        """Normalizes ``[..., source_dim]``; the same shape and dtype, float32 inside."""
         check_floats(x=x)
         width = len(self.source_mean)
         if x.dim() < 1 or x.shape[-1] != width:
@@ -110,7 +110,7 @@ class StatisticalNormalizer(nn.Module):
 
 
 class PerceiverResampler(nn.Module):
-    """K soft tokens from any number of states: learned queries that attend to them, block after block.
+    """Resamples any number of states to K soft tokens: learned queries attend to them, block after block.
 
     Args:
         source_dim: width of the states.
@@ -171,7 +171,7 @@ class PerceiverResampler(nn.Module):
 
 
 class ResamplerBlock(nn.Module):
-    """Attention to the source, attention among the queries, feed-forward; each before a norm and beside a residual."""
+    """Applies attention to the source, attention among the queries and feed-forward, each with norm and residual."""
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ class ResamplerBlock(nn.Module):
         self.mlp = feed_forward(dim, mlp_ratio)
 
     def forward(self, hidden: Tensor, source: Tensor, mask: Tensor | None) -> Tensor:
-        """``[B, K, dim]`` and ``[B, T, dim]`` to ``[B, K, dim]``."""
+        """Maps ``[B, K, dim]`` and ``[B, T, dim]`` to ``[B, K, dim]``."""
         hidden = hidden + self.cross_attention(self.cross_norm(hidden), source, mask)
         normed = self.self_norm(hidden)
         hidden = hidden + self.self_attention(normed, normed)
@@ -189,7 +189,7 @@ class ResamplerBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of ``query [B, K, dim]`` to ``source [B, T, dim]`` (Vaswani et al., 2017)."""
+    """Computes multi-head attention of ``query [B, K, dim]`` to ``source [B, T, dim]`` (Vaswani et al., 2017)."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -199,7 +199,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(dim, dim, bias=False)
 
     def forward(self, query: Tensor, source: Tensor, mask: Tensor | None = None) -> Tensor:
-        """``mask``: bool ``[B, T]``, True = may be read; 0 where a row may read nothing."""
+        """Attends where ``mask``, bool ``[B, T]``, is True; the result is 0 where a row may read nothing."""
         key, value = self.key_value(source).chunk(2, -1)
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.query(query), key, value))
         allowed = None
@@ -213,7 +213,7 @@ class Attention(nn.Module):
 
 
 class RMSScale(nn.Module):
-    """``x / rms(x) · scale`` over the last dimension: whatever grows, the output's size does not.
+    """Computes ``x / rms(x) · scale`` over the last dimension: whatever grows, the output's size does not.
 
     Args:
         target_rms: where the learned scale starts; the root mean square of the target's embeddings.
@@ -233,14 +233,14 @@ class RMSScale(nn.Module):
         nn.init.constant_(self.scale, self.target_rms)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., d]`` to the same shape and dtype."""
+        """Maps ``[..., d]`` to the same shape and dtype."""
         check_floats(x=x)
         wide = x.float()
         return (wide * (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt() * self.scale).to(x.dtype)
 
 
 class TanhScale(nn.Module):
-    """``tanh(x) · scale``: every number stays within ± scale. Large inputs saturate, and then nothing is learned.
+    """Computes ``tanh(x) · scale``: every number stays within ± scale. Large inputs saturate, and learn nothing.
 
     Args:
         target_rms: where the learned scale starts.
@@ -258,7 +258,7 @@ class TanhScale(nn.Module):
         nn.init.constant_(self.scale, self.target_rms)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., d]`` to the same shape and dtype."""
+        """Maps ``[..., d]`` to the same shape and dtype."""
         check_floats(x=x)
         return (x.float().tanh() * self.scale).to(x.dtype)
 
@@ -273,6 +273,6 @@ def check_states(x: Tensor, mask: Tensor | None, width: int) -> None:
 
 
 def feed_forward(dim: int, ratio: float) -> nn.Sequential:
-    """Linear, GELU, linear."""
+    """Makes Linear, GELU, Linear."""
     inner = int(dim * ratio)
     return nn.Sequential(nn.Linear(dim, inner), nn.GELU(), nn.Linear(inner, dim))

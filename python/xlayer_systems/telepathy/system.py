@@ -134,7 +134,7 @@ def _prepare(
 
 
 def split_pair(backbone: str) -> tuple[str, str]:
-    """``"SENDER,RECEIVER"`` as two names."""
+    """Splits ``"SENDER,RECEIVER"`` into two names."""
     names = [name.strip() for name in backbone.split(",")]
     if len(names) != 2 or not all(names):
         raise UserError(f"telepathy needs two models, SENDER,RECEIVER; got {backbone!r}")

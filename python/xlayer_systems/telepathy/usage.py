@@ -34,11 +34,11 @@ class Messages:
 
     @staticmethod
     def tokens_of(soft: Tensor) -> int:
-        """Soft tokens in a batch ``[B, K, d]``."""
+        """Returns the number of soft tokens in a batch ``[B, K, d]``."""
         return soft.shape[0] * soft.shape[1]
 
     def summary(self, codebook_size: int | None) -> dict[str, Any]:
-        """{} before any message, else
+        """Returns {} before any message, else
 
         * ``similarity``: mean cosine between the messages of different examples; 1 where all are the same;
         * ``variance``: of the soft tokens' numbers over examples and tokens, in units of their mean square;

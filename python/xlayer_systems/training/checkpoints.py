@@ -55,7 +55,7 @@ class Checkpoint:
 
 
 class TrainingState:
-    """Model, optimizer, schedule, loss scale and random states of a run, to be saved and loaded.
+    """Holds model, optimizer, schedule, loss scale and random states of a run, to be saved and loaded.
 
     Args:
         accelerator: what ``model`` and ``optimizer`` were prepared by.
@@ -303,7 +303,7 @@ def _check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], 
 
 
 def _gathered(tensors: Mapping[str, Tensor], is_kept: bool) -> dict[str, Tensor]:
-    """Whole tensors on the CPU, each with memory of its own, as safetensors wants them; {} where not ``is_kept``."""
+    """Returns whole tensors on the CPU, each with memory of its own, for safetensors; {} where not ``is_kept``."""
     kept: dict[str, Tensor] = {}
     used: set[int] = set()
     for name, tensor in tensors.items():
@@ -319,7 +319,7 @@ def _gathered(tensors: Mapping[str, Tensor], is_kept: bool) -> dict[str, Tensor]
 
 
 def _spread(value: Tensor, like: Tensor) -> Tensor:
-    """``value``, which every process has, divided among the processes as ``like`` is."""
+    """Divides ``value``, which every process has, among the processes as ``like`` is."""
     if not hasattr(like, "full_tensor"):
         return value
     from torch.distributed.tensor import DTensor, distribute_tensor

@@ -71,7 +71,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 class RunDirectory:
-    """One run on disk. Only the main process writes; on the others every method that writes does nothing.
+    """Is one run on disk. Only the main process writes; on the others every method that writes does nothing.
 
     The process that makes or continues a run holds a lock on its config.json, until `close` or its death.
     """
@@ -164,7 +164,7 @@ class RunDirectory:
                 raise UserError(f"cannot resume {self.path}: its {name} is {found}, this machine's is {expected}")
 
     def read_config(self) -> Record:
-        """config.json: ``{"run": ..., "environment": ...}``."""
+        """Reads config.json: ``{"run": ..., "environment": ...}``."""
         try:
             config: Record = json.loads((self.path / "config.json").read_text())
         except (OSError, ValueError, RecursionError) as error:
@@ -175,7 +175,7 @@ class RunDirectory:
         return config
 
     def result(self) -> Record | None:
-        """result.json, or None while the run is unfinished."""
+        """Reads result.json, or returns None while the run is unfinished."""
         path = self.path / "result.json"
         if not path.exists():
             return None
@@ -226,7 +226,7 @@ class RunDirectory:
         return path.stat().st_size
 
     def cut_metrics(self, size: int) -> None:
-        """Drop what was logged after a checkpoint that saw ``size`` bytes; metrics.jsonl must have those, all whole."""
+        """Drops what was logged after a checkpoint that saw ``size`` bytes, which metrics.jsonl must have, whole."""
         path = self.path / "metrics.jsonl"
         if not self.is_writer or (size == 0 and not os.path.lexists(path)):
             return
@@ -311,7 +311,7 @@ class RunDirectory:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested mappings with their paths, ``a/b/c``."""
+    """Yields the leaves of nested mappings with their paths, ``a/b/c``."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from flatten(value, f"{prefix}{key}/")

@@ -270,7 +270,7 @@ def check_seed(seed: int) -> None:
 
 
 def parse_overrides(items: list[str]) -> dict[str, str]:
-    """``["a=1", "b=x"]`` as a dict."""
+    """Parses ``["a=1", "b=x"]`` as a dict."""
     pairs = [item.partition("=") for item in items]
     for key, equals, _ in pairs:
         if not key or not equals:
@@ -289,7 +289,7 @@ def apply_overrides(settings: Settings, overrides: Mapping[str, str]) -> Setting
 
 
 def split_overrides(overrides: Mapping[str, str], *targets: Any) -> list[dict[str, str]]:
-    """Which of the dataclasses ``targets`` each key belongs to; an unknown key is refused with the known ones."""
+    """Divides keys among the dataclasses ``targets``; an unknown key is refused with the known ones."""
     fields = [{f.name for f in dataclasses.fields(target)} if target is not None else set() for target in targets]
     for key in overrides:
         if not any(key in names for names in fields):

@@ -24,7 +24,7 @@ _opener: Opener | None = None
 
 
 def region(name: str) -> AbstractContextManager[Any]:
-    """For ``with``: what runs in it is shown as ``name`` by the profiler that listens, if one does."""
+    """Opens a region ``name`` for ``with``, which the profiler shows that listens, if one does."""
     return _NOTHING if _opener is None else _opener(name)
 
 
@@ -56,7 +56,7 @@ def nvtx_region(name: str) -> AbstractContextManager[Any]:
 
 @contextmanager
 def module_regions(model: nn.Module, prefix: str = "") -> Iterator[None]:
-    """Every call of a named module of ``model`` is a region ``module/<prefix><name>`` until its end."""
+    """Makes every call of a named module of ``model`` a region ``module/<prefix><name>`` until its end."""
     opened: list[AbstractContextManager[Any]] = []  # calls nest, so the one that ends is the last one opened
 
     def enter(name: str) -> Callable[..., None]:

@@ -79,12 +79,12 @@ class Progress:
     window: list[float] = field(default_factory=list)
 
     def to_dict(self) -> Record:
-        """JSON-able; `from_dict` is the inverse."""
+        """Returns a JSON-able dict; `from_dict` is the inverse."""
         return dict(vars(self))
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> Progress:
-        """From a checkpoint; other names, other types and negative counts raise ValueError."""
+        """Reads a checkpoint's progress; other names, other types and negative counts raise ValueError."""
         expected = vars(cls())
         if state.keys() != expected.keys():
             raise ValueError(f"progress must have {', '.join(expected)}, got {', '.join(map(str, state))}")
@@ -98,7 +98,7 @@ class Progress:
 
 
 class StopSignals:
-    """SIGINT and SIGTERM as a request, in ``caught``, instead of the end of the process.
+    """Catches SIGINT and SIGTERM as a request, in ``caught``, instead of the end of the process.
 
     Only in the main thread and inside ``with``; the handlers are afterwards what they were. A second SIGINT ends the
     process at once. A second SIGTERM does not: launchers and schedulers may both send one.
@@ -153,7 +153,7 @@ def seed_everything(seed: int) -> None:
 
 
 class Trainer:
-    """One run of the loop.
+    """Runs the loop once.
 
     Raises `InterruptionError` after SIGINT or SIGTERM and a checkpoint, `DivergenceError` where numbers are not finite.
 
@@ -298,7 +298,7 @@ class Trainer:
         self.accelerator.unwrap_model(self.model).begin_step(self.progress.step)
 
     def _step(self, batch: list[int], watch: bool = False) -> Tensor:
-        """One optimizer step on the examples ``batch``; returns this process's mean loss without synchronizing.
+        """Takes one optimizer step on the examples ``batch``; returns this process's mean loss without synchronizing.
 
         ``watch`` keeps the norms of the layers' gradients.
         """
@@ -363,7 +363,7 @@ class Trainer:
             self._diverged(f"parameters are not finite after step {self.progress.step}")
 
     def _layer_gradient_norms(self, total: Any) -> dict[str, float]:
-        """Norm of the gradient of each layer, before it was clipped from the norm ``total``; {} without layers."""
+        """Returns the gradient norm of each layer, before it was clipped from the norm ``total``; {} without layers."""
         groups = self.accelerator.unwrap_model(self.model).gradient_groups()
         if not groups:
             return {}

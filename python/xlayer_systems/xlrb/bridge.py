@@ -29,7 +29,7 @@ _EXPECTED = (
 
 @dataclass(frozen=True)
 class _Masks:
-    """True where a token may be used: `[B, S]`, but pair `[B, S, S]`."""
+    """Holds masks that are True where a token may be used: `[B, S]`, but pair `[B, S, S]`."""
 
     tokens: Tensor
     pair: Tensor | None = None
@@ -39,7 +39,7 @@ class _Masks:
 
 @dataclass
 class _Pass:
-    """One forward pass of the encoder while it runs: what its layers have put out so far."""
+    """Holds one forward pass of the encoder while it runs: the outputs of its layers so far."""
 
     masks: _Masks
     outputs: list[Tensor] = field(default_factory=list)
@@ -49,7 +49,7 @@ class _Pass:
 
 @dataclass
 class _Routed:
-    """What a target layer needs from the layers below it, handed in as a keyword argument of that layer.
+    """Holds what a target layer needs from the layers below it, handed in as a keyword argument of that layer.
 
     Activation checkpointing keeps the arguments of a layer and calls it again in backward, so it sees this very
     object again, whatever other passes ran in between. It holds earlier outputs only and never the `_Pass`: a
@@ -63,7 +63,7 @@ class _Routed:
 
 
 class XLRBBridge(Attachment):
-    """Routed messages from earlier layers into the last layers of an encoder (made by ``attach``).
+    """Routes messages from earlier layers into the last layers of an encoder (made by ``attach``).
 
     Its parameters are the bridge's own; the encoder's are used, not owned. While attached, the encoder's forward
     accepts two more keyword arguments: ``segment_ids`` `[B, S]` (0 first sentence, 1 second, -1 special or padding)
@@ -122,7 +122,7 @@ class XLRBBridge(Attachment):
         self._handles = []
 
     def take_entropy(self) -> Tensor | None:
-        """Returns, once, the mean attention entropy (nats) of the last forward pass over its target layers, differentiable.
+        """Returns, once, the differentiable mean attention entropy (nats) of the last forward pass over its targets.
 
         None with ``entropy_weight`` 0, where it is not computed.
         """
@@ -288,7 +288,7 @@ def _check_checkpointing(layers: Any) -> None:
 
 
 def _keep_sources_unsharded(layers: Any, config: XLRBConfig) -> None:
-    """A later layer uses the source layers' K/V weights, in forward and backward, so FSDP2 must not free them."""
+    """Keeps FSDP2 from freeing the source layers' K/V weights, which a later layer uses in forward and backward."""
     if not config.use_qkv or config.qkv_weights != "source":
         return
     for layer in layers:
@@ -310,7 +310,7 @@ def _make_masks(
 
 
 def _cross_sentence(segments: Tensor, special: Tensor | None, config: XLRBConfig) -> Tensor:
-    """`[B, S, S]`, True between tokens of different sentences; everything from the second one on counts to it."""
+    """Returns `[B, S, S]`, True between tokens of different sentences; all from the second one on counts to it."""
     side = (segments == 1).cumsum(1) > 0
     pair = side[:, :, None] != side[:, None, :]
     if config.pair_mask == "cross":

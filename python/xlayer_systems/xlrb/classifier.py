@@ -23,14 +23,14 @@ _WEIGHTS_FILE = "xlrb.safetensors"
 
 @dataclass
 class XLRBOutput(ModelOutput):
-    """Result of ``XLRBClassifier``: ``loss`` (scalar, None without labels) and ``logits`` `[B, num_labels]`."""
+    """Holds the result: ``loss`` (scalar, None without labels) and ``logits`` `[B, num_labels]`."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
 
 
 class ClassifierHead(nn.Sequential):
-    """LayerNorm → Linear → ReLU → dropout → Linear on one vector per example, `[B, H]` → `[B, num_labels]`."""
+    """Applies LayerNorm, Linear, ReLU, dropout and Linear to one vector per example, `[B, H]` → `[B, num_labels]`."""
 
     def __init__(self, hidden_size: int, num_labels: int, dropout: float) -> None:
         width = max(128, hidden_size // 2)
@@ -44,7 +44,7 @@ class ClassifierHead(nn.Sequential):
 
 
 class XLRBClassifier(TrainingModel):
-    """An encoder, optionally with an XLRB bridge, and a classification head on token 0.
+    """Classifies with an encoder, optionally with an XLRB bridge, and a head on token 0.
 
     The loss is cross entropy with label smoothing, plus ``entropy_weight`` times the mean HDIM attention entropy,
     in training and in evaluation.
@@ -137,7 +137,7 @@ class XLRBClassifier(TrainingModel):
     def parameter_groups(
         self, encoder_lr: float, head_lr: float, bridge_lr: float | None = None, weight_decay: float = 0.01
     ) -> list[dict[str, Any]]:
-        """Optimizer groups (name, params, lr, weight_decay), every trainable parameter in exactly one.
+        """Returns optimizer groups (name, params, lr, weight_decay), every trainable parameter in exactly one.
 
         Args:
             encoder_lr: learning rate of the encoder.
@@ -154,7 +154,7 @@ class XLRBClassifier(TrainingModel):
         return groups
 
     def usage(self, reset: bool = True) -> dict[str, Any]:
-        """``XLRBBridge.usage``; ``{"layers": {}}`` without a bridge."""
+        """Returns ``XLRBBridge.usage``; ``{"layers": {}}`` without a bridge."""
         return {"layers": {}} if self.bridge is None else self.bridge.usage(reset)
 
     def save_pretrained(

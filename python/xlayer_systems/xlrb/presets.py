@@ -25,7 +25,7 @@ HYBRID_BASE = replace(HDIM_BASE, use_qkv=True)
 
 
 class Ablation(NamedTuple):
-    """One published run: its id, the base it starts from, the published accuracy and the fields it changes."""
+    """Holds one published run: its id, the base it starts from, the published accuracy and the fields it changes."""
 
     id: str
     base: XLRBConfig
