@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # typer has click under a name of its own: BadParameter is a UsageError is a ClickException.
 ClickException: type[Exception] = typer.BadParameter.__mro__[2]
 INTERRUPTED = 130
+SYSTEM_COMMANDS = {"train", "sweep", "profile", "options"}  # whose help and flags are those of the systems
 
 HELP = """Train and compare systems for cross-layer communication in transformers.
 
@@ -370,9 +371,18 @@ def decoder(
         print(f"decoder: {out / 'decoder'}")
 
 
-@lru_cache(maxsize=1)
-def make_app() -> typer.Typer:
-    """Makes the command line, whose help and flags are those of the systems in the registry."""
+@lru_cache(maxsize=2)
+def make_app(with_systems: bool = True) -> typer.Typer:
+    """Makes the command line.
+
+    Args:
+        with_systems: with the help and the flags of the systems in the registry, whose import takes seconds.
+    """
+    systems: Mapping[str, Any] = {}
+    if with_systems:
+        from xlayer_systems.registry import SYSTEMS
+
+        systems = SYSTEMS
     app = typer.Typer(
         no_args_is_help=True,
         add_completion=False,
@@ -380,10 +390,9 @@ def make_app() -> typer.Typer:
         pretty_exceptions_enable=False,
         help=HELP,
     )
-    for command in (train, sweep, profile):
-        app.command()(_with_systems(command))
+    for command in (train, sweep, profile, options):
+        app.command()(_with_systems(command, systems))
     app.command(name="eval")(evaluate)
-    app.command()(_with_systems(options))
     app.command()(info)
     pretrain = typer.Typer(no_args_is_help=True, help="Make the small backbone that the other commands start from.")
     pretrain.command()(encoder)
@@ -392,23 +401,21 @@ def make_app() -> typer.Typer:
     return app
 
 
-def _with_systems(command: Callable[..., None]) -> Callable[..., None]:
+def _with_systems(command: Callable[..., None], systems: Mapping[str, Any]) -> Callable[..., None]:
     """Gives a command the help of the systems, and their own flags in place of its ``**flags``."""
-    from xlayer_systems.registry import SYSTEMS
-
     help_of = {
-        "system": "What to train: " + ", ".join(f"{name} ({s.summary})" for name, s in SYSTEMS.items()) + ".",
-        "preset": _told({n: f"{s.preset_help} (default {s.default_preset})" for n, s in SYSTEMS.items()}),
-        "dataset": _told({n: f"{s.dataset_help} (default {s.default_dataset})" for n, s in SYSTEMS.items()}),
-        "backbone": _told({n: f"{s.backbone_help} (default {s.default_backbone})" for n, s in SYSTEMS.items()}),
+        "system": "What to train: " + ", ".join(f"{name} ({s.summary})" for name, s in systems.items()) + ".",
+        "preset": _told({n: f"{s.preset_help} (default {s.default_preset})" for n, s in systems.items()}),
+        "dataset": _told({n: f"{s.dataset_help} (default {s.default_dataset})" for n, s in systems.items()}),
+        "backbone": _told({n: f"{s.backbone_help} (default {s.default_backbone})" for n, s in systems.items()}),
     }
     signature = inspect.signature(command, eval_str=True)
     parameters = []
     for parameter in signature.parameters.values():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            parameters += _flag_parameters(SYSTEMS)
+            parameters += _flag_parameters(systems)
             continue
-        if parameter.name in help_of:
+        if systems and parameter.name in help_of:
             kind, info = get_args(parameter.annotation)
             info = copy.copy(info)
             info.help = help_of[parameter.name]
@@ -455,7 +462,7 @@ def main() -> None:
     # Before torch loads its OpenMP: threads that spin while they wait make a step on a busy machine ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        code = make_app()(standalone_mode=False)
+        code = make_app(with_systems=bool(SYSTEM_COMMANDS.intersection(sys.argv)))(standalone_mode=False)
         if code == INTERRUPTED:  # outside the training loop, which raises its own error
             raise InterruptionError("interrupted", INTERRUPTED - 128)
     except CommandError as error:

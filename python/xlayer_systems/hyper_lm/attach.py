@@ -268,7 +268,7 @@ _BLOCK_CLASSES: dict[tuple[type, type], type[nn.Module]] = {}
 def _block_class(block: type[_HyperBlock], original: type[nn.Module]) -> type[nn.Module]:
     """Makes the layer's class with the forward of ``block``.
 
-    It has the same name and is one for all layers: FSDP policies look a layer's class up by name and wrap its instances.
+    It has the same name and is one for all layers, as FSDP policies look a layer's class up by name.
     """
     if (block, original) not in _BLOCK_CLASSES:
         body = {"_hyper_block": True, "__module__": original.__module__, "__qualname__": original.__qualname__}
