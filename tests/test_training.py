@@ -233,7 +233,7 @@ def test_evaluation_sees_each_example_once(batch_size):
 
 
 def test_options_are_checked():
-    with pytest.raises(UserError, match="unknown dtype 'int8'; expected one of float32, bfloat16, float16"):
+    with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, float16, got 'int8'"):
         TrainOptions(dtype="int8")
     with pytest.raises(UserError, match="batch_size 6 must be a multiple of processes x accumulate = 2 x 2"):
         TrainOptions(batch_size=6, accumulate=2).micro_batch(2)
