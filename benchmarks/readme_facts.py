@@ -98,10 +98,11 @@ def vector_quantize_version() -> str:
 
 def quick(system: str, preset: str | None = None) -> Any:
     """The options of a `--quick` run on the data and the backbone that a system takes by itself."""
-    from xlayer_systems.recipes import get_recipe
 
-    recipe = get_recipe(system)
-    return recipe.options(preset or recipe.default_preset, recipe.default_dataset, recipe.default_backbone, True)
+    from xlayer_systems.registry import get_system
+
+    chosen = get_system(system)
+    return chosen.options(preset or chosen.default_preset, chosen.default_dataset, chosen.default_backbone, True)
 
 
 @block

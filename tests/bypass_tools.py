@@ -12,7 +12,7 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, Lla
 
 from hyper_lm_tools import save_text
 from xlayer_systems.bypass import Bypass, BypassConfig, attach
-from xlayer_systems.tokenizer import train_tokenizer
+from xlayer_systems.hf.tokenizer import train_tokenizer
 
 VOCABULARY, WIDTH, LAYERS, PAD = 60, 32, 3, 0
 DECODERS, ENCODER = ("llama", "gpt2"), "bert"

@@ -13,10 +13,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from xlayer_systems.data.text import TextCorpus
 from xlayer_systems.data.tools import ToolExample, ToolTask
+from xlayer_systems.hf.tokenizer import train_tokenizer
 from xlayer_systems.lformer import LFormer, ModelConfig, attach
 from xlayer_systems.lformer.data import ToolData
-from xlayer_systems.lformer.trainee import Trainee
-from xlayer_systems.tokenizer import train_tokenizer
+from xlayer_systems.lformer.training_model import LFormerForTraining
 
 VOCABULARY, LAYERS, WIDTH = 60, 4, 24
 WORDS = {"look": ("see", "watch", "find"), "move": ("walk", "run", "drive"), "talk": ("say", "ask", "call")}
@@ -93,13 +93,13 @@ def toy_data(**sizes: int) -> ToolData:
     return ToolData(toy_task(**sizes), toy_corpus(), toy_tokenizer(), 16, 12)
 
 
-def make_trainee(data: ToolData, phase_a_steps: int = 1, **options: Any) -> Trainee:
+def make_trainee(data: ToolData, phase_a_steps: int = 1, **options: Any) -> LFormerForTraining:
     """The toy task's L-Former on a Llama of its vocabulary."""
     given = {"n_tools": 3, "n_steps": len(STEPS), "plan_length": 3, "plan_decoder": True, "last_k_unfreeze": 1}
     base = make_base(vocabulary=len(data.tokenizer))
     model = make_model(base=base, **{**given, **options})
     model.heads.calibrate(data.values)
-    return Trainee(model, phase_a_steps)
+    return LFormerForTraining(model, phase_a_steps)
 
 
 def toy_base(seed: int = 0) -> Any:
@@ -117,8 +117,8 @@ def save_base(folder: Path) -> str:
 
 def use_toy_task(patch: pytest.MonkeyPatch, **sizes: int) -> None:
     """Let the command find the toy task under every name."""
-    from xlayer_systems.lformer import objective
+    from xlayer_systems.lformer import system
 
-    objective._prepare.cache_clear()
-    patch.setattr(objective, "load_tool_task", lambda name: toy_task(**sizes))
-    patch.setattr(objective, "load_text", lambda name: toy_corpus())
+    system._prepare.cache_clear()
+    patch.setattr(system, "load_tool_task", lambda name: toy_task(**sizes))
+    patch.setattr(system, "load_text", lambda name: toy_corpus())

@@ -13,9 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from xlayer_ext.functional.losses import language_modeling_loss
 from xlayer_systems.data.answers import AnswerExample, AnswerTask
+from xlayer_systems.hf.tokenizer import train_tokenizer
 from xlayer_systems.telepathy import Pair, TelepathyConfig, TelepathyModel, receiver_input, receiver_logits
 from xlayer_systems.telepathy.data import TelepathyData
-from xlayer_systems.tokenizer import train_tokenizer
 
 WORDS = {"fruit": ("apple", "pear", "plum", "fig"), "animal": ("cat", "dog", "cow", "hen"), "color": ("red", "blue")}
 FILLERS = ("the", "old", "one", "near", "house", "Tom", "saw", "42", "there")
@@ -115,10 +115,10 @@ def make_model(pair: Pair, config: TelepathyConfig = SMALL, data: TelepathyData 
 
 def use_toy_task(patch: pytest.MonkeyPatch, **sizes: int) -> None:
     """Let the command find the toy task under the name ``toy``."""
-    from xlayer_systems.telepathy import objective
+    from xlayer_systems.telepathy import system
 
     def load(name: str) -> Any:
         return toy_task(name, **sizes)
 
-    objective._prepare.cache_clear()
-    patch.setattr(objective, "load_answer_task", load)
+    system._prepare.cache_clear()
+    patch.setattr(system, "load_answer_task", load)

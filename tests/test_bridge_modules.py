@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from oracle import draw, fresh_generator
-from xlayer_ext.nn import DiffusionBridge, PerceiverResampler, RMSScale, StatisticalNormalizer, TanhScale
-from xlayer_ext.nn.diffusion import CONDITIONINGS, timestep_embedding
+from xlayer_systems.telepathy.diffusion import CONDITIONINGS, DiffusionBridge, timestep_embedding
+from xlayer_systems.telepathy.resampler import PerceiverResampler, RMSScale, StatisticalNormalizer, TanhScale
 
 SOURCE, TARGET, TOKENS = 12, 16, 3
 

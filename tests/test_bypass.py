@@ -16,11 +16,10 @@ from transformers.cache_utils import DynamicCache
 from bypass_tools import DECODERS, ENCODER, LAYERS, PAD, WIDTH, make_bypass, make_ids, make_model, output
 from xlayer_systems.bypass import BypassConfig, attach
 from xlayer_systems.bypass.caches import Companion
-from xlayer_systems.bypass.layers import fingerprint
 from xlayer_systems.bypass.model import WEIGHTS_FILE, Bypass
 from xlayer_systems.bypass.reconstruction import principal_directions, r2_per_layer, spread
 from xlayer_systems.bypass.task import compare, matching_rank
-from xlayer_systems.errors import UserError
+from xlayer_systems.hf.pretrained import weights_fingerprint
 
 VARIANTS = ("full", "offset")
 KINDS = (*DECODERS, ENCODER)
@@ -261,7 +260,7 @@ def test_an_encoder_gets_the_bias_of_its_own_token() -> None:
 
 
 def refused(message: str, action: Any) -> None:
-    with pytest.raises(UserError, match=message) as caught:
+    with pytest.raises(ValueError, match=message) as caught:
         action()
     assert "\n" not in str(caught.value)
 
@@ -269,8 +268,8 @@ def refused(message: str, action: Any) -> None:
 def test_wrong_settings_and_models_are_refused() -> None:
     model = make_model("llama")
     refused("latent must be at least 1, got 0", lambda: BypassConfig(latent=0))
-    refused("unknown variant 'half'; expected one of full, offset", lambda: attach(model, variant="half"))
-    refused("no setting colour", lambda: attach(model, colour="red"))
+    refused("variant must be one of full, offset, got 'half'", lambda: attach(model, variant="half"))
+    refused("attach has no option colour", lambda: attach(model, colour="red"))
     refused("offset must be below the model's 3 layers, got 3", lambda: attach(model, variant="offset", offset=3))
     refused("layers must be different numbers from 0 to 2, got \\[1, 3\\]", lambda: attach(model, layers=(1, 3)))
     refused(
@@ -352,6 +351,10 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_the_fingerprint_is_of_the_weights_not_of_their_dtype() -> None:
     model = make_model("llama").bfloat16()
+
+    def fingerprint(model: Any) -> str:
+        return weights_fingerprint(model.named_parameters(), 64)
+
     assert fingerprint(model) == fingerprint(copy.deepcopy(model).float()) != fingerprint(make_model("gpt2"))
     ids = make_ids()
     make_bypass(model, scale=0.1)

@@ -15,14 +15,15 @@ from torch import Tensor, nn
 
 from bypass_tools import LAYERS, make_ids, make_model, save_decoder
 from processes import join_processes
-from training_tools import contents, finish, read_metrics, run_xlayer, start_xlayer
+from training_tools import contents, evaluate_run, finish, make_spec, read_metrics, run_xlayer, start_xlayer, train_run
 from xlayer_systems.bypass import BypassConfig, attach
 from xlayer_systems.bypass.reconstruction import Reconstruction
-from xlayer_systems.bypass.stages import parts_of
+from xlayer_systems.bypass.system import BypassSystem
 from xlayer_systems.bypass.task import BypassLanguageModel
 from xlayer_systems.data.blocks import IGNORED
-from xlayer_systems.jobs import RunSpec, evaluate_run, make_spec, train_run
-from xlayer_systems.training import Trainer
+from xlayer_systems.registry import SYSTEMS, get_system
+from xlayer_systems.runs.spec import RunSpec
+from xlayer_systems.training.trainer import Trainer
 
 FAST = {
     "max_steps": "6", "reconstruct_steps": "6", "batch_size": "4", "max_length": "32", "eval_every": "3",
@@ -87,20 +88,17 @@ def test_one_command_does_it_all(
 
 
 def test_projectors_learn_the_task_and_the_model_keeps_its_bits(folder: Path, tmp_path: Path) -> None:
-    from xlayer_systems.recipes import get_recipe
-
     spec = spec_of(folder, max_steps="60", reconstruct_steps="30", learning_rate="1e-2")
     kept: list[tuple[Any, dict[str, Tensor]]] = []
-    recipe = get_recipe("bypass")
 
-    class Watching(type(recipe)):  # type: ignore[misc]
+    class Watching(BypassSystem):
         def build(self, backbone: Any, *rest: Any) -> nn.Module:
             kept.append((backbone, {name: p.clone() for name, p in backbone.state_dict().items()}))
             made: nn.Module = super().build(backbone, *rest)
             return made
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(__import__("xlayer_systems.recipes").recipes.RECIPES, "bypass", Watching())
+        patch.setitem(SYSTEMS, "bypass", Watching())
         result = train_run(spec, tmp_path / "run")
     assert len(kept) == 2  # of either stage
     for backbone, state in kept:
@@ -128,7 +126,7 @@ def test_a_stage_by_itself(folder: Path, tmp_path: Path) -> None:
     second = train_run(spec_of(folder, stage="task", encoder=encoder), tmp_path / "second")
     assert second["loss"] > 0 and not (tmp_path / "second" / "reconstruction").exists()
     both = spec_of(folder, encoder=encoder)
-    assert list(parts_of(both, tmp_path)) == ["task"]
+    assert list(get_system("bypass").parts(both, tmp_path)) == ["task"]
 
 
 @pytest.mark.parametrize("dies_at", [4, 10, 16], ids=["in stage 1", "in stage 2", "in the LoRA"])

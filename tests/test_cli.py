@@ -7,7 +7,7 @@ import json
 import pytest
 
 from training_tools import contents, finish, run_xlayer, save_backbone, save_rte, start_xlayer
-from xlayer_systems.sweep import parse_variants
+from xlayer_systems.runs.sweep import parse_variants
 
 FAST = ["--set", "encoder_lr=1e-3", "--set", "batch_size=8", "--epochs", "1"]
 

@@ -13,14 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from training_tools import rte_rows, save_backbone, save_rte
-from xlayer_systems.backbones import load_tokenizer
 from xlayer_systems.data import load_task
 from xlayer_systems.data.batches import ClassificationData, encode, epoch_batches
 from xlayer_systems.data.corpus import load_corpus, split_of
 from xlayer_systems.data.embedded import MIN_WORDS, near_copy_of
 from xlayer_systems.data.tasks import Example, TextTask, words
 from xlayer_systems.errors import UserError
-from xlayer_systems.pretrain import PassagePairs, passages
+from xlayer_systems.hf.encoders import load_tokenizer
+from xlayer_systems.pretraining.encoder import PassagePairs, passages
 
 SOURCE = '''"""A module about boats and harbours."""
 class Boat:

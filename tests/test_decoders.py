@@ -5,20 +5,25 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from training_tools import contents
-from xlayer_systems import decoders, pretrain_decoder
-from xlayer_systems.cli import app
+from xlayer_systems.cli import make_app
+from xlayer_systems.data.blocks import DecoderData
 from xlayer_systems.data.corpus import Corpus, load_corpus
-from xlayer_systems.decoders import ASSETS, RECEIVER, SENDER, fingerprint_decoder, load_decoder
 from xlayer_systems.errors import UserError
-from xlayer_systems.pretrain_decoder import DecoderData, DecoderShape, decoder_text, make_decoder
-from xlayer_systems.runs import RunDirectory
-from xlayer_systems.tokenizer import train_tokenizer
+from xlayer_systems.hf import decoders
+from xlayer_systems.hf.decoders import ASSETS, RECEIVER, SENDER, fingerprint_decoder, load_decoder
+from xlayer_systems.hf.tokenizer import train_tokenizer
+from xlayer_systems.pretraining import decoder as pretraining
+from xlayer_systems.pretraining.decoder import DecoderShape, decoder_text, make_decoder
+from xlayer_systems.runs.execute import train_run
+from xlayer_systems.training.directory import RunDirectory
+from xlayer_systems.training.trainer import Trainer
 
 SHAPE = DecoderShape(vocabulary=300, hidden_size=32, feed_forward=48, layers=2, heads=2, positions=64)
 SETTINGS = {
@@ -34,10 +39,19 @@ def corpus():
     return Corpus(tuple(files), "a small corpus")
 
 
+def pretrain(
+    out: Path, corpus: Corpus, *, seed: int = 0, resume: bool = False, overrides: dict[str, str] | None = None
+):
+    """A run of the decoder of `SHAPE`."""
+    system = pretraining.DecoderPretraining(corpus)
+    spec = system.make_spec(seed=seed, overrides=overrides or SETTINGS)
+    return train_run(system, dataclasses.replace(spec, config=SHAPE), out, resume)
+
+
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory, corpus):
     out = tmp_path_factory.mktemp("pretrain") / "run"
-    pretrain_decoder.pretrain_decoder(out, shape=SHAPE, overrides=SETTINGS, corpus=corpus)
+    pretrain(out, corpus)
     return out
 
 
@@ -47,13 +61,13 @@ def test_pretraining_learns_and_leaves_a_decoder(pretrained):
     model, tokenizer = load_decoder(str(pretrained / "decoder"))
     assert model.config.model_type == "llama" and len(tokenizer) == SHAPE.vocabulary
     recipe = json.loads((pretrained / "decoder" / "recipe.json").read_text())
-    assert recipe["run"]["shape"] == dataclasses.asdict(SHAPE) and recipe["result"]["loss"] == losses[-1]
+    assert recipe["run"]["config"] == dataclasses.asdict(SHAPE) and recipe["result"]["loss"] == losses[-1]
     assert (pretrained / "plots" / "curves.png").exists()
 
 
 def test_an_interrupted_run_ends_in_the_same_weights(pretrained, corpus, tmp_path, monkeypatch):
     out = tmp_path / "run"
-    step = pretrain_decoder.Trainer._step
+    step = Trainer._step
 
     def interrupt(self, batch, watch=False):
         if self.progress.step == 25:
@@ -61,10 +75,10 @@ def test_an_interrupted_run_ends_in_the_same_weights(pretrained, corpus, tmp_pat
         return step(self, batch, watch)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pretrain_decoder.Trainer, "_step", interrupt)
-        pretrain_decoder.pretrain_decoder(out, shape=SHAPE, overrides=SETTINGS, corpus=corpus)
+        patch.setattr(Trainer, "_step", interrupt)
+        pretrain(out, corpus)
     assert not (out / "decoder").exists()
-    pretrain_decoder.pretrain_decoder(out, shape=SHAPE, overrides=SETTINGS, corpus=corpus, resume=True)
+    pretrain(out, corpus, resume=True)
     assert fingerprint_decoder(str(out / "decoder")) == fingerprint_decoder(str(pretrained / "decoder"))
 
 
@@ -72,9 +86,7 @@ def test_pretraining_overwrites_nothing(pretrained, corpus):
     before = contents(pretrained)
     for seed, resume, message in ((0, False, "exists"), (1, True, "its seed is 0, this command's is 1")):
         with pytest.raises(UserError, match=message):
-            pretrain_decoder.pretrain_decoder(
-                pretrained, shape=SHAPE, seed=seed, overrides=SETTINGS, resume=resume, corpus=corpus
-            )
+            pretrain(pretrained, corpus, seed=seed, resume=resume)
     assert contents(pretrained) == before
 
 
@@ -86,7 +98,7 @@ def test_validation_files_reach_neither_tokenizer_nor_training(corpus, tmp_path,
     marked = Corpus(tuple(files), "marked")
     read: list[str] = []
     made: list[DecoderData] = []
-    data = pretrain_decoder.DecoderData
+    data = pretraining.DecoderData
 
     def recorded(texts, *args, **options):
         read.extend(texts)
@@ -96,10 +108,10 @@ def test_validation_files_reach_neither_tokenizer_nor_training(corpus, tmp_path,
         made.append(data(*args))
         return made[-1]
 
-    monkeypatch.setattr(pretrain_decoder, "train_tokenizer", recorded)
-    monkeypatch.setattr(pretrain_decoder, "DecoderData", kept)
+    monkeypatch.setattr(pretraining, "train_tokenizer", recorded)
+    monkeypatch.setattr(pretraining, "DecoderData", kept)
     settings = SETTINGS | {"max_steps": "1"}
-    pretrain_decoder.pretrain_decoder(tmp_path / "run", shape=SHAPE, overrides=settings, corpus=marked)
+    pretrain(tmp_path / "run", marked, overrides=settings)
     assert read and not any("ʘ" in text for text in read)
     tokenizer, blocks = made[0].tokenizer, made[0]
     assert "ʘ" not in tokenizer.decode(blocks.train.flatten().tolist())
@@ -126,7 +138,7 @@ def test_a_fresh_decoder_predicts_nearly_evenly(corpus):
 
 
 def test_the_command_refuses_an_unknown_shape(tmp_path):
-    result = CliRunner().invoke(app, ["pretrain", "decoder", str(tmp_path / "x"), "--shape", "huge"])
+    result = CliRunner().invoke(make_app(), ["pretrain", "decoder", str(tmp_path / "x"), "--shape", "huge"])
     assert isinstance(result.exception, UserError)
     assert str(result.exception) == "unknown shape 'huge'; expected one of sender, receiver"
     assert not (tmp_path / "x").exists()
@@ -144,7 +156,7 @@ def test_the_shipped_decoders_are_small_frozen_and_whole(name):
     text = '    def f(self):\n        """Return the Naïve value."""\n'
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
     recipe = json.loads((ASSETS / name / "recipe.json").read_text())
-    assert recipe["run"]["shape"] == dataclasses.asdict(pretrain_decoder.SHAPES[name.removeprefix("decoder-")])
+    assert recipe["run"]["shape"] == dataclasses.asdict(pretraining.SHAPES[name.removeprefix("decoder-")])
     assert fingerprint_decoder(name) == fingerprint_decoder(str(ASSETS / name)) != name
 
 

@@ -118,7 +118,7 @@ def test_it_starts_as_the_model_it_was(kind: str, residual: str, n: int) -> None
     mask = torch.ones_like(tokens)
     mask[0, :4] = 0  # padding on the left
     before, masked = logits_of(model, tokens), logits_of(model, tokens, attention_mask=mask)
-    attach(model, residual, n)
+    attach(model, residual, expansion_rate=n)
     torch.testing.assert_close(logits_of(model, tokens), before, rtol=0, atol=1e-5)
     torch.testing.assert_close(
         logits_of(model, tokens, attention_mask=mask)[mask.bool()], masked[mask.bool()], rtol=0, atol=1e-5
@@ -174,7 +174,7 @@ def written_out(model: Any, handle: Any, tokens: Tensor) -> Tensor:
 @pytest.mark.parametrize("residual", RESIDUALS)
 def test_logits_are_the_written_out_ones(residual: str) -> None:
     model, tokens = make_model("llama").double(), make_tokens()
-    handle = attach(model, residual, 3)
+    handle = attach(model, residual, expansion_rate=3)
     randomize(handle)
     with torch.no_grad():
         torch.testing.assert_close(logits_of(model, tokens), written_out(model, handle, tokens))
@@ -322,7 +322,7 @@ def test_remove_restores_every_bit(kind: str, residual: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_save_and_load(kind: str, residual: str, tmp_path: Path) -> None:
     model, tokens = make_model(kind), make_tokens()
-    handle = attach(model, residual, 3)
+    handle = attach(model, residual, expansion_rate=3)
     randomize(handle)
     handle.save_pretrained(tmp_path / "made")
     files = {file.name: file.stat().st_size for file in (tmp_path / "made").iterdir()}
@@ -348,7 +348,7 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(error.value) and list(model.state_dict()) == names
     with pytest.raises(ValueError, match=r"hyper_attachment.json, hyper_attachment.safetensors missing"):
         HyperAttachment.from_pretrained(make_model("llama"), tmp_path / "nowhere")
-    other = attach(make_model("llama"), "dhc", 2)
+    other = attach(make_model("llama"), "dhc", expansion_rate=2)
     other.save_pretrained(tmp_path / "other")
     (tmp_path / "other" / "hyper_attachment.safetensors").rename(tmp_path / "hyper_attachment.safetensors")
     model = make_model("llama")
@@ -358,7 +358,7 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path: Path) -> None:
 
 
 def test_bad_calls_are_named() -> None:
-    with pytest.raises(ValueError, match="residual must be one of shc, dhc, mhc; got 'hc'"):
+    with pytest.raises(ValueError, match="residual must be one of shc, dhc, mhc, got 'hc'"):
         attach(make_model("llama"), "hc")
     with pytest.raises(ValueError, match="attach has no option rate"):
         attach(make_model("llama"), rate=2)

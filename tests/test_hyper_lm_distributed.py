@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hyper_lm_tools import gradients, make_batch, make_model
 from processes import join_processes
 from xlayer_systems.hyper_lm import HyperTransformer, LanguageModel
-from xlayer_systems.training import gradient_norm
+from xlayer_systems.training.trainer import gradient_norm
 
 KINDS = ("plain", "shc", "dhc", "mhc")
 CASES = [(wrapper, kind, recompute) for wrapper in ("ddp", "fsdp") for kind in KINDS for recompute in (False, True)]

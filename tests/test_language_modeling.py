@@ -13,16 +13,15 @@ import pytest
 import torch
 
 from hyper_lm_tools import save_text
-from training_tools import contents, finish, read_metrics, run_xlayer, start_xlayer
+from training_tools import contents, finish, make_spec, read_metrics, run_xlayer, start_xlayer, train_run
 from xlayer_systems.data.blocks import IGNORED, LanguageModelingData, encode_text
 from xlayer_systems.data.corpus import Corpus, load_corpus
 from xlayer_systems.data.text import TextCorpus, load_text, stdlib_text
 from xlayer_systems.errors import UserError
+from xlayer_systems.hf.tokenizer import train_tokenizer
 from xlayer_systems.hyper_lm import HyperTransformer
-from xlayer_systems.jobs import make_spec, train_run
-from xlayer_systems.language_modeling import format_speed_up, mean_curve, speed_up, tokens_to_reach
-from xlayer_systems.runs import RunDirectory, flatten
-from xlayer_systems.tokenizer import train_tokenizer
+from xlayer_systems.hyper_lm.report import format_speed_up, mean_curve, speed_up, tokens_to_reach
+from xlayer_systems.training.directory import RunDirectory, flatten
 
 TINY = {
     "hidden_size": 16, "num_layers": 2, "num_heads": 2, "vocab_size": 300, "max_length": 16, "batch_size": 4,

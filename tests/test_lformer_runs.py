@@ -22,12 +22,20 @@ from lformer_tools import (
     toy_tokenizer,
     use_toy_task,
 )
-from training_tools import contents, finish, read_metrics, run_xlayer, start_xlayer
-from xlayer_systems.errors import UserError
-from xlayer_systems.jobs import evaluate_run, format_result, make_spec, train_run
+from training_tools import (
+    contents,
+    evaluate_run,
+    finish,
+    format_result,
+    make_spec,
+    read_metrics,
+    run_xlayer,
+    start_xlayer,
+    train_run,
+)
 from xlayer_systems.lformer import AGGREGATORS, LFormer
 from xlayer_systems.lformer.data import BLOCK_EVERY
-from xlayer_systems.training import Trainer
+from xlayer_systems.training.trainer import Trainer
 
 FAST = {
     "max_steps": "8", "phase_a_steps": "4", "batch_size": "16", "max_length": "16", "lm_length": "12",
@@ -216,9 +224,9 @@ def test_requests_from_a_folder_without_values_and_plans(
     base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from xlayer_systems.data.tools import load_tool_task
-    from xlayer_systems.lformer import objective
+    from xlayer_systems.lformer import system
 
-    monkeypatch.setattr(objective, "load_tool_task", load_tool_task)
+    monkeypatch.setattr(system, "load_tool_task", load_tool_task)
     spec = make_spec("lformer", dataset=save_rows(tmp_path), backbone=base, overrides=FAST | {"max_steps": "3"})
     result = train_run(spec, tmp_path / "run")
     assert result["accuracy"]["total"] == 9 and "plan" not in result and "value_error" not in result
@@ -232,7 +240,7 @@ def test_wrong_input_ends_in_one_line(
     for arguments, message in (
         (("--preset", "lstm"), "unknown preset 'lstm'; expected one of ema, gru, attn, head_only"),
         (("--set", "pooling=cls"), "unknown pooling 'cls'; expected one of mean, first, last, attention"),
-        (("--set", "phase_a_steps=-1"), "phase_a_steps must not be negative, got -1"),
+        (("--set", "phase_a_steps=-1"), "phase_a_steps must be at least 0, got -1"),
         (("--set", "blend_into_lm=true", "--set", "sequence_wise=true"), "blend_into_lm needs sequence_wise=False"),
         ((*short, "--set", "last_k_unfreeze=9"), "last_k_unfreeze must be at most the base's 4 layers"),
         ((*short, "--set", "heads=3", "--preset", "attn"), "d_side must be a multiple of heads = 3"),
@@ -243,11 +251,11 @@ def test_wrong_input_ends_in_one_line(
 
 
 def test_another_base_is_refused_at_loading(base: str, tmp_path: Path) -> None:
-    from xlayer_systems.recipes import get_recipe
+    from xlayer_systems.registry import get_system
 
     train_run(toy_spec(base, max_steps="1"), tmp_path / "run")
-    with pytest.raises(UserError, match="was made for a base with weights"):
-        get_recipe("lformer").load(tmp_path / "run" / "model", toy_base(seed=5))
+    with pytest.raises(ValueError, match="was made for a model with weights"):
+        get_system("lformer").load(tmp_path / "run" / "model", toy_base(seed=5))
 
 
 @pytest.mark.slow

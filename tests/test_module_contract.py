@@ -25,15 +25,17 @@ from torch.utils._pytree import tree_leaves
 
 import xlayer_ext.nn as xnn
 from oracle import draw, fresh_generator
+from xlayer_systems.telepathy.diffusion import DiffusionBridge
+from xlayer_systems.telepathy.resampler import PerceiverResampler, RMSScale, StatisticalNormalizer, TanhScale
 
 Make = Callable[[], Any]
 INF, NAN = float("inf"), float("nan")
 RECIPES: dict[str, list[Make]] = {
     "DepthAttentionAggregator": [lambda: xnn.DepthAttentionAggregator(3, 8, heads=2)],
     "DiffusionBridge": [
-        lambda: xnn.DiffusionBridge(6, 8, 3, dim=8, depth=2, heads=2, conditioning="hybrid", target_scale=0.3),
-        lambda: xnn.DiffusionBridge(6, 8, 3, dim=8, depth=1, heads=2, conditioning="cross"),
-        lambda: xnn.DiffusionBridge(6, 8, 3, dim=8, depth=1, heads=2, conditioning="pooled"),
+        lambda: DiffusionBridge(6, 8, 3, dim=8, depth=2, heads=2, conditioning="hybrid", target_scale=0.3),
+        lambda: DiffusionBridge(6, 8, 3, dim=8, depth=1, heads=2, conditioning="cross"),
+        lambda: DiffusionBridge(6, 8, 3, dim=8, depth=1, heads=2, conditioning="pooled"),
     ],
     "EMAAggregator": [lambda: xnn.EMAAggregator(4, 8), lambda: xnn.EMAAggregator(5, 8, tree_checkpoint=2)],
     "FSQ": [lambda: xnn.FSQ([8, 5, 3]), lambda: xnn.FSQ([8, 5, 3], dim=6)],
@@ -54,14 +56,14 @@ RECIPES: dict[str, list[Make]] = {
         lambda: xnn.ManifoldHyperConnection(8, coefficients="per_stream"),
         lambda: xnn.ManifoldHyperConnection(8, expansion_rate=1),
     ],
-    "PerceiverResampler": [lambda: xnn.PerceiverResampler(6, 8, 3, depth=2, heads=2)],
+    "PerceiverResampler": [lambda: PerceiverResampler(6, 8, 3, depth=2, heads=2)],
     "QKVMessage": [lambda: xnn.QKVMessage(2, 4), lambda: xnn.QKVMessage(2, 4, extra_value_projection=True)],
-    "RMSScale": [lambda: xnn.RMSScale(0.3)],
+    "RMSScale": [lambda: RMSScale(0.3)],
     "StatisticalNormalizer": [
-        lambda: xnn.StatisticalNormalizer(4, 4),
-        lambda: xnn.StatisticalNormalizer(4, 6, learnable=True),
+        lambda: StatisticalNormalizer(4, 4),
+        lambda: StatisticalNormalizer(4, 6, learnable=True),
     ],
-    "TanhScale": [lambda: xnn.TanhScale(0.3)],
+    "TanhScale": [lambda: TanhScale(0.3)],
     "TapProjector": [lambda: xnn.TapProjector(3, 8, 4), lambda: xnn.TapProjector(3, 8, 4, pooling="attention")],
     "VectorQuantizer": [
         lambda: xnn.VectorQuantizer(8, 5),
@@ -109,7 +111,8 @@ def fixed(make: Make) -> dict[str, Tensor]:
 
 
 def test_every_class_has_a_recipe() -> None:
-    public = (getattr(xnn, name) for name in xnn.__all__)
+    public = [getattr(xnn, name) for name in xnn.__all__]
+    public += [DiffusionBridge, PerceiverResampler, RMSScale, StatisticalNormalizer, TanhScale]
     assert {c.__name__ for c in public if isinstance(c, type) and issubclass(c, nn.Module)} == set(RECIPES)
 
 
@@ -210,7 +213,7 @@ BAD: list[tuple[str, Callable[..., Any], dict[str, list[Any]]]] = [
     ("DepthAttentionAggregator", lambda **o: xnn.DepthAttentionAggregator(3, 8, **o),
      {"heads": [0, 3, HUGE, 2**64, "2"], "memory": [0, 2**64, None]}),
     ("DiffusionBridge",
-     lambda **o: xnn.DiffusionBridge(6, 8, **{"soft_tokens": 3, "dim": 8, "depth": 1, "heads": 2, **o}),
+     lambda **o: DiffusionBridge(6, 8, **{"soft_tokens": 3, "dim": 8, "depth": 1, "heads": 2, **o}),
      {"heads": [0, 3, 2**64], "dim": [7, 0], "soft_tokens": [0, "3"], "conditioning": ["x"],
       "target_scale": [0.0, NAN]}),
     ("FSQ", xnn.FSQ, {"levels": [[], 5, [1], ["8"], [2**62], None]}),
@@ -224,14 +227,14 @@ BAD: list[tuple[str, Callable[..., Any], dict[str, list[Any]]]] = [
     ("ManifoldHyperConnection", lambda **o: xnn.ManifoldHyperConnection(8, **o),
      {"iterations": [0, 1001, 2**32, 2**64, None], "eps": [NAN, -1.0], "layer_index": ["0"]}),
     ("PerceiverResampler",
-     lambda **o: xnn.PerceiverResampler(**{"source_dim": 6, "target_dim": 8, "soft_tokens": 3, "heads": 2, **o}),
+     lambda **o: PerceiverResampler(**{"source_dim": 6, "target_dim": 8, "soft_tokens": 3, "heads": 2, **o}),
      {"heads": [0, 3, HUGE], "dim": [0], "soft_tokens": [0, None], "mlp_ratio": [NAN, 0.0]}),
     ("QKVMessage", lambda **o: xnn.QKVMessage(**{"num_heads": 2, "head_dim": 4, **o}),
      {"num_heads": [0, "2"], "head_dim": [0, 2**64], "dropout": [NAN, 2.0]}),
-    ("RMSScale", lambda **o: xnn.RMSScale(**{"target_rms": 1.0, **o}), {"target_rms": [NAN, None], "eps": [-1.0, NAN]}),
-    ("StatisticalNormalizer", lambda **o: xnn.StatisticalNormalizer(**{"source_dim": 4, "target_dim": 4, **o}),
+    ("RMSScale", lambda **o: RMSScale(**{"target_rms": 1.0, **o}), {"target_rms": [NAN, None], "eps": [-1.0, NAN]}),
+    ("StatisticalNormalizer", lambda **o: StatisticalNormalizer(**{"source_dim": 4, "target_dim": 4, **o}),
      {"source_dim": [0, "4"], "target_dim": [0, 2**64], "eps": [-1.0, NAN]}),
-    ("TanhScale", xnn.TanhScale, {"target_rms": [NAN, "x", None]}),
+    ("TanhScale", TanhScale, {"target_rms": [NAN, "x", None]}),
     ("VectorQuantizer", lambda **o: xnn.VectorQuantizer(**{"dim": 8, "codebook_size": 4, **o}),
      {"codebook_size": [0, HUGE, 2**64, 4.0], "codebooks": [0, 3], "codebook_dim": [0], "decay": [NAN, 1.0, "x"],
       "epsilon": [0.0, NAN], "entropy_temperature": [0.0, NAN], "commitment_weight": [NAN, -1.0],
@@ -299,9 +302,9 @@ MODULE_CALLS: dict[str, tuple[Make, dict[str, Any], dict[str, list[Any]]]] = {
     "QKVMessage": (lambda: xnn.QKVMessage(2, 4), {"query": X, "key": X, "value": X, "key_mask": MASK},
                    {"query": [*NOT_FLOATS, X[..., :7], X[0]], "key": [*NOT_FLOATS, X[0]], "value": [*NOT_FLOATS, X[:1]],
                     "key_mask": NOT_MASKS}),
-    "RMSScale": (lambda: xnn.RMSScale(1.0), {"x": X}, {"x": NOT_FLOATS}),
-    "StatisticalNormalizer": (lambda: xnn.StatisticalNormalizer(8, 8), {"x": X}, {"x": [*NOT_FLOATS, X[..., :7]]}),
-    "TanhScale": (lambda: xnn.TanhScale(1.0), {"x": X}, {"x": NOT_FLOATS}),
+    "RMSScale": (lambda: RMSScale(1.0), {"x": X}, {"x": NOT_FLOATS}),
+    "StatisticalNormalizer": (lambda: StatisticalNormalizer(8, 8), {"x": X}, {"x": [*NOT_FLOATS, X[..., :7]]}),
+    "TanhScale": (lambda: TanhScale(1.0), {"x": X}, {"x": NOT_FLOATS}),
     "VectorQuantizer": (lambda: xnn.VectorQuantizer(8, 5), {"x": X, "mask": MASK},
                         {"x": [*NOT_FLOATS, X[..., :7]], "mask": NOT_MASKS}),
 }  # fmt: skip

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from training_tools import contents
-from xlayer_systems.backbones import SMALL_FOLDER, load_backbone, load_tokenizer
 from xlayer_systems.data.corpus import Corpus, load_corpus
 from xlayer_systems.errors import UserError
-from xlayer_systems.pretrain import IGNORED, EncoderShape, PretrainModel, make_encoder, pretrain_encoder
-from xlayer_systems.runs import RunDirectory
+from xlayer_systems.hf.encoders import SMALL_FOLDER, load_backbone, load_tokenizer
+from xlayer_systems.pretraining.encoder import IGNORED, EncoderConfig, EncoderPretraining, PretrainModel, make_encoder
+from xlayer_systems.runs.execute import train_run
+from xlayer_systems.training.directory import RunDirectory
 
-SHAPE = EncoderShape(vocabulary=400, hidden_size=32, layers=2, heads=2, feed_forward=48, positions=64)
+SHAPE = EncoderConfig(vocabulary=400, hidden_size=32, layers=2, heads=2, feed_forward=48, positions=64)
 SETTINGS = {"epochs": "4", "batch_size": "16", "max_length": "32", "tensorboard": "false", "encoder_lr": "3e-3"}
 
 
@@ -25,10 +28,17 @@ def corpus():
     return Corpus(tuple(files), "a small corpus")
 
 
+def pretrain(out: Path, corpus: Corpus, *, seed: int = 0, resume: bool = False):
+    """A run of the encoder of `SHAPE`."""
+    system = EncoderPretraining(corpus)
+    spec = system.make_spec(seed=seed, overrides=SETTINGS)
+    return train_run(system, dataclasses.replace(spec, config=SHAPE), out, resume)
+
+
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory, corpus):
     out = tmp_path_factory.mktemp("pretrain") / "run"
-    pretrain_encoder(out, overrides=SETTINGS, shape=SHAPE, corpus=corpus)
+    pretrain(out, corpus)
     return out
 
 
@@ -49,7 +59,7 @@ def test_pretraining_overwrites_nothing(pretrained, corpus):
     before = contents(pretrained)
     for seed, resume, message in ((0, False, "exists"), (1, True, "its seed is 0, this command's is 1")):
         with pytest.raises(UserError, match=message):
-            pretrain_encoder(pretrained, seed=seed, overrides=SETTINGS, resume=resume, shape=SHAPE, corpus=corpus)
+            pretrain(pretrained, corpus, seed=seed, resume=resume)
     assert contents(pretrained) == before
 
 

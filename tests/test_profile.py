@@ -19,7 +19,6 @@ import torch
 from torch import nn
 
 from training_tools import contents, run_xlayer, save_backbone, save_rte
-from xlayer_systems import ranges
 from xlayer_systems.errors import UserError
 from xlayer_systems.profiling import nsight
 from xlayer_systems.profiling.command import choose_tools
@@ -33,6 +32,7 @@ from xlayer_systems.profiling.summary import (
     over_layers,
     with_own_time,
 )
+from xlayer_systems.training import regions
 
 ROOT = Path(__file__).resolve().parent.parent
 FEW = ["--steps", "2", "--warmup", "1"]
@@ -85,18 +85,18 @@ def test_a_region_that_nobody_listens_to_is_one_test_of_a_name():
 
     sys.setprofile(watch)
     try:
-        made = ranges.region("forward")
+        made = regions.region("forward")
     finally:
         sys.setprofile(None)
     assert calls[:-1] == ["region"]  # the last is setprofile itself
-    assert made is ranges.region("backward")  # nothing was made
+    assert made is regions.region("backward")  # nothing was made
 
 
 def test_regions_are_opened_by_who_listens_and_only_as_long():
     log: list[str] = []
-    with ranges.listening(lambda name: recorded(log, name)), ranges.region("forward"):
+    with regions.listening(lambda name: recorded(log, name)), regions.region("forward"):
         log.append("work")
-    with ranges.region("backward"):
+    with regions.region("backward"):
         pass
     assert log == ["+forward", "work", "-forward"]
 
@@ -109,7 +109,7 @@ class Broken(nn.Module):
 def test_modules_are_regions_while_they_are_watched_and_carry_nothing_afterwards():
     model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.ReLU()), Broken())
     log: list[str] = []
-    with ranges.listening(lambda name: recorded(log, name)), ranges.module_regions(model, "net."):
+    with regions.listening(lambda name: recorded(log, name)), regions.module_regions(model, "net."):
         model[1](model[0](torch.ones(1, 2)))
         with pytest.raises(ArithmeticError):
             model(torch.ones(1, 2))
@@ -231,15 +231,15 @@ def test_the_trace_keeps_to_the_format_of_trace_events(profiled):
 def test_the_trace_has_the_phases_the_modules_and_the_operators(profiled):
     events = json.loads((profiled[0] / "trace.json").read_text())["traceEvents"]
     complete = [found for found in events if found["ph"] == "X"]
-    regions = [found for found in complete if found["name"].startswith("xlayer/")]
-    count = {name: sum(found["name"] == f"xlayer/{name}" for found in regions) for name in ranges.PHASES}
+    marks = [found for found in complete if found["name"].startswith("xlayer/")]
+    count = {name: sum(found["name"] == f"xlayer/{name}" for found in marks) for name in regions.PHASES}
     assert count == {"step": 2, "data": 2, "forward": 2, "backward": 2, "optimizer": 2, "eval": 1}
     names = {found["name"] for found in complete}
     assert {"xlayer/module/encoder.embeddings", "xlayer/module/encoder.encoder.layer.3.attention"} <= names
     assert {"aten::addmm", "aten::copy_"} <= names
     # Every region of a step lies in one, and all of them in the window.
-    spans = {name: [(e["ts"], e["ts"] + e["dur"]) for e in regions if e["name"] == f"xlayer/{name}"] for name in
-             ("profiled", *ranges.PHASES)}  # fmt: skip
+    spans = {name: [(e["ts"], e["ts"] + e["dur"]) for e in marks if e["name"] == f"xlayer/{name}"] for name in
+             ("profiled", *regions.PHASES)}  # fmt: skip
     for name, outer in (("forward", "step"), ("backward", "step"), ("step", "profiled"), ("eval", "profiled")):
         for start, end in spans[name]:
             assert any(first <= start and end <= last for first, last in spans[outer]), name
@@ -256,7 +256,7 @@ def test_the_summary_is_printed_reported_and_kept(profiled):
     table = printed[: printed.index("run directory:")].rstrip()
     assert printed.startswith("xlrb H9 on ") and "2 steps and an evaluation of 1 batch" in printed
     assert table in report and "ui.perfetto.dev" in report
-    for name in ranges.PHASES:
+    for name in regions.PHASES:
         assert re.search(rf"^{name} +\d+ +[\d.]+ +[\d.]+ %$", printed, re.M), name
     kept = json.loads((run / "summary.json").read_text())
     assert (kept["steps"], kept["warmup"], kept["device"]) == (2, 1, "cpu") and 0 < kept["busy"] <= 1
@@ -442,7 +442,7 @@ def test_ranges_of_the_kernels_are_in_the_domain_and_only_in_builds_that_want_th
 @needs_headers
 def test_regions_reach_nvtx(listener):
     pytest.importorskip("nvtx", reason="needs the package nvtx")
-    code = "from xlayer_systems.ranges import listening, nvtx_region, region\n"
+    code = "from xlayer_systems.training.regions import listening, nvtx_region, region\n"
     code += "with listening(nvtx_region), region('forward'): pass"
     paths = ":".join(path for path in sys.path if path)
     environment = {"PYTHONPATH": paths, "NVTX_INJECTION64_PATH": str(listener)}

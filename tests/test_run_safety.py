@@ -24,11 +24,12 @@ from torch import nn
 
 from processes import join_processes
 from training_tools import Numbers, Output, contents, read_metrics, run_xlayer, save_backbone, save_rte
-from xlayer_systems.checkpoints import TrainingState
 from xlayer_systems.errors import DivergenceError, InterruptionError, UserError
-from xlayer_systems.options import TrainOptions
-from xlayer_systems.runs import RunDirectory
-from xlayer_systems.training import StopSignals, Trainer, linear_schedule, make_accelerator
+from xlayer_systems.training.checkpoints import TrainingState
+from xlayer_systems.training.directory import RunDirectory
+from xlayer_systems.training.model import TrainingModel
+from xlayer_systems.training.options import TrainOptions
+from xlayer_systems.training.trainer import StopSignals, Trainer, linear_schedule, make_accelerator
 
 FILES = ("checkpoint.json", "model.safetensors", "optimizer.safetensors", "random-0.json")
 EARLIER_FILES = (
@@ -37,7 +38,7 @@ EARLIER_FILES = (
 ENVIRONMENT = {"python": "3", "data_hash": "x"}
 
 
-class Net(nn.Module):
+class Net(TrainingModel):
     """A weight under two names, dropout, a buffer, and a parameter that no step reaches."""
 
     def __init__(self) -> None:
@@ -298,7 +299,7 @@ def test_a_run_is_held_by_one_process_until_it_ends_or_dies(tmp_path):
     second.lock()
     second.close()
     code = (
-        "import sys, time; from pathlib import Path; from xlayer_systems.runs import RunDirectory; "
+        "import sys, time; from pathlib import Path; from xlayer_systems.training.directory import RunDirectory; "
         "run = RunDirectory(Path(sys.argv[1])); run.lock(); print('held', flush=True); time.sleep(100)"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "run")]
@@ -336,7 +337,7 @@ def small_files(size: int):
 
 
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path):
-    from xlayer_systems.runs import disk_errors
+    from xlayer_systems.training.directory import disk_errors
 
     expected = train(tmp_path / "whole")
     folder = crash(tmp_path / "run")

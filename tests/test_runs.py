@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from xlayer_systems.errors import UserError
-from xlayer_systems.runs import RunDirectory, environment
-from xlayer_systems.stats import student_interval, student_quantile, wilson_interval
+from xlayer_systems.reporting.stats import student_interval, student_quantile, wilson_interval
+from xlayer_systems.training.directory import RunDirectory, environment
 
 SURROUNDINGS = {"python": "3.11.7", "data_hash": "abc", "packages": {}}
 

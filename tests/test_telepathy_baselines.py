@@ -8,18 +8,17 @@ import pytest
 import torch
 
 from xlayer_systems.data.answers import AnswerExample, AnswerTask
-from xlayer_systems.options import TelepathyOptions
-from xlayer_systems.pretrain_decoder import DecoderShape, make_decoder
+from xlayer_systems.hf.tokenizer import train_tokenizer
+from xlayer_systems.pretraining.decoder import DecoderShape, make_decoder
 from xlayer_systems.telepathy import baselines, prompting, receiver
 from xlayer_systems.telepathy.baselines import run_baselines
-from xlayer_systems.telepathy.config import TelepathyConfig
+from xlayer_systems.telepathy.config import TelepathyConfig, TelepathyOptions
 from xlayer_systems.telepathy.evaluation import entity_transfer, score
 from xlayer_systems.telepathy.latency import ROUTES, format_latency, measure_latency
 from xlayer_systems.telepathy.model import Pair, TelepathyModel
 from xlayer_systems.telepathy.probe import Pooled, fit_probe, pool
 from xlayer_systems.telepathy.prompt_tuning import Schedule, tune_prompt
 from xlayer_systems.telepathy.prompting import answer_prompts, complete, encode, few_shots, rank_labels
-from xlayer_systems.tokenizer import train_tokenizer
 
 LABELS = ("red", "green", "blue")
 WORDS = {"red": "rose fire brick", "green": "leaf grass moss", "blue": "sky sea ink"}
@@ -148,7 +147,7 @@ def test_noise_has_the_rms_of_the_bridge(task, model, monkeypatch):
     run = baselines._Run(task, CONFIG, OPTIONS, model, 0, None)
     _, notes = run.noise()
     ids, mask = run.sender_batch(run.texts)
-    soft = model.speak(ids, mask).soft
+    soft = model.encode_message(ids, mask).soft
     primer = len(encode(model.pair.receiver_tokenizer, CONFIG.primer))
     noise = given[0].inputs_embeds[:, primer : primer + 3]
     assert noise.shape == soft.shape and not torch.allclose(noise, soft)
@@ -247,12 +246,6 @@ def test_prompt_tuning_learns(model):
     )
     assert soft.shape == (3, 32) and not soft.requires_grad
     assert losses[-1] < losses[0] - 0.5  # nats; these random models cannot be talked into more
-
-
-def test_schedule_rises_and_falls():
-    schedule = Schedule(steps=10, batch_size=1, learning_rate=1.0, warmup=0.2)
-    rates = [schedule.rate(step) for step in range(11)]
-    assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1.0]) and rates[9] == pytest.approx(1 / 8) and rates[10] == 0
 
 
 def test_latency(task, model):

@@ -15,14 +15,13 @@ from torch import nn
 
 from processes import join_processes
 from telepathy_tools import SMALL, load_pair, make_data, make_model, save_pair, use_toy_task
-from training_tools import contents, read_metrics, run_xlayer
+from training_tools import contents, evaluate_run, make_spec, read_metrics, run_xlayer, train_run
 from xlayer_systems.errors import UserError
-from xlayer_systems.jobs import evaluate_run, make_spec, train_run
-from xlayer_systems.options import apply_overrides
-from xlayer_systems.sweep import cross_variants, parse_variants
+from xlayer_systems.runs.sweep import cross_variants, parse_variants
 from xlayer_systems.telepathy import TelepathyConfig
-from xlayer_systems.telepathy.recipe import split_pair
-from xlayer_systems.training import Trainer
+from xlayer_systems.telepathy.system import split_pair
+from xlayer_systems.training.options import apply_overrides
+from xlayer_systems.training.trainer import Trainer
 
 KINDS = ("continuous", "vq", "fsq", "dit")
 FAST = {

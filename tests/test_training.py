@@ -11,12 +11,21 @@ import pytest
 import torch
 from torch import nn
 
-from training_tools import Line, Numbers, finish, read_metrics, save_backbone, save_rte, start_xlayer
+from training_tools import (
+    Line,
+    Numbers,
+    finish,
+    make_spec,
+    read_metrics,
+    save_backbone,
+    save_rte,
+    start_xlayer,
+    train_run,
+)
 from xlayer_systems.errors import UserError
-from xlayer_systems.jobs import make_spec, train_run
-from xlayer_systems.options import TrainOptions, apply_overrides
-from xlayer_systems.runs import RunDirectory, flatten
-from xlayer_systems.training import Trainer, evaluate, linear_schedule, make_accelerator
+from xlayer_systems.training.directory import RunDirectory, flatten
+from xlayer_systems.training.options import TrainOptions, apply_overrides
+from xlayer_systems.training.trainer import Trainer, evaluate, linear_schedule, make_accelerator
 
 QUIET = {"tensorboard": "false", "encoder_lr": "1e-3", "batch_size": "8", "log_every": "1", "head_dropout": "0"}
 
@@ -224,7 +233,7 @@ def test_evaluation_sees_each_example_once(batch_size):
 
 
 def test_options_are_checked():
-    with pytest.raises(UserError, match="unknown dtype 'int8'; expected one of float32, bfloat16, float16"):
+    with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, float16, got 'int8'"):
         TrainOptions(dtype="int8")
     with pytest.raises(UserError, match="batch_size 6 must be a multiple of processes x accumulate = 2 x 2"):
         TrainOptions(batch_size=6, accumulate=2).micro_batch(2)

@@ -245,14 +245,14 @@ def test_loading_something_else_is_refused_in_one_line(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match=r"^the checkpoint has another XLRB config: proj_dim=24 \(asked for 32\)"):
         load(make_encoder(), PRESETS["H1"])
-    with pytest.raises(ValueError, match=r"^the checkpoint needs a backbone with hidden_size 32, got 16$"):
+    with pytest.raises(ValueError, match=r"was made for a model with hidden_size 32, got 16$"):
         load(make_encoder(hidden_size=16))
-    with pytest.raises(ValueError, match=r"^the checkpoint needs a backbone with model_type 'roberta', got 'bert'$"):
+    with pytest.raises(ValueError, match=r"was made for a model with model_type 'roberta', got 'bert'$"):
         load(make_encoder("bert"))
     settings = json.loads((tmp_path / "xlrb_config.json").read_text())
     settings["config"]["proj_dim"] = 16
     (tmp_path / "xlrb_config.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match=r"do not fit their config: bridge\.hdim"):
+    with pytest.raises(ValueError, match=r"do not fit their configuration: bridge\.hdim"):
         load(make_encoder())
     with pytest.raises(ValueError, match=r"xlrb_config\.json, xlrb\.safetensors missing$"):
         XLRBClassifier.from_pretrained(tmp_path / "nowhere", make_encoder())

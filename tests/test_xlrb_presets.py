@@ -100,11 +100,11 @@ def test_an_unknown_preset_is_refused(wrong: str, hint: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"topk": 0}, "topk must be an integer of at least 1"),
+        ({"topk": 0}, "topk must be at least 1"),
         ({"topk": 1.5}, "topk must be an integer"),
-        ({"route_temp": 0.0}, "route_temp must be a number above 0"),
-        ({"token_temp": float("nan")}, "token_temp must be a finite number"),
-        ({"dropout": 1.0}, r"dropout must be a number in \[0, 1\)"),
+        ({"route_temp": 0.0}, "route_temp must be finite and more than 0"),
+        ({"token_temp": float("nan")}, "token_temp must be finite and more than 0"),
+        ({"dropout": 1.0}, "dropout must be at least 0 and less than 1"),
         ({"scorer": "dot"}, "scorer must be one of 4term, bilinear, cosine, got 'dot'"),
         ({"share_hdim": 1}, "share_hdim must be true or false"),
         ({"use_hdim": False}, "use_hdim must be true"),
@@ -115,7 +115,7 @@ def test_an_unknown_preset_is_refused(wrong: str, hint: str) -> None:
     ],
 )
 def test_a_wrong_field_is_named(changes: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=f"^XLRBConfig.{message}"):
+    with pytest.raises(ValueError, match=f"^{message}"):
         XLRBConfig(**changes)
 
 

@@ -17,8 +17,12 @@ from torch import nn
 from transformers import RobertaConfig, RobertaModel
 
 from xlayer_systems import cli
-from xlayer_systems.backbones import start_as_average
-from xlayer_systems.tokenizer import train_tokenizer
+from xlayer_systems.hf.encoders import start_as_average
+from xlayer_systems.hf.tokenizer import train_tokenizer
+from xlayer_systems.registry import get_system, open_run
+from xlayer_systems.runs import execute
+from xlayer_systems.runs.spec import RunSpec
+from xlayer_systems.training.model import TrainingModel
 
 NOUNS = ("cat", "dog", "bird", "fish", "horse", "mouse")
 VERBS = ("eats", "sees", "hears", "likes", "finds", "draws")
@@ -75,6 +79,27 @@ def save_rte(folder: Path, train: int = 64, validation: int = 23) -> Path:
     return folder
 
 
+def make_spec(system: str, *names: str, **settings: Any) -> RunSpec:
+    """`System.make_spec` of a system by name."""
+    return get_system(system).make_spec(*names, **settings)
+
+
+def train_run(spec: RunSpec, path: Path, resume: bool = False) -> dict[str, Any]:
+    """`execute.train_run` by the system that the spec names."""
+    return execute.train_run(get_system(spec.system), spec, path, resume)
+
+
+def evaluate_run(path: Path) -> dict[str, Any]:
+    """`execute.evaluate_run` of whatever ran in a directory."""
+    system, spec = open_run(path)
+    return execute.evaluate_run(system, spec, path)
+
+
+def format_result(result: dict[str, Any]) -> str:
+    """`execute.format_result` by the system that the result names."""
+    return execute.format_result(get_system(result["system"]), result)
+
+
 def run_xlayer(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
     """The command inside this process; returns its exit code."""
     monkeypatch.setattr(sys, "argv", ["xlayer", *map(str, arguments)])
@@ -116,7 +141,7 @@ class Output:
     loss: torch.Tensor
 
 
-class Line(nn.Module):
+class Line(TrainingModel):
     """One weight, to be fitted to 3: a model of no system at all."""
 
     def __init__(self) -> None:

@@ -182,7 +182,7 @@ def telepathy(size: Size, element: torch.dtype) -> Step:
     """A VQ bridge (the report's phase 15) from a frozen Llama to a frozen Mistral."""
     from transformers import AutoTokenizer
 
-    from xlayer_systems.decoders import ASSETS, RECEIVER
+    from xlayer_systems.hf.decoders import ASSETS, RECEIVER
     from xlayer_systems.telepathy import Pair, TelepathyModel
     from xlayer_systems.telepathy.bridge import TelepathyBridge
     from xlayer_systems.telepathy.presets import preset
