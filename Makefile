@@ -28,7 +28,7 @@ OPERATOR_TESTS := $(addprefix tests/,test_aggregate.py test_aggregate_torch.py t
 	test_quantize_torch.py test_routing.py test_safety.py)
 
 .PHONY: demo test soak soak-cpu soak-emulated soak-fuzz soak-sanitized nightly packages build quick-build emulator \
-	sanitized train-demo lint test-emulated test-cpu format results clean
+	sanitized train-demo lint test-emulated test-cpu format results docs docs-serve clean
 
 demo:
 	@$(TIMED) packages quick-build train-demo
@@ -108,9 +108,17 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-# Writes the README's numbers from benchmarks/results.
+# Writes docs/performance.md, docs/studies.md and their figures from benchmarks/results.
 results: $(INSTALLED)
-	$(BIN)/python -m benchmarks.readme
+	$(BIN)/python -m benchmarks.pages
+
+# Builds the documentation, without a network. A warning is an error.
+docs: $(INSTALLED)
+	$(BIN)/python -m sphinx -q -W --keep-going -b html -d build/docs-trees docs build/docs
+	@echo "documentation: $(CURDIR)/build/docs/index.html"
+
+docs-serve: docs
+	$(BIN)/python -m http.server --directory build/docs --bind 127.0.0.1 8000
 
 clean:
 	rm -rf .venv build dist xlayer_ext/*.so *.egg-info

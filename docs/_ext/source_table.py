@@ -1,0 +1,70 @@
+"""Names the source files that docs link to: a page says {source}`hyper/contract`, and this table says where that is."""
+
+from __future__ import annotations
+
+SOURCES = {
+    # family hdim
+    "hdim/reference": "xlayer_ext/reference/hdim.py",
+    "hdim/functional": "xlayer_ext/functional/hdim.py",
+    "hdim/contract": "csrc/include/xlayer/hdim.h",
+    # family hyper
+    "hyper/reference": "xlayer_ext/reference/hyper.py",
+    "hyper/contract": "csrc/include/xlayer/hyper.h",
+    "hyper/cuda-backward": "csrc/cuda/hyper_backward.cu",
+    "hyper/cuda-backward-coefficients": "csrc/cuda/hyper_numbers.cu",
+    "hyper/cuda-backward-streams": "csrc/cuda/hyper_streams.cu",
+    # family quantize
+    "quantize/reference": "xlayer_ext/reference/quantize.py",
+    "quantize/contract": "csrc/include/xlayer/quantize.h",
+    "quantize/cuda-search": "csrc/cuda/quantize_search.cuh",
+    # family aggregate
+    "aggregate/reference": "xlayer_ext/reference/aggregate.py",
+    "aggregate/contract": "csrc/include/xlayer/aggregate.h",
+    # what the families share
+    "cpu/simd": "csrc/cpu/simd.h",
+    "cpu/isa": "csrc/cpu/isa.cpp",
+    "cuda/device": "csrc/cuda/device.cuh",
+    "cuda/fragment": "csrc/cuda/fragment.cuh",
+    "build/setup": "setup.py",
+    # systems
+    "systems/registry": "python/xlayer_systems/recipes.py",
+    "systems/spec": "python/xlayer_systems/jobs.py",
+    "systems/options": "python/xlayer_systems/options.py",
+    "systems/trainer": "python/xlayer_systems/training.py",
+    "systems/protocol": "python/xlayer_systems/objectives.py",
+    "xlrb/config": "python/xlayer_systems/xlrb/config.py",
+    "xlrb/presets": "python/xlayer_systems/xlrb/presets.py",
+    "xlrb/bridge": "python/xlayer_systems/xlrb/bridge.py",
+    "telepathy/config": "python/xlayer_systems/telepathy/config.py",
+    "telepathy/presets": "python/xlayer_systems/telepathy/presets.py",
+    "telepathy/bridge": "python/xlayer_systems/telepathy/bridge.py",
+    "lformer/config": "python/xlayer_systems/lformer/config.py",
+    "lformer/model": "python/xlayer_systems/lformer/model.py",
+    "lformer/recipe": "python/xlayer_systems/lformer/recipe.py",
+    "bypass/config": "python/xlayer_systems/bypass/config.py",
+    "bypass/model": "python/xlayer_systems/bypass/model.py",
+    "hyper_lm/config": "python/xlayer_systems/hyper_lm/config.py",
+    "hyper_lm/attach": "python/xlayer_systems/hyper_lm/attach.py",
+    # proof
+    "tests/oracle": "tests/oracle.py",
+    "tests/routing": "tests/test_routing.py",
+    "tests/presets": "tests/test_xlrb_presets.py",
+    "tests/resources": "tests/test_kernel_resources.py",
+    "benchmarks/bounds": "benchmarks/bounds.py",
+    "benchmarks/gpu-check": "benchmarks/gpu_check.sh",
+    "benchmarks/rows": "benchmarks/results/xeon-amx-avx512-2core.jsonl",
+}
+
+# Where the files of a family lie: a folder of its name, or files whose names begin with one of these.
+FAMILIES = {
+    "hdim": ("hdim", "routing"),
+    "hyper": ("hyper",),
+    "quantize": ("quantize",),
+    "aggregate": ("aggregate",),
+}
+LAYERS = {
+    "contract": "csrc/include/xlayer",
+    "operators": "csrc/torch",
+    "CPU kernels": "csrc/cpu",
+    "CUDA kernels": "csrc/cuda",
+}
