@@ -12,11 +12,11 @@ from torch.utils.flop_counter import flop_registry
 
 pytest.importorskip("transformers")
 
-from benchmarks import readme_kernels
 from benchmarks.cases import hyper_model as hyper_model_cases
 from benchmarks.cases import system_steps
 from benchmarks.cases import systems as systems_cases
 from benchmarks.harness import measure, training
+from benchmarks.pages import performance
 from benchmarks.report import page, suite
 from test_bench import linux, make_row
 from xlayer_ext import functional
@@ -240,8 +240,8 @@ def test_suite_has_the_family_in_full_alone() -> None:
     assert [case.op for case in chosen] == list(system_steps.SYSTEMS)
 
 
-def test_readme_has_a_line_for_every_system() -> None:
-    assert list(readme_kernels.SYSTEMS) == list(system_steps.SYSTEMS)
-    lines = readme_kernels.systems().splitlines()[2:]
+def test_the_page_has_a_line_for_every_system() -> None:
+    assert list(performance.SYSTEMS) == list(system_steps.SYSTEMS)
+    lines = [line for line in performance.systems(performance.Rows()).splitlines() if "layers" in line]
     assert len(lines) == len(system_steps.SYSTEMS) + 1
     assert "layers 24→6" in lines[0] and "layers 24→12" in lines[-1]
