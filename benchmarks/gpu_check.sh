@@ -43,14 +43,13 @@ part_build() {
 }
 
 part_test() {
-    local files=(tests/test_hdim*.py tests/test_hyper{,_torch,_modules}.py tests/test_quantize{,_torch}.py) options=()
-    files+=(tests/test_aggregate{,_torch,_modules}.py tests/test_{routing,build,info}.py)
+    local files=(tests/ops tests/nn tests/build/test_{build,info}.py) options=()
     # Each worker is a process with its own CUDA context; the tests are far from filling the GPU.
     "$python" -c 'import xdist' 2>/dev/null && options=(-n 8)
-    [[ $dry ]] && files=(tests/test_routing.py) && options=(-k oracle_rule)
+    [[ $dry ]] && files=(tests/ops/test_routing.py) && options=(-k oracle_rule)
     local pytest=("$python" -m pytest -q -p no:cacheprovider --device "$device") failed=0
     "${pytest[@]}" "${options[@]}" "${files[@]}" || failed=1
-    [[ $dry ]] || "${pytest[@]}" -m cuda tests/test_bench.py || failed=1  # it takes times, with nothing beside it
+    [[ $dry ]] || "${pytest[@]}" -m cuda tests/bench/test_bench.py || failed=1  # it takes times, with nothing beside it
     return "$failed"
 }
 

@@ -16,7 +16,7 @@ OPTIONS = ("--device", "cpu", "--label", "emulator", "--no-memory")  # peak memo
 
 def emulation() -> ModuleType:
     """Imports the tests' module that loads the emulator's library."""
-    folder = str(Path(__file__).parents[2] / "tests")
+    folder = str(Path(__file__).parents[2] / "tests" / "support")
     if folder not in sys.path:
         sys.path.append(folder)
     return importlib.import_module("emulation")
