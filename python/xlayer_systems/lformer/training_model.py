@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from xlayer_systems.data.blocks import IGNORED
 from xlayer_systems.lformer.model import LFormer
 from xlayer_systems.lformer.path import SidePath
+from xlayer_systems.training.checkpoints import whole
 from xlayer_systems.training.model import TrainingModel
 
 
@@ -106,8 +107,8 @@ class LFormerForTraining(TrainingModel):
         gates = path.aggregator.gates
         if gates is None:
             return {"movement": dict(named)}
-        whole = gates.full_tensor() if hasattr(gates, "full_tensor") else gates
-        return {"gates": dict(zip(map(str, path.taps), whole.tolist(), strict=True)), "movement": dict(named)}
+        values = whole(gates).tolist()
+        return {"gates": dict(zip(map(str, path.taps), values, strict=True)), "movement": dict(named)}
 
     def gradient_groups(self) -> dict[str, list[nn.Parameter]]:
         """Returns the parameters by part of the side path, the heads, and the base's layers that phase B trains."""

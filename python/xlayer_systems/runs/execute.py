@@ -144,7 +144,7 @@ def _check_finished(path: Path) -> None:
 def _save_model(system: System, spec: RunSpec, data: Any, trainer: Trainer, folder: Path) -> None:
     accelerator = trainer.accelerator
     model = accelerator.unwrap_model(trainer.model)
-    if getattr(accelerator, "is_fsdp2", False) or accelerator.distributed_type.value == "FSDP":
+    if accelerator.distributed_type.value == "FSDP":
         state = accelerator.get_state_dict(trainer.model)  # gathered from all processes
         if accelerator.is_main_process:
             model = build_model(system, spec, data)

@@ -36,8 +36,17 @@ MERSENNE_WORDS = 624  # of NumPy's generator; it trusts the position that it is 
 
 def whole(value: Tensor) -> Tensor:
     """Gathers a tensor that FSDP2 divided; every process must ask."""
-    gathered: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
+    gathered: Tensor = value.full_tensor() if is_divided(value) else value  # type: ignore[attr-defined]
     return gathered
+
+
+def is_divided(value: Tensor) -> bool:
+    """Tells whether FSDP2 has divided a tensor among the processes."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(value, DTensor)
 
 
 @dataclass
@@ -320,7 +329,7 @@ def _gathered(tensors: Mapping[str, Tensor], is_kept: bool) -> dict[str, Tensor]
 
 def _spread(value: Tensor, like: Tensor) -> Tensor:
     """Divides ``value``, which every process has, among the processes as ``like`` is."""
-    if not hasattr(like, "full_tensor"):
+    if not is_divided(like):
         return value
     from torch.distributed.tensor import DTensor, distribute_tensor
 

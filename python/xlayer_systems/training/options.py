@@ -324,4 +324,4 @@ def _parse(key: str, text: str, hint: Any) -> Any:
     try:
         return hint(text)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{key} takes a value of type {getattr(hint, '__name__', hint)}, got {text!r}") from error
+        raise UserError(f"{key} takes a value of type {hint.__name__}, got {text!r}") from error

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from xlayer_ext.memory import keep_freed_memory
 from xlayer_systems.data.batches import epoch_batches
 from xlayer_systems.errors import DivergenceError, InterruptionError, UserError
-from xlayer_systems.training.checkpoints import TrainingState, whole
+from xlayer_systems.training.checkpoints import TrainingState, is_divided, whole
 from xlayer_systems.training.directory import Record, RunDirectory, flatten
 from xlayer_systems.training.model import TrainingModel
 from xlayer_systems.training.optim import linear_schedule
@@ -357,7 +357,7 @@ class Trainer:
 
     def _check_parameters(self) -> None:
         """Ends the run when a trained parameter is not finite: a step may break what its own loss does not show."""
-        local = [p.detach().to_local() if hasattr(p, "to_local") else p.detach() for p in self.parameters]
+        local = [p.detach().to_local() if is_divided(p) else p.detach() for p in self.parameters]
         broken = torch.stack([~torch.isfinite(p).all() for p in local]).sum().double()
         if self.accelerator.reduce(broken, "sum").item():
             self._diverged(f"parameters are not finite after step {self.progress.step}")
