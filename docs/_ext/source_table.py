@@ -49,7 +49,7 @@ SOURCES = {
     "tests/oracle": "tests/support/oracle.py",
     "tests/routing": "tests/ops/test_routing.py",
     "tests/presets": "tests/systems/test_xlrb_presets.py",
-    "tests/resources": "tests/build/test_kernel_resources.py",
+    "tests/resources": "tests/emulator/test_kernel_resources.py",
     "benchmarks/bounds": "benchmarks/report/bounds.py",
     "benchmarks/gpu-check": "benchmarks/gpu_check.sh",
     "benchmarks/rows": "benchmarks/results/xeon-amx-avx512-2core.jsonl",

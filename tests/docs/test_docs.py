@@ -18,7 +18,7 @@ import typer
 
 import commands
 from commands import ROOT
-from xlayer_systems.cli import app
+from xlayer_systems.cli import make_app
 
 sys.path.insert(0, str(ROOT / "docs/_ext"))
 
@@ -221,7 +221,7 @@ SHOWN = sorted({command for page in commands.pages() for command in commands.sho
 
 def parse(arguments: list[str]) -> None:
     """Parses arguments of the command line as it does itself, and runs nothing; raises for those that it refuses."""
-    group = typer.main.get_command(app)
+    group = typer.main.get_command(make_app())
     context = group.make_context("xlayer", [], resilient_parsing=True)
     while hasattr(group, "resolve_command"):
         name, group, arguments = group.resolve_command(context, arguments)

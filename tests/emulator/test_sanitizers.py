@@ -18,10 +18,10 @@ import emulation
 ROOT = Path(__file__).parents[2]
 # One case of the oracle rule per dtype; sizes that fill no tile; masks; what is not contiguous.
 SELECTION = {
-    "tests/ops/test_aggregate.py": "(oracle_rule and not last) or strided or no_layers",
-    "tests/ops/test_hdim.py": "(oracle_rule and relu and both) or odd_sizes or rows_without_a_pair or expanded or empty",
-    "tests/ops/test_quantize.py": "exhaustive or statistics_obey or not_chosen or (formula and 8)",
-    "tests/ops/test_routing.py": "oracle_rule or masked_tokens or empty_dimensions",
+    "ops/test_aggregate.py": "(oracle_rule and not last) or strided or no_layers",
+    "ops/test_hdim.py": "(oracle_rule and relu and both) or odd_sizes or rows_without_a_pair or expanded or empty",
+    "ops/test_quantize.py": "exhaustive or statistics_obey or not_chosen or (formula and 8)",
+    "ops/test_routing.py": "oracle_rule or masked_tokens or empty_dimensions",
 }
 
 
@@ -88,7 +88,7 @@ def test_instructions_and_launches(environment: dict[str, str]) -> None:
 @pytest.mark.parametrize("file", SELECTION)
 def test_operators(environment: dict[str, str], file: str) -> None:
     program = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--device", "emulated"]
-    program += [str(ROOT / file), "-k", SELECTION[file]]
+    program += [str(ROOT / "tests" / file), "-k", SELECTION[file]]
     child = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
     assert child.returncode == 0, child.stdout[-4000:] + child.stderr[-4000:]
     assert "skipped" not in child.stdout.splitlines()[-1]

@@ -347,12 +347,9 @@ def test_codes_that_are_not_there_are_named() -> None:
 
 # ---- what PyTorch users expect of a module ---------------------------------------------------------------------------
 
-ELSEWHERE = ("xlayer_ext.nn.bridge", "xlayer_ext.nn.diffusion")
 PUBLIC = {name: getattr(xnn, name) for name in xnn.__all__}
 MODULES: dict[str, Any] = {
-    name: kind
-    for name, kind in PUBLIC.items()
-    if isinstance(kind, type) and issubclass(kind, nn.Module) and kind.__module__ not in ELSEWHERE
+    name: kind for name, kind in PUBLIC.items() if isinstance(kind, type) and issubclass(kind, nn.Module)
 }
 SMALL = {name: partial(make, levels=[8, 5, 3], dim=6) if name == "FSQ" else make for name, make, _ in BAD}
 OWN_CASES = [pytest.param(name, make, id=f"{name}-{i}") for name in MODULES for i, make in enumerate(RECIPES[name])]

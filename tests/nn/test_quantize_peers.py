@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_quantize import edge_distance
 from torch import Tensor
 
 from oracle import draw, fresh_generator
+from quantize_tools import edge_distance
 from xlayer_ext import functional as XF
 from xlayer_ext.nn import FSQ, VectorQuantizer
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from oracle import DTYPES, Draw, check_oracle_rule, draw, fresh_generator, need_native
+from quantize_tools import edge_distance
 from xlayer_ext import backend, reference
 from xlayer_ext import functional as XF
 
@@ -252,18 +253,6 @@ def test_statistics_of_nothing(native: str, sizes: tuple[int, int, int]) -> None
 
 
 # ---- finite scalar quantization --------------------------------------------------------------------------------------
-
-
-def edge_distance(z: Tensor, levels: Sequence[int], bound: str, variant: str) -> Tensor:
-    """How far each bounded number is from where its digit changes, in digits, in float64."""
-    z, count = z.double(), torch.tensor(levels, dtype=torch.float64, device=z.device)
-    if bound == "tanh":
-        place = (count - 1) * (torch.tanh(z) + 1) / 2
-    else:
-        offsets = zip(*reference.quantize.fsq_offsets(levels, variant), strict=True)
-        shift, half, middle = (torch.tensor(column, dtype=torch.float64, device=z.device) for column in offsets)
-        place = torch.tanh(z + shift) * half - middle
-    return 0.5 - (place - place.round()).abs()
 
 
 def fsq_results(z: Tensor, grad: Tensor, levels: Sequence[int], choice: str, **how: Any) -> dict[str, Tensor]:

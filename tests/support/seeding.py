@@ -1,8 +1,8 @@
 """Seeds of the tests' random inputs.
 
-A seed is made of the test's id (without its folder), a number (`--seed`, 0 by default) and how many seeds the test has taken before. A test
-so draws the same inputs in every run, in whatever order and beside whatever others it runs. `make soak` runs the tests
-that draw with fresh numbers.
+A seed is made of the test's id without its folder, a number (`--seed`, 0 by default) and how many seeds the test has
+taken before. A test so draws the same inputs in every run, in whatever order and beside whatever others it runs. `make
+soak` runs the tests that draw with fresh numbers.
 """
 
 from __future__ import annotations
