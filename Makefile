@@ -18,16 +18,10 @@ PARALLEL ?= -n auto --dist loadfile
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest $(PARALLEL)
-SOAK = $(BIN)/python -m pytest -n auto --dist worksteal --seeds $(SEEDS) -m 'not slow and not traced'
+SOAK = $(BIN)/python -m pytest -n auto --dist worksteal --seeds $(SEEDS) -m 'operators and not slow and not traced'
 TIMED := MAKE='$(MAKE)' tools/timed.sh
 INSTALLED := .venv/installed
-CPP := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/include/xlayer/*.h \
-	tests/emulator/*.h tests/emulator/*.cpp tests/emulator/faults/*.h tests/emulator/faults/*.cu)
-# The tests that call operators: they run on the CPU kernels, and on the CUDA kernels under the emulator.
-OPERATOR_TESTS := $(addprefix tests/,test_aggregate.py test_aggregate_torch.py test_emulated.py test_hdim.py \
-	test_hdim_modules.py test_hdim_torch.py test_hyper.py test_hyper_modules.py test_hyper_torch.py test_quantize.py \
-	test_quantize_torch.py test_routing.py test_safety.py)
-
+CPP = $(shell find csrc tests/emulator -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 .PHONY: demo test soak soak-cpu soak-emulated soak-fuzz soak-sanitized nightly packages build quick-build emulator \
 	sanitized train-demo lint test-emulated test-cpu format results docs docs-serve clean
 
@@ -44,12 +38,12 @@ soak:
 	@$(TIMED) packages build emulator sanitized soak-cpu soak-emulated soak-fuzz soak-sanitized
 
 soak-cpu: build
-	$(SOAK) $(OPERATOR_TESTS)
+	$(SOAK)
 
 soak-emulated: emulator
 	@$(BIN)/cmake --build build/native --target emulator_unchecked
 	XLAYER_EMULATOR_LIBRARY=$(CURDIR)/build/emulator/libxlayer_emulated_unchecked.so \
-		$(SOAK) --device emulated $(OPERATOR_TESTS)
+		$(SOAK) --device emulated
 
 soak-fuzz: build
 	$(BIN)/python tests/fuzz --calls $(CALLS) --workers 2 --seed $$(date +%s)
@@ -99,7 +93,7 @@ lint: $(INSTALLED)
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
 test-emulated: emulator
-	$(PYTEST) --device emulated $(OPERATOR_TESTS)
+	$(PYTEST) -m operators --device emulated
 
 test-cpu: emulator
 	$(PYTEST) $(PYTEST_ARGS)

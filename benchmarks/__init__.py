@@ -1,1 +1,4 @@
-"""Benchmarks, run from a checkout: `python -m benchmarks FAMILY [options]`, or all but systems by the script's path."""
+"""Measures the kernels, modules and systems: `python -m benchmarks [FAMILY] [options]`, run from a checkout.
+
+Imports point one way: report → cases → harness; `gpu` holds what only a machine with a GPU, or the emulator, needs.
+"""

@@ -10,13 +10,14 @@ import argparse
 import importlib
 import sys
 
-from benchmarks import emulator, suite
+from benchmarks.gpu import emulator
+from benchmarks.report import suite
 
 
 def main(arguments: list[str]) -> int:
     arguments = emulator.take_over(arguments)
     if wants_script(arguments):
-        script = importlib.import_module(f"benchmarks.bench_{arguments[0]}")
+        script = importlib.import_module(f"benchmarks.cases.{arguments[0]}")
         return int(script.main(arguments[1:]))
     return suite.main(arguments)
 

@@ -5,7 +5,7 @@
 #
 # PART: build     cmake for the GPU found, objects in build/gpu, the libraries beside the package in this checkout
 #       test      the kernels' tests with --device cuda
-#       sanitize  compute-sanitizer's four tools over benchmarks/gpu_cases.py
+#       sanitize  compute-sanitizer's four tools over benchmarks/gpu/cases.py
 #       bench     benchmarks of every family, rows in OUT_DIR/<gpu>.jsonl
 #       profile   Nsight Compute on one launch of each kernel of hdim and hyper
 #       all       the default: all of these; `dry` is --dry-run
@@ -43,19 +43,18 @@ part_build() {
 }
 
 part_test() {
-    local files=(tests/test_hdim*.py tests/test_hyper{,_torch,_modules}.py tests/test_quantize{,_torch}.py) options=()
-    files+=(tests/test_aggregate{,_torch,_modules}.py tests/test_{routing,build,info}.py)
+    local files=(tests/ops tests/nn tests/build/test_{build,info}.py) options=()
     # Each worker is a process with its own CUDA context; the tests are far from filling the GPU.
     "$python" -c 'import xdist' 2>/dev/null && options=(-n 8)
-    [[ $dry ]] && files=(tests/test_routing.py) && options=(-k oracle_rule)
+    [[ $dry ]] && files=(tests/ops/test_routing.py) && options=(-k oracle_rule)
     local pytest=("$python" -m pytest -q -p no:cacheprovider --device "$device") failed=0
     "${pytest[@]}" "${options[@]}" "${files[@]}" || failed=1
-    [[ $dry ]] || "${pytest[@]}" -m cuda tests/test_bench.py || failed=1  # it takes times, with nothing beside it
+    [[ $dry ]] || "${pytest[@]}" -m cuda tests/bench/test_bench.py || failed=1  # it takes times, with nothing beside it
     return "$failed"
 }
 
 part_sanitize() {
-    local cases=("$python" -m benchmarks.gpu_cases --device "$device") failed=0 tool
+    local cases=("$python" -m benchmarks.gpu.cases --device "$device") failed=0 tool
     if [[ $dry ]]; then
         echo "compute-sanitizer: left out in a dry run; the cases alone:"
         "${cases[@]}"
@@ -78,7 +77,7 @@ part_sanitize() {
     done
     wait
     for tool in memcheck racecheck initcheck synccheck; do
-        "$python" -m benchmarks.sanitizer_report "$tool" "$scratch/$tool.txt" || failed=1
+        "$python" -m benchmarks.gpu.sanitizer_report "$tool" "$scratch/$tool.txt" || failed=1
     done
     return "$failed"
 }
@@ -118,9 +117,9 @@ part_profile() {
         sections+=(--section "$name")
     done
     ncu --clock-control none --kernel-name-base demangled --kernel-name regex:xlayer "${sections[@]}" \
-        --page raw --csv --print-units base "$python" -m benchmarks.gpu_cases --large >"$scratch/ncu.csv" ||
+        --page raw --csv --print-units base "$python" -m benchmarks.gpu.cases --large >"$scratch/ncu.csv" ||
         { tail -n 20 "$scratch/ncu.csv" && return 1; }
-    "$python" -m benchmarks.ncu_table <"$scratch/ncu.csv"
+    "$python" -m benchmarks.gpu.ncu_table <"$scratch/ncu.csv"
 }
 
 # The file name of this GPU's rows.
@@ -186,8 +185,8 @@ done
 # What was measured, also by a part that was stopped.
 rows=("$out"/*.jsonl)
 if [[ -e ${rows[0]} ]]; then
-    "$python" -c 'import sys; from xlayer_ext import bench, bench_suite
-for path in sys.argv[1:]: print(bench_suite.format_table(bench.read_rows(path)))' "${rows[@]}" || failed=1
+    "$python" -c 'import sys; from benchmarks.harness import cases, measure
+for path in sys.argv[1:]: print(cases.format_table(measure.read_rows(path)))' "${rows[@]}" || failed=1
 fi
 [[ ! -s $out/profile.log ]] || tail -n 30 "$out/profile.log"
 exit "$failed"

@@ -1,4 +1,4 @@
-"""Which implementation serves a call: the native kernels or plain PyTorch.
+"""Chooses the implementation of a call: the native kernels or plain PyTorch.
 
 ``auto`` (the default) takes the native kernel where the library is loaded and has one for the tensors' device and
 dtype, and the reference otherwise. ``native`` insists and raises where there is none; ``reference`` never takes it.
@@ -24,7 +24,7 @@ from xlayer_ext import _library
 
 CHOICES = ("auto", "native", "reference")
 REFERENCE = "xlayer_ext.backend('reference')"
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def _checked(choice: str, origin: str) -> str:
@@ -87,7 +87,7 @@ def native_available(op: str | None = None) -> bool:
 
 
 def current_backend() -> str:
-    """``"native"`` or ``"reference"``: what a supported input on the CPU would use now."""
+    """Returns the backend of a supported input on the CPU: ``"native"`` or ``"reference"``."""
     return "native" if choice() != "reference" and native_available() else "reference"
 
 
@@ -105,7 +105,7 @@ def transforms() -> list[str]:
 
 
 def _beyond_kernels() -> str | None:
-    """Names, in words, what is being done to this call that no kernel has a rule for; None if nothing is."""
+    """Names the transform around this call that the kernels do not support; None if there is none."""
     around = transforms()
     if "Jvp" in around:
         return "forward-mode differentiation"
@@ -129,7 +129,7 @@ def use_native(op: str, *tensors: Tensor, beyond: str | None = None) -> bool:
     if chosen == "reference":
         return False
     beyond = beyond or _beyond_kernels()
-    supported = beyond is None and all(_has_kernel(op, t.device.type) and t.dtype in _DTYPES for t in tensors)
+    supported = beyond is None and all(_has_kernel(op, t.device.type) and t.dtype in FLOATS for t in tensors)
     if not supported and chosen == "native":
         got = beyond or ", ".join(f"{t.dtype} on {t.device}" for t in tensors)
         hint = f"it needs {REFERENCE}" if beyond else "`python -m xlayer_ext.info` says what was built"

@@ -29,7 +29,7 @@ def _torch_version() -> tuple[int, int]:
 
 
 def _why_not(error: OSError) -> str:
-    """The linker's complaint, in words."""
+    """Explains the linker's error."""
     text = str(error.__cause__ or error)
     if "undefined symbol" in text:
         symbol = text.rsplit("undefined symbol:", 1)[-1].strip().split(",")[0]

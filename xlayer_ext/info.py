@@ -1,4 +1,4 @@
-"""What was built, what is in use on this machine and why, what is missing and how to get it.
+"""Reports what was built, what is in use on this machine and why, and what is missing.
 
 Run ``python -m xlayer_ext.info``; ``--json`` prints the same facts for a program.
 """
@@ -22,7 +22,7 @@ Facts = dict[str, Any]
 
 
 def _native() -> tuple[ModuleType | None, str | None]:
-    """The `_native` module, or why there is none."""
+    """Imports the `_native` module; returns it, or the reason why there is none."""
     try:
         return import_module("xlayer_ext._native"), None
     except ImportError as error:
@@ -62,7 +62,7 @@ def _devices() -> list[Facts]:
 
 
 def _missing(facts: Facts) -> list[str]:
-    """One line per thing that is not there, and how to get it."""
+    """Describes each missing part in one line, with the way to get it."""
     library, lines = facts["library"], []
     if not library["loaded"]:
         lines.append(library["reason"])
@@ -80,7 +80,7 @@ def _missing(facts: Facts) -> list[str]:
 
 
 def collect() -> Facts:
-    """All facts, JSON-able."""
+    """Collects all facts, as JSON values."""
     native, no_native = _native()
     facts: Facts = {
         "version": xlayer_ext.__version__,
@@ -100,7 +100,7 @@ def collect() -> Facts:
 
 
 def _cuda_kernel_lines(rows: list[Facts]) -> list[str]:
-    """One line per kernel and architecture, over all its template variants."""
+    """Describes each kernel and architecture in one line, over all template variants."""
     groups: dict[tuple[str, str], list[Facts]] = defaultdict(list)
     for row in rows:
         groups[row["kernel"].split("<")[0], row["arch"]].append(row)

@@ -7,7 +7,7 @@ import re
 from math import prod
 from typing import Any
 
-from benchmarks import bench_aggregate, bench_hdim, bench_hyper, bench_hyper_model, bench_quantize
+from benchmarks.cases import aggregate, hdim, hyper, hyper_model, quantize
 from benchmarks.pages.text import ROOT, named, percent
 
 ASSETS = ROOT / "python/xlayer_systems/assets"
@@ -17,43 +17,43 @@ ASSETS = ROOT / "python/xlayer_systems/assets"
 
 
 def hdim_size() -> str:
-    _, _, _, d, m, h, _ = bench_hdim.CPU_SIZES["S128"]
+    _, _, _, d, m, h, _ = hdim.CPU_SIZES["S128"]
     return named(D=d, M=m, H=h)
 
 
 def hdim_shape(case: str) -> str:
-    return " × ".join(str(size) for size in bench_hdim.CPU_SIZES[case][1:3])
+    return " × ".join(str(size) for size in hdim.CPU_SIZES[case][1:3])
 
 
 def hyper_size() -> str:
-    return named(**dict(zip(("B", "S", "d", "n"), bench_hyper.settings(cuda=False)["dhc"].size, strict=True)))
+    return named(**dict(zip(("B", "S", "d", "n"), hyper.settings(cuda=False)["dhc"].size, strict=True)))
 
 
 def hyper_model_size() -> str:
     from xlayer_systems.hyper_lm import HyperLMConfig
 
-    b, s, d, layers, _, vocabulary = bench_hyper_model.settings(cuda=False)["L12-d768"].size
+    b, s, d, layers, _, vocabulary = hyper_model.settings(cuda=False)["L12-d768"].size
     n = HyperLMConfig().expansion_rate
     return f"{layers} layers, {named(d=d, n=n)}, a vocabulary of {vocabulary} and {b} × {s} tokens"
 
 
 def quantize_size(case: str) -> str:
-    return named(**dict(zip("NKD", bench_quantize.settings(cuda=False)[case].size, strict=True)))
+    return named(**dict(zip("NKD", quantize.settings(cuda=False)[case].size, strict=True)))
 
 
 def score_bytes(case: str) -> int:
     """Bytes of the N × K scores that a search without fusion writes in float32."""
-    n, k, _ = bench_quantize.settings(cuda=False)[case].size
+    n, k, _ = quantize.settings(cuda=False)[case].size
     return 4 * int(n) * int(k)
 
 
 def fsq_size() -> str:
-    rows, levels, columns = bench_quantize.settings(cuda=False)["fsq-8"].size
+    rows, levels, columns = quantize.settings(cuda=False)["fsq-8"].size
     return f"{rows:,} × {columns} numbers of {levels} levels"
 
 
 def aggregate_size() -> str:
-    layers, tokens, _ = bench_aggregate.settings(cuda=False)["L24-d128"][0].size
+    layers, tokens, _ = aggregate.settings(cuda=False)["L24-d128"][0].size
     return f"{layers} layers and {tokens:,} tokens"
 
 
@@ -70,10 +70,10 @@ def pinned(package: str) -> str:
 
 def quick(system: str, preset: str | None = None) -> Any:
     """Builds the options of a `--quick` run on the system's default data and backbone."""
-    from xlayer_systems.recipes import get_recipe
+    from xlayer_systems.registry import get_system
 
-    recipe = get_recipe(system)
-    return recipe.options(preset or recipe.default_preset, recipe.default_dataset, recipe.default_backbone, True)
+    chosen = get_system(system)
+    return chosen.options(preset or chosen.default_preset, chosen.default_dataset, chosen.default_backbone, True)
 
 
 def presets_of_one_source() -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import statistics
 
-from benchmarks import bench_hyper_model, bench_systems
-from benchmarks import bounds as promises
-from benchmarks import systems as shapes
+from benchmarks.cases import hyper_model
+from benchmarks.cases import system_steps as shapes
+from benchmarks.cases import systems as steps
+from benchmarks.harness import measure, training
 from benchmarks.pages import facts, figures, text
 from benchmarks.pages.text import figure, part, table, without_empty
-from xlayer_ext import bench, bench_training
+from benchmarks.report import bounds as promises
 
 PACKAGES = {"hyper": "hyper-connections", "quantize": "vector-quantize-pytorch"}
 LIMIT_HEAD = "of the limit"
@@ -20,10 +21,10 @@ class Rows:
     """The rows of one device; where several tell of the same thing, the last one counts."""
 
     def __init__(self, device: str = "") -> None:
-        self.all = bench.read_rows(text.RESULTS / f"{device or text.CPU}.jsonl")
+        self.all = measure.read_rows(text.RESULTS / f"{device or text.CPU}.jsonl")
         self._last = {(r.op, r.case, r.pass_, r.dtype, r.impl): r for r in self.all}
 
-    def get(self, op: str, case: str, pass_: str, impl: str, dtype: str = "float32") -> bench.Row | None:
+    def get(self, op: str, case: str, pass_: str, impl: str, dtype: str = "float32") -> measure.Row | None:
         return self._last.get((op, case, pass_, dtype, impl))
 
     def time(self, *key: str) -> str:
@@ -201,7 +202,7 @@ def hyper(rows: Rows) -> str:
     lines = []
     for op, name in (("pre+post", "pre and post"), ("boundary", "boundary")):
         for case in ("shc", "dhc"):
-            for pass_ in bench.PASSES:
+            for pass_ in measure.PASSES:
                 key = (op, case, pass_)
                 times = [rows.time(*key, impl) for impl in ("native", "native separate", "eager")]
                 measured = [*times, rows.ratio(*key, "eager"), rows.fraction(*key, "native")]
@@ -253,8 +254,8 @@ def quantize(rows: Rows) -> str:
         ("training step of the module", "train", "train", "fwd"),
         ("the same, cosine", "train", "train-cos", "fwd"),
         (f"sums per code, {facts.quantize_size('sums')}", "statistics", "sums", "fwd"),
-        *((f"FSQ, symmetric, {pass_}", "fsq", "fsq-8", pass_) for pass_ in bench.PASSES),
-        *((f"FSQ, offset, {pass_}", "fsq", "fsq-8-offset", pass_) for pass_ in bench.PASSES),
+        *((f"FSQ, symmetric, {pass_}", "fsq", "fsq-8", pass_) for pass_ in measure.PASSES),
+        *((f"FSQ, offset, {pass_}", "fsq", "fsq-8-offset", pass_) for pass_ in measure.PASSES),
     )
     lines = []
     for name, op, case, pass_ in lines_of:
@@ -308,12 +309,12 @@ def systems(rows: Rows) -> str:
     lines = []
     for system, name in SYSTEMS.items():
         size = shapes.CPU[system]
-        scale = bench_training.scale(shapes.PAPER[system], size)
-        keys = [(system, bench_systems.named(size), "fwd+bwd", impl) for impl in bench_systems.BACKENDS]
+        scale = training.scale(shapes.PAPER[system], size)
+        keys = [(system, steps.named(size), "fwd+bwd", impl) for impl in steps.BACKENDS]
         lines.append([name, *_step(rows, size["B"] * size["S"], *keys), scale])
-    shape = bench_hyper_model.settings(cuda=False)["L12-d768"].size
+    shape = hyper_model.settings(cuda=False)["L12-d768"].size
     keys = [("training step", "L12-d768", "fwd+bwd", f"dhc {how}") for how in ("native", "reference")]
-    lines.append(["hyper-connections, DHC", *_step(rows, shape[0] * shape[1], *keys), bench_hyper_model.scale(shape)])
+    lines.append(["hyper-connections, DHC", *_step(rows, shape[0] * shape[1], *keys), hyper_model.scale(shape)])
     head = " | native | plain PyTorch | ÷ native | tokens/s: native | plain | memory: native | plain"
     return part(
         "systems",
@@ -345,7 +346,7 @@ def bounds(rows: Rows) -> str:
     return part(
         "bounds",
         f"""{{source}}`benchmarks/bounds` lists what the project demands of its own float32 rows on two cores, none
-of it beyond the machine's limit. `python -m benchmarks.bounds` judges a file of rows. The fractions of the limit
+of it beyond the machine's limit. `python -m benchmarks.report.bounds` judges a file of rows. The fractions of the limit
 were set to nine tenths of these same rows: they hold by construction, and guard what was reached.
 {promises.summary(verdicts)}""",
         "These do not hold in the committed rows:" if missed else "",

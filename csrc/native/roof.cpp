@@ -15,7 +15,7 @@ namespace xlayer::roof {
 namespace {
 
 constexpr int64_t kPage = 4096;
-constexpr double kMostSeconds = 0.03;     // of one call: on a busy machine threads wait long for one another
+constexpr double kMaxSeconds = 0.03;      // of one call: on a busy machine threads wait long for one another
 constexpr int64_t kTimedBytes = 4 << 20;  // a block moves at least so much, or the clock's own cost would count
 
 const Kernels* kernels_of(const std::string& isa) {
@@ -66,7 +66,7 @@ struct Block {
 };
 
 // Runs work(thread, block) on every thread, all of them starting a block at the same time, for as many blocks as are
-// asked for or go into kMostSeconds, in pairs. Threads are not tied to processors, as those of the kernels are not: on
+// asked for or go into kMaxSeconds, in pairs. Threads are not tied to processors, as those of the kernels are not: on
 // a busy machine they could not step aside.
 template <class Work>
 std::vector<Block> timed(int threads, int blocks, Work work) {
@@ -76,7 +76,7 @@ std::vector<Block> timed(int threads, int blocks, Work work) {
     const double begin = now();
     const auto run = [&](int thread) {
         for (int block = 0; block < blocks; ++block) {
-            if (thread == 0 && block >= 2 && block % 2 == 0 && now() - begin > kMostSeconds) done.store(block);
+            if (thread == 0 && block >= 2 && block % 2 == 0 && now() - begin > kMaxSeconds) done.store(block);
             arrived.fetch_add(1);
             const int64_t all = static_cast<int64_t>(threads) * (block + 1);
             for (int64_t spins = 0; arrived.load(std::memory_order_acquire) < all; ++spins) {

@@ -2,7 +2,7 @@
 // their vectors. An empty asm statement that takes or changes a value keeps the compiler from leaving it out.
 #include <cstdint>
 
-#include "../cpu/simd.h"
+#include "cpu/common/simd.h"
 #include "roof.h"
 
 #if defined(__aarch64__)
@@ -79,7 +79,7 @@ XLAYER_INLINE Vec load_of(const float* from) {
 template <bool kPastCaches>
 XLAYER_INLINE void store(float* to, Vec value) {
     if constexpr (kPastCaches) {
-        simd::store_past_caches(to, value);
+        simd::store_streaming(to, value);
     } else {
         simd::store(to, value);
     }
@@ -91,7 +91,7 @@ XLAYER_INLINE void copy_vectors(char* to, const char* from, int64_t bytes) {
     const float* source = reinterpret_cast<const float*>(from);
     for_each_vector<kStreams>(
         bytes, [=](int64_t at) XLAYER_FLATTEN { store<kPastCaches>(target + at, load_of<kStreams>(source + at)); });
-    simd::finish_past_caches();
+    simd::streaming_fence();
 }
 
 template <bool kPastCaches>
@@ -99,7 +99,7 @@ XLAYER_INLINE void write_vectors(char* to, int64_t bytes) {
     float* target = reinterpret_cast<float*>(to);
     const Vec value = simd::splat<float>(1);
     for_each_vector<1>(bytes, [=](int64_t at) XLAYER_FLATTEN { store<kPastCaches>(target + at, value); });
-    simd::finish_past_caches();
+    simd::streaming_fence();
 }
 
 template <int kStreams>

@@ -8,31 +8,23 @@ namespace xlayer {
 namespace {
 
 #ifndef XLAYER_EMULATED
-// Runs a kernel of the CPU in scratch of the size that it asks for.
-template <class Args>
-void run_cpu(const Tensor& like, Args& args, int64_t (*workspace_size)(const Args&), void (*kernel)(const Args&)) {
-    const Tensor workspace = new_workspace(like, workspace_size(args), &args.workspace);
-    kernel(args);
-}
-
-Tensor ema_scan(const Tensor& x, const Tensor& gate_logits, const Optional& initial, const Optional& norm_weight,
-                const Optional& norm_bias, double eps, bool last_only) {
+Tensor ema_scan(const Tensor& x, const Tensor& gate_logits, const OptionalTensor& initial,
+                const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double eps, bool last_only) {
     EmaArguments given(x, gate_logits, initial, norm_weight, norm_bias, eps, last_only);
     EmaScanForward args{};
-    args.scan = given.scan;
-    args.scan.pool = torch_pool();
+    args.scan = given.args;
     Tensor states = given.new_states("states");
     args.states = states.mutable_data_ptr();
-    if (states.numel() > 0) run_cpu(x, args, cpu::ema_scan_forward_workspace, cpu::ema_scan_forward);
+    if (states.numel() > 0)
+        CpuScope(x).run(x, args, cpu::aggregate::ema_scan_forward_workspace, cpu::aggregate::ema_scan_forward);
     return states;
 }
 
-Five ema_scan_backward(const Tensor& grad, const Tensor& x, const Tensor& gate_logits, const Optional& initial,
-                       const Optional& norm_weight, const Optional& norm_bias, double eps, bool last_only) {
+Five ema_scan_backward(const Tensor& grad, const Tensor& x, const Tensor& gate_logits, const OptionalTensor& initial,
+                       const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double eps, bool last_only) {
     EmaArguments given(x, gate_logits, initial, norm_weight, norm_bias, eps, last_only);
     EmaScanBackward args{};
-    args.scan = given.scan;
-    args.scan.pool = torch_pool();
+    args.scan = given.args;
     const Tensor grads = given.checked_grad(grad);
     args.grad = given.grad_rows(grads);
     Five out = given.new_grads();
@@ -45,36 +37,35 @@ Five ema_scan_backward(const Tensor& grad, const Tensor& x, const Tensor& gate_l
     args.grad_initial = initial ? std::get<2>(out).mutable_data_ptr() : nullptr;
     args.grad_norm_weight = norm_weight ? std::get<3>(out).mutable_data_ptr() : nullptr;
     args.grad_norm_bias = norm_bias ? std::get<4>(out).mutable_data_ptr() : nullptr;
-    run_cpu(x, args, cpu::ema_scan_backward_workspace, cpu::ema_scan_backward);
+    CpuScope(x).run(x, args, cpu::aggregate::ema_scan_backward_workspace, cpu::aggregate::ema_scan_backward);
     return out;
 }
 
 Two depth_gru(const Tensor& x, const Tensor& weight_ih, const Tensor& weight_hh, const Tensor& bias_ih,
-              const Tensor& bias_hh, const Optional& initial, bool keep) {
+              const Tensor& bias_hh, const OptionalTensor& initial, bool keep) {
     GruArguments given(x, weight_ih, weight_hh, initial);
     DepthGruForward args{};
-    args.gru = given.gru;
-    args.gru.pool = torch_pool();
+    args.gru = given.args;
     const Tensor input_bias = given.checked_bias(bias_ih, "bias_ih"),
                  state_bias = given.checked_bias(bias_hh, "bias_hh");
     args.bias_ih = kernel_input(input_bias, "bias_ih"), args.bias_hh = kernel_input(state_bias, "bias_hh");
     Two out = given.new_states(keep);
     args.states = std::get<0>(out).mutable_data_ptr();
     args.gates = keep ? std::get<1>(out).mutable_data_ptr() : nullptr;
-    if (std::get<0>(out).numel() > 0) run_cpu(x, args, cpu::depth_gru_forward_workspace, cpu::depth_gru_forward);
+    if (std::get<0>(out).numel() > 0)
+        CpuScope(x).run(x, args, cpu::aggregate::depth_gru_forward_workspace, cpu::aggregate::depth_gru_forward);
     return out;
 }
 
 Six depth_gru_backward(const Tensor& grad, const Tensor& states, const Tensor& gates, const Tensor& x,
-                       const Tensor& weight_ih, const Tensor& weight_hh, const Optional& initial) {
+                       const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& initial) {
     GruArguments given(x, weight_ih, weight_hh, initial);
     DepthGruBackward args{};
-    args.gru = given.gru;
-    args.gru.pool = torch_pool();
+    args.gru = given.args;
     const Tensor grads = given.checked_grad(grad);
     args.grad = layer_rows(grads, "grad");
-    const Tensor kept_states = given.checked_states(states), kept_gates = given.checked_gates(gates);
-    args.states = kernel_input(kept_states, "states"), args.gates = kernel_input(kept_gates, "gates");
+    const Tensor saved_states = given.checked_states(states), saved_gates = given.checked_gates(gates);
+    args.states = kernel_input(saved_states, "states"), args.gates = kernel_input(saved_gates, "gates");
     Six out = given.new_grads();
     if (states.numel() == 0) {
         auto& [grad_x, grad_ih, grad_hh, grad_bias_ih, grad_bias_hh, grad_initial] = out;
@@ -87,37 +78,36 @@ Six depth_gru_backward(const Tensor& grad, const Tensor& states, const Tensor& g
     args.grad_bias_ih = std::get<3>(out).mutable_data_ptr();
     args.grad_bias_hh = std::get<4>(out).mutable_data_ptr();
     args.grad_initial = initial ? std::get<5>(out).mutable_data_ptr() : nullptr;
-    run_cpu(x, args, cpu::depth_gru_backward_workspace, cpu::depth_gru_backward);
+    CpuScope(x).run(x, args, cpu::aggregate::depth_gru_backward_workspace, cpu::aggregate::depth_gru_backward);
     return out;
 }
 
 Two depth_attention(const Tensor& keys, const Tensor& values, const Tensor& weight_query, const Tensor& weight_out,
-                    const Optional& initial, int64_t heads, int64_t memory, double scale, bool keep) {
+                    const OptionalTensor& initial, int64_t heads, int64_t memory, double scale, bool keep) {
     AttentionArguments given(keys, values, weight_query, weight_out, initial, heads, memory, scale);
     DepthAttentionForward args{};
-    args.attention = given.attention;
-    args.attention.pool = torch_pool();
+    args.attention = given.args;
     Two out = given.new_states(keep);
     args.states = std::get<0>(out).mutable_data_ptr();
     args.attended = keep ? std::get<1>(out).mutable_data_ptr() : nullptr;
     // States without a width attend too: to all taps alike.
     if (std::get<0>(out).numel() > 0 || std::get<1>(out).numel() > 0) {
-        run_cpu(keys, args, cpu::depth_attention_forward_workspace, cpu::depth_attention_forward);
+        CpuScope(keys).run(keys, args, cpu::aggregate::depth_attention_forward_workspace,
+                           cpu::aggregate::depth_attention_forward);
     }
     return out;
 }
 
 Five depth_attention_backward(const Tensor& grad, const Tensor& states, const Tensor& attended, const Tensor& keys,
                               const Tensor& values, const Tensor& weight_query, const Tensor& weight_out,
-                              const Optional& initial, int64_t heads, int64_t memory, double scale) {
+                              const OptionalTensor& initial, int64_t heads, int64_t memory, double scale) {
     AttentionArguments given(keys, values, weight_query, weight_out, initial, heads, memory, scale);
     DepthAttentionBackward args{};
-    args.attention = given.attention;
-    args.attention.pool = torch_pool();
+    args.attention = given.args;
     const Tensor grads = given.checked_grad(grad);
     args.grad = layer_rows(grads, "grad");
-    const Tensor kept_states = given.checked_states(states), kept_attended = given.checked_attended(attended);
-    args.states = kernel_input(kept_states, "states"), args.attended = kernel_input(kept_attended, "attended");
+    const Tensor saved_states = given.checked_states(states), saved_attended = given.checked_attended(attended);
+    args.states = kernel_input(saved_states, "states"), args.attended = kernel_input(saved_attended, "attended");
     Five out = given.new_grads();
     if (states.numel() == 0) {
         auto& [grad_keys, grad_values, grad_weight_query, grad_weight_out, grad_initial] = out;
@@ -129,7 +119,8 @@ Five depth_attention_backward(const Tensor& grad, const Tensor& states, const Te
     args.grad_weight_query = std::get<2>(out).mutable_data_ptr();
     args.grad_weight_out = std::get<3>(out).mutable_data_ptr();
     args.grad_initial = initial ? std::get<4>(out).mutable_data_ptr() : nullptr;
-    run_cpu(keys, args, cpu::depth_attention_backward_workspace, cpu::depth_attention_backward);
+    CpuScope(keys).run(keys, args, cpu::aggregate::depth_attention_backward_workspace,
+                       cpu::aggregate::depth_attention_backward);
     return out;
 }
 #endif

@@ -1,5 +1,5 @@
-// Arguments of the aggregation operators: checked, described in the terms of the contract, outputs allocated. What the
-// CPU's and the GPU's operators share.
+// Arguments of the aggregation operators, shared by the CPU's and the GPU's: checked, in the form of the contract, with
+// their outputs allocated.
 #pragma once
 
 #include <optional>
@@ -11,7 +11,6 @@
 
 namespace xlayer {
 
-using Optional = std::optional<Tensor>;
 using Two = std::tuple<Tensor, Tensor>;
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -21,7 +20,7 @@ inline LayerRows layer_rows(const Tensor& tensor, const char* name) {
 }
 
 // A gradient with the shape of what was given; empty where nothing was.
-inline Tensor new_grad(const Tensor& like, const Optional& given, const char* name) {
+inline Tensor new_grad(const Tensor& like, const OptionalTensor& given, const char* name) {
     if (!given) return allocate(like, {0}, like.scalar_type(), name);
     std::vector<int64_t> shape(given->dim());
     for (int64_t d = 0; d < given->dim(); ++d) shape[d] = given->size(d);
@@ -43,199 +42,200 @@ inline Tensor checked_like(const Tensor& tensor, const char* name, const Tensor&
 // The arguments of ema_scan and of its backward. Holds the copies that `scan` points into.
 class EmaArguments {
   public:
-    EmaScan scan{};
+    EmaScan args{};
 
-    EmaArguments(const Tensor& x, const Tensor& gate_logits, const Optional& initial, const Optional& norm_weight,
-                 const Optional& norm_bias, double eps, bool last_only)
+    EmaArguments(const Tensor& x, const Tensor& gate_logits, const OptionalTensor& initial,
+                 const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double eps, bool last_only)
         : given_x_(x),
           given_gates_(gate_logits),
           given_initial_(initial),
           given_weight_(norm_weight),
           given_bias_(norm_bias) {
         check_shape(x, "x", {-1, -1, -1});
-        scan.dtype = kernel_dtype(x, "x");
-        scan.layers = x.size(0), scan.tokens = x.size(1), scan.width = x.size(2);
-        scan.normalize = norm_weight.has_value();
-        scan.eps = eps, scan.last_only = last_only;
-        STD_TORCH_CHECK(scan.normalize || !norm_bias, "norm_bias needs norm_weight");
+        args.dtype = kernel_dtype(x, "x");
+        args.pool = torch_pool();
+        args.layers = x.size(0), args.tokens = x.size(1), args.width = x.size(2);
+        args.normalize = norm_weight.has_value();
+        args.eps = eps, args.last_only = last_only;
+        STD_TORCH_CHECK(args.normalize || !norm_bias, "norm_bias needs norm_weight");
         x_ = unit_stride_last(x);
-        scan.x = layer_rows(x_, "x");
-        scan.gate_logits = wide_vector(gate_logits, "gate_logits", scan.layers, &gates_);
+        args.x = layer_rows(x_, "x");
+        args.gate_logits = wide_vector(gate_logits, "gate_logits", args.layers, &gates_);
         if (initial) {
-            start_ = as_contiguous(checked_like(*initial, "initial", x, "x", {scan.tokens, scan.width}));
-            scan.initial = kernel_input(*start_, "initial");
+            initial_ = as_contiguous(checked_like(*initial, "initial", x, "x", {args.tokens, args.width}));
+            args.initial = kernel_input(*initial_, "initial");
         }
-        if (norm_weight) scan.norm_weight = wide_vector(*norm_weight, "norm_weight", scan.width, &weight_);
-        if (norm_bias) scan.norm_bias = wide_vector(*norm_bias, "norm_bias", scan.width, &bias_);
+        if (norm_weight) args.norm_weight = wide_vector(*norm_weight, "norm_weight", args.width, &weight_);
+        if (norm_bias) args.norm_bias = wide_vector(*norm_bias, "norm_bias", args.width, &bias_);
     }
 
     Tensor new_states(const char* name) const {
-        if (scan.last_only) return allocate(given_x_, {scan.tokens, scan.width}, name);
-        return allocate(given_x_, {scan.layers, scan.tokens, scan.width}, name);
+        if (args.last_only) return allocate(given_x_, {args.tokens, args.width}, name);
+        return allocate(given_x_, {args.layers, args.tokens, args.width}, name);
     }
 
     Tensor checked_grad(const Tensor& grad) const {
-        if (scan.last_only) {
-            checked_like(grad, "grad", given_x_, "x", {scan.tokens, scan.width});
+        if (args.last_only) {
+            checked_like(grad, "grad", given_x_, "x", {args.tokens, args.width});
         } else {
-            checked_like(grad, "grad", given_x_, "x", {scan.layers, scan.tokens, scan.width});
+            checked_like(grad, "grad", given_x_, "x", {args.layers, args.tokens, args.width});
         }
         return unit_stride_last(grad);
     }
     LayerRows grad_rows(const Tensor& grad) const {
-        if (!scan.last_only) return layer_rows(grad, "grad");
+        if (!args.last_only) return layer_rows(grad, "grad");
         return {kernel_input(grad, "grad"), 0, grad.stride(0)};
     }
 
-    // Of x, gate_logits, initial, norm_weight and norm_bias.
+    // Gradients of x, gate_logits, initial, norm_weight and norm_bias.
     Five new_grads() const {
         return {new_grad(given_x_, given_x_, "grad_x"), new_grad(given_x_, given_gates_, "grad_gate_logits"),
                 new_grad(given_x_, given_initial_, "grad_initial"),
                 new_grad(given_x_, given_weight_, "grad_norm_weight"),
                 new_grad(given_x_, given_bias_, "grad_norm_bias")};
     }
-    // Where x has no elements: zeros, but the last state of no layers is `initial` itself.
+    // Gradients if x has no elements: zeros, but the last state of no layers is `initial` itself.
     void write_empty_grads(const Five& out, const Tensor& grad) const {
         auto [x, gates, initial, weight, bias] = out;
         zero_all({gates, initial, weight, bias});
-        if (given_initial_ && scan.last_only && scan.layers == 0) torch::stable::copy_(initial, grad);
+        if (given_initial_ && args.last_only && args.layers == 0) torch::stable::copy_(initial, grad);
     }
 
   private:
-    const void* wide_vector(const Tensor& vector, const char* name, int64_t size, Optional* kept) {
+    const void* wide_vector(const Tensor& vector, const char* name, int64_t size, OptionalTensor* kept) {
         check_shape(vector, name, {size});
-        check_dtype(vector, name, scan.dtype == DType::float64 ? ScalarType::Double : ScalarType::Float);
+        check_dtype(vector, name, accumulation_type(args.dtype));
         check_same_device(vector, name, given_x_, "x");
         *kept = as_contiguous(vector);
         return kernel_input(**kept, name);
     }
 
     const Tensor given_x_, given_gates_;
-    const Optional given_initial_, given_weight_, given_bias_;
+    const OptionalTensor given_initial_, given_weight_, given_bias_;
     Tensor x_;
-    Optional gates_, start_, weight_, bias_;
+    OptionalTensor gates_, initial_, weight_, bias_;
 };
 
 // The arguments that depth_gru and its backward share.
 class GruArguments {
   public:
-    DepthGru gru{};
+    DepthGru args{};
 
-    GruArguments(const Tensor& x, const Tensor& weight_ih, const Tensor& weight_hh, const Optional& initial)
+    GruArguments(const Tensor& x, const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& initial)
         : given_x_(x), given_initial_(initial) {
         check_shape(x, "x", {-1, -1, -1});
-        gru.dtype = kernel_dtype(x, "x");
-        gru.layers = x.size(0), gru.tokens = x.size(1), gru.input = x.size(2);
+        args.dtype = kernel_dtype(x, "x");
+        args.pool = torch_pool();
+        args.layers = x.size(0), args.tokens = x.size(1), args.input = x.size(2);
         check_shape(weight_hh, "weight_hh", {-1, -1});  // [3·d, d]
-        gru.width = weight_hh.size(1);
-        weight_hh_ = as_contiguous(checked_like(weight_hh, "weight_hh", x, "x", {3 * gru.width, gru.width}));
-        weight_ih_ = as_contiguous(checked_like(weight_ih, "weight_ih", x, "x", {3 * gru.width, gru.input}));
-        gru.weight_ih = kernel_input(weight_ih_, "weight_ih"), gru.weight_hh = kernel_input(weight_hh_, "weight_hh");
+        args.width = weight_hh.size(1);
+        weight_hh_ = as_contiguous(checked_like(weight_hh, "weight_hh", x, "x", {3 * args.width, args.width}));
+        weight_ih_ = as_contiguous(checked_like(weight_ih, "weight_ih", x, "x", {3 * args.width, args.input}));
+        args.weight_ih = kernel_input(weight_ih_, "weight_ih"), args.weight_hh = kernel_input(weight_hh_, "weight_hh");
         if (initial) {
-            start_ = as_contiguous(checked_like(*initial, "initial", x, "x", {gru.tokens, gru.width}));
-            gru.initial = kernel_input(*start_, "initial");
+            initial_ = as_contiguous(checked_like(*initial, "initial", x, "x", {args.tokens, args.width}));
+            args.initial = kernel_input(*initial_, "initial");
         }
         x_ = unit_stride_last(x);
-        gru.x = layer_rows(x_, "x");
+        args.x = layer_rows(x_, "x");
     }
 
     Tensor checked_bias(const Tensor& bias, const char* name) const {
-        return as_contiguous(checked_like(bias, name, given_x_, "x", {3 * gru.width}));
+        return as_contiguous(checked_like(bias, name, given_x_, "x", {3 * args.width}));
     }
     Tensor checked_grad(const Tensor& grad) const {
-        return unit_stride_last(checked_like(grad, "grad", given_x_, "x", {gru.layers, gru.tokens, gru.width}));
+        return unit_stride_last(checked_like(grad, "grad", given_x_, "x", {args.layers, args.tokens, args.width}));
     }
     Tensor checked_states(const Tensor& states) const {
-        return as_contiguous(checked_like(states, "states", given_x_, "x", {gru.layers, gru.tokens, gru.width}));
+        return as_contiguous(checked_like(states, "states", given_x_, "x", {args.layers, args.tokens, args.width}));
     }
     Tensor checked_gates(const Tensor& gates) const {
-        return as_contiguous(checked_like(gates, "gates", given_x_, "x", {gru.layers, gru.tokens, 4, gru.width}));
+        return as_contiguous(checked_like(gates, "gates", given_x_, "x", {args.layers, args.tokens, 4, args.width}));
     }
 
     // States, and the gates where they are kept.
     Two new_states(bool keep) const {
-        Tensor states = allocate(given_x_, {gru.layers, gru.tokens, gru.width}, "states");
+        Tensor states = allocate(given_x_, {args.layers, args.tokens, args.width}, "states");
         if (!keep) return {states, allocate(given_x_, {0}, "gates")};
-        return {states, allocate(given_x_, {gru.layers, gru.tokens, 4, gru.width}, "gates")};
+        return {states, allocate(given_x_, {args.layers, args.tokens, 4, args.width}, "gates")};
     }
 
-    // Of x, weight_ih, weight_hh, bias_ih, bias_hh and initial.
+    // Gradients of x, weight_ih, weight_hh, bias_ih, bias_hh and initial.
     Six new_grads() const {
         return {new_grad(given_x_, given_x_, "grad_x"),
                 new_grad(given_x_, weight_ih_, "grad_weight_ih"),
                 new_grad(given_x_, weight_hh_, "grad_weight_hh"),
-                allocate(given_x_, {3 * gru.width}, "grad_bias_ih"),
-                allocate(given_x_, {3 * gru.width}, "grad_bias_hh"),
+                allocate(given_x_, {3 * args.width}, "grad_bias_ih"),
+                allocate(given_x_, {3 * args.width}, "grad_bias_hh"),
                 new_grad(given_x_, given_initial_, "grad_initial")};
     }
 
     const Tensor& x() const { return x_; }
     const Tensor& weight_ih() const { return weight_ih_; }
     const Tensor& weight_hh() const { return weight_hh_; }
-    const Optional& initial() const { return start_; }
+    const OptionalTensor& initial() const { return initial_; }
 
   private:
     const Tensor given_x_;
-    const Optional given_initial_;
+    const OptionalTensor given_initial_;
     Tensor x_, weight_ih_, weight_hh_;
-    Optional start_;
+    OptionalTensor initial_;
 };
 
 // The arguments that depth_attention and its backward share.
 class AttentionArguments {
   public:
-    DepthAttention attention{};
+    DepthAttention args{};
 
     AttentionArguments(const Tensor& keys, const Tensor& values, const Tensor& weight_query, const Tensor& weight_out,
-                       const Optional& initial, int64_t heads, int64_t memory, double scale)
+                       const OptionalTensor& initial, int64_t heads, int64_t memory, double scale)
         : given_keys_(keys), given_values_(values), given_initial_(initial) {
         check_shape(keys, "keys", {-1, -1, -1});
-        attention.dtype = kernel_dtype(keys, "keys");
-        attention.layers = keys.size(0), attention.tokens = keys.size(1);
+        args.dtype = kernel_dtype(keys, "keys");
+        args.pool = torch_pool();
+        args.layers = keys.size(0), args.tokens = keys.size(1);
         const int64_t inner = keys.size(2);
         STD_TORCH_CHECK(heads >= 1 && heads <= (inner > 1 ? inner : 1) && inner % heads == 0,
                         "heads must divide the width of the keys, ", inner, ", got ", heads);
         STD_TORCH_CHECK(memory >= 1, "memory must be at least 1, got ", memory);
-        attention.heads = heads, attention.head_width = inner / heads;
-        attention.memory = memory, attention.scale = scale;
+        args.heads = heads, args.head_width = inner / heads;
+        args.memory = memory, args.scale = scale;
         check_shape(weight_out, "weight_out", {-1, inner});
-        attention.width = weight_out.size(0);
-        checked_like(values, "values", keys, "keys", {attention.layers, attention.tokens, inner});
-        weight_query_ =
-            as_contiguous(checked_like(weight_query, "weight_query", keys, "keys", {inner, attention.width}));
-        weight_out_ = as_contiguous(checked_like(weight_out, "weight_out", keys, "keys", {attention.width, inner}));
-        attention.weight_query = kernel_input(weight_query_, "weight_query");
-        attention.weight_out = kernel_input(weight_out_, "weight_out");
+        args.width = weight_out.size(0);
+        checked_like(values, "values", keys, "keys", {args.layers, args.tokens, inner});
+        weight_query_ = as_contiguous(checked_like(weight_query, "weight_query", keys, "keys", {inner, args.width}));
+        weight_out_ = as_contiguous(checked_like(weight_out, "weight_out", keys, "keys", {args.width, inner}));
+        args.weight_query = kernel_input(weight_query_, "weight_query");
+        args.weight_out = kernel_input(weight_out_, "weight_out");
         if (initial) {
-            start_ =
-                as_contiguous(checked_like(*initial, "initial", keys, "keys", {attention.tokens, attention.width}));
-            attention.initial = kernel_input(*start_, "initial");
+            initial_ = as_contiguous(checked_like(*initial, "initial", keys, "keys", {args.tokens, args.width}));
+            args.initial = kernel_input(*initial_, "initial");
         }
         keys_ = unit_stride_last(keys), values_ = unit_stride_last(values);
-        attention.keys = layer_rows(keys_, "keys"), attention.values = layer_rows(values_, "values");
+        args.keys = layer_rows(keys_, "keys"), args.values = layer_rows(values_, "values");
     }
 
     Tensor checked_grad(const Tensor& grad) const {
         return unit_stride_last(
-            checked_like(grad, "grad", given_keys_, "keys", {attention.layers, attention.tokens, attention.width}));
+            checked_like(grad, "grad", given_keys_, "keys", {args.layers, args.tokens, args.width}));
     }
     Tensor checked_states(const Tensor& states) const {
         return as_contiguous(
-            checked_like(states, "states", given_keys_, "keys", {attention.layers, attention.tokens, attention.width}));
+            checked_like(states, "states", given_keys_, "keys", {args.layers, args.tokens, args.width}));
     }
     Tensor checked_attended(const Tensor& attended) const {
         return as_contiguous(
-            checked_like(attended, "attended", given_keys_, "keys", {attention.layers, attention.tokens, inner()}));
+            checked_like(attended, "attended", given_keys_, "keys", {args.layers, args.tokens, inner()}));
     }
 
     // States, and what they attended to where that is kept.
     Two new_states(bool keep) const {
-        Tensor states = allocate(given_keys_, {attention.layers, attention.tokens, attention.width}, "states");
+        Tensor states = allocate(given_keys_, {args.layers, args.tokens, args.width}, "states");
         if (!keep) return {states, allocate(given_keys_, {0}, "attended")};
-        return {states, allocate(given_keys_, {attention.layers, attention.tokens, inner()}, "attended")};
+        return {states, allocate(given_keys_, {args.layers, args.tokens, inner()}, "attended")};
     }
 
-    // Of keys, values, weight_query, weight_out and initial.
+    // Gradients of keys, values, weight_query, weight_out and initial.
     Five new_grads() const {
         return {new_grad(given_keys_, given_keys_, "grad_keys"), new_grad(given_keys_, given_values_, "grad_values"),
                 new_grad(given_keys_, weight_query_, "grad_weight_query"),
@@ -243,16 +243,16 @@ class AttentionArguments {
                 new_grad(given_keys_, given_initial_, "grad_initial")};
     }
 
-    int64_t inner() const { return attention.heads * attention.head_width; }
+    int64_t inner() const { return args.heads * args.head_width; }
     const Tensor& weight_query() const { return weight_query_; }
     const Tensor& weight_out() const { return weight_out_; }
-    const Optional& initial() const { return start_; }
+    const OptionalTensor& initial() const { return initial_; }
 
   private:
     const Tensor given_keys_, given_values_;
-    const Optional given_initial_;
+    const OptionalTensor given_initial_;
     Tensor keys_, values_, weight_query_, weight_out_;
-    Optional start_;
+    OptionalTensor initial_;
 };
 
 }  // namespace xlayer

@@ -29,7 +29,7 @@ Tensor part_of(Tensor tensor, int64_t dim, int64_t start, int64_t length) {
     return torch::stable::narrow(tensor, dim, start, length);
 }
 
-Tensor turned(const Tensor& matrix) { return transpose(matrix, 0, 1); }
+Tensor transposed(const Tensor& matrix) { return transpose(matrix, 0, 1); }
 
 // The rows of layers [first, last) of a tensor [layers·tokens, …].
 Tensor layers_of(const Tensor& rows, int64_t tokens, int64_t first, int64_t last) {
@@ -38,58 +38,61 @@ Tensor layers_of(const Tensor& rows, int64_t tokens, int64_t first, int64_t last
 Tensor layer_of(const Tensor& rows, int64_t tokens, int64_t layer) { return layers_of(rows, tokens, layer, layer + 1); }
 
 // The state before `layer`; none before the first if it starts from zeros.
-Optional state_before(const Tensor& states, const Optional& initial, int64_t layer) {
+OptionalTensor state_before(const Tensor& states, const OptionalTensor& initial, int64_t layer) {
     if (layer == 0) return initial;
     return select(states, 0, layer - 1);
 }
-const void* data_of(const Optional& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
+const void* data_of(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
 
 // out = first + second + third, rows [tokens, width]; all but the first contiguous, all but the first optional.
-void add(const Tensor& first, const Optional& second, const Optional& third, const Tensor& out, void* stream) {
-    cuda::add_rows({kernel_dtype(out, "out"), out.size(0), out.size(1), first.const_data_ptr(), first.stride(0),
-                    data_of(second), data_of(third), out.mutable_data_ptr()},
-                   stream);
+void add(const Tensor& first, const OptionalTensor& second, const OptionalTensor& third, const Tensor& out,
+         void* stream) {
+    cuda::aggregate::add_rows({kernel_dtype(out, "out"), out.size(0), out.size(1), first.const_data_ptr(),
+                               first.stride(0), data_of(second), data_of(third), out.mutable_data_ptr()},
+                              stream);
 }
 
 // Σ_l grads_lᵀ · S_{l−1}, the gradient of a weight that states were multiplied with. grads: [layers·tokens, …].
-void state_weight_gradient(const Tensor& grads, const Tensor& states, const Optional& initial, const Tensor& out,
+void state_weight_gradient(const Tensor& grads, const Tensor& states, const OptionalTensor& initial, const Tensor& out,
                            void* stream) {
     const int64_t layers = states.size(0), tokens = states.size(1), width = states.size(2);
     const Tensor rows = view(states, {layers * tokens, width});
-    if (layers > 1) multiply(turned(layers_of(grads, tokens, 1, layers)), layers_of(rows, tokens, 0, layers - 1), out);
+    if (layers > 1)
+        multiply(transposed(layers_of(grads, tokens, 1, layers)), layers_of(rows, tokens, 0, layers - 1), out);
     if (!initial) {
         if (layers == 1) zero_all({out});
         return;
     }
     const Tensor part = layers > 1 ? allocate(out, {out.size(0), out.size(1)}, "part of a gradient") : out;
-    multiply(turned(layer_of(grads, tokens, 0)), *initial, part);
+    multiply(transposed(layer_of(grads, tokens, 0)), *initial, part);
     if (layers > 1) add(part, out, std::nullopt, out, stream);
 }
 
 // --- ema_scan --------------------------------------------------------------------------------------------------------
 
-Tensor ema_scan_cuda(const Tensor& x, const Tensor& gate_logits, const Optional& initial, const Optional& norm_weight,
-                     const Optional& norm_bias, double eps, bool last_only) {
+Tensor ema_scan_cuda(const Tensor& x, const Tensor& gate_logits, const OptionalTensor& initial,
+                     const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double eps, bool last_only) {
     const CudaScope scope(x);
     EmaArguments given(x, gate_logits, initial, norm_weight, norm_bias, eps, last_only);
     EmaScanForward args{};
-    args.scan = given.scan;
+    args.scan = given.args;
     Tensor states = given.new_states("states");
     args.states = states.mutable_data_ptr();
     if (states.numel() == 0) return states;
-    const Tensor workspace = new_workspace(x, cuda::ema_scan_forward_workspace(args), &args.workspace);
-    cuda::ema_scan_forward(args, scope.stream());
+    scope.run(x, args, cuda::aggregate::ema_scan_forward_workspace, cuda::aggregate::ema_scan_forward);
     return states;
 }
 
-Five ema_scan_backward_cuda(const Tensor& grad, const Tensor& x, const Tensor& gate_logits, const Optional& initial,
-                            const Optional& norm_weight, const Optional& norm_bias, double eps, bool last_only) {
+Five ema_scan_backward_cuda(const Tensor& grad, const Tensor& x, const Tensor& gate_logits,
+                            const OptionalTensor& initial, const OptionalTensor& norm_weight,
+                            const OptionalTensor& norm_bias, double eps, bool last_only) {
     const CudaScope scope(x);
     EmaArguments given(x, gate_logits, initial, norm_weight, norm_bias, eps, last_only);
-    STD_TORCH_CHECK(given.scan.layers <= cuda::kEmaMostLayers, "the CUDA kernels of ema_scan's backward take at most ",
-                    cuda::kEmaMostLayers, " layers, got ", given.scan.layers);
+    STD_TORCH_CHECK(given.args.layers <= cuda::aggregate::kEmaMaxLayers,
+                    "the CUDA kernels of ema_scan's backward take at most ", cuda::aggregate::kEmaMaxLayers,
+                    " layers, got ", given.args.layers);
     EmaScanBackward args{};
-    args.scan = given.scan;
+    args.scan = given.args;
     const Tensor grads = given.checked_grad(grad);
     args.grad = given.grad_rows(grads);
     Five out = given.new_grads();
@@ -103,8 +106,7 @@ Five ema_scan_backward_cuda(const Tensor& grad, const Tensor& x, const Tensor& g
     args.grad_initial = initial ? grad_initial.mutable_data_ptr() : nullptr;
     args.grad_norm_weight = norm_weight ? grad_weight.mutable_data_ptr() : nullptr;
     args.grad_norm_bias = norm_bias ? grad_bias.mutable_data_ptr() : nullptr;
-    const Tensor workspace = new_workspace(x, cuda::ema_scan_backward_workspace(args), &args.workspace);
-    cuda::ema_scan_backward(args, scope.stream());
+    scope.run(x, args, cuda::aggregate::ema_scan_backward_workspace, cuda::aggregate::ema_scan_backward);
     return out;
 }
 
@@ -113,7 +115,7 @@ Five ema_scan_backward_cuda(const Tensor& grad, const Tensor& x, const Tensor& g
 // Beside the outputs: W_h h of one layer, [N, 3d], and of all layers W_i x, [L, N, 3d], which lies where the gates will
 // be if they are kept.
 Two depth_gru_cuda(const Tensor& x, const Tensor& weight_ih, const Tensor& weight_hh, const Tensor& bias_ih,
-                   const Tensor& bias_hh, const Optional& initial, bool keep) {
+                   const Tensor& bias_hh, const OptionalTensor& initial, bool keep) {
     const CudaScope scope(x);
     GruArguments given(x, weight_ih, weight_hh, initial);
     const Tensor input_bias = given.checked_bias(bias_ih, "bias_ih"),
@@ -121,25 +123,25 @@ Two depth_gru_cuda(const Tensor& x, const Tensor& weight_ih, const Tensor& weigh
     Two out = given.new_states(keep);
     auto& [states, gates] = out;
     if (states.numel() == 0) return out;
-    const int64_t L = given.gru.layers, N = given.gru.tokens, d = given.gru.width;
+    const int64_t L = given.args.layers, N = given.args.tokens, d = given.args.width;
 
     const Tensor from_input =
         keep ? part_of(view(gates, {L * N, 4 * d}), 1, 0, 3 * d) : allocate(x, {L * N, 3 * d}, "W_i x");
-    multiply(view(as_contiguous(given.x()), {L * N, given.gru.input}), turned(given.weight_ih()), from_input);
+    multiply(view(as_contiguous(given.x()), {L * N, given.args.input}), transposed(given.weight_ih()), from_input);
     const Tensor from_state = allocate(x, {N, 3 * d}, "W_h h");
-    cuda::GruStep step{};
-    step.dtype = given.gru.dtype, step.tokens = N, step.width = d;
+    cuda::aggregate::GruStep step{};
+    step.dtype = given.args.dtype, step.tokens = N, step.width = d;
     step.input_stride = from_input.stride(0);
     step.bias_ih = kernel_input(input_bias, "bias_ih"), step.bias_hh = kernel_input(state_bias, "bias_hh");
     for (int64_t layer = 0; layer < L; ++layer) {
-        const Optional previous = state_before(states, given.initial(), layer);
-        if (previous) multiply(*previous, turned(given.weight_hh()), from_state);
+        const OptionalTensor previous = state_before(states, given.initial(), layer);
+        if (previous) multiply(*previous, transposed(given.weight_hh()), from_state);
         step.from_input = layer_of(from_input, N, layer).const_data_ptr();
         step.from_state = previous ? from_state.const_data_ptr() : nullptr;
         step.previous = data_of(previous);
         step.state = select(states, 0, layer).mutable_data_ptr();
         step.gates = keep ? select(gates, 0, layer).mutable_data_ptr() : nullptr;
-        cuda::gru_step(step, scope.stream());
+        cuda::aggregate::gru_step(step, scope.stream());
     }
     return out;
 }
@@ -147,7 +149,7 @@ Two depth_gru_cuda(const Tensor& x, const Tensor& weight_ih, const Tensor& weigh
 // Beside the outputs: the gradients inside the gates, [L, N, 4, d] in the order n, r, z, m, so that what goes through
 // W_i (n, r, z) and what goes through W_h (r, z, m) both are matrices; 2·[N, d]; and W_i in that order, [3d, i].
 Six depth_gru_backward_cuda(const Tensor& grad, const Tensor& states_, const Tensor& gates_, const Tensor& x,
-                            const Tensor& weight_ih, const Tensor& weight_hh, const Optional& initial) {
+                            const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& initial) {
     const CudaScope scope(x);
     GruArguments given(x, weight_ih, weight_hh, initial);
     const Tensor grads = given.checked_grad(grad), states = given.checked_states(states_),
@@ -158,14 +160,14 @@ Six depth_gru_backward_cuda(const Tensor& grad, const Tensor& states_, const Ten
         zero_all({grad_x, grad_ih, grad_hh, grad_bias_ih, grad_bias_hh, grad_initial});
         return out;
     }
-    const int64_t L = given.gru.layers, N = given.gru.tokens, d = given.gru.width, i = given.gru.input;
+    const int64_t L = given.args.layers, N = given.args.tokens, d = given.args.width, i = given.args.input;
     kernel_input(states, "states"), kernel_input(gates, "gates"), kernel_input(grads, "grad");
 
     const Tensor inside = allocate(x, {L * N, 4 * d}, "inside the gates");
     const Tensor direct = allocate(x, {N, d}, "direct"), product = allocate(x, {N, d}, "product");
     const Tensor through_state = part_of(inside, 1, d, 3 * d);
-    cuda::GruStepBackward step{};
-    step.dtype = given.gru.dtype, step.tokens = N, step.width = d;
+    cuda::aggregate::GruStepBackward step{};
+    step.dtype = given.args.dtype, step.tokens = N, step.width = d;
     step.grad_stride = grads.stride(1);
     step.direct = direct.mutable_data_ptr();
     for (int64_t layer = L - 1; layer >= 0; --layer) {
@@ -174,37 +176,37 @@ Six depth_gru_backward_cuda(const Tensor& grad, const Tensor& states_, const Ten
         step.gates = select(gates, 0, layer).const_data_ptr();
         step.previous = data_of(state_before(states, given.initial(), layer));
         step.inside = layer_of(inside, N, layer).mutable_data_ptr();
-        cuda::gru_step_backward(step, scope.stream());
+        cuda::aggregate::gru_step_backward(step, scope.stream());
         if (layer > 0 || initial) multiply(layer_of(through_state, N, layer), given.weight_hh(), product);
     }
     if (initial) add(direct, product, std::nullopt, grad_initial, scope.stream());
 
-    Tensor turned_weight = allocate(x, {3 * d, i}, "W_i");
-    Tensor of_n = part_of(turned_weight, 0, 0, d), of_rest = part_of(turned_weight, 0, d, 2 * d);
+    Tensor permuted_weight = allocate(x, {3 * d, i}, "W_i");
+    Tensor of_n = part_of(permuted_weight, 0, 0, d), of_rest = part_of(permuted_weight, 0, d, 2 * d);
     torch::stable::copy_(of_n, part_of(given.weight_ih(), 0, 2 * d, d));
     torch::stable::copy_(of_rest, part_of(given.weight_ih(), 0, 0, 2 * d));
     const Tensor rows = view(as_contiguous(given.x()), {L * N, i});
-    multiply(part_of(inside, 1, 0, 3 * d), turned_weight, view(grad_x, {L * N, i}));
-    multiply(turned(part_of(inside, 1, 0, d)), rows, part_of(grad_ih, 0, 2 * d, d));
-    multiply(turned(part_of(inside, 1, d, 2 * d)), rows, part_of(grad_ih, 0, 0, 2 * d));
+    multiply(part_of(inside, 1, 0, 3 * d), permuted_weight, view(grad_x, {L * N, i}));
+    multiply(transposed(part_of(inside, 1, 0, d)), rows, part_of(grad_ih, 0, 2 * d, d));
+    multiply(transposed(part_of(inside, 1, d, 2 * d)), rows, part_of(grad_ih, 0, 0, 2 * d));
     state_weight_gradient(through_state, states, given.initial(), grad_hh, scope.stream());
 
-    cuda::SumColumns sums{given.gru.dtype, inside.const_data_ptr(), L * N, 4 * d, {}, nullptr};
+    cuda::aggregate::SumColumns sums{given.args.dtype, inside.const_data_ptr(), L * N, 4 * d, {}, nullptr};
     sums.parts[0] = {d, 3 * d, grad_bias_hh.mutable_data_ptr()};
     sums.parts[1] = {d, 2 * d, grad_bias_ih.mutable_data_ptr()};
     sums.parts[2] = {0, d, part_of(grad_bias_ih, 0, 2 * d, d).mutable_data_ptr()};
-    const Tensor workspace = new_workspace(x, cuda::sum_columns_workspace(sums), &sums.workspace);
-    cuda::sum_columns(sums, scope.stream());
+    scope.run(x, sums, cuda::aggregate::sum_columns_workspace, cuda::aggregate::sum_columns);
     return out;
 }
 
 // --- depth_attention -------------------------------------------------------------------------------------------------
 
-cuda::AttentionStep attention_step_of(const DepthAttention& of) {
+cuda::aggregate::AttentionStep attention_step_of(const DepthAttention& of) {
     const int64_t memory = of.memory < of.layers ? of.memory : of.layers;
-    STD_TORCH_CHECK(memory <= cuda::kDepthAttentionMostMemory, "the CUDA kernels of depth_attention attend to at most ",
-                    cuda::kDepthAttentionMostMemory, " taps, got ", memory);
-    cuda::AttentionStep step{};
+    STD_TORCH_CHECK(memory <= cuda::aggregate::kDepthAttentionMaxMemory,
+                    "the CUDA kernels of depth_attention attend to at most ", cuda::aggregate::kDepthAttentionMaxMemory,
+                    " taps, got ", memory);
+    cuda::aggregate::AttentionStep step{};
     step.dtype = of.dtype, step.layers = of.layers, step.tokens = of.tokens;
     step.heads = of.heads, step.head_width = of.head_width;
     step.memory = memory, step.scale = of.scale;
@@ -214,25 +216,25 @@ cuda::AttentionStep attention_step_of(const DepthAttention& of) {
 
 // Beside the outputs: the query of one layer, [N, e], and what it attended to, if that is not kept.
 Two depth_attention_cuda(const Tensor& keys, const Tensor& values, const Tensor& weight_query, const Tensor& weight_out,
-                         const Optional& initial, int64_t heads, int64_t memory, double scale, bool keep) {
+                         const OptionalTensor& initial, int64_t heads, int64_t memory, double scale, bool keep) {
     const CudaScope scope(keys);
     AttentionArguments given(keys, values, weight_query, weight_out, initial, heads, memory, scale);
     Two out = given.new_states(keep);
     auto& [states, kept] = out;
     if (states.numel() == 0 && kept.numel() == 0) return out;
-    const int64_t L = given.attention.layers, N = given.attention.tokens, e = given.inner();
+    const int64_t L = given.args.layers, N = given.args.tokens, e = given.inner();
 
     const Tensor query = allocate(keys, {N, e}, "query");
     const Tensor one = keep ? kept : allocate(keys, {N, e}, "attended");  // of a layer
-    cuda::AttentionStep step = attention_step_of(given.attention);
+    cuda::aggregate::AttentionStep step = attention_step_of(given.args);
     for (step.layer = 0; step.layer < L; ++step.layer) {
-        const Optional previous = state_before(states, given.initial(), step.layer);
+        const OptionalTensor previous = state_before(states, given.initial(), step.layer);
         const Tensor attended = keep ? select(kept, 0, step.layer) : one, state = select(states, 0, step.layer);
-        if (previous) multiply(*previous, turned(given.weight_query()), query);
+        if (previous) multiply(*previous, transposed(given.weight_query()), query);
         step.query = previous ? query.const_data_ptr() : nullptr;
         step.attended = attended.mutable_data_ptr();
-        cuda::attention_step(step, scope.stream());
-        multiply(attended, turned(given.weight_out()), state);
+        cuda::aggregate::attention_step(step, scope.stream());
+        multiply(attended, transposed(given.weight_out()), state);
         if (previous) add(state, previous, std::nullopt, state, scope.stream());
     }
     return out;
@@ -242,8 +244,8 @@ Two depth_attention_cuda(const Tensor& keys, const Tensor& values, const Tensor&
 // to, 3·[L, N, e]; weights and their logits' gradients, 2·[L, N, heads, memory] in float32; and [N, d].
 Five depth_attention_backward_cuda(const Tensor& grad, const Tensor& states_, const Tensor& attended_,
                                    const Tensor& keys, const Tensor& values, const Tensor& weight_query,
-                                   const Tensor& weight_out, const Optional& initial, int64_t heads, int64_t memory,
-                                   double scale) {
+                                   const Tensor& weight_out, const OptionalTensor& initial, int64_t heads,
+                                   int64_t memory, double scale) {
     const CudaScope scope(keys);
     AttentionArguments given(keys, values, weight_query, weight_out, initial, heads, memory, scale);
     const Tensor grads = given.checked_grad(grad), states = given.checked_states(states_),
@@ -254,11 +256,11 @@ Five depth_attention_backward_cuda(const Tensor& grad, const Tensor& states_, co
         zero_all({grad_keys, grad_values, grad_query_weight, grad_out_weight, grad_initial});
         return out;
     }
-    const int64_t L = given.attention.layers, N = given.attention.tokens, d = given.attention.width, e = given.inner();
+    const int64_t L = given.args.layers, N = given.args.tokens, d = given.args.width, e = given.inner();
     kernel_input(states, "states"), kernel_input(grads, "grad");
 
-    cuda::AttentionStepBackward backward{};
-    cuda::AttentionStep& step = backward.step = attention_step_of(given.attention);
+    cuda::aggregate::AttentionStepBackward backward{};
+    cuda::aggregate::AttentionStep& step = backward.step = attention_step_of(given.args);
     const auto wide = keys.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
     Tensor query = allocate(keys, {L * N, e}, "queries");
     const Tensor grad_query = allocate(keys, {L * N, e}, "grad of queries");
@@ -269,7 +271,7 @@ Five depth_attention_backward_cuda(const Tensor& grad, const Tensor& states_, co
     const Tensor grad_logits = allocate(keys, {L, N, heads, step.memory}, wide, "grad of logits");
     backward.weights = weights.mutable_data_ptr(), backward.grad_logits = grad_logits.mutable_data_ptr();
 
-    const Tensor by_query = turned(given.weight_query());
+    const Tensor by_query = transposed(given.weight_query());
     if (L > 1) multiply(part_of(view(states, {L * N, d}), 0, 0, (L - 1) * N), by_query, layers_of(query, N, 1, L));
     if (initial) {
         multiply(*given.initial(), by_query, layer_of(query, N, 0));
@@ -279,23 +281,23 @@ Five depth_attention_backward_cuda(const Tensor& grad, const Tensor& states_, co
     for (int64_t layer = step.layer = L - 1; layer >= 0; step.layer = --layer) {
         const Tensor own = layer_of(grad_states, N, layer);
         const bool above = layer < L - 1;
-        add(select(grads, 0, layer), above ? Optional(layer_of(grad_states, N, layer + 1)) : std::nullopt,
-            above ? Optional(product) : std::nullopt, own, scope.stream());
+        add(select(grads, 0, layer), above ? OptionalTensor(layer_of(grad_states, N, layer + 1)) : std::nullopt,
+            above ? OptionalTensor(product) : std::nullopt, own, scope.stream());
         multiply(own, given.weight_out(), layer_of(grad_attended, N, layer));
         step.query = layer_of(query, N, layer).const_data_ptr();
         backward.grad_attended = layer_of(grad_attended, N, layer).const_data_ptr();
         backward.grad_query = layer_of(grad_query, N, layer).mutable_data_ptr();
-        cuda::attention_step_backward(backward, scope.stream());
+        cuda::aggregate::attention_step_backward(backward, scope.stream());
         if (layer > 0 || initial) multiply(layer_of(grad_query, N, layer), given.weight_query(), product);
     }
     if (initial) add(layer_of(grad_states, N, 0), product, std::nullopt, grad_initial, scope.stream());
 
-    cuda::attention_gradients(
+    cuda::aggregate::attention_gradients(
         {step, query.const_data_ptr(), grad_attended.const_data_ptr(), weights.const_data_ptr(),
          grad_logits.const_data_ptr(), grad_keys.mutable_data_ptr(), grad_values.mutable_data_ptr()},
         scope.stream());
     state_weight_gradient(grad_query, states, given.initial(), grad_query_weight, scope.stream());
-    multiply(turned(grad_states), view(attended, {L * N, e}), grad_out_weight);
+    multiply(transposed(grad_states), view(attended, {L * N, e}), grad_out_weight);
     return out;
 }
 

@@ -1,6 +1,9 @@
-// What every operator file needs to get from tensors to a kernel's contract: checks that name the argument, dtype
-// mapping, a kernel's inputs and outputs, torch's thread pool, and the device and stream of a CUDA call. Stable ABI
-// only: no ATen, no c10.
+// Shared parts of the operator files: checks that name the argument, dtype mapping, a kernel's inputs and outputs, and
+// the scopes that run a kernel on the CPU or on CUDA. Stable ABI only: no ATen, no c10.
+//
+// Every operator has the same form. A class <Operator>Arguments, made of the operator's arguments, checks them, holds
+// the contiguous copies that its contract `args` points into, and allocates outputs; the operator fills in the outputs'
+// pointers and has a scope run the kernel. Operators that are one kernel on every device are templates of the scope.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -16,11 +19,11 @@
 #include <stdexcept>
 #include <string>
 
-#include "xlayer/arena.h"
 #include "xlayer/profiler.h"
 #include "xlayer/types.h"
+#include "xlayer/workspace.h"
 
-// Where operators are registered. The emulator (tests/emulator) runs the CUDA kernels on tensors of the CPU, in a
+// The namespace of the operators. The emulator (tests/emulator) runs the CUDA kernels on tensors of the CPU, in a
 // namespace of its own, so that both libraries can be loaded into one process.
 #ifdef XLAYER_EMULATED
 #include <cstring>
@@ -47,6 +50,7 @@ namespace xlayer {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
 
 inline std::string shape_string(const Tensor& tensor) {
     std::string text = "[";
@@ -54,14 +58,14 @@ inline std::string shape_string(const Tensor& tensor) {
     return text + "]";
 }
 
-// The most elements of a tensor, its empty dimensions counted as 1: more than any memory holds, but a tensor without
-// elements, or one that is expanded, can have the shape. Sizes below it can be multiplied by what the kernels know of.
-constexpr int64_t kMostElements = int64_t{1} << 50;
+// Limit of a tensor's elements, empty dimensions counted as 1: more than any memory holds, but a tensor without
+// elements, or one that is expanded, can have the shape. Sizes below it can be multiplied by the kernels' constants.
+constexpr int64_t kMaxElements = int64_t{1} << 50;
 
 inline void check_elements(torch::headeronly::IntHeaderOnlyArrayRef shape, const char* name) {
     int64_t elements = 1;
     for (int64_t length : shape) elements = product_of_sizes(elements, length > 1 ? length : 1);
-    if (elements <= kMostElements) return;
+    if (elements <= kMaxElements) return;
     std::string text;
     for (int64_t length : shape) text += (text.empty() ? "" : ", ") + std::to_string(length);
     STD_TORCH_CHECK(false, name, " must have at most 2^50 elements (empty dimensions count as 1), got shape [", text,
@@ -147,7 +151,7 @@ inline Tensor as_contiguous(const Tensor& tensor) {
 }
 
 // The tensor itself if neighbours along its last dimension are neighbours in memory, else a contiguous copy.
-// What has no last dimension is left to the checks of shapes.
+// A tensor without a last dimension is left to the checks of shapes.
 inline Tensor unit_stride_last(const Tensor& tensor) {
     if (!tensor.defined() || tensor.dim() == 0) return tensor;
     const int64_t last = tensor.dim() - 1;
@@ -179,12 +183,17 @@ inline Tensor allocate(const Tensor& like, std::initializer_list<int64_t> shape,
     return allocate(like, shape, like.scalar_type(), name);
 }
 
-// Scratch for one call, aligned.
+// The accumulation type of a dtype, for statistics and parameters.
+inline ScalarType accumulation_type(DType dtype) {
+    return dtype == DType::float64 ? ScalarType::Double : ScalarType::Float;
+}
+
+// The workspace of one call, aligned.
 inline Tensor new_workspace(const Tensor& like, int64_t bytes, void** aligned) {
-    STD_TORCH_CHECK(bytes < kTooLarge, "the scratch memory of this call would exceed 2^61 bytes");
-    Tensor buffer = new_memory(like, {bytes + 64}, ScalarType::Byte, "workspace");
+    STD_TORCH_CHECK(bytes < kMaxBytes, "the workspace of this call would exceed 2^61 bytes");
+    Tensor buffer = new_memory(like, {bytes + kWorkspaceAlignment}, ScalarType::Byte, "workspace");
     const auto address = reinterpret_cast<uintptr_t>(buffer.mutable_data_ptr());
-    *aligned = reinterpret_cast<void*>((address + 63) / 64 * 64);
+    *aligned = reinterpret_cast<void*>((address + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment);
     return buffer;
 }
 
@@ -230,6 +239,24 @@ class PoolTask {
 // torch's own intra-op threads.
 inline ThreadPool torch_pool() { return {&PoolTask::run, static_cast<int64_t>(torch::stable::get_num_threads())}; }
 
+// One call of an operator on the CPU.
+class CpuScope {
+  public:
+    explicit CpuScope(const Tensor&) {}
+
+    // Runs a kernel in a workspace of the size that it asks for.
+    template <class Args>
+    void run(const Tensor& like, Args& args, int64_t (*workspace_bytes)(const Args&),
+             void (*kernel)(const Args&)) const {
+        const Tensor workspace = new_workspace(like, workspace_bytes(args), &args.workspace);
+        kernel(args);
+    }
+    template <class Args>
+    void run(const Args& args, void (*kernel)(const Args&)) const {
+        kernel(args);
+    }
+};
+
 #ifdef XLAYER_EMULATED
 // For the length of an operator: the emulator's kernels may touch the tensors that were named in it, and nothing else.
 class CudaScope {
@@ -238,6 +265,18 @@ class CudaScope {
     CudaScope(const CudaScope&) = delete;
     ~CudaScope() { emulator::forget_memory(); }
     void* stream() const { return nullptr; }
+
+    // Runs a kernel in a workspace of the size that it asks for.
+    template <class Args>
+    void run(const Tensor& like, Args& args, int64_t (*workspace_bytes)(const Args&),
+             void (*kernel)(const Args&, void*)) const {
+        const Tensor workspace = new_workspace(like, workspace_bytes(args), &args.workspace);
+        kernel(args, stream());
+    }
+    template <class Args>
+    void run(const Args& args, void (*kernel)(const Args&, void*)) const {
+        kernel(args, stream());
+    }
 };
 #else
 // For the length of a CUDA operator: makes the tensor's device current and holds torch's current stream there. `name`,
@@ -252,6 +291,18 @@ class CudaScope {
                         "could not get the current CUDA stream");
     }
     void* stream() const { return stream_; }
+
+    // Runs a kernel in a workspace of the size that it asks for.
+    template <class Args>
+    void run(const Tensor& like, Args& args, int64_t (*workspace_bytes)(const Args&),
+             void (*kernel)(const Args&, void*)) const {
+        const Tensor workspace = new_workspace(like, workspace_bytes(args), &args.workspace);
+        kernel(args, stream());
+    }
+    template <class Args>
+    void run(const Args& args, void (*kernel)(const Args&, void*)) const {
+        kernel(args, stream());
+    }
 
   private:
     ProfilerRange range_;

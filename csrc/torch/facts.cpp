@@ -1,7 +1,7 @@
 #include "facts.h"
 
-#include "../cpu/isa.h"
 #include "common.h"
+#include "cpu/common/isa.h"
 
 const char* xlayer_version() { return XLAYER_VERSION; }
 

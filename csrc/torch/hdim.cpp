@@ -9,7 +9,7 @@ namespace {
 HdimOutputs hdim_attention_cpu(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& weight1,
                                const Tensor& bias1, const Tensor& weight2, const OptionalTensor& key_mask,
                                const OptionalTensor& pair_mask, double temperature, bool gelu, bool tf32) {
-    const HdimTensors in(query, key, value, weight1, bias1, weight2, key_mask, pair_mask, temperature, gelu, tf32);
+    const HdimArguments in(query, key, value, weight1, bias1, weight2, key_mask, pair_mask, temperature, gelu, tf32);
     const int64_t B = in.args.batch, Sq = in.args.queries;
     Tensor context = allocate(query, {B, Sq, in.args.value_dim}, "context");
     Tensor statistics = allocate(query, {B, Sq, kHdimStatistics}, in.accumulation(), "statistics");
@@ -17,8 +17,7 @@ HdimOutputs hdim_attention_cpu(const Tensor& query, const Tensor& key, const Ten
     HdimForward args{
         in.args,     context.mutable_data_ptr(), statistics.mutable_data_ptr(), row_entropy.mutable_data_ptr(), nullptr,
         torch_pool()};
-    const Tensor workspace = new_workspace(query, cpu::hdim_forward_workspace(args), &args.workspace);
-    cpu::hdim_forward(args);
+    CpuScope(query).run(query, args, cpu::hdim::forward_workspace, cpu::hdim::forward);
     return {context, statistics, row_entropy};
 }
 
@@ -28,8 +27,8 @@ HdimGradients hdim_attention_backward_cpu(const Tensor& grad_context, const Opti
                                           const OptionalTensor& key_mask, const OptionalTensor& pair_mask,
                                           const Tensor& context, const Tensor& statistics, double temperature,
                                           bool gelu, bool tf32) {
-    const HdimTensors in(query, key, value, weight1, bias1, weight2, key_mask, pair_mask, temperature, gelu, tf32);
-    const HdimSaved saved(in, query, grad_context, grad_row_entropy, context, statistics);
+    const HdimArguments in(query, key, value, weight1, bias1, weight2, key_mask, pair_mask, temperature, gelu, tf32);
+    const HdimBackwardArguments saved(in, query, grad_context, grad_row_entropy, context, statistics);
     HdimGradTensors out(in, query);
     Tensor grad_value = allocate(query, {in.args.batch, in.args.keys, in.args.value_dim}, "grad_value");
     HdimBackward args{};
@@ -45,8 +44,7 @@ HdimGradients hdim_attention_backward_cpu(const Tensor& grad_context, const Opti
     args.grad_bias1 = out.bias1.mutable_data_ptr();
     args.grad_weight2 = out.weight2.mutable_data_ptr();
     args.pool = torch_pool();
-    const Tensor workspace = new_workspace(query, cpu::hdim_backward_workspace(args), &args.workspace);
-    cpu::hdim_backward(args);
+    CpuScope(query).run(query, args, cpu::hdim::backward_workspace, cpu::hdim::backward);
     return {out.query, out.key, grad_value, out.weight1, out.bias1, out.weight2};
 }
 

@@ -1,4 +1,4 @@
-// The arguments of the hdim operators, checked, on their way from tensors to a kernel's contract (xlayer/hdim.h).
+// Arguments of the hdim operators, checked and in the form of the contract (xlayer/hdim.h).
 #pragma once
 
 #include <tuple>
@@ -8,16 +8,14 @@
 
 namespace xlayer {
 
-using OptionalTensor = std::optional<Tensor>;
-
-// The tensors that a HdimInputs points into, alive as long as it is.
-struct HdimTensors {
+// The arguments that hdim_attention and its backward share.
+struct HdimArguments {
     HdimInputs args{};
     Tensor weight1, bias1, weight2;
 
-    HdimTensors(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& weight1_,
-                const Tensor& bias1_, const Tensor& weight2_, const OptionalTensor& key_mask,
-                const OptionalTensor& pair_mask, double temperature, bool gelu, bool tf32)
+    HdimArguments(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& weight1_,
+                  const Tensor& bias1_, const Tensor& weight2_, const OptionalTensor& key_mask,
+                  const OptionalTensor& pair_mask, double temperature, bool gelu, bool tf32)
         : weight1(as_contiguous(weight1_)), bias1(as_contiguous(bias1_)), weight2(as_contiguous(weight2_)) {
         args.dtype = kernel_dtype(query, "query");
         args.gelu = gelu;
@@ -36,7 +34,7 @@ struct HdimTensors {
         check_shape(weight2, "weight2", {args.mlp_dim});
         const auto at_least_one = [](int64_t size) { return size > 1 ? size : 1; };
         STD_TORCH_CHECK(product_of_sizes(at_least_one(args.batch), at_least_one(args.queries), at_least_one(args.keys),
-                                         at_least_one(args.mlp_dim)) < kTooLarge,
+                                         at_least_one(args.mlp_dim)) < kMaxBytes,
                         "query and key must have less than 2^61 hidden units of pairs");
         STD_TORCH_CHECK(args.keys <= INT32_MAX, "key must have at most 2^31 - 1 tokens, got ", args.keys);
         const std::pair<const Tensor*, const char*> floats[] = {
@@ -75,16 +73,16 @@ struct HdimTensors {
         check_same_device(mask, name, query, "query");
     }
 
-    ScalarType accumulation() const { return args.dtype == DType::float64 ? ScalarType::Double : ScalarType::Float; }
+    ScalarType accumulation() const { return accumulation_type(args.dtype); }
 };
 
-// What the backward operators take besides: contiguous, of the right shape and dtype, and where the query is.
-struct HdimSaved {
+// The other arguments of the backward: contiguous, of the right shape and dtype, and on the query's device.
+struct HdimBackwardArguments {
     Tensor grad_context, context, statistics;
     OptionalTensor grad_row_entropy;
 
-    HdimSaved(const HdimTensors& in, const Tensor& query, const Tensor& grad_context_,
-              const OptionalTensor& grad_row_entropy_, const Tensor& context_, const Tensor& statistics_) {
+    HdimBackwardArguments(const HdimArguments& in, const Tensor& query, const Tensor& grad_context_,
+                          const OptionalTensor& grad_row_entropy_, const Tensor& context_, const Tensor& statistics_) {
         const int64_t B = in.args.batch, Sq = in.args.queries, H = in.args.value_dim;
         auto checked = [&](const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape,
                            ScalarType dtype) {
@@ -108,7 +106,7 @@ struct HdimSaved {
 struct HdimGradTensors {
     Tensor query, key, weight1, bias1, weight2;
 
-    HdimGradTensors(const HdimTensors& in, const Tensor& like) {
+    HdimGradTensors(const HdimArguments& in, const Tensor& like) {
         const HdimInputs& a = in.args;
         query = allocate(like, {a.batch, a.queries, a.proj_dim}, "grad_query");
         key = allocate(like, {a.batch, a.keys, a.proj_dim}, "grad_key");

@@ -28,19 +28,19 @@ void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
 struct Scores {
     Tensor logits, value;
 
-    Scores(const HdimTensors& in, const Tensor& query, const Tensor& value_, void* workspace, void* stream)
-        : logits(allocate(query, {in.args.batch, in.args.queries, cuda::hdim_pitch(in.args.keys)}, in.accumulation(),
-                          "logits")),
+    Scores(const HdimArguments& in, const Tensor& query, const Tensor& value_, void* workspace, void* stream)
+        : logits(allocate(query, {in.args.batch, in.args.queries, cuda::hdim::logits_pitch(in.args.keys)},
+                          in.accumulation(), "logits")),
           value(value_) {
         const HdimInputs& a = in.args;
-        STD_TORCH_CHECK(a.proj_dim <= cuda::kHdimMostProjections, "the CUDA kernels of hdim take at most ",
-                        cuda::kHdimMostProjections, " columns of query and key, got ", a.proj_dim);
-        cuda::HdimScore args{a, nullptr, logits.mutable_data_ptr(), workspace};
+        STD_TORCH_CHECK(a.proj_dim <= cuda::hdim::kHdimMaxProjDim, "the CUDA kernels of hdim take at most ",
+                        cuda::hdim::kHdimMaxProjDim, " columns of query and key, got ", a.proj_dim);
+        cuda::hdim::HdimScore args{a, nullptr, logits.mutable_data_ptr(), workspace};
         if (a.key_mask != nullptr || a.pair_mask != nullptr) {
             value = allocate(query, {a.batch, a.keys, a.value_dim}, "clean value");
             args.value = value.mutable_data_ptr();
         }
-        cuda::hdim_score(args, stream);
+        cuda::hdim::score(args, stream);
     }
 };
 
@@ -48,19 +48,19 @@ HdimOutputs hdim_attention_cuda(const Tensor& query, const Tensor& key, const Te
                                 const Tensor& bias1, const Tensor& weight2, const OptionalTensor& key_mask,
                                 const OptionalTensor& pair_mask, double temperature, bool gelu, bool tf32) {
     const CudaScope scope(query);
-    const HdimTensors in(query, key, value, weight1, bias1, weight2, key_mask, pair_mask, temperature, gelu, tf32);
+    const HdimArguments in(query, key, value, weight1, bias1, weight2, key_mask, pair_mask, temperature, gelu, tf32);
     const int64_t B = in.args.batch, Sq = in.args.queries;
     void* aligned = nullptr;
-    const Tensor workspace = new_workspace(query, cuda::hdim_score_workspace(in.args), &aligned);
+    const Tensor workspace = new_workspace(query, cuda::hdim::score_workspace(in.args), &aligned);
     Scores scores(in, query, value, aligned, scope.stream());
 
     const bool in_place = in.accumulation() == query.scalar_type();
     Tensor probability = in_place ? scores.logits : allocate(query, {B, Sq, scores.logits.size(2)}, "probability");
     Tensor statistics = allocate(query, {B, Sq, kHdimStatistics}, in.accumulation(), "statistics");
     Tensor row_entropy = allocate(query, {B, Sq}, in.accumulation(), "row_entropy");
-    cuda::hdim_softmax({in.args, scores.logits.const_data_ptr(), probability.mutable_data_ptr(),
-                        statistics.mutable_data_ptr(), row_entropy.mutable_data_ptr()},
-                       scope.stream());
+    cuda::hdim::softmax({in.args, scores.logits.const_data_ptr(), probability.mutable_data_ptr(),
+                         statistics.mutable_data_ptr(), row_entropy.mutable_data_ptr()},
+                        scope.stream());
     const Tensor context = allocate(query, {B, Sq, in.args.value_dim}, "context");
     multiply(narrow(probability, 2, 0, in.args.keys), scores.value, context);
     return {context, statistics, row_entropy};
@@ -73,12 +73,12 @@ HdimGradients hdim_attention_backward_cuda(const Tensor& grad_context, const Opt
                                            const Tensor& context, const Tensor& statistics, double temperature,
                                            bool gelu, bool tf32) {
     const CudaScope scope(query);
-    const HdimTensors in(query, key, value, weight1, bias1, weight2, key_mask, pair_mask, temperature, gelu, tf32);
-    const HdimSaved saved(in, query, grad_context, grad_row_entropy, context, statistics);
+    const HdimArguments in(query, key, value, weight1, bias1, weight2, key_mask, pair_mask, temperature, gelu, tf32);
+    const HdimBackwardArguments saved(in, query, grad_context, grad_row_entropy, context, statistics);
     HdimGradTensors out(in, query);
-    cuda::HdimGradPairs args{};
+    cuda::hdim::HdimGradPairs args{};
     args.in = in.args;
-    const Tensor workspace = new_workspace(query, cuda::hdim_grad_pairs_workspace(in.args), &args.workspace);
+    const Tensor workspace = new_workspace(query, cuda::hdim::grad_pairs_workspace(in.args), &args.workspace);
     Scores scores(in, query, value, args.workspace, scope.stream());
 
     // ∂L/∂P, overwritten with P.
@@ -92,7 +92,7 @@ HdimGradients hdim_attention_backward_cuda(const Tensor& grad_context, const Opt
     args.grad_weight1 = out.weight1.mutable_data_ptr();
     args.grad_bias1 = out.bias1.mutable_data_ptr();
     args.grad_weight2 = out.weight2.mutable_data_ptr();
-    cuda::hdim_grad_pairs(args, scope.stream());
+    cuda::hdim::grad_pairs(args, scope.stream());
     const Tensor grad_value = allocate(query, {in.args.batch, in.args.keys, in.args.value_dim}, "grad_value");
     multiply(transpose(probability, 1, 2), saved.grad_context, grad_value);
     return {out.query, out.key, grad_value, out.weight1, out.bias1, out.weight2};

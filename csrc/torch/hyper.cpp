@@ -1,7 +1,7 @@
 // xlayer::hyper_pre, hyper_post, hyper_post_pre and their backwards: schemas, checks, allocation. All six are one
 // kernel forward and one backward, with or without its post and its pre half. Shapes and formulas: xlayer/hyper.h.
 //
-// Where norm is none, the outputs that a norm would fill (coefficients, logits, statistics, and the gradients of
+// If norm is none, the outputs that a norm would fill (coefficients, logits, statistics, and the gradients of
 // weight, bias and scale) are empty.
 #include "xlayer/hyper.h"
 
@@ -13,8 +13,6 @@
 namespace xlayer {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-
 HyperStreams<const void*> streams_view(const Tensor& streams, const char* name) {
     return {kernel_input(streams, name), {streams.stride(0), streams.stride(1), streams.stride(2)}};
 }
@@ -23,7 +21,7 @@ HyperRows<const void*> rows_view(const Tensor& rows, const char* name) {
     return {kernel_input(rows, name), {rows.stride(0), rows.stride(1)}};
 }
 
-// What pre is given besides the streams.
+// The inputs of pre besides the streams.
 struct Connection {
     const Tensor& base;
     const OptionalTensor &weight, &bias, &scale;
@@ -31,24 +29,24 @@ struct Connection {
     double eps;
 };
 
-// One call: the tensors that its contract points into, checked and alive as long as it is.
-class Call {
+// The arguments of all six operators; those of post and of pre are added where the operator has that half.
+class HyperArguments {
   public:
     HyperSizes size{};
     HyperStreams<const void*> in{};
     HyperPost post{};
     HyperConnection connection{};
 
-    explicit Call(const Tensor& streams) : streams_(unit_stride_last(streams)) {
+    explicit HyperArguments(const Tensor& streams) : streams_(unit_stride_last(streams)) {
         check_shape(streams, "streams", {-1, -1, -1, -1});
         size.dtype = size.branch_dtype = kernel_dtype(streams, "streams");
         size.outer = streams.size(0), size.inner = streams.size(1);
         size.streams = streams.size(2), size.width = streams.size(3);
-        STD_TORCH_CHECK(size.streams >= 1 && size.streams <= kHyperMostStreams, "streams must number 1 to ",
-                        kHyperMostStreams, ", got ", shape_string(streams));
+        STD_TORCH_CHECK(size.streams >= 1 && size.streams <= kHyperMaxStreams, "streams must number 1 to ",
+                        kHyperMaxStreams, ", got ", shape_string(streams));
         STD_TORCH_CHECK(size.width >= 1, "streams must have a width of at least 1, got ", shape_string(streams));
         in = streams_view(streams_, "streams");
-        // As functional/hyper.py does for fake tensors: what is new keeps n outside of inner where it is so.
+        // New tensors keep n outside of inner if the input does, as functional/hyper.py has it for fake tensors.
         stream_major_ = size.inner > 1 && size.streams > 1 && streams.stride(2) > streams.stride(1);
     }
 
@@ -70,8 +68,8 @@ class Call {
     void add_pre(const Connection& from) {
         STD_TORCH_CHECK(from.norm >= 0 && from.norm <= 3, "norm must be 0 to 3, got ", from.norm);
         STD_TORCH_CHECK(from.form >= 0 && from.form <= 3, "form must be 0 to 3, got ", from.form);
-        STD_TORCH_CHECK(from.form < 2 || (from.iterations >= 1 && from.iterations <= kHyperMostIterations),
-                        "iterations must be 1 to ", kHyperMostIterations, ", got ", from.iterations);
+        STD_TORCH_CHECK(from.form < 2 || (from.iterations >= 1 && from.iterations <= kHyperMaxIterations),
+                        "iterations must be 1 to ", kHyperMaxIterations, ", got ", from.iterations);
         STD_TORCH_CHECK(from.eps >= 0, "eps must not be negative, got ", from.eps);
         connection.norm = static_cast<HyperNorm>(from.norm);
         connection.form = static_cast<HyperForm>(from.form);
@@ -93,7 +91,7 @@ class Call {
 
     bool dynamic() const { return connection.norm != HyperNorm::none; }
 
-    ScalarType accumulation() const { return size.dtype == DType::float64 ? ScalarType::Double : ScalarType::Float; }
+    ScalarType accumulation() const { return accumulation_type(size.dtype); }
 
     // A parameter, contiguous and of the accumulation type, kept in `owner`.
     const void* parameter(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape, Tensor& owner) {
@@ -104,7 +102,7 @@ class Call {
         return kernel_input(owner, name);
     }
 
-    // Numbers per token of a forward: [outer, inner, n, columns] or, if shared, [n, n+2].
+    // Coefficients, logits or their gradients: [outer, inner, n, columns] or, if shared, [n, n+2].
     const void* coefficients_data(const Tensor& tensor, const char* name, bool shared, Tensor& owner) {
         const int64_t n = size.streams;
         if (shared) return parameter(tensor, name, {n, n + 2}, owner);
@@ -131,13 +129,9 @@ class Call {
     }
 
     // Per token [n, columns], or empty where norm is none.
-    Tensor new_numbers(int64_t columns, const char* name) const {
+    Tensor new_coefficients(int64_t columns, const char* name) const {
         if (!dynamic()) return new_tensor({0}, name);
         return new_tensor({size.outer, size.inner, size.streams, columns}, name);
-    }
-
-    Tensor new_workspace(int64_t bytes, void** aligned) const {
-        return xlayer::new_workspace(streams_, bytes, aligned);
     }
 
     ScalarType dtype() const { return streams_.scalar_type(); }
@@ -149,8 +143,24 @@ class Call {
     static constexpr char empty_ = 0;
 };
 
-// Kernels of one device: how much scratch they need, and the call.
-template <class Kernels>
+#ifndef XLAYER_EMULATED
+void run(const CpuScope& scope, const Tensor& like, HyperForward& args) {
+    scope.run(like, args, cpu::hyper::forward_workspace, cpu::hyper::forward);
+}
+void run(const CpuScope& scope, const Tensor& like, HyperBackward& args) {
+    scope.run(like, args, cpu::hyper::backward_workspace, cpu::hyper::backward);
+}
+#endif
+#ifdef XLAYER_HAS_CUDA_KERNELS
+void run(const CudaScope& scope, const Tensor& like, HyperForward& args) {
+    scope.run(like, args, cuda::hyper::forward_workspace, cuda::hyper::forward);
+}
+void run(const CudaScope& scope, const Tensor& like, HyperBackward& args) {
+    scope.run(like, args, cuda::hyper::backward_workspace, cuda::hyper::backward);
+}
+#endif
+
+template <class Scope>
 struct Operators {
     using Pre = std::tuple<Tensor, Tensor, Tensor, Tensor>;
     using PostPre = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -158,20 +168,21 @@ struct Operators {
     using PostGrads = std::tuple<Tensor, Tensor, Tensor>;
     using PostPreGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-    static HyperForward forward_arguments(const Call& call, bool pre) {
+    static HyperForward forward_arguments(const HyperArguments& given, bool pre) {
         HyperForward args{};
-        args.size = call.size, args.in = call.in, args.post = call.post;
-        args.pre = pre, args.connection = call.connection;
+        args.size = given.size, args.in = given.in, args.post = given.post;
+        args.pre = pre, args.connection = given.connection;
+        args.pool = torch_pool();
         return args;
     }
 
-    static Pre allocate_pre(const Call& call, HyperForward& args) {
-        Tensor x = call.new_rows(call.dtype(), "branch_input");
-        Tensor coefficients = call.new_numbers(call.size.columns(), "coefficients");
-        Tensor logits = call.new_numbers(call.size.columns(), "logits");
-        Tensor statistics = call.new_numbers(kHyperStatistics, "statistics");
+    static Pre allocate_pre(const HyperArguments& given, HyperForward& args) {
+        Tensor x = given.new_rows(given.dtype(), "branch_input");
+        Tensor coefficients = given.new_coefficients(given.size.columns(), "coefficients");
+        Tensor logits = given.new_coefficients(given.size.columns(), "logits");
+        Tensor statistics = given.new_coefficients(kHyperStatistics, "statistics");
         args.branch_input = x.mutable_data_ptr();
-        if (call.dynamic()) {
+        if (given.dynamic()) {
             args.coefficients = coefficients.mutable_data_ptr();
             args.logits = logits.mutable_data_ptr();
             args.statistics = statistics.mutable_data_ptr();
@@ -181,99 +192,103 @@ struct Operators {
 
     static Pre pre(const Tensor& streams, const Tensor& base, const OptionalTensor& weight, const OptionalTensor& bias,
                    const OptionalTensor& scale, int64_t norm, int64_t form, int64_t iterations, double eps) {
-        const typename Kernels::Scope scope(streams);
-        Call call(streams);
-        call.add_pre({base, weight, bias, scale, norm, form, iterations, eps});
-        HyperForward args = forward_arguments(call, true);
-        Pre out = allocate_pre(call, args);
-        scope.forward(call, args);
+        const Scope scope(streams);
+        HyperArguments given(streams);
+        given.add_pre({base, weight, bias, scale, norm, form, iterations, eps});
+        HyperForward args = forward_arguments(given, true);
+        Pre out = allocate_pre(given, args);
+        run(scope, streams, args);
         return out;
     }
 
     static Tensor post(const Tensor& streams, const Tensor& branch_output, const Tensor& coefficients) {
-        const typename Kernels::Scope scope(streams);
-        Call call(streams);
-        call.add_post(branch_output, coefficients);
-        HyperForward args = forward_arguments(call, false);
-        Tensor out = call.new_streams("out", &args.out);
-        scope.forward(call, args);
+        const Scope scope(streams);
+        HyperArguments given(streams);
+        given.add_post(branch_output, coefficients);
+        HyperForward args = forward_arguments(given, false);
+        Tensor out = given.new_streams("out", &args.out);
+        run(scope, streams, args);
         return out;
     }
 
     static PostPre post_pre(const Tensor& streams, const Tensor& branch_output, const Tensor& coefficients,
                             const Tensor& base, const OptionalTensor& weight, const OptionalTensor& bias,
                             const OptionalTensor& scale, int64_t norm, int64_t form, int64_t iterations, double eps) {
-        const typename Kernels::Scope scope(streams);
-        Call call(streams);
-        call.add_post(branch_output, coefficients);
-        call.add_pre({base, weight, bias, scale, norm, form, iterations, eps});
-        HyperForward args = forward_arguments(call, true);
-        Tensor out = call.new_streams("out", &args.out);
-        Pre pre = allocate_pre(call, args);
-        scope.forward(call, args);
+        const Scope scope(streams);
+        HyperArguments given(streams);
+        given.add_post(branch_output, coefficients);
+        given.add_pre({base, weight, bias, scale, norm, form, iterations, eps});
+        HyperForward args = forward_arguments(given, true);
+        Tensor out = given.new_streams("out", &args.out);
+        Pre pre = allocate_pre(given, args);
+        run(scope, streams, args);
         return std::tuple_cat(std::make_tuple(out), pre);
     }
 
-    // What a backward takes of the forward, and the gradients that come to it.
+    // The saved tensors and the incoming gradients of a backward.
     struct Saved {
         Tensor grad_out, grad_x, grad_coefficients, coefficients, logits, statistics;
 
-        void set_grad_out(const Call& call, const Tensor& grad, const Tensor& streams, HyperBackward& args) {
-            check_shape(grad, "grad_streams", {call.size.outer, call.size.inner, call.size.streams, call.size.width});
-            check_dtype(grad, "grad_streams", call.dtype());
+        void set_grad_out(const HyperArguments& given, const Tensor& grad, const Tensor& streams, HyperBackward& args) {
+            check_shape(grad, "grad_streams",
+                        {given.size.outer, given.size.inner, given.size.streams, given.size.width});
+            check_dtype(grad, "grad_streams", given.dtype());
             check_same_device(grad, "grad_streams", streams, "streams");
             grad_out = unit_stride_last(grad);
             args.grad_out = streams_view(grad_out, "grad_streams");
         }
 
-        void set_pre(Call& call, const Tensor& grad, const OptionalTensor& grad_c, const Tensor& streams,
+        void set_pre(HyperArguments& given, const Tensor& grad, const OptionalTensor& grad_c, const Tensor& streams,
                      const Tensor& c, const Tensor& z, const Tensor& stats, HyperBackward& args) {
-            check_shape(grad, "grad_branch_input", {call.size.outer, call.size.inner, call.size.width});
-            check_dtype(grad, "grad_branch_input", call.dtype());
+            check_shape(grad, "grad_branch_input", {given.size.outer, given.size.inner, given.size.width});
+            check_dtype(grad, "grad_branch_input", given.dtype());
             check_same_device(grad, "grad_branch_input", streams, "streams");
             grad_x = unit_stride_last(grad);
             args.grad_branch_input = rows_view(grad_x, "grad_branch_input");
-            if (!call.dynamic()) {
+            if (!given.dynamic()) {
                 STD_TORCH_CHECK(!grad_c, "grad_coefficients must be None where there is no norm");
                 return;
             }
             if (grad_c)
-                args.grad_coefficients = call.coefficients_data(*grad_c, "grad_coefficients", false, grad_coefficients);
-            args.coefficients = call.coefficients_data(c, "next_coefficients", false, coefficients);
-            args.logits = call.coefficients_data(z, "logits", false, logits);
+                args.grad_coefficients =
+                    given.coefficients_data(*grad_c, "grad_coefficients", false, grad_coefficients);
+            args.coefficients = given.coefficients_data(c, "next_coefficients", false, coefficients);
+            args.logits = given.coefficients_data(z, "logits", false, logits);
             args.statistics =
-                call.parameter(stats, "statistics",
-                               {call.size.outer, call.size.inner, call.size.streams, kHyperStatistics}, statistics);
+                given.parameter(stats, "statistics",
+                                {given.size.outer, given.size.inner, given.size.streams, kHyperStatistics}, statistics);
         }
     };
 
-    static HyperBackward backward_arguments(const Call& call, bool pre) {
+    static HyperBackward backward_arguments(const HyperArguments& given, bool pre) {
         HyperBackward args{};
-        args.size = call.size, args.in = call.in, args.post = call.post;
-        args.pre = pre, args.connection = call.connection;
+        args.size = given.size, args.in = given.in, args.post = given.post;
+        args.pre = pre, args.connection = given.connection;
+        args.pool = torch_pool();
         return args;
     }
 
-    static std::tuple<Tensor, Tensor> allocate_post_grads(const Call& call, HyperBackward& args) {
-        const int64_t n = call.size.streams;
-        Tensor branch = call.new_rows(call.branch_dtype(), "grad_branch_output");
-        Tensor coefficients = call.post.shared
-                                  ? call.new_tensor({n, n + 2}, "grad_coefficients")
-                                  : call.new_tensor({call.size.outer, call.size.inner, n, n + 2}, "grad_coefficients");
+    static std::tuple<Tensor, Tensor> allocate_post_grads(const HyperArguments& given, HyperBackward& args) {
+        const int64_t n = given.size.streams;
+        Tensor branch = given.new_rows(given.branch_dtype(), "grad_branch_output");
+        Tensor coefficients =
+            given.post.shared ? given.new_tensor({n, n + 2}, "grad_coefficients")
+                              : given.new_tensor({given.size.outer, given.size.inner, n, n + 2}, "grad_coefficients");
         args.grad_branch = branch.mutable_data_ptr();
         args.grad_post_coefficients = coefficients.mutable_data_ptr();
         return {branch, coefficients};
     }
 
-    static std::tuple<Tensor, Tensor, Tensor, Tensor> allocate_pre_grads(const Call& call, const OptionalTensor& weight,
+    static std::tuple<Tensor, Tensor, Tensor, Tensor> allocate_pre_grads(const HyperArguments& given,
+                                                                         const OptionalTensor& weight,
                                                                          HyperBackward& args) {
-        const int64_t n = call.size.streams, columns = call.dynamic() ? call.size.columns() : 0;
-        Tensor base = call.new_tensor({n, n + 2}, "grad_base");
-        Tensor grad_weight = weight ? call.new_tensor({weight->size(0), weight->size(1)}, "grad_weight")
-                                    : call.new_tensor({0}, "grad_weight");
-        Tensor bias = call.new_tensor({columns}, "grad_bias"), scale = call.new_tensor({columns}, "grad_scale");
+        const int64_t n = given.size.streams, columns = given.dynamic() ? given.size.columns() : 0;
+        Tensor base = given.new_tensor({n, n + 2}, "grad_base");
+        Tensor grad_weight = weight ? given.new_tensor({weight->size(0), weight->size(1)}, "grad_weight")
+                                    : given.new_tensor({0}, "grad_weight");
+        Tensor bias = given.new_tensor({columns}, "grad_bias"), scale = given.new_tensor({columns}, "grad_scale");
         args.grad_base = base.mutable_data_ptr();
-        if (call.dynamic()) {
+        if (given.dynamic()) {
             args.grad_weight = grad_weight.mutable_data_ptr();
             args.grad_bias = bias.mutable_data_ptr();
             args.grad_scale = scale.mutable_data_ptr();
@@ -285,29 +300,29 @@ struct Operators {
                                  const Tensor& c, const Tensor& z, const Tensor& statistics, const Tensor& base,
                                  const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& scale,
                                  int64_t norm, int64_t form, int64_t iterations, double eps) {
-        const typename Kernels::Scope scope(streams);
-        Call call(streams);
-        call.add_pre({base, weight, bias, scale, norm, form, iterations, eps});
-        HyperBackward args = backward_arguments(call, true);
+        const Scope scope(streams);
+        HyperArguments given(streams);
+        given.add_pre({base, weight, bias, scale, norm, form, iterations, eps});
+        HyperBackward args = backward_arguments(given, true);
         Saved saved;
-        saved.set_pre(call, grad_x, grad_c, streams, c, z, statistics, args);
-        Tensor grad_streams = call.new_streams("grad_streams", &args.grad_in);
-        auto grads = allocate_pre_grads(call, weight, args);
-        scope.backward(call, args);
+        saved.set_pre(given, grad_x, grad_c, streams, c, z, statistics, args);
+        Tensor grad_streams = given.new_streams("grad_streams", &args.grad_in);
+        auto grads = allocate_pre_grads(given, weight, args);
+        run(scope, streams, args);
         return std::tuple_cat(std::make_tuple(grad_streams), grads);
     }
 
     static PostGrads post_backward(const Tensor& grad_out, const Tensor& streams, const Tensor& branch_output,
                                    const Tensor& coefficients) {
-        const typename Kernels::Scope scope(streams);
-        Call call(streams);
-        call.add_post(branch_output, coefficients);
-        HyperBackward args = backward_arguments(call, false);
+        const Scope scope(streams);
+        HyperArguments given(streams);
+        given.add_post(branch_output, coefficients);
+        HyperBackward args = backward_arguments(given, false);
         Saved saved;
-        saved.set_grad_out(call, grad_out, streams, args);
-        Tensor grad_streams = call.new_streams("grad_streams", &args.grad_in);
-        auto grads = allocate_post_grads(call, args);
-        scope.backward(call, args);
+        saved.set_grad_out(given, grad_out, streams, args);
+        Tensor grad_streams = given.new_streams("grad_streams", &args.grad_in);
+        auto grads = allocate_post_grads(given, args);
+        run(scope, streams, args);
         return std::tuple_cat(std::make_tuple(grad_streams), grads);
     }
 
@@ -318,59 +333,25 @@ struct Operators {
                                           const OptionalTensor& weight, const OptionalTensor& bias,
                                           const OptionalTensor& scale, int64_t norm, int64_t form, int64_t iterations,
                                           double eps) {
-        const typename Kernels::Scope scope(streams);
-        Call call(streams);
-        call.add_post(branch_output, coefficients);
-        call.add_pre({base, weight, bias, scale, norm, form, iterations, eps});
-        HyperBackward args = backward_arguments(call, true);
+        const Scope scope(streams);
+        HyperArguments given(streams);
+        given.add_post(branch_output, coefficients);
+        given.add_pre({base, weight, bias, scale, norm, form, iterations, eps});
+        HyperBackward args = backward_arguments(given, true);
         Saved saved;
-        if (grad_out) saved.set_grad_out(call, *grad_out, streams, args);
-        saved.set_pre(call, grad_x, grad_c, streams, c, z, statistics, args);
-        Tensor grad_streams = call.new_streams("grad_in", &args.grad_in);
-        auto post_grads = allocate_post_grads(call, args);
-        auto pre_grads = allocate_pre_grads(call, weight, args);
-        scope.backward(call, args);
+        if (grad_out) saved.set_grad_out(given, *grad_out, streams, args);
+        saved.set_pre(given, grad_x, grad_c, streams, c, z, statistics, args);
+        Tensor grad_streams = given.new_streams("grad_in", &args.grad_in);
+        auto post_grads = allocate_post_grads(given, args);
+        auto pre_grads = allocate_pre_grads(given, weight, args);
+        run(scope, streams, args);
         return std::tuple_cat(std::make_tuple(grad_streams), post_grads, pre_grads);
     }
 };
 
-#ifndef XLAYER_EMULATED
-struct CpuKernels {
-    struct Scope {
-        explicit Scope(const Tensor&) {}
-        void forward(const Call& call, HyperForward& args) const {
-            args.pool = torch_pool();
-            const Tensor workspace = call.new_workspace(cpu::hyper_forward_workspace(args), &args.workspace);
-            cpu::hyper_forward(args);
-        }
-        void backward(const Call& call, HyperBackward& args) const {
-            args.pool = torch_pool();
-            const Tensor workspace = call.new_workspace(cpu::hyper_backward_workspace(args), &args.workspace);
-            cpu::hyper_backward(args);
-        }
-    };
-};
-#endif
-
-#ifdef XLAYER_HAS_CUDA_KERNELS
-struct CudaKernels {
-    struct Scope : CudaScope {
-        using CudaScope::CudaScope;
-        void forward(const Call& call, HyperForward& args) const {
-            const Tensor workspace = call.new_workspace(cuda::hyper_forward_workspace(args), &args.workspace);
-            cuda::hyper_forward(args, stream());
-        }
-        void backward(const Call& call, HyperBackward& args) const {
-            const Tensor workspace = call.new_workspace(cuda::hyper_backward_workspace(args), &args.workspace);
-            cuda::hyper_backward(args, stream());
-        }
-    };
-};
-#endif
-
-template <class Kernels, class Library>
+template <class Scope, class Library>
 void register_kernels(Library& m) {
-    using Ops = Operators<Kernels>;
+    using Ops = Operators<Scope>;
     m.impl("hyper_pre", TORCH_BOX(&Ops::pre));
     m.impl("hyper_post", TORCH_BOX(&Ops::post));
     m.impl("hyper_post_pre", TORCH_BOX(&Ops::post_pre));
@@ -385,28 +366,28 @@ STABLE_TORCH_LIBRARY_FRAGMENT(XLAYER_OPS, m) {
     const std::string connection =
         "Tensor base, Tensor? weight, Tensor? bias, Tensor? scale, int norm, int form, int iterations, float eps";
     const std::string post = "Tensor streams, Tensor branch_output, Tensor coefficients";
-    const std::string numbers = "Tensor next_coefficients, Tensor logits, Tensor statistics";
+    const std::string saved = "Tensor next_coefficients, Tensor logits, Tensor statistics";
     const std::string connection_grads = "Tensor grad_base, Tensor grad_weight, Tensor grad_bias, Tensor grad_scale";
     const auto define = [&](const std::string& schema) { m.def(schema.c_str()); };
-    define("hyper_pre(Tensor streams, " + connection + ") -> (Tensor branch_input, " + numbers + ")");
+    define("hyper_pre(Tensor streams, " + connection + ") -> (Tensor branch_input, " + saved + ")");
     define("hyper_post(" + post + ") -> Tensor");
-    define("hyper_post_pre(" + post + ", " + connection + ") -> (Tensor out, Tensor branch_input, " + numbers + ")");
-    define("hyper_pre_backward(Tensor grad_branch_input, Tensor? grad_coefficients, Tensor streams, " + numbers + ", " +
+    define("hyper_post_pre(" + post + ", " + connection + ") -> (Tensor out, Tensor branch_input, " + saved + ")");
+    define("hyper_pre_backward(Tensor grad_branch_input, Tensor? grad_coefficients, Tensor streams, " + saved + ", " +
            connection + ") -> (Tensor grad_streams, " + connection_grads + ")");
     define("hyper_post_backward(Tensor grad_out, " + post +
            ") -> (Tensor grad_streams, Tensor grad_branch_output, Tensor grad_coefficients)");
     define("hyper_post_pre_backward(Tensor? grad_out, Tensor grad_branch_input, Tensor? grad_coefficients, " + post +
-           ", " + numbers + ", " + connection +
+           ", " + saved + ", " + connection +
            ") -> (Tensor grad_streams, Tensor grad_branch_output, Tensor grad_post_coefficients, " + connection_grads +
            ")");
 }
 
 #ifndef XLAYER_EMULATED
-STABLE_TORCH_LIBRARY_IMPL(XLAYER_OPS, CPU, m) { register_kernels<CpuKernels>(m); }
+STABLE_TORCH_LIBRARY_IMPL(XLAYER_OPS, CPU, m) { register_kernels<CpuScope>(m); }
 #endif
 
 #ifdef XLAYER_HAS_CUDA_KERNELS
-STABLE_TORCH_LIBRARY_IMPL(XLAYER_OPS, XLAYER_CUDA_KEY, m) { register_kernels<CudaKernels>(m); }
+STABLE_TORCH_LIBRARY_IMPL(XLAYER_OPS, XLAYER_CUDA_KEY, m) { register_kernels<CudaScope>(m); }
 #endif
 
 }  // namespace xlayer

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import inspect
 import os
 import sys
+from collections.abc import Callable, Mapping
+from functools import lru_cache, wraps
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_args
 
 import typer
 
 from xlayer_systems.errors import CommandError, InterruptionError, UserError
 
+if TYPE_CHECKING:
+    from xlayer_systems.runs.spec import RunSpec
+
 # typer has click under a name of its own: BadParameter is a UsageError is a ClickException.
 ClickException: type[Exception] = typer.BadParameter.__mro__[2]
 INTERRUPTED = 130
+SYSTEM_COMMANDS = {"train", "sweep", "profile", "options"}  # whose help and flags are those of the systems
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="markdown",
-    pretty_exceptions_enable=False,
-    help="""Train and compare systems for cross-layer communication in transformers.
+HELP = """Train and compare systems for cross-layer communication in transformers.
 
 **First steps** (no download; two CPU cores are enough):
 
@@ -57,81 +61,49 @@ app = typer.Typer(
 **Many GPUs**: `accelerate launch -m xlayer_systems.cli train xlrb --preset H9 ...`
 
 Wrong input gives one line that starts with `error:` and exit code 2; a run that diverges ends with exit code 3. Ctrl-C
-and SIGTERM end a run after a checkpoint, with exit code 130 and 143; a second Ctrl-C ends it at once.""",
-)
-pretrain_app = typer.Typer(no_args_is_help=True, help="Make the small backbone that the other commands start from.")
-app.add_typer(pretrain_app, name="pretrain")
+and SIGTERM end a run after a checkpoint, with exit code 130 and 143; a second Ctrl-C ends it at once."""
 
-System = Annotated[
-    str,
-    typer.Argument(
-        help="What to train: xlrb (routing bridges in an encoder), hyper_lm (a hyper-connected language model), "
-        "telepathy (a frozen language model speaks to another), "
-        "bypass (hidden states of all layers come back as biases of a frozen language model), "
-        "lformer (a side path over a language model's layers learns to use tools)."
-    ),
+System = Annotated[str, typer.Argument(help="What to train.")]
+Dataset = Annotated[str | None, typer.Option("--dataset", help="Training and validation data.")]
+Backbone = Annotated[str | None, typer.Option("--backbone", help="What training starts from.")]
+Preset = Annotated[str | None, typer.Option("--preset", "--residual", help="A named configuration.")]
+Seed = Annotated[
+    int | None, typer.Option("--seed", help="Initial parameters, order of the examples, dropout; 0 by default.")
 ]
-Dataset = Annotated[
-    str | None,
-    typer.Option(
-        help="xlrb: stdlib-topics (default), stdlib-pairs, glue/rte or another hub name, or a local folder. "
-        "hyper_lm: stdlib-lm (default), wikitext/wikitext-2-raw-v1 or another hub name, a folder of .txt files, or one "
-        "with a train and a validation file. telepathy: stdlib-topics (default), passkey, arithmetic, glue/sst2, "
-        "ag_news, trec, banking77, gsm8k, boolq, piqa, commonsense_qa or another classification data set. "
-        "bypass: as hyper_lm. lformer: tools (default), or a folder or hub name with columns text and tool, "
-        "and perhaps value and plan."
-    ),
-]
-Backbone = Annotated[
-    str | None,
-    typer.Option(
-        help="xlrb: small (default, shipped), small-scratch, a Hugging Face name such as roberta-large, or a folder. "
-        "hyper_lm: the size of the model, tiny (default), small, base or large. telepathy: SENDER,RECEIVER, two causal "
-        "language models (names or folders); decoder-sender,decoder-receiver by default. "
-        "bypass and lformer: one, decoder-sender by default."
-    ),
-]
-Streams = Annotated[int | None, typer.Option(help="hyper_lm: number of residual streams; the same as expansion_rate.")]
-Bridge = Annotated[
-    str | None, typer.Option(help="telepathy: continuous (default), vq, fsq or dit; in a sweep several, with commas.")
-]
-SoftTokens = Annotated[
-    str | None, typer.Option(help="telepathy: vectors in place of the text, 8 by default; in a sweep several.")
-]
+Epochs = Annotated[int | None, typer.Option("--epochs", help="Passes over the training set.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Settings that train in a minute or two on two CPU cores.")]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a training option or a field of the preset; repeatable."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a training option or a field of the config; repeatable. `xlayer options SYSTEM` lists them.",
+    ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of an interrupted run.")]
 
 
-@app.command()
 def train(
-    system: System,
-    preset: Annotated[
-        str | None,
-        typer.Option(
-            "--preset",
-            "--residual",
-            help="xlrb: plain (the backbone alone), H1 to H30, A1 to A20; H9 by default. "
-            "hyper_lm: plain, shc, dhc or mhc; dhc by default. "
-            "telepathy: classification (default) or a phase of the report, v1 to v15. "
-            "bypass: plain, lora, full or offset; full by default. "
-            "lformer: ema (default), gru, attn, or head_only, the baseline without a side path.",
-        ),
-    ] = None,
+    system: Annotated[str | None, typer.Argument(help="What to train; a run file may say it instead.")] = None,
+    preset: Preset = None,
     dataset: Dataset = None,
     backbone: Backbone = None,
-    streams: Streams = None,
-    bridge: Bridge = None,
-    soft_tokens: SoftTokens = None,
-    seed: Annotated[int, typer.Option(help="Initial parameters, order of the examples, dropout.")] = 0,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training set.")] = None,
+    seed: Seed = None,
+    epochs: Epochs = None,
     quick: Quick = False,
-    run_dir: Annotated[Path | None, typer.Option(help="A new directory; by default runs/<what is trained>.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            help="A YAML file with any of these options by name, and any that --set takes; the command line wins.",
+        ),
+    ] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option("--run-dir", help="A new directory; by default runs/<what is trained>.")
+    ] = None,
     resume: Resume = False,
     settings: Settings = None,
+    **flags: str | None,
 ) -> None:
     """Train one preset with one seed and report its accuracy with a 95 % interval, or its loss.
 
@@ -146,21 +118,25 @@ def train(
         xlayer train hyper_lm --residual dhc --streams 2 --quick --set max_steps=400
 
         xlayer train telepathy --bridge fsq --soft-tokens 16 --dataset passkey --quick
-    """
-    from xlayer_systems.jobs import format_result, make_spec, train_run
-    from xlayer_systems.options import parse_overrides
 
-    shortcuts = {"epochs": epochs, "expansion_rate": streams, "bridge": bridge, "soft_tokens": soft_tokens}
-    overrides = _with_shortcuts(parse_overrides(settings or []), **shortcuts)
-    spec = make_spec(system, preset, dataset=dataset, backbone=backbone, seed=seed, quick=quick, overrides=overrides)
-    path = run_dir or Path("runs") / _run_name(system, spec.preset, spec.dataset, seed, quick)
-    result = train_run(spec, path, resume)
+        xlayer train --config runs/mine/run.yaml --run-dir runs/again    (every run directory holds its run.yaml)
+    """
+    from xlayer_systems.runs.execute import format_result, train_run
+    from xlayer_systems.training.options import parse_overrides
+
+    command: dict[str, Any] = {
+        "system": system, "preset": preset, "dataset": dataset, "backbone": backbone, "seed": seed, "epochs": epochs,
+        "quick": quick or None, "run_dir": run_dir, "resume": resume or None,
+    }  # fmt: skip
+    overrides = parse_overrides(settings or [])
+    chosen, spec, given = _run_of(command, flags, overrides, config)
+    path = Path(given["run_dir"] or Path("runs") / _run_name(spec, bool(given["quick"])))
+    result = train_run(chosen, spec, path, bool(given["resume"]))
     if _is_main_process():
-        print(format_result(result))
+        print(format_result(chosen, result))
         print(f"run directory: {path}  ({result['seconds']:.0f} s)")
 
 
-@app.command()
 def sweep(
     system: System,
     presets: Annotated[
@@ -175,14 +151,12 @@ def sweep(
     seeds: Annotated[str, typer.Option(help="Separated by commas.")] = "0",
     dataset: Dataset = None,
     backbone: Backbone = None,
-    streams: Streams = None,
-    bridge: Bridge = None,
-    soft_tokens: SoftTokens = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training set.")] = None,
+    epochs: Epochs = None,
     quick: Quick = False,
     out: Annotated[Path | None, typer.Option(help="A new directory; by default runs/sweep-<system>-<dataset>.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Keep finished runs and go on with the others.")] = False,
     settings: Settings = None,
+    **flags: str | None,
 ) -> None:
     """Train several presets with several seeds and print a table.
 
@@ -203,23 +177,21 @@ def sweep(
 
         xlayer sweep telepathy --presets classification:bridge=vq,classification:bridge=vq:revive_below=1 --quick
     """
-    from xlayer_systems.jobs import make_spec
-    from xlayer_systems.options import parse_overrides
-    from xlayer_systems.recipes import PLAIN, get_recipe
-    from xlayer_systems.sweep import cross_variants, format_sweep, parse_seeds, parse_variants, run_sweep
+    from xlayer_systems.registry import get_system
+    from xlayer_systems.runs.sweep import cross_variants, parse_seeds, parse_variants, run_sweep
+    from xlayer_systems.runs.system import PLAIN
+    from xlayer_systems.training.options import parse_overrides
 
-    recipe = get_recipe(system)
-    common = _with_shortcuts(parse_overrides(settings or []), epochs=epochs, expansion_rate=streams)
-    common = {**recipe.sweep_defaults, **common}
-    default = f"{PLAIN},{recipe.default_preset}" if PLAIN in recipe.presets() else recipe.default_preset
-    variants = cross_variants(
-        parse_variants(default if presets is None else presets), bridge=bridge, soft_tokens=soft_tokens
-    )
+    chosen = get_system(system)
+    own = _own_flags(chosen, flags)
+    swept = {chosen.flags[name]: own.pop(chosen.flags[name], None) for name in chosen.swept_flags}
+    common = {**chosen.sweep_defaults, **_as_overrides(epochs=epochs), **own, **parse_overrides(settings or [])}
+    default = f"{PLAIN},{chosen.default_preset}" if PLAIN in chosen.presets() else chosen.default_preset
+    variants = cross_variants(parse_variants(default if presets is None else presets), **swept)
     numbers = parse_seeds(seeds)
     specs = {
         variant.name: [
-            make_spec(
-                system,
+            chosen.make_spec(
                 variant.preset,
                 dataset=dataset,
                 backbone=backbone,
@@ -231,15 +203,14 @@ def sweep(
         ]
         for variant in variants
     }
-    name = (dataset or recipe.default_dataset).replace("/", "-")
+    name = (dataset or chosen.default_dataset).replace("/", "-")
     path = out or Path("runs") / f"sweep-{system}-{name}{'-quick' * quick}"
-    summary = run_sweep(specs, path, resume)
+    summary = run_sweep(chosen, specs, path, resume)
     if _is_main_process():
-        print(format_sweep(summary))
+        print(chosen.format_sweep(summary))
         print(f"sweep directory: {path}")
 
 
-@app.command(name="eval")
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run directory of a finished run.")],
     prompt: Annotated[str | None, typer.Option(help="Language models: go on with this text instead.")] = None,
@@ -256,25 +227,26 @@ def evaluate(
 
         xlayer eval runs/hyper_lm-dhc-stdlib-lm-seed0-quick --prompt "def " --temperature 0.8 --top-k 40
     """
-    from xlayer_systems.jobs import complete_text, evaluate_run, format_result
+    from xlayer_systems.registry import open_run
+    from xlayer_systems.runs.execute import complete_text, evaluate_run, format_result
 
+    system, spec = open_run(run)
     if prompt is not None:
-        print(complete_text(run, prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed))
+        print(complete_text(system, spec, run, prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed))
         return
-    result = evaluate_run(run)
+    result = evaluate_run(system, spec, run)
     if _is_main_process():
-        print(format_result(result))
+        print(format_result(system, result))
 
 
-@app.command()
 def profile(
     system: System,
-    preset: Annotated[str | None, typer.Option("--preset", "--residual", help="As of train.")] = None,
+    preset: Preset = None,
     dataset: Dataset = None,
     backbone: Backbone = None,
-    seed: Annotated[int, typer.Option(help="As of train.")] = 0,
+    seed: Seed = None,
     quick: Quick = False,
-    steps: Annotated[int, typer.Option(help="Optimizer steps that count.")] = 5,
+    steps: Annotated[int, typer.Option(help="Optimizer steps to measure.")] = 5,
     warmup: Annotated[int, typer.Option(help="Steps before them.")] = 3,
     tool: Annotated[
         str,
@@ -285,6 +257,7 @@ def profile(
     ] = "auto",
     run_dir: Annotated[Path | None, typer.Option(help="A new directory; by default runs/profile-<what runs>.")] = None,
     settings: Settings = None,
+    **flags: str | None,
 ) -> None:
     """Show where the time of a few training steps and an evaluation goes.
 
@@ -298,18 +271,43 @@ def profile(
         xlayer profile hyper_lm --residual dhc --backbone small --set dtype=bfloat16 --tool nsys
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler says when it starts and stops
-    from xlayer_systems.jobs import make_spec
-    from xlayer_systems.options import parse_overrides
     from xlayer_systems.profiling.command import profile_run
+    from xlayer_systems.registry import get_system
+    from xlayer_systems.training.options import parse_overrides
 
-    overrides = parse_overrides(settings or [])
-    spec = make_spec(system, preset, dataset=dataset, backbone=backbone, seed=seed, quick=quick, overrides=overrides)
-    path = run_dir or Path("runs") / f"profile-{_run_name(system, spec.preset, spec.dataset, seed, quick)}"
-    print("\n".join(profile_run(spec, path, steps=steps, warmup=warmup, tool=tool)))
+    chosen = get_system(system)
+    overrides = {**_own_flags(chosen, flags), **parse_overrides(settings or [])}
+    spec = chosen.make_spec(
+        preset, dataset=dataset, backbone=backbone, seed=seed or 0, quick=quick, overrides=overrides
+    )
+    path = run_dir or Path("runs") / f"profile-{_run_name(spec, quick)}"
+    print("\n".join(profile_run(chosen, spec, path, steps=steps, warmup=warmup, tool=tool)))
     print(f"run directory: {path}")
 
 
-@app.command()
+def options(
+    system: System,
+    preset: Preset = None,
+    quick: Quick = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON schema instead of a table.")] = False,
+) -> None:
+    """List every option of a system with its type, bounds, default and meaning, and what its presets change.
+
+    Examples:
+
+        xlayer options xlrb
+
+        xlayer options bypass --preset lora --json
+    """
+    import json
+
+    from xlayer_systems.registry import get_system
+    from xlayer_systems.reporting.options import format_schema
+
+    schema = get_system(system).schema(preset, quick)
+    print(json.dumps(schema, indent=2, ensure_ascii=False) if as_json else format_schema(schema))
+
+
 def info() -> None:
     """Say what was built, what is in use on this machine and why (the same as `python -m xlayer_ext.info`)."""
     from xlayer_ext.info import main as print_info
@@ -317,10 +315,9 @@ def info() -> None:
     print_info([])
 
 
-@pretrain_app.command()
 def encoder(
     out: Annotated[Path, typer.Argument(help="A new directory: run files, and the encoder itself in its encoder/.")],
-    epochs: Annotated[int | None, typer.Option(help="Passes over the passages of the training files.")] = None,
+    epochs: Epochs = None,
     contrast: Annotated[float, typer.Option(help="Weight of the contrastive loss; 0 leaves masked tokens only.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Parameters, pairs, masks.")] = 0,
     resume: Resume = False,
@@ -334,17 +331,19 @@ def encoder(
 
         xlayer pretrain encoder runs/encoder && xlayer train xlrb --backbone runs/encoder/encoder --quick
     """
-    from xlayer_systems.options import parse_overrides
-    from xlayer_systems.pretrain import pretrain_encoder
+    from xlayer_systems.registry import PRETRAINING
+    from xlayer_systems.runs.execute import format_result, train_run
+    from xlayer_systems.training.options import parse_overrides
 
-    overrides = _with_shortcuts(parse_overrides(settings or []), epochs=epochs)
-    result = pretrain_encoder(out, contrast=contrast, seed=seed, overrides=overrides, resume=resume)
+    system = PRETRAINING["encoder"]
+    overrides = {**_as_overrides(epochs=epochs), **parse_overrides(settings or [])}
+    spec = system.make_spec(seed=seed, overrides=overrides, config={"contrast": str(contrast)})
+    result = train_run(system, spec, out, resume)
     if _is_main_process():
-        print(f"masked-token loss {result['masked_loss']:.3f} nats, pairs found {100 * result['pairs_found']:.1f} %")
+        print(format_result(system, result))
         print(f"encoder: {out / 'encoder'}")
 
 
-@pretrain_app.command()
 def decoder(
     out: Annotated[Path, typer.Argument(help="A new directory: run files, and the decoder itself in its decoder/.")],
     shape: Annotated[str, typer.Option(help="sender or receiver: they differ in tokenizer and width.")] = "sender",
@@ -360,13 +359,102 @@ def decoder(
 
         xlayer pretrain decoder runs/sender --shape sender
     """
-    from xlayer_systems.options import parse_overrides
-    from xlayer_systems.pretrain_decoder import pretrain_decoder
+    from xlayer_systems.registry import PRETRAINING
+    from xlayer_systems.runs.execute import format_result, train_run
+    from xlayer_systems.training.options import parse_overrides
 
-    result = pretrain_decoder(out, shape=shape, seed=seed, overrides=parse_overrides(settings or []), resume=resume)
+    system = PRETRAINING["decoder"]
+    spec = system.make_spec(shape, seed=seed, overrides=parse_overrides(settings or []))
+    result = train_run(system, spec, out, resume)
     if _is_main_process():
-        print(f"validation loss {result['loss']:.3f} nats per token, {result['bits_per_byte']:.3f} bits per byte")
+        print(format_result(system, result))
         print(f"decoder: {out / 'decoder'}")
+
+
+@lru_cache(maxsize=2)
+def make_app(with_systems: bool = True) -> typer.Typer:
+    """Makes the command line.
+
+    Args:
+        with_systems: with the help and the flags of the systems in the registry, whose import takes seconds.
+    """
+    systems: Mapping[str, Any] = {}
+    if with_systems:
+        from xlayer_systems.registry import SYSTEMS
+
+        systems = SYSTEMS
+    app = typer.Typer(
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode="markdown",
+        pretty_exceptions_enable=False,
+        help=HELP,
+    )
+    for command in (train, sweep, profile, options):
+        app.command()(_with_systems(command, systems))
+    app.command(name="eval")(evaluate)
+    app.command()(info)
+    pretrain = typer.Typer(no_args_is_help=True, help="Make the small backbone that the other commands start from.")
+    pretrain.command()(encoder)
+    pretrain.command()(decoder)
+    app.add_typer(pretrain, name="pretrain")
+    return app
+
+
+def _with_systems(command: Callable[..., None], systems: Mapping[str, Any]) -> Callable[..., None]:
+    """Gives a command the help of the systems, and their own flags in place of its ``**flags``."""
+    help_of = {
+        "system": "What to train: " + ", ".join(f"{name} ({s.summary})" for name, s in systems.items()) + ".",
+        "preset": _told({n: f"{s.preset_help} (default {s.default_preset})" for n, s in systems.items()}),
+        "dataset": _told({n: f"{s.dataset_help} (default {s.default_dataset})" for n, s in systems.items()}),
+        "backbone": _told({n: f"{s.backbone_help} (default {s.default_backbone})" for n, s in systems.items()}),
+    }
+    signature = inspect.signature(command, eval_str=True)
+    parameters = []
+    for parameter in signature.parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            parameters += _flag_parameters(systems)
+            continue
+        if systems and parameter.name in help_of:
+            kind, info = get_args(parameter.annotation)
+            info = copy.copy(info)
+            info.help = help_of[parameter.name]
+            parameter = parameter.replace(annotation=Annotated[kind, info])
+        parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+
+    @wraps(command)
+    def wrapped(**arguments: Any) -> None:
+        command(**arguments)
+
+    del wrapped.__wrapped__  # else its signature would be read
+    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return wrapped
+
+
+def _flag_parameters(systems: Mapping[str, Any]) -> list[inspect.Parameter]:
+    """Returns a parameter for every flag of a system, with the help of the option that it stands for."""
+    found: dict[str, list[str]] = {}
+    for name, system in systems.items():
+        sections = system.schema()["properties"]
+        properties = {**sections["options"]["properties"], **sections["config"].get("properties", {})}
+        for flag, key in system.flags.items():
+            several = "; in a sweep several, with commas" if flag in system.swept_flags else ""
+            told = f"{properties[key]['description']} (default {properties[key]['default']}{several})"
+            found.setdefault(flag, []).append(f"{name}: {told}.")
+    return [
+        inspect.Parameter(
+            flag.replace("-", "_"),
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[str | None, typer.Option(f"--{flag}", help=" ".join(lines))],
+        )
+        for flag, lines in found.items()
+    ]
+
+
+def _told(by_system: Mapping[str, str]) -> str:
+    return " ".join(f"{name}: {text}." for name, text in by_system.items())
 
 
 def main() -> None:
@@ -374,7 +462,7 @@ def main() -> None:
     # Before torch loads its OpenMP: threads that spin while they wait make a step on a busy machine ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        code = app(standalone_mode=False)
+        code = make_app(with_systems=bool(SYSTEM_COMMANDS.intersection(sys.argv)))(standalone_mode=False)
         if code == INTERRUPTED:  # outside the training loop, which raises its own error
             raise InterruptionError("interrupted", INTERRUPTED - 128)
     except CommandError as error:
@@ -392,13 +480,69 @@ def _fail(error: CommandError) -> NoReturn:
     sys.exit(error.exit_code)
 
 
-def _with_shortcuts(overrides: dict[str, str], **shortcuts: int | str | None) -> dict[str, str]:
-    """Overrides with those that have an option of their own; ``--set`` wins."""
-    return {**{key: str(value) for key, value in shortcuts.items() if value is not None}, **overrides}
+def _run_of(
+    command: Mapping[str, Any], flags: Mapping[str, str | None], overrides: dict[str, str], file: Path | None
+) -> tuple[Any, RunSpec, dict[str, Any]]:
+    """Returns the system, the run, and what was given for it, by the command line and the run file together."""
+    from xlayer_systems.registry import get_system
+    from xlayer_systems.runs.run_file import NAMES, SECTIONS, as_text, check_run_file, read_run_file
+
+    stored = {} if file is None else read_run_file(file)
+    given = {name: stored.get(name) if value is None else value for name, value in command.items()}
+    if not isinstance(given["system"], str):
+        raise UserError("name the system to train, or a run file with its name by --config")
+    chosen = get_system(given["system"])
+    names: dict[str, Any] = {
+        name: None if given[name] is None else str(given[name]) for name in ("preset", "dataset", "backbone")
+    }
+    seed, quick = given["seed"] or 0, given["quick"] or False
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise UserError(f"seed in {file} must be an integer, got {seed!r}")
+    for name in ("quick", "resume"):
+        if not isinstance(given[name] or False, bool):
+            raise UserError(f"{name} in {file} must be true or false, got {given[name]!r}")
+    sections: dict[str, dict[str, str]] = {name: {} for name in SECTIONS}
+    if file is not None:
+        kinds = chosen.make_spec(**names, quick=quick)
+        fields = [[] if kind is None else [f.name for f in dataclasses.fields(kind)] for kind in
+                  (kinds.options, kinds.config)]  # fmt: skip
+        check_run_file(file, stored, *fields)
+        sections = {name: as_text(stored.get(name) or {}) for name in SECTIONS}
+        plain = {key: value for key, value in stored.items() if key not in {*NAMES, *SECTIONS}}
+        sections["set"] = {**as_text(plain), **sections["set"]}
+    by_command = {**_as_overrides(epochs=given["epochs"]), **_own_flags(chosen, flags), **overrides}
+    for section in ("options", "config"):
+        sections[section] = {key: value for key, value in sections[section].items() if key not in by_command}
+    spec = chosen.make_spec(
+        **names,
+        seed=seed,
+        quick=quick,
+        overrides={**sections["set"], **by_command},
+        options=sections["options"],
+        config=sections["config"],
+    )
+    return chosen, spec, given
 
 
-def _run_name(system: str, preset: str, dataset: str, seed: int, quick: bool) -> str:
-    return f"{system}-{preset}-{dataset.strip('/').replace('/', '-')}-seed{seed}{'-quick' * quick}"
+def _own_flags(system: Any, flags: Mapping[str, str | None]) -> dict[str, str]:
+    """Returns the overrides that the flags of systems stand for; those of another system are refused."""
+    known = {name.replace("-", "_"): key for name, key in system.flags.items()}
+    given = {name: value for name, value in flags.items() if value is not None}
+    for name in given:
+        if name not in known:
+            raise UserError(
+                f"{system.name} has no option --{name.replace('_', '-')}; see `xlayer options {system.name}`"
+            )
+    return {known[name]: value for name, value in given.items()}
+
+
+def _as_overrides(**values: int | str | None) -> dict[str, str]:
+    return {key: str(value) for key, value in values.items() if value is not None}
+
+
+def _run_name(spec: RunSpec, quick: bool) -> str:
+    dataset = spec.dataset.strip("/").replace("/", "-")
+    return f"{spec.system}-{spec.preset}-{dataset}-seed{spec.seed}{'-quick' * quick}"
 
 
 def _is_main_process() -> bool:

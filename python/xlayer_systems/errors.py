@@ -11,7 +11,7 @@ class CommandError(Exception):
 
 
 class UserError(CommandError):
-    """Wrong input from the user: a name, a path, an option, a data set or a run directory that cannot be used.
+    """Signals wrong input: a name, a path, an option, a data set or a run directory that cannot be used.
 
     The message says in one line what was got and what was expected. Nothing has been overwritten by then.
     """
@@ -20,13 +20,13 @@ class UserError(CommandError):
 
 
 class DivergenceError(CommandError):
-    """A loss, a metric or a parameter of a run is infinite or not a number. Its last good checkpoint is kept."""
+    """Signals that a loss, metric or parameter of a run is not finite. Its last good checkpoint is kept."""
 
     exit_code = 3
 
 
 class InterruptionError(CommandError):
-    """SIGINT or SIGTERM ended a run after a checkpoint; the exit code is the one that a shell gives the signal."""
+    """Signals that SIGINT or SIGTERM ended a run after a checkpoint; the exit code is the one of the signal."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)

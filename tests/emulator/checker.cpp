@@ -115,7 +115,7 @@ class Pages {
 
     // Gives memory back if there is much of it; only while no record matters.
     void trim() {
-        if (slabs_.size() <= kMostSlabs) return;
+        if (slabs_.size() <= kMaxSlabs) return;
         for (Page* slab : slabs_) munmap(slab, kSlab * sizeof(Page));
         slabs_.clear();
         pages_.clear();
@@ -124,7 +124,7 @@ class Pages {
     }
 
   private:
-    static constexpr size_t kSlab = 64, kMostSlabs = 64;  // 5 MiB each
+    static constexpr size_t kSlab = 64, kMaxSlabs = 64;  // 5 MiB each
     struct Entry {
         uintptr_t number;
         Page* page;

@@ -40,7 +40,7 @@ const Thread* current_thread();
 // Ends the launch with a message that adds kernel, block, thread and the source line of `pc` to `what`.
 [[noreturn]] void fault(const std::string& what, const void* pc);
 
-// "csrc/cuda/routing.cu:61" for a return address in kernel code. Slow: it asks addr2line.
+// "csrc/cuda/hdim/routing.cu:61" for a return address in kernel code. Slow: it asks addr2line.
 std::string source_line(const void* pc);
 
 // Of all launches that follow; XLAYER_EMULATOR_SEED in the environment is the first one.

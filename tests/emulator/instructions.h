@@ -1,4 +1,4 @@
-// The instruction section of csrc/cuda/device.cuh for the emulator: what each function means is said there.
+// The instruction section of csrc/cuda/common/device.cuh for the emulator: what each function means is said there.
 //
 // The functions here are thin: all state is in the emulator, which is compiled without the instrumentation that kernels
 // have. Those that hand on their caller's address are not inlined, so that it is one of kernel code.
@@ -28,7 +28,7 @@ inline void sync_block(Site site = Site::here()) { emulator::sync_block(site); }
 inline void sync_warp(Site site = Site::here()) { emulator::sync_warp(site); }
 
 inline unsigned ballot(bool vote, Site site = Site::here()) { return emulator::ballot(vote, site); }
-inline int count_ones(unsigned bits) { return __builtin_popcount(bits); }
+inline int popcount(unsigned bits) { return __builtin_popcount(bits); }
 
 template <class V>
 XLAYER_UNCHECKED V shuffle(V value, int lane, Site site = Site::here()) {
@@ -89,8 +89,8 @@ XLAYER_UNCHECKED inline void mma_8x8x4(double& d0, double& d1, double a, double 
     d1 = d[1];
 }
 
-inline float at_least_zero(float x) { return x < 0 ? 0 : x; }
-inline double at_least_zero(double x) { return x < 0 ? 0 : x; }
+inline float clamp_min_zero(float x) { return x < 0 ? 0 : x; }
+inline double clamp_min_zero(double x) { return x < 0 ? 0 : x; }
 inline float reciprocal(float x) { return emulator::reciprocal(x); }
 inline double reciprocal(double x) { return 1 / x; }
 inline uint32_t to_tf32(float x) { return emulator::to_tf32(x); }

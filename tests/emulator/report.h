@@ -8,7 +8,7 @@
 
 namespace xlayer::emulator {
 
-std::string describe(Site site);  // "csrc/cuda/routing.cu:61"
+std::string describe(Site site);  // "csrc/cuda/hdim/routing.cu:61"
 
 // Why nothing can run though threads are left.
 struct Deadlock {

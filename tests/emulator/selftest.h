@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "device.cuh"
+#include "cuda/common/device.cuh"
 #include "fiber.h"
 
 namespace xlayer::selftest {

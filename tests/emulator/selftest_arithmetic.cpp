@@ -198,7 +198,7 @@ void counting(Random& random) {
         const auto bits = static_cast<unsigned>(random.bits());
         int ones = 0;
         for (int bit = 0; bit < 32; ++bit) ones += bits >> bit & 1;
-        require_equal(count_ones(bits), ones, "count_ones");
+        require_equal(popcount(bits), ones, "count_ones");
     }
 }
 

@@ -61,12 +61,12 @@ struct Sum {
 };
 
 __device__ float block_sum(float value, float* shared) {
-    for (int mask = kWarp / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
+    for (int mask = kWarpSize / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
     sync_block();
-    if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = value;
+    if (threadIdx.x % kWarpSize == 0) shared[threadIdx.x / kWarpSize] = value;
     sync_block();
     float sum = 0;
-    for (unsigned warp = 0; warp < blockDim.x / kWarp; ++warp) sum += shared[warp];
+    for (unsigned warp = 0; warp < blockDim.x / kWarpSize; ++warp) sum += shared[warp];
     return sum;
 }
 
@@ -91,7 +91,7 @@ void reductions(Random& random) {
         with_schedules(random, [&] {
             std::vector<float> out(static_cast<size_t>(blocks) * 2);
             const auto shared = static_cast<size_t>(warps) * sizeof(float);
-            launch("reduce", reduce, {blocks, warps * kWarp, nullptr, shared}, {x.data(), out.data(), each});
+            launch("reduce", reduce, {blocks, warps * kWarpSize, nullptr, shared}, {x.data(), out.data(), each});
             for (int block = 0; block < blocks; ++block) {
                 const auto begin = x.begin() + block * each, end = begin + each;
                 const double sum = std::accumulate(begin, end, 0.0), mean = sum / each;
@@ -131,9 +131,9 @@ __global__ void leave_early(Leaving args) {
         sync_warp();
         shared[blockDim.x + threadIdx.x] = turn;
         sync_warp();
-        const unsigned warp = threadIdx.x / kWarp * kWarp;
+        const unsigned warp = threadIdx.x / kWarpSize * kWarpSize;
         int most = 0;
-        for (unsigned i = warp; i < warp + kWarp && i < blockDim.x; ++i) {
+        for (unsigned i = warp; i < warp + kWarpSize && i < blockDim.x; ++i) {
             most = shared[blockDim.x + i] > most ? shared[blockDim.x + i] : most;
         }
         args.of_warp[threadIdx.x] = most;
@@ -276,7 +276,7 @@ std::vector<int> ranking(const int* values, int count) {
 }
 
 void orders(Random& random) {
-    constexpr int blocks = 7, warps = 3, threads = warps * kWarp;
+    constexpr int blocks = 7, warps = 3, threads = warps * kWarpSize;
     const auto run = [&](uint64_t seed) {
         std::vector<int> tickets(2 * blocks * threads);
         int next = 0;
@@ -293,9 +293,9 @@ void orders(Random& random) {
         std::vector<int> first_of_blocks, first_of_warps;
         for (auto block = tickets.begin(); block != tickets.end(); block += threads) {
             first_of_blocks.push_back(*std::min_element(block, block + threads));
-            for (auto warp = block; warp != block + threads; warp += kWarp) {
-                of_lanes.insert(ranking(&*warp, kWarp));
-                first_of_warps.push_back(*std::min_element(warp, warp + kWarp));
+            for (auto warp = block; warp != block + threads; warp += kWarpSize) {
+                of_lanes.insert(ranking(&*warp, kWarpSize));
+                first_of_warps.push_back(*std::min_element(warp, warp + kWarpSize));
             }
             of_warps.insert(ranking(first_of_warps.data() + first_of_warps.size() - warps, warps));
         }

@@ -119,7 +119,7 @@ __global__ void hang(Nothing) {
         }
     } else if constexpr (mistake == Mistake::product_and_barrier) {
         double d[2] = {};
-        if (i < kWarp) {
+        if (i < kWarpSize) {
             mma_8x8x4(d[0], d[1], 1, 1);
             sync_block();
         } else if (i % 2 == 0) {
@@ -159,7 +159,9 @@ void hangs(Random& random) {
 // More failures than a process could map stacks for, were any lost.
 void many_hangs(Random&) {
     for (int i = 0; i < 1500; ++i) {
-        const auto run = [] { launch("hang", hang<Mistake::lane_left_before_ballot>, {1, kWarp, nullptr}, Nothing{}); };
+        const auto run = [] {
+            launch("hang", hang<Mistake::lane_left_before_ballot>, {1, kWarpSize, nullptr}, Nothing{});
+        };
         require_error(run, {"hang: ballot at "});
     }
 }
@@ -195,11 +197,11 @@ template <Wrong wrong>
 void require_wrong(const std::vector<std::string>& parts) {
     Addresses memory{};
     const auto run = [&] {
-        launch("address", use_address<wrong>, {1, kWarp, nullptr, kWarp * sizeof(float)}, &memory);
+        launch("address", use_address<wrong>, {1, kWarpSize, nullptr, kWarpSize * sizeof(float)}, &memory);
     };
     require_error(run, parts);
     require_error(run, {"address: ", "(block 0, thread ", "selftest_launches.cpp:"});
-    launch("nothing", do_nothing, {1, kWarp, nullptr}, Nothing{});
+    launch("nothing", do_nothing, {1, kWarpSize, nullptr}, Nothing{});
 }
 
 void wrong_addresses(Random&) {
@@ -231,11 +233,11 @@ __global__ void recurse(Depth args) {
 }
 
 void stacks(Random& random) {
-    std::vector<int> out(kWarp);
-    launch("recurse", recurse, {1, kWarp, nullptr}, {16, out.data()});
-    require_error([&] { launch("recurse", recurse, {1, kWarp, nullptr}, {1000, out.data()}); },
+    std::vector<int> out(kWarpSize);
+    launch("recurse", recurse, {1, kWarpSize, nullptr}, {16, out.data()});
+    require_error([&] { launch("recurse", recurse, {1, kWarpSize, nullptr}, {1000, out.data()}); },
                   {"recurse: stack overflow", "(block 0, thread ", "selftest_launches.cpp:"});
-    with_schedules(random, [&] { launch("recurse", recurse, {1, kWarp, nullptr}, {16, out.data()}); });
+    with_schedules(random, [&] { launch("recurse", recurse, {1, kWarpSize, nullptr}, {16, out.data()}); });
 }
 
 UNSEEN void write_to(int* address) { *address = 1; }
@@ -250,7 +252,7 @@ __global__ void write_far(Target args) {
 
 void invalid_addresses(Random&) {
     const auto run = [](uintptr_t address) {
-        launch("far", write_far, {1, kWarp, nullptr}, {reinterpret_cast<int*>(address)});
+        launch("far", write_far, {1, kWarpSize, nullptr}, {reinterpret_cast<int*>(address)});
     };
     require_error([&] { run(0x10); },
                   {"far: access to invalid address 0x10 (block 0, thread 2, ", "selftest_launches"});

@@ -36,7 +36,7 @@ V random_value(Random& random) {
 
 template <class V>
 void exchanges(Random& random) {
-    const int warps = random.between(1, 6), blocks = random.between(1, 4), threads = warps * kWarp;
+    const int warps = random.between(1, 6), blocks = random.between(1, 4), threads = warps * kWarpSize;
     const auto count = static_cast<size_t>(threads * blocks);
     std::vector<V> values(count), shuffled(count), exchanged(count);
     std::vector<int> lanes(count);
@@ -44,17 +44,17 @@ void exchanges(Random& random) {
     std::vector<unsigned> ballots(count);
     for (size_t i = 0; i < count; ++i) {
         values[i] = random_value<V>(random);
-        lanes[i] = random.below(3 * kWarp);  // the device takes what is left of a division by 32
+        lanes[i] = random.below(3 * kWarpSize);  // the device takes what is left of a division by 32
         votes[i] = static_cast<char>(random.below(2));
     }
-    const int mask = random.below(kWarp);
+    const int mask = random.below(kWarpSize);
     const auto* as_bools = reinterpret_cast<const bool*>(votes.data());
     with_schedules(random, [&] {
         launch("exchange", exchange<V>, {blocks, threads, nullptr},
                {values.data(), lanes.data(), shuffled.data(), exchanged.data(), as_bools, ballots.data(), mask});
         for (size_t i = 0; i < count; ++i) {
-            const size_t warp = i / kWarp * kWarp, lane = i % kWarp;
-            require_equal(shuffled[i], values[warp + static_cast<size_t>(lanes[i]) % kWarp], "shuffle");
+            const size_t warp = i / kWarpSize * kWarpSize, lane = i % kWarpSize;
+            require_equal(shuffled[i], values[warp + static_cast<size_t>(lanes[i]) % kWarpSize], "shuffle");
             require_equal(exchanged[i], values[warp + (lane ^ static_cast<size_t>(mask))], "shuffle_xor");
             require_equal(ballots[i] >> lane & 1, votes[i] ? 1u : 0u, "the own bit of ballot");
             require_equal(ballots[i], ballots[warp], "ballot in another lane");
@@ -76,7 +76,7 @@ template <int N, bool transposed>
 __global__ void load_kernel(Load args) {
     auto* shared = shared_memory<uint16_t>();
     const int lane = static_cast<int>(threadIdx.x);
-    for (int i = lane; i < kRows * 8; i += kWarp) shared[i] = args.elements[i];
+    for (int i = lane; i < kRows * 8; i += kWarpSize) shared[i] = args.elements[i];
     sync_warp();
     uint32_t loaded[N];
     const uint16_t* row = shared + args.row[lane] * 8;
@@ -98,11 +98,11 @@ template <int N, bool transposed>
 void loads(Random& random) {
     std::vector<uint16_t> elements(kRows * 8), out(N * 64);
     for (auto& x : elements) x = static_cast<uint16_t>(random.bits());
-    std::vector<int> rows(kWarp);
+    std::vector<int> rows(kWarpSize);
     for (int& row : rows) row = random.below(kRows);
     with_schedules(random, [&] {
         std::fill(out.begin(), out.end(), uint16_t{0});
-        launch("load", load_kernel<N, transposed>, {1, kWarp, nullptr, kRows * kRowBytes},
+        launch("load", load_kernel<N, transposed>, {1, kWarpSize, nullptr, kRows * kRowBytes},
                {elements.data(), rows.data(), out.data()});
         for (size_t i = 0; i < out.size(); ++i) {
             const auto row = static_cast<size_t>(rows[i / 8]);
@@ -196,7 +196,7 @@ void products(Random& random) {
         for (A& x : before) x = static_cast<A>(whole ? random.between(-1000, 1000) : random.unit() * 10);
         with_schedules(random, [&] {
             std::vector<A> d = before;
-            launch("multiply", kernel, {blocks, kWarp, nullptr}, {a.data(), b.data(), d.data()});
+            launch("multiply", kernel, {blocks, kWarpSize, nullptr}, {a.data(), b.data(), d.data()});
             for (int i = 0; i < blocks * M * 8; ++i) {
                 const int block = i / (M * 8), row = i / 8 % M, column = i % 8;
                 double sum = before[static_cast<size_t>(i)], sizes = std::fabs(sum);
@@ -229,7 +229,7 @@ float product_of(const std::vector<float>& row, const std::vector<float>& column
     }
     std::vector<float> out(128);
     out[0] = d;
-    launch("multiply", multiply_16x8x16<bfloat16>, {1, kWarp, nullptr}, {a.data(), b.data(), out.data()});
+    launch("multiply", multiply_16x8x16<bfloat16>, {1, kWarpSize, nullptr}, {a.data(), b.data(), out.data()});
     return out[0];
 }
 

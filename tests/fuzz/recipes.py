@@ -215,7 +215,7 @@ def _grad_out(d: Draw, forward: Arguments) -> Arguments:
     return {"grad_out": d.float(d.outer, d.inner, d.n, d.d)}
 
 
-def _as_connection(norm: int, form: int, **given: Any) -> reference.hyper.Connection:
+def _as_connection(norm: int, form: int, **given: Any) -> XF.Connection:
     return XF.Connection(norm=_NORMS[norm] if norm else "layer", form=_FORMS[form] if norm else "identity", **given)
 
 

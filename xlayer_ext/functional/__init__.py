@@ -1,4 +1,4 @@
-"""The operators as functions: documented, checked, differentiable, and the same under compile, export and autocast."""
+"""Functional API: the operators with checks, gradients, autocast and a choice of backend."""
 
 from xlayer_ext.functional.aggregate import depth_attention, depth_gru, ema_scan
 from xlayer_ext.functional.hdim import bilinear_attention, cosine_attention, hdim_attention, value_fusion

@@ -1,4 +1,4 @@
-"""Argument checks and the autocast policy that the functional API shares.
+"""Checks arguments and applies autocast for the functional API and the modules.
 
 Every error names the argument, what it got and what it needs.
 """
@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+
+from xlayer_ext._backend import FLOATS
 
 
 def check_floating(**tensors: Tensor) -> None:
@@ -21,7 +24,7 @@ def check_floating(**tensors: Tensor) -> None:
 
 
 def check_common(**tensors: Tensor) -> None:
-    """One dtype and one device for all."""
+    """Checks that all tensors have one dtype and are on one device."""
     (first_name, first), *rest = tensors.items()
     for name, tensor in rest:
         if tensor.dtype != first.dtype:
@@ -81,11 +84,16 @@ def autocasts(tensor: Tensor) -> bool:
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors as autocast wants them: in its dtype where it is on, as they are otherwise. float64 stays."""
+    """Casts the tensors, float64 excepted, to the dtype of autocast where it is on."""
     if not autocasts(tensors[0]):
         return tensors
     dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def no_autocast(like: Tensor) -> AbstractContextManager[None]:
+    """Returns a context without autocast on the device of ``like``, for products that it must not round."""
+    return torch.autocast(like.device.type, enabled=False) if autocasts(like) else nullcontext()
 
 
 @torch.compiler.assume_constant_result  # a compiled graph guards on the setting, but cannot read it
@@ -94,32 +102,19 @@ def tf32_allowed() -> bool:
     return torch.get_float32_matmul_precision() != "highest"
 
 
-def check_one_device(*arguments: object) -> None:
-    """For fake kernels, which also serve calls that mix meta tensors with real ones, and must not."""
-    devices = {argument.device for argument in arguments if isinstance(argument, Tensor)}
-    if len(devices) > 1:
-        raise ValueError(f"all tensors must be on one device, got {', '.join(sorted(map(str, devices)))}")
-
-
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether a forward must keep what its backward reads."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def check_kept(keep: bool, op: str) -> None:
-    if not keep:
-        raise RuntimeError(f"xlayer::{op} was called with keep=False: nothing was kept for its gradient")
-
-
 # ---- what the public functions are given -----------------------------------------------------------------------------
 
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_INTEGER = 2**63 - 1  # the operators count in int64
 MAX_ITERATIONS = 1000  # of Sinkhorn's algorithm and of k-means: far beyond where either still changes anything
 
 
 def check_floats(**tensors: Tensor) -> None:
-    """Each a dense tensor of a floating-point type that the formulas are written for."""
+    """Checks that each is a dense tensor of float64, float32, bfloat16 or float16."""
     check_floating(**tensors)
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS:
@@ -129,14 +124,14 @@ def check_floats(**tensors: Tensor) -> None:
 
 
 def check_int64(**tensors: Tensor) -> None:
-    """Each a tensor of int64 numbers."""
+    """Checks that each is a tensor of int64."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or tensor.dtype != torch.int64:
             raise TypeError(f"{name} must be an int64 tensor, got {getattr(tensor, 'dtype', type(tensor).__name__)}")
 
 
 def check_device(**tensors: Tensor | None) -> None:
-    """One device for all."""
+    """Checks that all tensors are on one device."""
     (first_name, first), *rest = ((name, tensor) for name, tensor in tensors.items() if tensor is not None)
     for name, tensor in rest:
         if tensor.device != first.device:
@@ -144,7 +139,7 @@ def check_device(**tensors: Tensor | None) -> None:
 
 
 def check_integer(name: str, value: int, least: int = -MAX_INTEGER - 1, most: int = MAX_INTEGER) -> None:
-    """A whole number in a range, at most that of int64."""
+    """Checks that a value is an integer in [least, most], within int64."""
     if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < least:
@@ -154,13 +149,13 @@ def check_integer(name: str, value: int, least: int = -MAX_INTEGER - 1, most: in
 
 
 def check_sizes(**sizes: int) -> None:
-    """Each a whole number from 1 on."""
+    """Checks that each is an integer of at least 1."""
     for name, size in sizes.items():
         check_integer(name, size, 1)
 
 
 def check_not_negative(**numbers: float) -> None:
-    """Each a finite number from 0 on."""
+    """Checks that each is a finite number of at least 0."""
     for name, number in numbers.items():
         _check_number(name, number)
         if not 0 <= number <= sys.float_info.max:
@@ -168,7 +163,7 @@ def check_not_negative(**numbers: float) -> None:
 
 
 def check_positive(**numbers: float) -> None:
-    """Each a finite number above 0."""
+    """Checks that each is a finite number above 0."""
     for name, number in numbers.items():
         _check_number(name, number)
         if not 0 < number <= sys.float_info.max:
@@ -176,7 +171,7 @@ def check_positive(**numbers: float) -> None:
 
 
 def check_finite(**numbers: float) -> None:
-    """Each a finite number."""
+    """Checks that each is a finite number."""
     for name, number in numbers.items():
         _check_number(name, number)
         if not abs(number) <= sys.float_info.max:
@@ -194,9 +189,10 @@ def check_flag(name: str, flag: bool) -> None:
 
 
 def check_values(name: str, tensor: Tensor, below: int, besides: int | None = None) -> None:
-    """Whole numbers in [0, below), or equal to ``besides``.
+    """Checks that integers are in [0, below) or equal to ``besides``.
 
-    Only looks where that costs neither a wait for a device nor a break of a graph; elsewhere torch's own kernels raise.
+    Reads the values only where that costs neither a wait for a device nor a break of a graph; elsewhere torch's own
+    kernels raise.
     """
     if torch.compiler.is_compiling() or not _readable(tensor):
         return
@@ -224,7 +220,7 @@ def is_empty(shape: Sequence[int]) -> bool:
 
 
 def with_zero_gradients(result: Tensor, *inputs: Tensor | None) -> Tensor:
-    """``result``, of which all ``inputs`` have the gradient 0: for results that nothing has to be computed for."""
+    """Adds ``inputs`` to the graph of ``result`` with gradient 0, for empty results that need no computation."""
     for tensor in inputs:
         if tensor is not None:
             result = result + tensor[(slice(0),) * tensor.dim()].sum()

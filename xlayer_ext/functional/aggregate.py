@@ -1,4 +1,4 @@
-r"""A state that every token carries across the layers of a model, fed by what it taps of each layer.
+r"""Aggregation over depth: a state that every token carries across the layers, updated by a tap of each layer.
 
 :func:`ema_scan` is a gated average with LayerNorm of the taps fused in: one pass over memory. :func:`depth_gru` is a
 gated recurrent unit that treats depth as time. :func:`depth_attention` lets the state attend to its last few taps. All
@@ -13,14 +13,15 @@ arXiv 1706.03762.
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from xlayer_ext import reference
-from xlayer_ext._backend import native_available, use_native
+from xlayer_ext._backend import use_native
+from xlayer_ext._ops.registration import call
 from xlayer_ext.functional._checks import (
     autocast,
     autocasts,
@@ -28,21 +29,11 @@ from xlayer_ext.functional._checks import (
     check_flag,
     check_floats,
     check_integer,
-    check_kept,
     check_not_negative,
-    check_one_device,
     check_shapes,
     is_empty,
     needs_grad,
     with_zero_gradients,
-)
-from xlayer_ext.functional._registration import (
-    accumulation,
-    call,
-    check_fake,
-    check_fake_as,
-    register,
-    register_derivative,
 )
 
 __all__ = ["depth_attention", "depth_gru", "ema_scan"]
@@ -58,7 +49,7 @@ def ema_scan(
     eps: float = 1e-5,
     last_only: bool = False,
 ) -> Tensor:
-    r"""A gated average over depth: :math:`S_l = (1 - \sigma(a_l))\, S_{l-1} + \sigma(a_l)\, x_l`.
+    r"""Computes a gated average over depth: :math:`S_l = (1 - \sigma(a_l))\, S_{l-1} + \sigma(a_l)\, x_l`.
 
     With ``norm_weight`` the taps are normalized on the way, :math:`x_l` above being their LayerNorm over d. In units of
     d per token the least traffic is 2L for all states, L + 1 for the last, and in the backward 3L and 2L; nothing but
@@ -132,7 +123,7 @@ def depth_gru(
     bias_hh: Tensor | None = None,
     initial: Tensor | None = None,
 ) -> Tensor:
-    r"""A gated recurrent unit over depth, with the parameters of :class:`torch.nn.GRUCell` and its results:
+    r"""Computes a gated recurrent unit over depth, with the parameters and results of :class:`torch.nn.GRUCell`:
 
     .. math::
         r &= \sigma(W_{ir} x_l + b_{ir} + W_{hr} h_{l-1} + b_{hr}) \\
@@ -201,7 +192,7 @@ def depth_attention(
     heads: int = 1,
     memory: int = 4,
 ) -> Tensor:
-    r"""A state that attends, layer by layer, to its last ``memory`` taps, the present one included:
+    r"""Computes a state that attends, layer by layer, to its last ``memory`` taps, the present one included:
 
     .. math::
         S_l = S_{l-1} + W_o\, \mathrm{Attention}(W_q S_{l-1};\ W_k x_j,\ W_v x_j,\ l - \mathrm{memory} < j \le l)
@@ -264,7 +255,7 @@ def depth_attention(
 
 
 def _cast_together(named: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Checked, and in one dtype on one device."""
+    """Checks the tensors, applies autocast, and checks that they share dtype and device."""
     check_floats(**named)
     named = dict(zip(named, autocast(*named.values()), strict=True))
     check_common(**named)
@@ -280,140 +271,7 @@ def _check_initial(initial: Tensor | None, x: Tensor, shape: torch.Size) -> None
 
 
 def _flat(x: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The taps as ``[L, N, d]``, the initial state as ``[N, d]``."""
+    """Reshapes the taps to ``[L, N, d]`` and the initial state to ``[N, d]``."""
     tokens = math.prod(x.shape[1:-1])
     start = None if initial is None else initial.reshape(tokens, initial.shape[-1])
     return x.reshape(x.shape[0], tokens, x.shape[-1]), start
-
-
-# ---- fake tensors and autograd ---------------------------------------------------------------------------------------
-
-
-def _like(given: Tensor | None, like: Tensor) -> Tensor:
-    """A gradient's shape; nothing where nothing was given."""
-    return like.new_empty(0) if given is None else like.new_empty(given.shape, dtype=given.dtype)
-
-
-def _fake_ema_scan(x: Tensor, gate_logits: Tensor, initial: Any, weight: Any, bias: Any, eps: float, last: bool) -> Any:
-    check_one_device(x, gate_logits, initial, weight, bias)
-    check_fake(x, x=(x, (None, None, None)), initial=(initial, x.shape[1:]))
-    if bias is not None and weight is None:
-        raise ValueError("norm_bias needs norm_weight")
-    vectors = {"gate_logits": (gate_logits, x.shape[:1])}
-    vectors |= {"norm_weight": (weight, x.shape[2:]), "norm_bias": (bias, x.shape[2:])}
-    check_fake_as(accumulation(x), **vectors)
-    return x.new_empty(x.shape[1:] if last else x.shape)
-
-
-def _fake_ema_scan_backward(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    check_one_device(grad, x, *rest)
-    check_fake(x, grad=(grad, _fake_ema_scan(x, *rest).shape))
-    gate_logits, initial, weight, bias = rest[:4]
-    return x.new_empty(x.shape), *(_like(given, x) for given in (gate_logits, initial, weight, bias))
-
-
-def _setup_ema_scan(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.eps, ctx.last_only = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward_ema_scan(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    tensors = ctx.saved_tensors
-    grads = call("ema_scan_backward", grad, *tensors, ctx.eps, ctx.last_only)
-    return *_of_given(tensors, grads), None, None
-
-
-def _check_depth_gru(x: Tensor, weight_ih: Tensor, weight_hh: Tensor, initial: Any) -> tuple[int, int, int]:
-    """Layers, tokens and width."""
-    check_fake(x, x=(x, (None, None, None)), weight_hh=(weight_hh, (None, None)))
-    (layers, tokens, inputs), width = x.shape, weight_hh.shape[1]
-    matrices = {"weight_hh": (weight_hh, (3 * width, width)), "weight_ih": (weight_ih, (3 * width, inputs))}
-    check_fake(x, **matrices, initial=(initial, (tokens, width)))
-    return layers, tokens, width
-
-
-def _fake_depth_gru(
-    x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor, bias_hh: Tensor, initial: Any, keep: bool
-) -> tuple[Tensor, Tensor]:
-    check_one_device(x, weight_ih, weight_hh, bias_ih, bias_hh, initial)
-    layers, tokens, width = _check_depth_gru(x, weight_ih, weight_hh, initial)
-    check_fake(x, bias_ih=(bias_ih, (3 * width,)), bias_hh=(bias_hh, (3 * width,)))
-    gates = x.new_empty((layers, tokens, 4, width) if keep else 0)
-    return x.new_empty(layers, tokens, width), gates
-
-
-def _fake_depth_gru_backward(
-    grad: Tensor, states: Tensor, gates: Tensor, x: Tensor, weight_ih: Tensor, weight_hh: Tensor, initial: Any
-) -> tuple[Tensor, ...]:
-    check_one_device(grad, states, gates, x, weight_ih, weight_hh, initial)
-    layers, tokens, width = _check_depth_gru(x, weight_ih, weight_hh, initial)
-    kept = {"states": (states, (layers, tokens, width)), "gates": (gates, (layers, tokens, 4, width))}
-    check_fake(x, grad=(grad, (layers, tokens, width)), **kept)
-    biases = (x.new_empty(weight_ih.shape[0]) for _ in range(2))
-    return x.new_empty(x.shape), _like(weight_ih, x), _like(weight_hh, x), *biases, _like(initial, x)
-
-
-def _setup_depth_gru(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight_ih, weight_hh, _, _, initial, ctx.keep = inputs
-    ctx.save_for_backward(*output, x, weight_ih, weight_hh, initial)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _backward_depth_gru(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    check_kept(ctx.keep, "depth_gru")
-    tensors = ctx.saved_tensors
-    grads = call("depth_gru_backward", grad, *tensors)
-    return *grads[:5], *_of_given(tensors[-1:], grads[5:]), None
-
-
-def _fake_depth_attention(
-    keys: Tensor, values: Tensor, query: Tensor, out: Tensor, initial: Any, heads: int, memory: int, scale: float,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    check_one_device(keys, values, query, out, initial)
-    check_fake(keys, keys=(keys, (None, None, None)), weight_out=(out, (None, None)))
-    (layers, tokens, inner), width = keys.shape, out.shape[0]
-    if heads < 1 or inner % heads:
-        raise ValueError(f"heads must divide the width of the keys, {inner}, got {heads}")
-    if memory < 1:
-        raise ValueError(f"memory must be at least 1, got {memory}")
-    matrices = {"weight_query": (query, (inner, width)), "weight_out": (out, (width, inner))}
-    check_fake(keys, values=(values, keys.shape), **matrices, initial=(initial, (tokens, width)))
-    return keys.new_empty(layers, tokens, width), keys.new_empty(keys.shape if keep else 0)
-
-
-def _fake_depth_attention_backward(
-    grad: Tensor, states: Tensor, attended: Tensor, keys: Tensor, values: Tensor, query: Tensor, out: Tensor,
-    initial: Any, heads: int, memory: int, scale: float,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    check_one_device(grad, states, attended, keys, values, query, out, initial)
-    shape = _fake_depth_attention(keys, values, query, out, initial, heads, memory, scale, False)[0].shape
-    check_fake(keys, grad=(grad, shape), states=(states, shape), attended=(attended, keys.shape))
-    return tuple(_like(given, keys) for given in (keys, values, query, out, initial))
-
-
-def _setup_depth_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, heads, memory, scale, ctx.keep = inputs
-    ctx.options = heads, memory, scale
-    ctx.save_for_backward(*output, *tensors)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _backward_depth_attention(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    check_kept(ctx.keep, "depth_attention")
-    tensors = ctx.saved_tensors
-    grads = call("depth_attention_backward", grad, *tensors, *ctx.options)
-    return *_of_given(tensors[2:], grads), None, None, None, None
-
-
-def _of_given(given: Any, grads: Any) -> tuple[Tensor | None, ...]:
-    return tuple(None if tensor is None else grad for tensor, grad in zip(given, grads, strict=True))
-
-
-if native_available("ema_scan"):
-    register("ema_scan", _fake_ema_scan, _backward_ema_scan, _setup_ema_scan)
-    register("depth_gru", _fake_depth_gru, _backward_depth_gru, _setup_depth_gru)
-    register("depth_attention", _fake_depth_attention, _backward_depth_attention, _setup_depth_attention)
-    register_derivative("ema_scan_backward", _fake_ema_scan_backward)
-    register_derivative("depth_gru_backward", _fake_depth_gru_backward)
-    register_derivative("depth_attention_backward", _fake_depth_attention_backward)

@@ -3,41 +3,33 @@
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from xlayer_ext import reference
-from xlayer_ext._backend import native_available, use_native
+from xlayer_ext._backend import use_native
+from xlayer_ext._ops.registration import call
 from xlayer_ext.functional._checks import (
     autocast,
     check_choice,
     check_common,
     check_floats,
     check_mask,
-    check_one_device,
     check_positive,
     check_shapes,
     is_empty,
     tf32_allowed,
     with_zero_gradients,
 )
-from xlayer_ext.functional._registration import (
-    accumulation,
-    call,
-    check_fake,
-    check_fake_as,
-    register,
-    register_derivative,
-)
-from xlayer_ext.reference._masking import isolate
-from xlayer_ext.reference.hdim import unit
+from xlayer_ext.functional._masking import mask_inputs, unit
+from xlayer_ext.types import Activation, Fusion
 
-ACTIVATIONS = ("relu", "gelu")
+ACTIVATIONS = get_args(Activation)
 CUDA_MOST_COLUMNS = 64  # of query and key, in the CUDA kernels
-FUSIONS = {"concat_hadam": 3, "concat_only": 2, "concat_diff_hadam": 4}  # mode → number of blocks
+FUSIONS: dict[Fusion, int] = {"concat_hadam": 3, "concat_only": 2, "concat_diff_hadam": 4}  # mode → number of blocks
 
 _LAYOUTS = {
     "query": "B Sq D",
@@ -64,10 +56,10 @@ def hdim_attention(
     key_mask: Tensor | None = None,
     pair_mask: Tensor | None = None,
     temperature: float = 1.0,
-    activation: str = "relu",
+    activation: Activation = "relu",
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Attention with a pair MLP as its scorer.
+    r"""Computes attention with a pair MLP as its scorer.
 
     .. math::
         \ell_{ij} = w_2 \cdot \mathrm{act}\big(W_1 [q_i;\, k_j;\, q_i \circ k_j;\, |q_i - k_j|] + b_1\big) + b_2,
@@ -158,7 +150,7 @@ def bilinear_attention(
     temperature: float = 1.0,
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Attention with a bilinear scorer, :math:`\ell_{ij} = q_i W_b k_j^\top`.
+    r"""Computes attention with a bilinear scorer, :math:`\ell_{ij} = q_i W_b k_j^\top`.
 
     Runs through :func:`torch.nn.functional.scaled_dot_product_attention`, unless the entropy is wanted, which needs the
     softmax itself. Masks, shapes, dtypes, autocast and errors as in :func:`hdim_attention`.
@@ -192,7 +184,7 @@ def cosine_attention(
     temperature: float = 1.0,
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Attention with a cosine scorer, :math:`\ell_{ij} = 10 \cos(q_i, k_j)`.
+    r"""Computes attention with a cosine scorer, :math:`\ell_{ij} = 10 \cos(q_i, k_j)`.
 
     Otherwise as :func:`bilinear_attention`; norms are taken in float32 at least and below 1e-8 count as 1e-8.
 
@@ -213,8 +205,8 @@ def cosine_attention(
     return _dot_product_attention(query, key, value, None, key_mask, pair_mask, 10 / temperature)
 
 
-def value_fusion(context: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, mode: str) -> Tensor:
-    r"""First layer of the value MLP: a Linear over blocks made of the context and the receiving token.
+def value_fusion(context: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, mode: Fusion) -> Tensor:
+    r"""Computes the first layer of the value MLP, a Linear over blocks made of the context and the receiving token.
 
     ``concat_only`` reads :math:`[c; h]`, ``concat_hadam`` :math:`[c; h; c \circ h]`, ``concat_diff_hadam``
     :math:`[c; h; |c - h|; c \circ h]`. The concatenation is never written: each block meets its own columns of the
@@ -283,11 +275,11 @@ def _dot_product_attention(
     pair_mask: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """The fused attention, with the family's rules for masks; cosine where there is no bilinear weight."""
+    """Computes fused attention with the mask rules of the family; by cosine where there is no bilinear weight."""
     shape = (*query.shape[:2], value.shape[2])
     if is_empty(shape):
         return with_zero_gradients(query.new_empty(shape), query, key, value, weight)
-    inputs = isolate(query, key, value, key_mask, pair_mask)
+    inputs = mask_inputs(query, key, value, key_mask, pair_mask)
     query, key = (unit(inputs.query), unit(inputs.key)) if weight is None else (inputs.query @ weight, inputs.key)
     mask = inputs.allowed
     if mask is not None:
@@ -298,63 +290,4 @@ def _dot_product_attention(
     ).squeeze(1)
     if mask is not None:
         context = context.masked_fill(blocked, 0)
-    return context if inputs.spoiled is None else context.masked_fill(inputs.spoiled, torch.nan)
-
-
-def _fake(
-    query: Tensor, key: Tensor, value: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor,
-    key_mask: Tensor | None, pair_mask: Tensor | None, temperature: float, gelu: bool, tf32: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    check_one_device(query, key, value, weight1, bias1, weight2, key_mask, pair_mask)
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
-    check_fake(query, query=(query, (None, None, None)), bias1=(bias1, (None,)))
-    (batch, queries, width), (hidden,) = query.shape, bias1.shape
-    check_fake(query, key=(key, (batch, None, width)))
-    keys = key.shape[1]
-    check_fake(query, value=(value, (batch, keys, None)), weight1=(weight1, (hidden, 4 * width)))
-    check_fake(query, weight2=(weight2, (hidden,)))
-    check_fake_as(torch.bool, key_mask=(key_mask, (batch, keys)), pair_mask=(pair_mask, (batch, queries, keys)))
-    statistics = accumulation(query)
-    return (
-        query.new_empty((batch, queries, value.shape[2])),
-        query.new_empty((batch, queries, 3), dtype=statistics),
-        query.new_empty((batch, queries), dtype=statistics),
-    )
-
-
-def _fake_backward(
-    grad_context: Tensor, grad_row_entropy: Tensor | None, *arguments: Tensor | float | bool | None
-) -> tuple[Tensor, ...]:
-    check_one_device(grad_context, grad_row_entropy, *arguments)
-    inputs, outputs, options = arguments[:8], arguments[8:10], arguments[10:]
-    fake = _fake(*inputs, *options)  # type: ignore[arg-type]
-    for name, output, wanted in zip(("context", "statistics"), outputs, fake, strict=False):
-        check_fake_as(wanted.dtype, **{name: (cast(Tensor, output), wanted.shape)})
-    check_fake_as(fake[0].dtype, grad_context=(grad_context, fake[0].shape))
-    check_fake_as(fake[2].dtype, grad_row_entropy=(grad_row_entropy, fake[2].shape))
-    # query, key, value, weight1, bias1, weight2; shaped by hand because empty_like would keep strides
-    return tuple(t.new_empty(t.shape) for t in inputs[:6] if isinstance(t, Tensor))
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.temperature, ctx.gelu, ctx.tf32 = inputs
-    ctx.save_for_backward(*tensors, *output[:2])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(
-    ctx: Any, grad_context: Tensor | None, grad_statistics: Tensor | None, grad_row_entropy: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    if grad_context is None:
-        grad_context = torch.zeros((), dtype=saved[0].dtype, device=saved[0].device).expand(saved[8].shape)
-    options = (ctx.temperature, ctx.gelu, ctx.tf32)
-    grads = call("hdim_attention_backward", grad_context, grad_row_entropy, *saved, *options)
-    return (*grads, None, None, *(None for _ in options))
-
-
-if native_available("hdim_attention"):
-    register("hdim_attention", _fake, _backward, _setup_context)
-    register_derivative("hdim_attention_backward", _fake_backward)
+    return context if inputs.nonfinite is None else context.masked_fill(inputs.nonfinite, torch.nan)

@@ -1,4 +1,4 @@
-r"""Losses for soft tokens that one language model speaks to another with: what they must say, and that they differ.
+r"""Losses on soft tokens between two language models: on their content, and on their diversity.
 
 All of them are float32 (float64 where a tensor is), also under autocast, and have finite gradients where a batch has
 one element, a vector is zero or every label is ignored. Soft tokens are ``[B, K, d]``: B messages of K vectors.
@@ -29,9 +29,9 @@ from xlayer_ext.functional._checks import (
     check_shapes,
     check_values,
     is_empty,
+    no_autocast,
     with_zero_gradients,
 )
-from xlayer_ext.reference._precision import no_autocast
 
 IGNORED = -100
 
@@ -50,7 +50,9 @@ __all__ = [
 def language_modeling_loss(
     logits: Tensor, labels: Tensor, *, first_k: int | None = None, first_weight: float = 1.0
 ) -> Tensor:
-    r"""Cross-entropy of the next token, :math:`\frac{\sum_t w_t \cdot -\log p_t(y_{t+1})}{\sum_t w_t}`, in nats.
+    r"""Computes the cross-entropy of the next token in nats.
+
+    .. math:: \frac{\sum_t w_t \cdot -\log p_t(y_{t+1})}{\sum_t w_t}
 
     Args:
         logits: ``[B, T, V]``; those at t predict the label at t + 1.
@@ -79,8 +81,8 @@ def language_modeling_loss(
 
 
 def first_k_weights(labels: Tensor, k: int, weight: float) -> Tensor:
-    """Weights ``[B, T]`` of the labels ``[B, T]``: ``weight`` for each row's first k that are predicted, 1 for the
-    others, 0 for those that are −100."""
+    """Computes weights ``[B, T]`` of the labels ``[B, T]``: ``weight`` for each row's first k that are predicted, 1 for
+    the others, 0 for those that are −100."""
     check_int64(labels=labels)
     check_shapes({"labels": "B T"}, labels=labels)
     check_integer("k", k, 0)
@@ -91,7 +93,7 @@ def first_k_weights(labels: Tensor, k: int, weight: float) -> Tensor:
 
 
 def cosine_anchor_loss(soft: Tensor, anchor: Tensor, anchor_mask: Tensor | None = None) -> Tensor:
-    r""":math:`1 - \cos(\mathrm{mean}_k s_k, \mathrm{mean}_t a_t)`, the mean over the batch; blind to scale.
+    r"""Computes :math:`1 - \cos(\mathrm{mean}_k s_k, \mathrm{mean}_t a_t)`, the mean over the batch; blind to scale.
 
     Args:
         soft: ``[B, K, d]``.
@@ -111,7 +113,7 @@ def cosine_anchor_loss(soft: Tensor, anchor: Tensor, anchor_mask: Tensor | None 
 
 
 def info_nce_loss(soft: Tensor, positives: Tensor | None = None, *, temperature: float = 0.07) -> Tensor:
-    r"""InfoNCE over the batch: message b must be nearer to positive b than to all others.
+    r"""Computes InfoNCE over the batch: message b must be nearer to positive b than to all others.
 
     :math:`-\log \frac{e^{\cos(f_b, p_b)/\tau}}{\sum_c e^{\cos(f_b, p_c)/\tau}}` with f the mean-pooled messages.
 
@@ -136,8 +138,8 @@ def info_nce_loss(soft: Tensor, positives: Tensor | None = None, *, temperature:
 
 
 def reconstruction_loss(projected: Tensor, source: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean squared difference between the means of ``projected [B, K, d]`` over K and of ``source [B, T, d]`` over the
-    tokens of ``mask`` (bool ``[B, T]``, True = counts): can the source be told from the message?"""
+    """Computes the mean squared difference between the means of ``projected [B, K, d]`` over K and of
+    ``source [B, T, d]`` over the tokens of ``mask`` (bool ``[B, T]``, True = counts)."""
     check_floats(projected=projected, source=source)
     check_device(projected=projected, source=source)
     check_mask("mask", mask, projected)
@@ -150,7 +152,7 @@ def reconstruction_loss(projected: Tensor, source: Tensor, mask: Tensor | None =
 
 
 def bag_of_words_loss(logits: Tensor, input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Binary cross-entropy of which tokens occur in a text, mean over vocabulary and batch, in nats.
+    """Computes the binary cross-entropy of token occurrence, mean over vocabulary and batch, in nats.
 
     Args:
         logits: ``[B, V]``, one per token of the vocabulary.
@@ -175,9 +177,9 @@ def bag_of_words_loss(logits: Tensor, input_ids: Tensor, mask: Tensor | None = N
 
 
 def batch_diversity_loss(soft: Tensor) -> Tensor:
-    """Mean cosine similarity between different messages ``[B, K, d]``, each as one vector: 1 where all are the same.
+    """Computes the mean cosine similarity between different messages ``[B, K, d]``, each as one vector.
 
-    0 for a batch of one.
+    1 where all are the same, 0 for a batch of one.
     """
     check_floats(soft=soft)
     check_shapes({"soft": "B K d"}, soft=soft)
@@ -188,8 +190,8 @@ def batch_diversity_loss(soft: Tensor) -> Tensor:
 
 
 def variance_diversity_loss(z: Tensor, eps: float = 1e-8) -> Tensor:
-    r""":math:`-\log(\mathrm{mean}_i\, \mathrm{Var}(z_i) + \epsilon)`, the variance of each of the last dimension's
-    numbers over batch and tokens: large where all codes have become the same.
+    r"""Computes :math:`-\log(\mathrm{mean}_i\, \mathrm{Var}(z_i) + \epsilon)`, the variance of each feature over batch
+    and tokens: large where all codes have become the same.
 
     Unlike a count of different codes it has a gradient, through a straight-through estimator too.
 
@@ -208,7 +210,7 @@ def variance_diversity_loss(z: Tensor, eps: float = 1e-8) -> Tensor:
 
 
 def _wide(*tensors: Tensor) -> list[Tensor]:
-    """All in the widest of their dtypes, float32 at least."""
+    """Casts all tensors to the widest of their dtypes, float32 at least."""
     dtype = torch.float32
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
@@ -216,14 +218,14 @@ def _wide(*tensors: Tensor) -> list[Tensor]:
 
 
 def _nothing(*tensors: Tensor | None) -> Tensor:
-    """The loss of a batch of nothing."""
+    """Returns the loss of an empty batch, 0 with gradient 0."""
     given = [tensor for tensor in tensors if tensor is not None]
     (first, *_) = _wide(*given)
     return with_zero_gradients(first.new_zeros(()), *given)
 
 
 def _masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
-    """``[B, T, d]`` to ``[B, d]``; 0 where nothing counts."""
+    """Averages ``[B, T, d]`` over T to ``[B, d]``; 0 where the mask allows no token."""
     if mask is None:
         return x.mean(1) if x.shape[1] else x.sum(1)
     kept = torch.where(mask.unsqueeze(-1), x, torch.zeros_like(x))

@@ -12,13 +12,15 @@ Scalar Quantization: VQ-VAE Made Simple, 2023, arXiv 2309.15505.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from xlayer_ext import reference
-from xlayer_ext._backend import native_available, transforms, use_native
+from xlayer_ext._backend import transforms, use_native
+from xlayer_ext._ops.quantize import MOST_DIMENSIONS, MOST_LEVELS, fsq_basis, fsq_offsets
+from xlayer_ext._ops.registration import accumulation
 from xlayer_ext.functional._checks import (
     FLOATS,
     autocasts,
@@ -28,33 +30,20 @@ from xlayer_ext.functional._checks import (
     check_floats,
     check_int64,
     check_integer,
-    check_kept,
-    check_one_device,
     is_empty,
     needs_grad,
     tf32_allowed,
 )
-from xlayer_ext.functional._registration import (
-    accumulation,
-    check_fake,
-    check_fake_as,
-    no_second_derivative,
-    register,
-    register_fake,
-)
-from xlayer_ext.reference.quantize import fsq_basis, fsq_offsets
+from xlayer_ext.types import Bound, Metric, Variant
 
-METRICS = ("euclidean", "cosine")
-BOUNDS = ("tanh", "offset")
-VARIANTS = ("package", "paper")
-MOST_DIMENSIONS, MOST_LEVELS = 64, 2**20
+METRICS, BOUNDS, VARIANTS = get_args(Metric), get_args(Bound), get_args(Variant)
 MAX_CODES = 2**31 - 1  # no codebook comes near it, and a search of more would never end
 
 __all__ = ["fsq", "fsq_codes_to_indices", "fsq_indices_to_codes", "vq_nearest", "vq_statistics"]
 
 
-def vq_nearest(x: Tensor, codebook: Tensor, *, metric: str = "euclidean") -> tuple[Tensor, Tensor]:
-    r"""The nearest code of each row: :math:`k_n = \arg\min_k d(x_n, c_k)`.
+def vq_nearest(x: Tensor, codebook: Tensor, *, metric: Metric = "euclidean") -> tuple[Tensor, Tensor]:
+    r"""Finds the nearest code of each row: :math:`k_n = \arg\min_k d(x_n, c_k)`.
 
     ``euclidean``: :math:`d = |x - c|^2`; ``cosine``: :math:`d = 1 - \frac{x \cdot c}{|x|\,|c|}`, where a vector of
     length 0 has cosine 0 with all others. Of codes that are equally near the lowest index wins, so of equal codes the
@@ -110,8 +99,9 @@ def vq_nearest(x: Tensor, codebook: Tensor, *, metric: str = "euclidean") -> tup
 
 
 def vq_statistics(x: Tensor, indices: Tensor, codes: int) -> tuple[Tensor, Tensor]:
-    r"""What falls to each code: :math:`\mathrm{counts}_k = |\{n: i_n = k\}|`, :math:`\mathrm{sums}_k = \sum_{n: i_n =
-    k} x_n`.
+    r"""Counts and sums the rows of each code.
+
+    .. math:: \mathrm{counts}_k = |\{n: i_n = k\}|, \qquad \mathrm{sums}_k = \sum_{n: i_n = k} x_n
 
     Deterministic: the sums are made by halves, in an order that the indices alone decide. No gradient.
 
@@ -146,8 +136,10 @@ def vq_statistics(x: Tensor, indices: Tensor, codes: int) -> tuple[Tensor, Tenso
     return (counts.squeeze(0), sums.squeeze(0)) if lead == 0 else (counts, sums)
 
 
-def fsq(z: Tensor, levels: Sequence[int], *, bound: str = "tanh", variant: str = "package") -> tuple[Tensor, Tensor]:
-    r"""Finite scalar quantization: every number of a row is bounded and rounded to one of L levels.
+def fsq(
+    z: Tensor, levels: Sequence[int], *, bound: Bound = "tanh", variant: Variant = "package"
+) -> tuple[Tensor, Tensor]:
+    r"""Quantizes by finite scalar quantization: bounds every number of a row and rounds it to one of L levels.
 
     ``bound="tanh"``, symmetric around 0, L at least 2: digit :math:`\lfloor (L-1)(\tanh z + 1)/2 + \frac12 \rfloor`,
     code :math:`2\,\mathrm{digit}/(L-1) - 1`. The PyPI package calls it ``preserve_symmetry``.
@@ -194,8 +186,8 @@ def fsq(z: Tensor, levels: Sequence[int], *, bound: str = "tanh", variant: str =
     return codes, indices
 
 
-def fsq_codes_to_indices(codes: Tensor, levels: Sequence[int], *, bound: str = "tanh") -> Tensor:
-    """The indices of codes ``[..., c]``, as :func:`fsq` numbers them; a code between two is taken for the nearest."""
+def fsq_codes_to_indices(codes: Tensor, levels: Sequence[int], *, bound: Bound = "tanh") -> Tensor:
+    """Converts codes ``[..., c]`` to the indices of :func:`fsq`; a code between two counts as the nearest."""
     check_floats(codes=codes)
     levels = checked_levels(levels, bound)
     if codes.dim() < 1 or codes.shape[-1] != len(levels):
@@ -206,10 +198,10 @@ def fsq_codes_to_indices(codes: Tensor, levels: Sequence[int], *, bound: str = "
 
 
 def fsq_indices_to_codes(
-    indices: Tensor, levels: Sequence[int], *, bound: str = "tanh", dtype: torch.dtype = torch.float32
+    indices: Tensor, levels: Sequence[int], *, bound: Bound = "tanh", dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """The codes ``[..., c]`` of indices ``[...]`` that :func:`fsq` gave (of digits ``[..., c]`` where the product of
-    levels exceeds 2⁶³): the same bits as its own."""
+    """Converts indices ``[...]`` of :func:`fsq` (digits ``[..., c]`` where the product of levels exceeds 2⁶³) to its
+    codes ``[..., c]``, with the same bits."""
     levels = checked_levels(levels, bound)
     check_int64(indices=indices)
     if dtype not in FLOATS:
@@ -222,8 +214,8 @@ def fsq_indices_to_codes(
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 
-def checked_levels(levels: Sequence[int], bound: str, variant: str = VARIANTS[0]) -> list[int]:
-    """The levels as a list.
+def checked_levels(levels: Sequence[int], bound: Bound, variant: Variant = "package") -> list[int]:
+    """Checks the levels and returns them as a list.
 
     Raises:
         TypeError: they are no sequence of whole numbers.
@@ -251,71 +243,9 @@ def _beyond(levels: Sequence[int]) -> str | None:
     return f"more than {MOST_DIMENSIONS} dimensions" if len(levels) > MOST_DIMENSIONS else None
 
 
-def _operator_levels(levels: list[int], bound: str, variant: str) -> tuple[Any, ...]:
-    """levels, shift, half width and middle per dimension, and whether the bound is ``offset``."""
+def _operator_levels(levels: list[int], bound: Bound, variant: Variant) -> tuple[Any, ...]:
+    """Returns levels, shift, half width and middle per dimension, and whether the bound is ``offset``."""
     if bound == "tanh":
         return levels, [], [], [], False
     columns = zip(*fsq_offsets(levels, variant), strict=True)
     return levels, *(list(column) for column in columns), True
-
-
-# ---- fake tensors and autograd ---------------------------------------------------------------------------------------
-
-
-def _fake_nearest(x: Tensor, codebook: Tensor, cosine: bool, tf32: bool) -> tuple[Tensor, Tensor]:
-    check_one_device(x, codebook)
-    check_fake(x, x=(x, (None, None, None)))
-    check_fake(x, codebook=(codebook, (x.shape[0], None, x.shape[2])))
-    if codebook.shape[1] == 0 or codebook.shape[2] == 0:
-        raise ValueError(f"codebook must have at least one code and one column, got {list(codebook.shape)}")
-    return x.new_empty(x.shape[:2], dtype=torch.int64), x.new_empty(x.shape[:2], dtype=accumulation(x))
-
-
-def _fake_statistics(x: Tensor, indices: Tensor, codes: int) -> tuple[Tensor, Tensor]:
-    check_one_device(x, indices)
-    check_fake(x, x=(x, (None, None, None)))
-    check_fake_as(torch.int64, indices=(indices, x.shape[:2]))
-    if codes < 1:
-        raise ValueError(f"codes must be at least 1, got {codes}")
-    books, _, width = x.shape
-    wide = accumulation(x)
-    return x.new_empty((books, codes), dtype=wide), x.new_empty((books, codes, width), dtype=wide)
-
-
-def _fake_fsq(
-    z: Tensor, levels: list[int], shift: list[float], half: list[float], middle: list[float], offset: bool, keep: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    if not 1 <= len(levels) <= MOST_DIMENSIONS:
-        raise ValueError(f"levels must have 1 to {MOST_DIMENSIONS} entries, got {len(levels)}")
-    if z.dim() < 1:
-        raise ValueError("z must have at least one dimension")
-    check_fake(z, z=(z, (*z.shape[:-1], len(levels))))
-    for column in (shift, half, middle):
-        if len(column) != (len(levels) if offset else 0):
-            raise ValueError(f"shift, half and middle must have an entry per level for offset, got {len(column)}")
-    least = 3 if offset else 2
-    for level in levels:
-        if not least <= level <= MOST_LEVELS:
-            raise ValueError(f"levels must be between {least} and {MOST_LEVELS}, got {level}")
-    shape = z.shape if fsq_basis(levels) is None else z.shape[:-1]
-    return z.new_empty(z.shape), z.new_empty(shape, dtype=torch.int64), z.new_empty(z.shape if keep else 0)
-
-
-def _setup_fsq(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.keep, (_, indices, slope) = inputs[-1], output
-    ctx.save_for_backward(slope)
-    ctx.mark_non_differentiable(indices, slope)
-
-
-def _backward_fsq(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    check_kept(ctx.keep, "fsq")
-    if torch.is_grad_enabled():  # the result may be differentiated again, without the slope's own derivative
-        raise no_second_derivative("fsq", " with create_graph=True")
-    (slope,) = ctx.saved_tensors
-    return grad * slope, None, None, None, None, None, None
-
-
-if native_available("fsq"):
-    register_fake("vq_nearest", _fake_nearest)
-    register_fake("vq_statistics", _fake_statistics)
-    register("fsq", _fake_fsq, _backward_fsq, _setup_fsq)

@@ -6,8 +6,6 @@ that it made, but not a ``branch`` that it was given; calling it on every submod
 """
 
 from xlayer_ext.nn.aggregate import DepthAttentionAggregator, EMAAggregator, GRUAggregator, TapProjector
-from xlayer_ext.nn.bridge import PerceiverResampler, RMSScale, StatisticalNormalizer, TanhScale
-from xlayer_ext.nn.diffusion import DiffusionBridge
 from xlayer_ext.nn.fsq import FSQ, FSQOutput
 from xlayer_ext.nn.hdim import HDIMMessage, QKVMessage
 from xlayer_ext.nn.hyper import (
@@ -23,7 +21,6 @@ from xlayer_ext.nn.routing import LayerRouter
 __all__ = [
     "FSQ",
     "DepthAttentionAggregator",
-    "DiffusionBridge",
     "EMAAggregator",
     "FSQOutput",
     "GRUAggregator",
@@ -31,11 +28,7 @@ __all__ = [
     "HyperConnection",
     "LayerRouter",
     "ManifoldHyperConnection",
-    "PerceiverResampler",
     "QKVMessage",
-    "RMSScale",
-    "StatisticalNormalizer",
-    "TanhScale",
     "TapProjector",
     "VQOutput",
     "VectorQuantizer",

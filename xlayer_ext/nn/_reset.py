@@ -1,4 +1,4 @@
-"""How modules start: shared by their constructors and by `reset_parameters`.
+"""Initializes parameters and buffers, for constructors and `reset_parameters`.
 
 Every module of this package has ``reset_parameters()``. It gives all of the module, its own parameters and buffers and
 those of the modules that it is made of, the values of a new one, by the draws that the constructor makes: after the
@@ -33,7 +33,7 @@ def draw_normal(parameter: Tensor, deviation: float) -> None:
 
 @torch.no_grad()
 def assign(target: Tensor, value: Tensor) -> None:
-    """Writes a whole value into a parameter or buffer; of one that FSDP2 has cut, every process writes its part."""
+    """Writes a whole value into a parameter or buffer; into one that FSDP2 has sharded, each process its shard."""
     whole: Any = value
     cut: Any = target
     if hasattr(cut, "device_mesh"):
@@ -45,7 +45,7 @@ def assign(target: Tensor, value: Tensor) -> None:
 
 
 class ZeroLinear(nn.Linear):
-    """A linear layer that starts as 0."""
+    """Linear layer with zero initialization."""
 
     def reset_parameters(self) -> None:
         """Draws as every linear layer, so that layers after it start alike, and then sets weight and bias to 0."""

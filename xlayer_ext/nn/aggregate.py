@@ -1,9 +1,10 @@
-"""A state that is carried across the layers of a model: taps of the layers, and three ways to aggregate them."""
+"""Modules for aggregation over depth: taps of the layers of a model, and three ways to aggregate them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +20,14 @@ from xlayer_ext.functional._checks import (
     check_sizes,
 )
 from xlayer_ext.nn._reset import reset
+from xlayer_ext.types import TapPooling
 
-POOLINGS = ("mean", "first", "last", "attention")
+POOLINGS = get_args(TapPooling)
 START_LOGIT = -2.0  # of every gate: σ(−2) = 0.119
 
 
 class TapProjector(nn.Module):
-    r"""What a side path reads of every layer's output h:
+    r"""Projects every layer's output h for a side path:
 
     .. math:: z^l = \mathrm{Dropout}(W^l\, \mathrm{pool}(\mathrm{LayerNorm}(h^l)) + b^l)
 
@@ -41,6 +43,7 @@ class TapProjector(nn.Module):
             token has seen the sequence; in a decoder the last one has, and the first sees nothing but itself.
         dropout: of the projections.
         eps: of the LayerNorm.
+        device, dtype: of the parameters.
 
     Shape:
         - taps: L tensors ``[B, S, d_model]``, or one ``[L, B, S, d_model]``
@@ -64,9 +67,11 @@ class TapProjector(nn.Module):
         d_model: int,
         d_side: int,
         *,
-        pooling: str | None = None,
+        pooling: TapPooling | None = None,
         dropout: float = 0.0,
         eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_sizes(layers=layers, d_model=d_model, d_side=d_side)
@@ -74,10 +79,11 @@ class TapProjector(nn.Module):
         if pooling is not None:
             check_choice("pooling", pooling, POOLINGS)
         self.layers, self.d_model, self.d_side, self.pooling, self.eps = layers, d_model, d_side, pooling, eps
-        self.weight = nn.Parameter(torch.empty(layers, d_side, d_model))
-        self.bias = nn.Parameter(torch.empty(layers, d_side))
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.empty(layers, d_side, d_model, **factory))
+        self.bias = nn.Parameter(torch.empty(layers, d_side, **factory))
         if pooling == "attention":
-            self.query = nn.Parameter(torch.empty(layers, d_model))
+            self.query = nn.Parameter(torch.empty(layers, d_model, **factory))
         self.dropout = nn.Dropout(dropout)
         self.reset_parameters()
 
@@ -113,7 +119,7 @@ class TapProjector(nn.Module):
         return torch.stack(list(taps))
 
     def _pool(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Normalized taps ``[L, B, d_model]``, or ``[L, B, S, d_model]`` without a pooling."""
+        """Normalizes and pools the taps to ``[L, B, d_model]``, or ``[L, B, S, d_model]`` without a pooling."""
         if self.pooling in ("first", "last"):
             x = self._edge(x, mask)
         x = F.layer_norm(x, (self.d_model,), eps=self.eps)
@@ -129,7 +135,7 @@ class TapProjector(nn.Module):
         return x
 
     def _edge(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """The first or the last token that counts, of every layer and sequence."""
+        """Selects the first or the last token that the mask allows, of every layer and sequence."""
         if mask is None:
             return x[:, :, 0 if self.pooling == "first" else -1]
         counts = mask.int() if self.pooling == "first" else mask.int().flip(1)
@@ -143,18 +149,18 @@ class TapProjector(nn.Module):
 
 
 class _Aggregator(nn.Module):
-    """What the kinds share: taps ``[L, ..., d]`` to states ``[L, ..., d]``, or to the last one."""
+    """Base of the kinds: maps taps ``[L, ..., d]`` to states ``[L, ..., d]``, or to the last one."""
 
     layers: int
     d_side: int
 
     @property
     def gates(self) -> Tensor | None:
-        """How much of every layer's tap enters the state, ``[L]`` in (0, 1); None where every token has its own."""
+        """Gates of the layers' taps, ``[L]`` in (0, 1); None where every token has its own."""
         return None
 
     def gate_penalty(self, l1: float = 0.0, l2: float = 0.0) -> Tensor:
-        r"""Sparsity of the gates: :math:`l_1 \sum_l \alpha^l + l_2 \sum_l (\alpha^l)^2`.
+        r"""Computes a sparsity penalty of the gates: :math:`l_1 \sum_l \alpha^l + l_2 \sum_l (\alpha^l)^2`.
 
         Raises:
             ValueError: this kind has no gates of its own to be penalized.
@@ -181,7 +187,7 @@ class _Aggregator(nn.Module):
 
 
 class EMAAggregator(_Aggregator):
-    r"""A gated average over depth of what an MLP φ, one for all layers, makes of the taps.
+    r"""Averages the taps over depth with gates, after an MLP φ that all layers share.
 
     .. math::
         S^l = (1 - \alpha^l)\, S^{l-1} + \alpha^l\, \phi(z^l), \qquad \alpha^l = \sigma(a^l), \qquad S^0 = 0
@@ -199,6 +205,7 @@ class EMAAggregator(_Aggregator):
         expansion: of φ.
         tree_checkpoint: k, 0 for none.
         eps: of the LayerNorms.
+        device, dtype: of the parameters.
 
     Shape:
         - taps: ``[L, ..., d]``, as :class:`TapProjector` gives them
@@ -214,7 +221,15 @@ class EMAAggregator(_Aggregator):
     """
 
     def __init__(
-        self, layers: int, d_side: int, *, expansion: int = 4, tree_checkpoint: int = 0, eps: float = 1e-5
+        self,
+        layers: int,
+        d_side: int,
+        *,
+        expansion: int = 4,
+        tree_checkpoint: int = 0,
+        eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_sizes(layers=layers, d_side=d_side, expansion=expansion)
@@ -223,14 +238,19 @@ class EMAAggregator(_Aggregator):
         if not 0 <= tree_checkpoint <= layers:
             raise ValueError(f"tree_checkpoint must be between 0 and layers = {layers}, got {tree_checkpoint}")
         self.layers, self.d_side, self.tree_checkpoint, self.eps = layers, d_side, tree_checkpoint, eps
-        inner = expansion * d_side
+        self.expansion, inner = expansion, expansion * d_side
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.phi = nn.Sequential(
-            nn.Linear(d_side, inner), nn.GELU(), nn.LayerNorm(inner, eps), nn.Linear(inner, d_side)
+            nn.Linear(d_side, inner, **factory),
+            nn.GELU(),
+            nn.LayerNorm(inner, eps, **factory),
+            nn.Linear(inner, d_side, **factory),
         )
-        self.norm_weight, self.norm_bias = nn.Parameter(torch.empty(d_side)), nn.Parameter(torch.empty(d_side))
-        self.gate_logits = nn.Parameter(torch.empty(layers))
+        self.norm_weight = nn.Parameter(torch.empty(d_side, **factory))
+        self.norm_bias = nn.Parameter(torch.empty(d_side, **factory))
+        self.gate_logits = nn.Parameter(torch.empty(layers, **factory))
         if tree_checkpoint:
-            self.tree_gate_logits = nn.Parameter(torch.empty(layers // tree_checkpoint))
+            self.tree_gate_logits = nn.Parameter(torch.empty(layers // tree_checkpoint, **factory))
         self._reset_own()
 
     def reset_parameters(self) -> None:
@@ -250,7 +270,7 @@ class EMAAggregator(_Aggregator):
         return self.gate_logits.detach().sigmoid()
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, tree_checkpoint={self.tree_checkpoint}"
+        return f"{super().extra_repr()}, tree_checkpoint={self.tree_checkpoint}, expansion={self.expansion}"
 
     def _aggregate(self, taps: Tensor, last_only: bool) -> Tensor:
         k = self.tree_checkpoint
@@ -282,6 +302,7 @@ class GRUAggregator(_Aggregator):
     Args:
         layers: L.
         d_side: d, of taps and states.
+        device, dtype: of the parameters.
 
     Shape:
         as in :class:`EMAAggregator`
@@ -294,13 +315,22 @@ class GRUAggregator(_Aggregator):
         torch.Size([2, 16])
     """
 
-    def __init__(self, layers: int, d_side: int) -> None:
+    def __init__(
+        self,
+        layers: int,
+        d_side: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         check_sizes(layers=layers, d_side=d_side)
         self.layers, self.d_side = layers, d_side
-        self.weight_ih = nn.Parameter(torch.empty(3 * d_side, d_side))
-        self.weight_hh = nn.Parameter(torch.empty(3 * d_side, d_side))
-        self.bias_ih, self.bias_hh = nn.Parameter(torch.empty(3 * d_side)), nn.Parameter(torch.empty(3 * d_side))
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.weight_ih = nn.Parameter(torch.empty(3 * d_side, d_side, **factory))
+        self.weight_hh = nn.Parameter(torch.empty(3 * d_side, d_side, **factory))
+        self.bias_ih = nn.Parameter(torch.empty(3 * d_side, **factory))
+        self.bias_hh = nn.Parameter(torch.empty(3 * d_side, **factory))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -311,7 +341,7 @@ class GRUAggregator(_Aggregator):
 
     @classmethod
     def from_cell(cls, cell: nn.GRUCell, layers: int) -> GRUAggregator:
-        """The same unit, with a copy of the cell's parameters.
+        """Makes the same unit with a copy of the cell's parameters.
 
         Raises:
             ValueError: the cell has no biases, or reads another width than that of its state.
@@ -319,7 +349,7 @@ class GRUAggregator(_Aggregator):
         if not cell.bias or cell.input_size != cell.hidden_size:
             got = f"GRUCell({cell.input_size}, {cell.hidden_size}, bias={cell.bias})"
             raise ValueError(f"cell must have biases and read the width of its state, got {got}")
-        made = cls(layers, cell.hidden_size).to(cell.weight_ih)
+        made = cls(layers, cell.hidden_size, device=cell.weight_ih.device, dtype=cell.weight_ih.dtype)
         made.load_state_dict(cell.state_dict())
         return made
 
@@ -337,6 +367,7 @@ class DepthAttentionAggregator(_Aggregator):
         d_side: d, of taps and states; a multiple of ``heads``.
         heads: attention heads.
         memory: m, the number of taps that a layer's state attends to, its own included.
+        device, dtype: of the parameters.
 
     Shape:
         as in :class:`EMAAggregator`
@@ -349,14 +380,23 @@ class DepthAttentionAggregator(_Aggregator):
         torch.Size([4, 2, 16])
     """
 
-    def __init__(self, layers: int, d_side: int, *, heads: int = 4, memory: int = 4) -> None:
+    def __init__(
+        self,
+        layers: int,
+        d_side: int,
+        *,
+        heads: int = 4,
+        memory: int = 4,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         check_sizes(layers=layers, d_side=d_side, heads=heads, memory=memory)
         if d_side % heads:
             raise ValueError(f"d_side must be a multiple of heads = {heads}, got {d_side}")
         self.layers, self.d_side, self.heads, self.memory = layers, d_side, heads, memory
         self.weight_query, self.weight_key, self.weight_value, self.weight_out = (
-            nn.Parameter(torch.empty(d_side, d_side)) for _ in range(4)
+            nn.Parameter(torch.empty(d_side, d_side, device=device, dtype=dtype)) for _ in range(4)
         )
         self.reset_parameters()
 

@@ -13,10 +13,11 @@ from xlayer_ext import functional as XF
 from xlayer_ext.functional._checks import check_floats, check_sizes
 from xlayer_ext.functional.quantize import checked_levels
 from xlayer_ext.nn._reset import reset
+from xlayer_ext.types import Bound, Variant
 
 
 class FSQOutput(NamedTuple):
-    """What :class:`FSQ` gives: ``quantized [..., dim]`` and ``indices [...]`` (digits where no index fits)."""
+    """Result of :class:`FSQ`: ``quantized [..., dim]`` and ``indices [...]`` (digits where no index fits)."""
 
     quantized: Tensor
     indices: Tensor
@@ -27,7 +28,7 @@ torch.utils._pytree._register_namedtuple(FSQOutput, serialized_type_name="xlayer
 
 
 class FSQ(nn.Module):
-    """Finite scalar quantization: a codebook that is a grid, with nothing to learn and no code to die.
+    """Finite scalar quantization: the codebook is a fixed grid, so no code can go unused for good.
 
     Args:
         levels: levels per dimension of the grid, for example ``[8, 5, 5, 5]``.
@@ -50,10 +51,10 @@ class FSQ(nn.Module):
     def __init__(
         self,
         levels: Sequence[int],
-        dim: int | None = None,
-        bound: str = "tanh",
-        variant: str = "package",
         *,
+        dim: int | None = None,
+        bound: Bound = "tanh",
+        variant: Variant = "package",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -74,7 +75,7 @@ class FSQ(nn.Module):
 
     @property
     def codebook_size(self) -> int:
-        """How many codes the grid has."""
+        """Number of codes of the grid."""
         return math.prod(self.levels)
 
     def forward(self, z: Tensor) -> FSQOutput:
@@ -85,12 +86,12 @@ class FSQ(nn.Module):
         return FSQOutput(self.project_out(codes.to(z.dtype)).to(z.dtype), indices)
 
     def indices_to_codes(self, indices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Points of the grid ``[..., len(levels)]``, before the linear map out."""
+        """Converts indices to points of the grid ``[..., len(levels)]``, before the linear map out."""
         return XF.fsq_indices_to_codes(indices, self.levels, bound=self.bound, dtype=dtype)
 
     def codes_to_indices(self, codes: Tensor) -> Tensor:
-        """Indices of points of the grid ``[..., len(levels)]``."""
+        """Converts points of the grid ``[..., len(levels)]`` to indices."""
         return XF.fsq_codes_to_indices(codes, self.levels, bound=self.bound)
 
     def extra_repr(self) -> str:
-        return f"{self.levels}, dim={self.dim}, bound={self.bound}"
+        return f"{self.levels}, dim={self.dim}, bound={self.bound!r}, variant={self.variant!r}"

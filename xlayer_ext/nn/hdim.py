@@ -7,7 +7,7 @@ QKV:   message = softmax(q·kᵀ / √d) · v, per head
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,9 @@ from xlayer_ext.functional._checks import (
 )
 from xlayer_ext.functional.hdim import ACTIVATIONS, FUSIONS
 from xlayer_ext.nn._reset import reset
+from xlayer_ext.types import Activation, Fusion, Scorer
 
-SCORERS = ("4term", "bilinear", "cosine")
+SCORERS = get_args(Scorer)
 
 
 class HDIMMessage(nn.Module):
@@ -57,6 +58,7 @@ class HDIMMessage(nn.Module):
         residual_beta: initial β.
         dropout: probability, on the message.
         alpha_init: initial value of an own scalar α that multiplies the message; ``None`` = no such scalar.
+        device, dtype: of the parameters.
 
     Shape:
         - target ``[B, St, H]``, source ``[B, Ss, H]``, key_mask bool ``[B, Ss]``, pair_mask bool ``[B, St, Ss]``
@@ -73,13 +75,13 @@ class HDIMMessage(nn.Module):
     def __init__(
         self,
         hidden_size: int,
+        *,
         proj_dim: int = 24,
         mlp_dim: int = 96,
-        *,
-        scorer: str = "4term",
-        activation: str = "relu",
-        fusion: str = "concat_hadam",
-        value_activation: str = "relu",
+        scorer: Scorer = "4term",
+        activation: Activation = "relu",
+        fusion: Fusion = "concat_hadam",
+        value_activation: Activation = "relu",
         share_projections: bool = False,
         norm_projections: bool = False,
         temperature: float = 1.0,
@@ -87,6 +89,8 @@ class HDIMMessage(nn.Module):
         residual_beta: float = 0.1,
         dropout: float = 0.1,
         alpha_init: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_choice("scorer", scorer, SCORERS)
@@ -100,21 +104,22 @@ class HDIMMessage(nn.Module):
         self.scorer, self.activation, self.fusion, self.value_activation = scorer, activation, fusion, value_activation
         self.temperature, self.residual_beta, self.alpha_init = temperature, residual_beta, alpha_init
 
-        self.target_proj = nn.Linear(hidden_size, proj_dim, bias=False)
-        self.source_proj = None if share_projections else nn.Linear(hidden_size, proj_dim, bias=False)
-        self.target_norm = nn.LayerNorm(proj_dim) if norm_projections else None
-        self.source_norm = nn.LayerNorm(proj_dim) if norm_projections else None
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.target_proj = nn.Linear(hidden_size, proj_dim, bias=False, **factory)
+        self.source_proj = None if share_projections else nn.Linear(hidden_size, proj_dim, bias=False, **factory)
+        self.target_norm = nn.LayerNorm(proj_dim, **factory) if norm_projections else None
+        self.source_norm = nn.LayerNorm(proj_dim, **factory) if norm_projections else None
         if scorer == "4term":
-            self.pair_in = nn.Linear(4 * proj_dim, mlp_dim)
-            self.pair_out = nn.Linear(mlp_dim, 1)
+            self.pair_in = nn.Linear(4 * proj_dim, mlp_dim, **factory)
+            self.pair_out = nn.Linear(mlp_dim, 1, **factory)
         elif scorer == "bilinear":
-            self.pair_weight = nn.Parameter(torch.empty(proj_dim, proj_dim))
+            self.pair_weight = nn.Parameter(torch.empty(proj_dim, proj_dim, **factory))
         width = 2 * max(128, hidden_size // 2)
-        self.value_in = nn.Linear(FUSIONS[fusion] * hidden_size, width)
-        self.value_out = nn.Linear(width, hidden_size)
+        self.value_in = nn.Linear(FUSIONS[fusion] * hidden_size, width, **factory)
+        self.value_out = nn.Linear(width, hidden_size, **factory)
         # One element, not a scalar: FSDP2 shards the first dimension.
-        self.beta = nn.Parameter(torch.empty(1)) if value_residual else None
-        self.alpha = nn.Parameter(torch.empty(1)) if alpha_init is not None else None
+        self.beta = nn.Parameter(torch.empty(1, **factory)) if value_residual else None
+        self.alpha = nn.Parameter(torch.empty(1, **factory)) if alpha_init is not None else None
         self.dropout = nn.Dropout(dropout)
         self._start()
 
@@ -215,6 +220,7 @@ class QKVMessage(nn.Module):
         head_dim: d, width of a head.
         dropout: probability, on the attention weights.
         extra_value_projection: add :math:`W_v`, ``Linear(head_dim, head_dim, bias=False)``, one for all heads.
+        device, dtype: of :math:`W_v`.
 
     Shape:
         - query ``[B, St, h·d]``, key and value ``[B, Ss, h·d]``, key_mask bool ``[B, Ss]`` (True = may be used)
@@ -228,14 +234,23 @@ class QKVMessage(nn.Module):
     """
 
     def __init__(
-        self, num_heads: int, head_dim: int, *, dropout: float = 0.1, extra_value_projection: bool = False
+        self,
+        num_heads: int,
+        head_dim: int,
+        *,
+        dropout: float = 0.1,
+        extra_value_projection: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_sizes(num_heads=num_heads, head_dim=head_dim)
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout must be between 0 and 1, got {dropout}")
         self.num_heads, self.head_dim, self.dropout = num_heads, head_dim, dropout
-        self.value_proj = nn.Linear(head_dim, head_dim, bias=False) if extra_value_projection else None
+        self.value_proj = (
+            nn.Linear(head_dim, head_dim, bias=False, device=device, dtype=dtype) if extra_value_projection else None
+        )
 
     def reset_parameters(self) -> None:
         """Draws the extra value projection anew, if there is one."""
@@ -247,9 +262,11 @@ class QKVMessage(nn.Module):
         layouts = {"query": "B St H", "key": "B Ss H", "value": "B Ss H", "key_mask": "B Ss"}
         check_mask("key_mask", key_mask, query)
         check_shapes(layouts, query=query, key=key, value=value, key_mask=key_mask)
-        if query.shape[-1] != self.num_heads * self.head_dim:
-            needed = f"{self.num_heads} heads of {self.head_dim}, {self.num_heads * self.head_dim} in all"
-            raise ValueError(f"query must be {needed}, wide; got {query.shape[-1]}")
+        width = self.num_heads * self.head_dim
+        if query.shape[-1] != width:
+            raise ValueError(
+                f"query must have {width} features ({self.num_heads} heads × {self.head_dim}), got {query.shape[-1]}"
+            )
         mask = None
         if key_mask is not None:
             key = key.masked_fill(~key_mask.unsqueeze(-1), 0)
@@ -268,11 +285,12 @@ class QKVMessage(nn.Module):
         return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
     def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}, head_dim={self.head_dim}, dropout={self.dropout}"
+        text = f"num_heads={self.num_heads}, head_dim={self.head_dim}, dropout={self.dropout}"
+        return text if self.value_proj is None else f"{text}, extra_value_projection=True"
 
 
 def _zero_unused(source: Tensor, key_mask: Tensor | None, pair_mask: Tensor | None) -> Tensor:
-    """Source tokens that nobody may use as 0: NaN there must not reach the gradient of the projection's weight."""
+    """Zeroes source tokens that no target may use, so that NaN there does not reach the projection's gradient."""
     usable = key_mask
     if pair_mask is not None:
         seen = pair_mask.any(1)

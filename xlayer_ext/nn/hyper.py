@@ -1,11 +1,11 @@
-"""Hyper-connections as modules: n residual streams that learn what sublayers read of them and leave in them."""
+"""Modules for hyper-connections: n residual streams with learned mixing around every sublayer."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +22,17 @@ from xlayer_ext.functional._checks import (
     check_sizes,
 )
 from xlayer_ext.nn._reset import assign
+from xlayer_ext.types import Form, HyperCoefficients, Reduction, StreamNorm
 
-COEFFICIENTS = ("paper", "per_stream")
-NORMS = ("layer", "rms")
+COEFFICIENTS = get_args(HyperCoefficients)
+NORMS = get_args(StreamNorm)
 START_READ = 0.75  # is what a manifold-constrained sublayer reads of its own stream at first; the others share the rest
 START_KEPT = 0.99  # of a stream stays in it, where manifold-constrained mixing begins
 PYPI_EPS = 1e-24  # the PyPI package divides by the larger of a row's norm and 1e-12
 
 
 class _StreamConnection(nn.Module):
-    """What the kinds share: pre, post and the boundary around a sublayer, and both layouts of the streams."""
+    """Base of the kinds: pre, post and the boundary around a sublayer, in both layouts of the streams."""
 
     decayed: ClassVar[tuple[str, ...]] = ()  # parameters that weight decay is for
 
@@ -45,21 +46,21 @@ class _StreamConnection(nn.Module):
         self.branch = branch
 
     def connection(self) -> Connection:
-        """The parameters in the form that the functional API takes."""
+        """Returns the parameters in the form that the functional API takes."""
         raise NotImplementedError
 
     def pre(self, streams: Tensor) -> tuple[Tensor, Tensor]:
-        """Branch input x ``[..., d]`` and coefficients, of streams in this module's layout."""
+        """Computes branch input x ``[..., d]`` and coefficients from streams in this module's layout."""
         x, coefficients = XF.hyper_pre(self._unpack(streams), self.connection())
         return self._row(x, streams), coefficients
 
     def post(self, streams: Tensor, branch_output: Tensor, coefficients: Tensor) -> Tensor:
-        """The streams after a sublayer, of its output ``[..., d]`` and what :meth:`pre` gave."""
+        """Computes the streams after a sublayer from its output ``[..., d]`` and the coefficients of :meth:`pre`."""
         unpacked = self._unpack(streams)
         return self._pack(XF.hyper_post(unpacked, self._flat(branch_output, unpacked), coefficients), streams)
 
     def boundary(self, streams: Tensor, branch_output: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Post of the sublayer before, then pre of this one, in one pass: streams, branch input, coefficients.
+        """Computes post of the sublayer before and pre of this one, fused: streams, branch input, coefficients.
 
         ``coefficients`` are those of the sublayer before; the result's are this one's.
         """
@@ -157,12 +158,12 @@ class HyperConnection(_StreamConnection):
     def __init__(
         self,
         hidden_size: int,
-        expansion_rate: int = 4,
         *,
+        expansion_rate: int = 4,
         layer_index: int = 0,
         static_weights: bool = False,
         use_tanh: bool = True,
-        norm: str = "layer",
+        norm: StreamNorm = "layer",
         eps: float = 1e-5,
         branch: Callable[..., Any] | None = None,
         packed: bool = False,
@@ -210,12 +211,12 @@ class HyperConnection(_StreamConnection):
         scale = torch.cat([self.alpha_scale.expand(self.expansion_rate + 1), self.beta_scale])
         # No matrix product: autocast would round it.
         bias = (self.norm_bias.unsqueeze(1) * weight).sum(0) if self.norm == "layer" else None
-        form = "tanh" if self.use_tanh else "identity"
+        form: Form = "tanh" if self.use_tanh else "identity"
         return Connection(base, _folded(weight, self.norm_weight), bias, scale, self.norm, form, eps=self.eps)
 
     @classmethod
     def from_hyper_connections(cls, module: nn.Module) -> HyperConnection:
-        """The same connection as a ``HyperConnections`` of the PyPI package, with its weights and branch.
+        """Makes the same connection as a ``HyperConnections`` of the PyPI package, with its weights and branch.
 
         Raises:
             ValueError: it has options that are not here (fractions, several input views, channels first, dropout, …).
@@ -224,8 +225,8 @@ class HyperConnection(_StreamConnection):
         _refuse_unsupported(theirs)
         weight = theirs.static_alpha
         made = cls(
-            theirs.dynamic_alpha_fn.shape[0], weight.shape[0], use_tanh=isinstance(theirs.act, nn.Tanh), norm="rms",
-            eps=PYPI_EPS, branch=theirs.branch, packed=True,
+            theirs.dynamic_alpha_fn.shape[0], expansion_rate=weight.shape[0], use_tanh=isinstance(theirs.act, nn.Tanh),
+            norm="rms", eps=PYPI_EPS, branch=theirs.branch, packed=True,
         ).to(weight.device, weight.dtype)  # fmt: skip
         names = {
             "static_alpha": "static_alpha", "static_beta": "static_beta", "dynamic_alpha": "dynamic_alpha_fn",
@@ -284,10 +285,10 @@ class ManifoldHyperConnection(_StreamConnection):
     def __init__(
         self,
         hidden_size: int,
-        expansion_rate: int = 4,
         *,
+        expansion_rate: int = 4,
         layer_index: int = 0,
-        coefficients: str = "paper",
+        coefficients: HyperCoefficients = "paper",
         iterations: int = 20,
         eps: float = 1e-6,
         branch: Callable[..., Any] | None = None,
@@ -335,8 +336,8 @@ class ManifoldHyperConnection(_StreamConnection):
                 self.static_beta.zero_()
 
     def _start_reading(self) -> Tensor:
-        """Logits of pre ``[n]`` that add up to 1, and differ between sublayers: if all streams were alike to all of
-        them, all would get the same gradients and stay copies of each other."""
+        """Returns logits of pre ``[n]``, which adds up to 1 and differs between sublayers: if all streams were alike
+        to all sublayers, they would get the same gradients and stay copies of each other."""
         n = self.expansion_rate
         if n == 1:
             return torch.tensor([20.0], dtype=torch.float64, device="cpu")  # σ of it is 1 but for 2e-9
@@ -351,18 +352,18 @@ class ManifoldHyperConnection(_StreamConnection):
         if self.coefficients == "per_stream":
             base = torch.cat([self.static_alpha, self.static_beta.unsqueeze(1)], 1)
             weight = torch.cat([self.dynamic_alpha, self.dynamic_beta.unsqueeze(1)], 1)
-            how = ("rms", "sinkhorn_columns", self.iterations, self.eps)
-            return Connection(base, _folded(weight, self.norm_weight), None, scale, *how)
+            weight = _folded(weight, self.norm_weight)
+            return Connection(base, weight, None, scale, "rms", "sinkhorn_columns", self.iterations, self.eps)
         # Row j of what the kernel calls base is (pre_j, M_1j … M_nj, post_j).
         base = torch.cat([self.b_pre.unsqueeze(1), self.b_res.t(), self.b_post.unsqueeze(1)], 1)
         pre, post, mixing = _folded(self.phi, self.norm_weight).split([n, n, n * n])
         rows = [pre.unsqueeze(1), mixing.unflatten(0, (n, n)).transpose(0, 1), post.unsqueeze(1)]
-        how = ("rms_all", "sinkhorn_rows", self.iterations, self.eps)
-        return Connection(base, torch.cat(rows, 1).flatten(0, 1), None, scale, *how)
+        weight = torch.cat(rows, 1).flatten(0, 1)
+        return Connection(base, weight, None, scale, "rms_all", "sinkhorn_rows", self.iterations, self.eps)
 
     @classmethod
-    def from_hyper_connections(cls, module: nn.Module, iterations: int = 20) -> ManifoldHyperConnection:
-        """The same connection as a ``ManifoldConstrainedHyperConnections`` of the PyPI package, with its weights.
+    def from_hyper_connections(cls, module: nn.Module, *, iterations: int = 20) -> ManifoldHyperConnection:
+        """Makes the same connection as a ``ManifoldConstrainedHyperConnections`` of the PyPI package, with its weights.
 
         Args:
             module: theirs; ``iterations`` must be said again where it was made with other than 20, for it keeps them
@@ -377,8 +378,8 @@ class ManifoldHyperConnection(_StreamConnection):
             raise ValueError("hyper-connections with several dynamic alpha proposals cannot be taken over")
         weight = theirs.static_alpha
         made = cls(
-            theirs.dynamic_alpha_fn.shape[1], weight.shape[0], coefficients="per_stream", iterations=iterations,
-            eps=PYPI_EPS, branch=theirs.branch, packed=True,
+            theirs.dynamic_alpha_fn.shape[1], expansion_rate=weight.shape[0], coefficients="per_stream",
+            iterations=iterations, eps=PYPI_EPS, branch=theirs.branch, packed=True,
         ).to(weight.device, weight.dtype)  # fmt: skip
         names = {
             "static_alpha": "static_alpha", "static_beta": "static_beta", "dynamic_alpha": "dynamic_alpha_fn",
@@ -388,11 +389,12 @@ class ManifoldHyperConnection(_StreamConnection):
         return _with_weights(made, theirs, names)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, coefficients={self.coefficients!r}, iterations={self.iterations}"
+        how = f"coefficients={self.coefficients!r}, iterations={self.iterations}"
+        return f"{super().extra_repr()}, layer_index={self.layer_index}, {how}"
 
 
 def expand_streams(x: Tensor, expansion_rate: int, *, packed: bool = False) -> Tensor:
-    """n streams that begin as copies of x: ``[..., d] → [..., n, d]``, or ``[b, ..., d] → [(b n), ..., d]`` if packed.
+    """Copies x to n streams: ``[..., d] → [..., n, d]``, or ``[b, ..., d] → [(b n), ..., d]`` if packed.
 
     Unpacked streams share the memory of ``x`` until the first sublayer writes its own.
 
@@ -408,9 +410,9 @@ def expand_streams(x: Tensor, expansion_rate: int, *, packed: bool = False) -> T
 
 
 def reduce_streams(
-    streams: Tensor, *, reduce: str = "sum", packed: bool = False, expansion_rate: int | None = None
+    streams: Tensor, *, reduce: Reduction = "sum", packed: bool = False, expansion_rate: int | None = None
 ) -> Tensor:
-    """One row of n streams: their ``"sum"`` (the paper) or ``"mean"``. Packed streams need ``expansion_rate``.
+    """Reduces n streams to one by ``"sum"`` (the paper) or ``"mean"``. Packed streams need ``expansion_rate``.
 
     Example::
 
@@ -418,7 +420,7 @@ def reduce_streams(
         tensor([[1., 1., 1.],
                 [1., 1., 1.]])
     """
-    check_choice("reduce", reduce, ("sum", "mean"))
+    check_choice("reduce", reduce, get_args(Reduction))
     if packed:
         if expansion_rate is None:
             raise ValueError("packed streams do not tell their number: expansion_rate must be given")
@@ -433,7 +435,7 @@ def reduce_streams(
 
 
 def no_weight_decay(module: nn.Module) -> set[str]:
-    """Names of the parameters of ``module``'s hyper-connections that weight decay is not for, as in the paper.
+    """Names the parameters of ``module``'s hyper-connections that have no weight decay, as in the paper.
 
     That is all but the dynamic weights.
 
@@ -455,7 +457,7 @@ def _parameter(device: torch.device | str | None, dtype: torch.dtype | None, *sh
 
 
 def _folded(weight: Tensor, norm_weight: Tensor) -> Tensor:
-    """A norm's own weight taken into the product that follows: ``[d, m]`` and ``[d]`` to ``[m, d]``."""
+    """Folds a norm's weight ``[d]`` into the matrix ``[d, m]`` of the product that follows; returns ``[m, d]``."""
     return (weight * norm_weight.unsqueeze(1)).t()
 
 

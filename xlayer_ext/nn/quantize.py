@@ -1,10 +1,10 @@
-"""Vector quantization as a module: a codebook that is learned, or follows its vectors by a moving average."""
+"""Module for vector quantization, with a codebook that is learned or follows its vectors by a moving average."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -26,17 +26,19 @@ from xlayer_ext.functional._checks import (
     check_sizes,
     check_values,
 )
-from xlayer_ext.functional.quantize import MAX_CODES, METRICS
+from xlayer_ext.functional.quantize import MAX_CODES
 from xlayer_ext.nn._reset import assign, reset
+from xlayer_ext.types import Metric
 
 SURVIVED_MISSES = 20  # of a revived code, before it counts as dead again
 MOST_RECORDS = 32  # forwards of one module that may wait for their recomputation
 CHUNK = 2**22  # scores that the entropy bonus holds at once
 STATE = ("codebook", "sizes", "sums")
+HALF = (torch.bfloat16, torch.float16)
 
 
 class VQOutput(NamedTuple):
-    """What :class:`VectorQuantizer` gives."""
+    """Result of :class:`VectorQuantizer`."""
 
     quantized: Tensor  # [..., dim]
     indices: Tensor  # int64 [...], or [..., h] with several codebooks; -1 at padding
@@ -50,7 +52,7 @@ torch.utils._pytree._register_namedtuple(VQOutput, serialized_type_name="xlayer_
 
 @dataclass
 class _Record:
-    """What the recomputation of one checkpointed forward must see again."""
+    """State of one checkpointed forward, for its recomputation."""
 
     shape: torch.Size
     fingerprint: Tensor
@@ -87,6 +89,8 @@ class VectorQuantizer(nn.Module):
         kmeans_init: the first batch in training gives the codebook.
         kmeans_iterations: of it.
         seed: of what is drawn from batches, the same in all processes.
+        device, dtype: of the linear maps and the codebook. Moving averages, and a codebook that follows them, are
+            float32 at least: 16 bits would lose every small step.
 
     Shape:
         - x: ``[..., dim]``; mask: bool ``[...]``, True where a vector counts. Elsewhere output is 0 and the index -1.
@@ -112,7 +116,7 @@ class VectorQuantizer(nn.Module):
         *,
         codebook_dim: int | None = None,
         codebooks: int = 1,
-        metric: str = "euclidean",
+        metric: Metric = "euclidean",
         ema: bool = True,
         decay: float = 0.99,
         epsilon: float = 1e-5,
@@ -124,9 +128,11 @@ class VectorQuantizer(nn.Module):
         kmeans_init: bool = False,
         kmeans_iterations: int = 10,
         seed: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_choice("metric", metric, METRICS)
+        check_choice("metric", metric, get_args(Metric))
         check_sizes(dim=dim, codebook_size=codebook_size, codebooks=codebooks)
         check_integer("codebook_size", codebook_size, 1, MAX_CODES)
         if codebook_dim is not None:
@@ -151,18 +157,22 @@ class VectorQuantizer(nn.Module):
         self.threshold_dead, self.seed = threshold_dead, seed
         self.kmeans_init, self.kmeans_iterations = kmeans_init, kmeans_iterations
         width = codebooks * self.codebook_dim
-        self.project_in: nn.Module = nn.Identity() if width == dim else nn.Linear(dim, width)
-        self.project_out: nn.Module = nn.Identity() if width == dim else nn.Linear(width, dim)
-        codes = torch.empty(codebooks, codebook_size, self.codebook_dim)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.project_in: nn.Module = nn.Identity() if width == dim else nn.Linear(dim, width, **factory)
+        self.project_out: nn.Module = nn.Identity() if width == dim else nn.Linear(width, dim, **factory)
+        averages = torch.float32 if dtype in HALF else dtype
+        codes = torch.empty(
+            codebooks, codebook_size, self.codebook_dim, device=device, dtype=averages if ema else dtype
+        )
         if ema:
             self.register_buffer("codebook", codes)
         else:
             self.codebook = nn.Parameter(codes)
-        self.register_buffer("sizes", torch.empty(codebooks, codebook_size))
-        self.register_buffer("sums", torch.empty_like(codes))
-        self.register_buffer("use_counts", torch.empty(codebooks, codebook_size, dtype=torch.int64))
-        self.register_buffer("initialized", torch.empty((), dtype=torch.bool))
-        self.register_buffer("steps", torch.empty((), dtype=torch.int64))
+        self.register_buffer("sizes", torch.empty(codebooks, codebook_size, device=device, dtype=averages))
+        self.register_buffer("sums", torch.empty_like(codes, dtype=averages))
+        self.register_buffer("use_counts", torch.empty(codebooks, codebook_size, device=device, dtype=torch.int64))
+        self.register_buffer("initialized", torch.empty((), device=device, dtype=torch.bool))
+        self.register_buffer("steps", torch.empty((), device=device, dtype=torch.int64))
         self._records: list[_Record] = []
         self._reset_own()
 
@@ -210,7 +220,7 @@ class VectorQuantizer(nn.Module):
         return VQOutput(quantized, shaped, loss, perplexity)
 
     def set_codebook(self, codebook: Tensor) -> None:
-        """Takes over codes ``[K, D]`` or ``[h, K, D]``, each with an average count of 1."""
+        """Sets the codes ``[K, D]`` or ``[h, K, D]``, each with an average count of 1."""
         check_floats(codebook=codebook)
         if codebook.shape[-2:] != self.codebook.shape[1:] or codebook.numel() != self.codebook.numel():
             raise ValueError(f"codebook must have shape {list(self.codebook.shape)}, got {list(codebook.shape)}")
@@ -222,7 +232,7 @@ class VectorQuantizer(nn.Module):
             self.initialized.fill_(True)
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
-        """Codes ``[..., h·codebook_dim]`` of indices as the module gives them, before the linear map out; 0 for -1."""
+        """Converts the module's indices to codes ``[..., h·codebook_dim]``, before the linear map out; 0 for -1."""
         check_int64(indices=indices)
         if self.codebooks > 1 and (indices.dim() < 1 or indices.shape[-1] != self.codebooks):
             raise ValueError(f"indices must have shape [..., {self.codebooks}], got {list(indices.shape)}")
@@ -233,10 +243,10 @@ class VectorQuantizer(nn.Module):
         return codes.transpose(0, 1).reshape(*lead, -1)
 
     def extra_repr(self) -> str:
-        return f"{self.dim}, {self.codebook_size}, codebooks={self.codebooks}, metric={self.metric}, ema={self.ema}"
+        return f"{self.dim}, {self.codebook_size}, codebooks={self.codebooks}, metric={self.metric!r}, ema={self.ema}"
 
     def _quantize(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Straight-through codes, indices, loss and perplexity of vectors ``[h, N, D]``."""
+        """Computes straight-through codes, indices, loss and perplexity of vectors ``[h, N, D]``."""
         recomputed = self.training and _in_backward()
         if self.training and not recomputed and self.kmeans_init and not self.initialized:
             self._initialize(x.detach(), mask)
@@ -323,7 +333,7 @@ class VectorQuantizer(nn.Module):
     @torch.compiler.disable
     @torch.no_grad()
     def _initialize(self, x: Tensor, mask: Tensor | None) -> None:
-        """k-means on the vectors of all processes, from rows drawn with the shared seed."""
+        """Initializes the codebook by k-means on the vectors of all processes, from rows drawn with the shared seed."""
         usable = x.isfinite().all(-1) if mask is None else x.isfinite().all(-1) & mask
         for book, generator in enumerate(self._generators()):
             rows = x[book][usable[book]].float()
@@ -347,7 +357,7 @@ class VectorQuantizer(nn.Module):
 
     @torch.compiler.disable
     def _seen_codebook(self, x: Tensor, recomputed: bool) -> Tensor:
-        """The codebook of this forward, or of the one that is being recomputed.
+        """Returns the codebook of this forward, or of the one that is being recomputed.
 
         Only forwards that may be recomputed are remembered: those without gradients (the first pass of reentrant
         checkpointing) and those whose saved tensors go through hooks (the other kind). They are found again by their
@@ -386,7 +396,7 @@ class VectorQuantizer(nn.Module):
         super()._apply(fn, recurse)
         for name, kept in before.items():
             moved = self._buffers[name]
-            if kept is not None and moved is not None and moved.dtype in (torch.bfloat16, torch.float16):
+            if kept is not None and moved is not None and moved.dtype in HALF:
                 self._buffers[name] = kept.to(moved.device)
         return self
 
@@ -398,14 +408,14 @@ def _in_backward() -> bool:
 
 
 def _look_up(book: Tensor, indices: Tensor) -> Tensor:
-    """Rows ``[h, N, D]`` of ``book [h, K, D]``; -1 gives row 0, which is masked later."""
+    """Looks up rows ``[h, N, D]`` of ``book [h, K, D]``; -1 gives row 0, which is masked later."""
     codes = book.shape[1]
     offset = torch.arange(book.shape[0], device=book.device).unsqueeze(-1) * codes
     return F.embedding(indices.clamp(min=0) + offset, book.flatten(0, 1))
 
 
 def _fingerprint(x: Tensor) -> Tensor:
-    """Two sums, the second with weights that no pattern in x is likely to cancel against; roots are cheap."""
+    """Computes two sums, the second with weights against which no pattern in x is likely to cancel."""
     wide = x.detach().double().flatten()
     return torch.stack([wide.sum(), wide @ torch.arange(1, len(wide) + 1, dtype=wide.dtype, device=x.device).sqrt()])
 
@@ -422,7 +432,7 @@ def _all_reduce(tensor: Tensor) -> Tensor:
 
 
 def _draw(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """``count`` different rows of all processes' ``rows [n, D]`` (fewer where there are fewer), the same everywhere.
+    """Draws ``count`` different rows of all processes' ``rows [n, D]``, or all of them, the same in every process.
 
     Which ones depends on the generator and the joined batch alone. Only drawn rows travel.
     """

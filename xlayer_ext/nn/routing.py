@@ -1,6 +1,8 @@
-"""Choosing which earlier layers a layer listens to."""
+"""Selects the source layers whose messages a layer receives."""
 
 from __future__ import annotations
+
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -8,9 +10,9 @@ from torch import Tensor, nn
 from xlayer_ext import functional as XF
 from xlayer_ext.functional._checks import check_choice, check_floats, check_positive, check_shapes, check_sizes
 from xlayer_ext.nn._reset import reset
+from xlayer_ext.types import RouterPooling, RouterWeighting
 
-WEIGHTINGS = ("topk_softmax", "full_softmax")
-POOLS = ("mean", "cls")
+WEIGHTINGS, POOLINGS = get_args(RouterWeighting), get_args(RouterPooling)
 
 
 class LayerRouter(nn.Module):
@@ -32,6 +34,7 @@ class LayerRouter(nn.Module):
             ``"cls"``, the first token.
         query_mlp: :math:`W_q` is Linear(4H, 2H) → ReLU → Linear(2H, route_dim) on a sentence pair's summary
             (:meth:`pair_summary`).
+        device, dtype: of the parameters.
 
     Shape:
         - target_summary ``[B, H]`` (``[B, 4H]`` with ``query_mlp``), source_summaries ``[n, B, H]``
@@ -50,26 +53,29 @@ class LayerRouter(nn.Module):
     def __init__(
         self,
         hidden_size: int,
-        route_dim: int = 128,
         *,
+        route_dim: int = 128,
         topk: int = 1,
         temperature: float = 0.7,
-        weighting: str = "topk_softmax",
-        pool: str = "mean",
+        weighting: RouterWeighting = "topk_softmax",
+        pool: RouterPooling = "mean",
         query_mlp: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_choice("weighting", weighting, WEIGHTINGS)
-        check_choice("pool", pool, POOLS)
+        check_choice("pool", pool, POOLINGS)
         check_positive(temperature=temperature)
         check_sizes(hidden_size=hidden_size, route_dim=route_dim, topk=topk)
         self.hidden_size, self.route_dim, self.topk = hidden_size, route_dim, topk
         self.temperature, self.weighting, self.pool, self.query_mlp = temperature, weighting, pool, query_mlp
-        self.query: nn.Module = nn.Linear(hidden_size, route_dim)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.query: nn.Module = nn.Linear(hidden_size, route_dim, **factory)
         if query_mlp:
-            wide, narrow = nn.Linear(4 * hidden_size, 2 * hidden_size), nn.Linear(2 * hidden_size, route_dim)
-            self.query = nn.Sequential(wide, nn.ReLU(), narrow)
-        self.key = nn.Linear(hidden_size, route_dim)
+            wide = nn.Linear(4 * hidden_size, 2 * hidden_size, **factory)
+            self.query = nn.Sequential(wide, nn.ReLU(), nn.Linear(2 * hidden_size, route_dim, **factory))
+        self.key = nn.Linear(hidden_size, route_dim, **factory)
 
     def reset_parameters(self) -> None:
         """Draws the projections anew."""
@@ -84,7 +90,7 @@ class LayerRouter(nn.Module):
         return self.select(logits)
 
     def logits(self, target_summary: Tensor, source_summaries: Tensor) -> Tensor:
-        """Scores ``[B, n]`` of all n sources, divided by the temperature, float32 at least."""
+        """Computes scores ``[B, n]`` of all n sources, divided by the temperature, float32 at least."""
         check_floats(target_summary=target_summary, source_summaries=source_summaries)
         width = "4H" if self.query_mlp else "H"
         layouts = {"source_summaries": "n B H", "target_summary": f"B {width}"}
@@ -95,7 +101,7 @@ class LayerRouter(nn.Module):
         return (keys.to(statistics) * query.to(statistics)).sum(-1).t() / self.temperature
 
     def select(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Indices and weights ``[B, min(k, n)]`` of the best sources, from their scores ``[B, n]``.
+        """Selects the best sources by their scores ``[B, n]``; returns indices and weights ``[B, min(k, n)]``.
 
         Takes all n where there are fewer than k, as a model's first layers need; calling the module refuses that.
         """
@@ -105,7 +111,7 @@ class LayerRouter(nn.Module):
         return indices, logits.softmax(-1).gather(-1, indices)
 
     def summarize(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
-        """``[B, S, H] → [B, H]``: mean over the tokens that ``mask [B, S]`` allows, or the first token."""
+        """Summarizes ``[B, S, H] → [B, H]``: mean over the tokens that ``mask [B, S]`` allows, or the first token."""
         if self.pool == "mean":
             return XF.masked_mean(hidden, mask)
         check_floats(hidden=hidden)
@@ -113,7 +119,7 @@ class LayerRouter(nn.Module):
         return hidden[:, 0]
 
     def pair_summary(self, hidden: Tensor, mask_a: Tensor, mask_b: Tensor) -> Tensor:
-        """``[a; b; |a − b|; a∘b]``, ``[B, 4H]``, of the means a and b over two sentences, for ``query_mlp``."""
+        """Computes ``[a; b; |a − b|; a∘b]``, ``[B, 4H]``, of the means a and b of two sentences, for ``query_mlp``."""
         a, b = XF.masked_mean(hidden, mask_a), XF.masked_mean(hidden, mask_b)
         return torch.cat([a, b, (a - b).abs(), a * b], dim=-1)
 

@@ -1,4 +1,4 @@
-"""Every operator as plain PyTorch: slow, memory-hungry, and what the kernels are tested against."""
+"""Reference of every operator in plain PyTorch: slow and memory-hungry, the oracle of the kernels' tests."""
 
 from xlayer_ext.reference.aggregate import depth_attention, depth_gru, ema_scan
 from xlayer_ext.reference.hdim import bilinear_attention, cosine_attention, hdim_attention, value_fusion

@@ -18,8 +18,8 @@ def ema_scan(
     eps: float = 1e-5,
     last_only: bool = False,
 ) -> Tensor:
-    """States ``[L, ..., d]`` (the last one, ``[..., d]``, for ``last_only``) of the taps ``x [L, ..., d]``, computed in
-    float32 (float64 for float64) and returned in the dtype of x."""
+    """Computes states ``[L, ..., d]`` (the last one, ``[..., d]``, for ``last_only``) of the taps ``x [L, ..., d]``, in
+    float32 (float64 for float64); returns them in the dtype of x."""
     wide = torch.promote_types(x.dtype, torch.float32)
     start = x.new_zeros(x.shape[1:], dtype=wide) if initial is None else initial.to(wide)
     state, states = start, []
@@ -36,7 +36,7 @@ def ema_scan(
 def depth_gru(
     x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor, bias_hh: Tensor, initial: Tensor | None = None
 ) -> Tensor:
-    """States ``[L, N, d]`` of a gated recurrent unit that reads the taps ``x [L, N, i]`` one after another."""
+    """Computes states ``[L, N, d]`` of a gated recurrent unit that reads the taps ``x [L, N, i]`` one after another."""
     start = x.new_zeros(x.shape[1], weight_hh.shape[1]) if initial is None else initial
     state, states = start, []
     with no_autocast(x):
@@ -62,7 +62,7 @@ def depth_attention(
     memory: int,
     scale: float,
 ) -> Tensor:
-    """States ``[L, N, d]`` that attend to the last ``memory`` of ``keys`` and ``values [L, N, e]``, cut into heads."""
+    """Computes states ``[L, N, d]`` that attend by heads to the last ``memory`` ``keys`` and ``values [L, N, e]``."""
     tokens = keys.shape[1]
     start = keys.new_zeros(tokens, weight_out.shape[0]) if initial is None else initial
     by_head = (*keys.shape[:2], heads, keys.shape[2] // heads)
@@ -80,5 +80,5 @@ def depth_attention(
 
 
 def _stack(states: list[Tensor], start: Tensor) -> Tensor:
-    """Of no states too, and then with a gradient that flows nowhere."""
+    """Stacks the states, of which there may be none."""
     return torch.stack(states) if states else start.unsqueeze(0)[:0]

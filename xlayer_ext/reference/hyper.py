@@ -7,51 +7,15 @@ Row j of a sublayer's coefficients ``c [..., n, n+2]`` is (α_j0, α_j1 … α_j
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from xlayer_ext.reference._precision import no_autocast
-
-
-class Connection(NamedTuple):
-    r"""How a sublayer gets its coefficients from the n streams of width d that it finds.
-
-    With z = norm(h)·weightᵀ per token, ``[n, n+2]``:
-
-    * ``form="tanh"`` or ``"identity"``: c = base + scale ∘ act(z + bias). Hyper-connections.
-    * ``form="sinkhorn_rows"`` or ``"sinkhorn_columns"``: a = base + scale ∘ z; the first column through σ, the last
-      through 2σ, and Mᵀ, those between, through exp and ``iterations`` rounds of normalizing both axes of M, the rows
-      last (:math:`\sum_j M_{ij} = 1`) or the columns last. Manifold-constrained hyper-connections.
-
-    Without a weight the coefficients are the same for all tokens: ``base`` itself, or base put through σ and Sinkhorn.
-    An affine norm folds into the weight: norm(h)·γ + b, times W, is ``weight = W∘γ`` and ``bias = W·b``.
-
-    Attributes:
-        base: ``[n, n+2]``.
-        weight: ``[n+2, d]``, used on each stream; with ``norm="rms_all"`` ``[n·(n+2), n·d]``, row j·(n+2) + m for
-            element (j, m), used on all streams of a token at once.
-        bias: ``[n+2]``, or None for 0; none for ``sinkhorn_*``.
-        scale: ``[n+2]``, wherever there is a weight.
-        norm: ``"layer"`` or ``"rms"`` of each stream, ``"rms_all"`` of a token's streams together.
-        form: see above.
-        iterations: of Sinkhorn's algorithm.
-        eps: added to the variance, or to the mean square.
-    """
-
-    base: Tensor
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    scale: Tensor | None = None
-    norm: str = "layer"
-    form: str = "tanh"
-    iterations: int = 20
-    eps: float = 1e-5
+from xlayer_ext.types import Connection
 
 
 def hyper_coefficients(streams: Tensor, connection: Connection) -> Tensor:
-    """Coefficients of a sublayer that finds ``streams [..., n, d]``: ``[..., n, n+2]``, or ``[n, n+2]`` without a
+    """Computes a sublayer's coefficients from ``streams [..., n, d]``: ``[..., n, n+2]``, or ``[n, n+2]`` without a
     weight; in float32 (float64 for float64)."""
     with no_autocast(streams):
         return _coefficients(streams, connection)
@@ -80,7 +44,7 @@ def _coefficients(streams: Tensor, connection: Connection) -> Tensor:
 
 
 def manifold(logits: Tensor, connection: Connection) -> Tensor:
-    """σ, 2σ and Sinkhorn on ``logits [..., n, n+2]``: what ``sinkhorn_rows`` and ``sinkhorn_columns`` do."""
+    """Applies σ, 2σ and Sinkhorn to ``logits [..., n, n+2]``, for ``sinkhorn_rows`` and ``sinkhorn_columns``."""
     first, last = (-1, -2) if connection.form == "sinkhorn_rows" else (-2, -1)
     mixing = logits[..., 1:-1]  # [..., j, i] is M_ij
     # In logarithms: where logits lie far apart, the exponentials of all that a line has may be 0.
@@ -90,7 +54,7 @@ def manifold(logits: Tensor, connection: Connection) -> Tensor:
 
 
 def hyper_pre(streams: Tensor, connection: Connection) -> tuple[Tensor, Tensor]:
-    """Branch input x ``[..., d]`` and coefficients of a sublayer that finds ``streams [..., n, d]``."""
+    """Computes branch input x ``[..., d]`` and coefficients of a sublayer from ``streams [..., n, d]``."""
     coefficients = hyper_coefficients(streams, connection)
     with no_autocast(streams):
         mixed = torch.einsum("...j,...jd->...d", coefficients[..., 0], streams.to(coefficients.dtype))
@@ -98,7 +62,7 @@ def hyper_pre(streams: Tensor, connection: Connection) -> tuple[Tensor, Tensor]:
 
 
 def hyper_post(streams: Tensor, branch_output: Tensor, coefficients: Tensor) -> Tensor:
-    """Streams ``[..., n, d]`` after the sublayer that made ``branch_output [..., d]`` of them."""
+    """Computes streams ``[..., n, d]`` after the sublayer with the output ``branch_output [..., d]``."""
     h, y = streams.to(coefficients.dtype), branch_output.to(coefficients.dtype)
     with no_autocast(streams):
         kept = torch.einsum("...jk,...jd->...kd", coefficients[..., 1:-1], h)
@@ -108,7 +72,8 @@ def hyper_post(streams: Tensor, branch_output: Tensor, coefficients: Tensor) -> 
 def hyper_post_pre(
     streams: Tensor, branch_output: Tensor, coefficients: Tensor, connection: Connection
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`hyper_post` of one sublayer, then :func:`hyper_pre` of the next: streams, branch input, coefficients."""
+    """Computes :func:`hyper_post` of one sublayer, then :func:`hyper_pre` of the next; returns streams, branch input
+    and coefficients."""
     streams = hyper_post(streams, branch_output, coefficients)
     return streams, *hyper_pre(streams, connection)
 

@@ -1,4 +1,4 @@
-"""Quantization in plain PyTorch: nearest codes of a codebook, what falls to each code, finite scalar quantization."""
+"""Quantization in plain PyTorch: nearest codes of a codebook, their counts and sums, finite scalar quantization."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LARGEST_INDEX = 2**63 - 1
 
 
 def vq_nearest(x: Tensor, codebook: Tensor, metric: str = "euclidean") -> tuple[Tensor, Tensor]:
-    """The nearest code of each row of ``x [..., N, D]`` in ``codebook [..., K, D]``: indices and distances
+    """Finds the nearest code of each row of ``x [..., N, D]`` in ``codebook [..., K, D]``: indices and distances
     ``[..., N]``, the latter in float32 (float64 for float64). Writes the scores ``[..., N, K]``."""
     wide = torch.promote_types(x.dtype, torch.float32)
     x, codebook = x.to(wide), codebook.to(wide)
@@ -36,7 +36,7 @@ def vq_nearest(x: Tensor, codebook: Tensor, metric: str = "euclidean") -> tuple[
 
 
 def vq_statistics(x: Tensor, indices: Tensor, codes: int) -> tuple[Tensor, Tensor]:
-    """How many rows of ``x [..., N, D]`` fall to each code, ``[..., K]``, and their sums ``[..., K, D]``, in float32
+    """Counts the rows of ``x [..., N, D]`` of each code, ``[..., K]``, and sums them, ``[..., K, D]``, in float32
     (float64 for float64). Rows whose index is outside of [0, K) count nowhere."""
     wide = torch.promote_types(x.dtype, torch.float32)
     counted = (indices >= 0) & (indices < codes)
@@ -49,7 +49,7 @@ def vq_statistics(x: Tensor, indices: Tensor, codes: int) -> tuple[Tensor, Tenso
 
 
 def fsq(z: Tensor, levels: Sequence[int], *, bound: str = "tanh", variant: str = "package") -> tuple[Tensor, Tensor]:
-    """Codes ``[..., c]`` in the dtype of ``z [..., c]``, and their indices, as `xlayer_ext.functional.fsq` says."""
+    """Computes codes ``[..., c]`` in the dtype of ``z [..., c]`` and their indices (`xlayer_ext.functional.fsq`)."""
     wide = z.to(torch.promote_types(z.dtype, torch.float32))
     count = wide.new_tensor(levels)
     if bound == "tanh":
@@ -67,7 +67,7 @@ def fsq(z: Tensor, levels: Sequence[int], *, bound: str = "tanh", variant: str =
 
 
 def fsq_offsets(levels: Sequence[int], variant: str) -> list[tuple[float, float, float]]:
-    """(shift, half width, middle) of the bound ``offset`` per dimension."""
+    """Returns (shift, half width, middle) of the bound ``offset`` per dimension."""
     found = []
     for count in levels:
         half = (count - 1) * (1 + FSQ_EPS if variant == "package" else 1 - FSQ_EPS) / 2
@@ -78,14 +78,14 @@ def fsq_offsets(levels: Sequence[int], variant: str) -> list[tuple[float, float,
 
 
 def fsq_basis(levels: Sequence[int]) -> list[int] | None:
-    """What a digit of each dimension adds to the index; None where indices would not fit into 63 bits."""
+    """Returns the weight of each dimension's digit in the index; None where indices would not fit into 63 bits."""
     if len(levels) > 63 or math.prod(levels) > LARGEST_INDEX + 1:  # 64 levels are at least 2 each
         return None
     return [math.prod(levels[:dimension]) for dimension in range(len(levels))]
 
 
 def fsq_codes_to_indices(codes: Tensor, levels: Sequence[int], *, bound: str = "tanh") -> Tensor:
-    """Indices of ``codes [..., c]``: the inverse of `fsq_indices_to_codes`."""
+    """Converts ``codes [..., c]`` to indices: the inverse of `fsq_indices_to_codes`."""
     codes = codes.double()
     count = codes.new_tensor(levels)
     width = torch.floor(count / 2)
@@ -96,7 +96,7 @@ def fsq_codes_to_indices(codes: Tensor, levels: Sequence[int], *, bound: str = "
 def fsq_indices_to_codes(
     indices: Tensor, levels: Sequence[int], *, bound: str = "tanh", dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Codes ``[..., c]`` of indices ``[...]`` (or digits ``[..., c]`` where the index does not fit)."""
+    """Converts to codes ``[..., c]`` the indices ``[...]`` (or digits ``[..., c]`` where the index does not fit)."""
     basis, count = fsq_basis(levels), torch.tensor(levels, device=indices.device)
     digit = indices
     if basis is not None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def masked_mean(x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean over tokens ``[B, S, H] → [B, H]`` of those that ``mask [B, S]`` allows; 0 where it allows none.
+    """Computes the mean over the tokens that ``mask [B, S]`` allows, ``[B, S, H] → [B, H]``; 0 where it allows none.
 
     Accumulates in float32 (float64 for float64). A masked token may hold NaN.
     """

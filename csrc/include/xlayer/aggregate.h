@@ -1,5 +1,5 @@
 // The contract of the aggregation kernels: a state that is carried across the layers of a model, token by token.
-// Implemented by csrc/cpu/aggregate_*.cpp and csrc/cuda/aggregate_*.cu, called by csrc/torch/aggregate*.cpp.
+// Implemented by csrc/cpu/aggregate and csrc/cuda/aggregate, called by csrc/torch/aggregate*.cpp.
 #pragma once
 
 #include "xlayer/types.h"
@@ -116,7 +116,7 @@ struct DepthAttentionBackward {
     void* workspace;     // depth_attention_backward_workspace() bytes, aligned to 64
 };
 
-namespace cpu {
+namespace cpu::aggregate {
 int64_t ema_scan_forward_workspace(const EmaScanForward& args);
 void ema_scan_forward(const EmaScanForward& args);
 int64_t ema_scan_backward_workspace(const EmaScanBackward& args);
@@ -129,12 +129,12 @@ int64_t depth_attention_forward_workspace(const DepthAttentionForward& args);
 void depth_attention_forward(const DepthAttentionForward& args);
 int64_t depth_attention_backward_workspace(const DepthAttentionBackward& args);
 void depth_attention_backward(const DepthAttentionBackward& args);
-}  // namespace cpu
+}  // namespace cpu::aggregate
 
 // `stream` is a cudaStream_t of the current device; the pool is not used. Throws std::runtime_error if a launch fails.
-namespace cuda {
-constexpr int64_t kEmaMostLayers = 512;             // of ema_scan's backward
-constexpr int64_t kDepthAttentionMostMemory = 256;  // the most taps that a state may attend to
+namespace cuda::aggregate {
+constexpr int64_t kEmaMaxLayers = 512;             // of ema_scan's backward
+constexpr int64_t kDepthAttentionMaxMemory = 256;  // the most taps that a state may attend to
 
 int64_t ema_scan_forward_workspace(const EmaScanForward& args);
 void ema_scan_forward(const EmaScanForward& args, void* stream);
@@ -175,7 +175,7 @@ void gru_step_backward(const GruStepBackward& args, void* stream);
 struct AttentionStep {
     DType dtype;
     int64_t layers, tokens, heads, head_width;
-    int64_t memory;  // at most kDepthAttentionMostMemory
+    int64_t memory;  // at most kDepthAttentionMaxMemory
     double scale;
     int64_t layer;
     LayerRows keys, values;  // of all layers
@@ -232,6 +232,6 @@ struct AddRows {
     void* out;  // may be any of the others
 };
 void add_rows(const AddRows& args, void* stream);
-}  // namespace cuda
+}  // namespace cuda::aggregate
 
 }  // namespace xlayer

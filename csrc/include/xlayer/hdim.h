@@ -14,10 +14,10 @@
 
 namespace xlayer {
 
-// What forward keeps of a row of logits for backward: the largest, M; Σ_j exp(logit_j − M), which is 0 where no pair is
-// allowed and else at least 1; and the mean of logit − M under P. Apart from each other, because their sum, the
-// logsumexp, rounded to one number, would put all of a row's probabilities off by the rounding of the largest logit.
-// With them P_j = exp(logit_j − M) / Σ, and the entropy's derivative P_j·(mean − (logit_j − M)) cancels nothing.
+// Statistics of a row of logits that forward saves for backward: the largest, M; Σ_j exp(logit_j − M), which is 0 where
+// no pair is allowed and else at least 1; and the mean of logit − M under P. Apart from each other, because their sum,
+// the logsumexp, rounded to one number, would put all of a row's probabilities off by the rounding of the largest
+// logit. With them P_j = exp(logit_j − M) / Σ, and the entropy's derivative P_j·(mean − (logit_j − M)) cancels nothing.
 constexpr int64_t kHdimStatistics = 3;
 
 struct HdimInputs {
@@ -43,7 +43,7 @@ struct HdimForward {
     void* context;      // [B,Sq,H], contiguous, dtype
     void* statistics;   // [B,Sq,kHdimStatistics], contiguous, accumulation type
     void* row_entropy;  // [B,Sq], contiguous, accumulation type
-    void* workspace;    // hdim_forward_workspace() bytes, aligned to 64
+    void* workspace;    // forward_workspace() bytes, aligned to 64
     ThreadPool pool;
 };
 
@@ -59,42 +59,42 @@ struct HdimBackward {
     void* grad_weight1;
     void* grad_bias1;
     void* grad_weight2;
-    void* workspace;  // hdim_backward_workspace() bytes, aligned to 64
+    void* workspace;  // backward_workspace() bytes, aligned to 64
     ThreadPool pool;
 };
 
-namespace cpu {
+namespace cpu::hdim {
 
 // Bytes of scratch that the kernel needs for these sizes, dtype and number of threads.
-int64_t hdim_forward_workspace(const HdimForward& args);
-int64_t hdim_backward_workspace(const HdimBackward& args);
+int64_t forward_workspace(const HdimForward& args);
+int64_t backward_workspace(const HdimBackward& args);
 
-void hdim_forward(const HdimForward& args);
-void hdim_backward(const HdimBackward& args);
+void forward(const HdimForward& args);
+void backward(const HdimBackward& args);
 
-}  // namespace cpu
+}  // namespace cpu::hdim
 
 // The CUDA kernels do what is done per pair; the caller multiplies matrices between them:
 //
-//   forward   hdim_score → hdim_softmax → context = P · value
-//   backward  hdim_score → ∂L/∂P = grad_context · valueᵀ → hdim_grad_pairs → grad_value = Pᵀ · grad_context
+//   forward   score → softmax → context = P · value
+//   backward  score → ∂L/∂P = grad_context · valueᵀ → grad_pairs → grad_value = Pᵀ · grad_context
 //
 // `stream` is a cudaStream_t of the current device. All throw std::runtime_error if a launch fails.
 //
 // Two things differ from the formula, both for the sake of the tensor cores, which mix what they are given: an allowed
 // pair whose query or key holds NaN or inf has the logit NaN, and with a pair mask so has one whose value does.
-namespace cuda {
+namespace cuda::hdim {
 
-constexpr int64_t kHdimMostProjections = 64;  // the largest D
+constexpr int64_t kHdimMaxProjDim = 64;  // the largest D
 
 // Rows of logits lie this many elements apart: vectors of them are aligned, and tiles of 16 never run past a row.
-inline int64_t hdim_pitch(int64_t keys) { return (keys + 15) / 16 * 16; }
+inline int64_t logits_pitch(int64_t keys) { return (keys + 15) / 16 * 16; }
 
 struct HdimScore {
     HdimInputs in;
     void* value;  // [B,Sk,H], contiguous, dtype: out, in.value with zeros for what must not be used; null without masks
     void* logits;     // [B,Sq,pitch], accumulation type: out, −inf where a pair is not allowed or beyond the keys
-    void* workspace;  // hdim_score_workspace() bytes, aligned to 64
+    void* workspace;  // score_workspace() bytes, aligned to 64
 };
 
 struct HdimSoftmax {
@@ -107,7 +107,7 @@ struct HdimSoftmax {
 
 struct HdimGradPairs {
     HdimInputs in;
-    void* logits;                  // in: of hdim_score; scratch afterwards
+    void* logits;                  // in: of score; scratch afterwards
     void* probability;             // [B,Sq,Sk], contiguous, dtype: in ∂L/∂P, out P
     const void* grad_row_entropy;  // [B,Sq], accumulation type; null: zero
     void* grad_query;              // out: all contiguous, dtype
@@ -115,15 +115,15 @@ struct HdimGradPairs {
     void* grad_weight1;
     void* grad_bias1;
     void* grad_weight2;
-    void* workspace;  // hdim_grad_pairs_workspace() bytes, aligned to 64; begins with what hdim_score left in its own
+    void* workspace;  // grad_pairs_workspace() bytes, aligned to 64; begins with what score left in its own
 };
 
-int64_t hdim_score_workspace(const HdimInputs& in);
-int64_t hdim_grad_pairs_workspace(const HdimInputs& in);  // at least hdim_score_workspace()
+int64_t score_workspace(const HdimInputs& in);
+int64_t grad_pairs_workspace(const HdimInputs& in);  // at least score_workspace()
 
-void hdim_score(const HdimScore& args, void* stream);
-void hdim_softmax(const HdimSoftmax& args, void* stream);
-void hdim_grad_pairs(const HdimGradPairs& args, void* stream);
+void score(const HdimScore& args, void* stream);
+void softmax(const HdimSoftmax& args, void* stream);
+void grad_pairs(const HdimGradPairs& args, void* stream);
 
-}  // namespace cuda
+}  // namespace cuda::hdim
 }  // namespace xlayer

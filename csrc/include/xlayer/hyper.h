@@ -27,8 +27,8 @@
 
 namespace xlayer {
 
-constexpr int64_t kHyperMostStreams = 16;       // the largest n
-constexpr int64_t kHyperMostIterations = 1000;  // of Sinkhorn's algorithm
+constexpr int64_t kHyperMaxStreams = 16;       // the largest n
+constexpr int64_t kHyperMaxIterations = 1000;  // of Sinkhorn's algorithm
 
 // Numbers that pre keeps of a row for the backward: a number near its mean, the mean less that number, and 1 / root of
 // variance + eps. In two parts, because where a mean is large beside the deviations, what one number would round away
@@ -59,7 +59,7 @@ struct HyperRows {  // [outer, inner, d]
     int64_t stride[2];
 };
 
-// How pre makes its coefficients. Null: weight, bias, scale where norm is none; bias also means 0.
+// Parameters of pre's coefficients. Null: weight, bias, scale where norm is none; bias also means 0.
 struct HyperConnection {
     HyperNorm norm;
     HyperForm form;
@@ -78,7 +78,7 @@ struct HyperConnection {
     }
 };
 
-// What post is given, forward and backward. branch.data == nullptr: there is no post, and h' is h.
+// The inputs of post, forward and backward. branch.data == nullptr: there is no post, and h' is h.
 struct HyperPost {
     HyperRows<const void*> branch;  // y, branch_dtype
     const void* coefficients;       // [tokens, n, n+2], or [n, n+2] if shared
@@ -96,7 +96,7 @@ struct HyperForward {
     void* coefficients;  // c [tokens, n, n+2]; null, like the next two, where norm is none
     void* logits;        // z [tokens, n, n+2]: kept for the backward
     void* statistics;    // [tokens, n, kHyperStatistics]; rms_all writes the same for all n
-    void* workspace;     // hyper_forward_workspace() bytes, aligned to 64
+    void* workspace;     // forward_workspace() bytes, aligned to 64
     ThreadPool pool;
 };
 
@@ -120,23 +120,23 @@ struct HyperBackward {
     void* grad_weight;             // out where norm is not none, like the next two
     void* grad_bias;               // [n+2], whether or not there is a bias
     void* grad_scale;              // [n+2]
-    void* workspace;               // hyper_backward_workspace() bytes, aligned to 64
+    void* workspace;               // backward_workspace() bytes, aligned to 64
     ThreadPool pool;
 };
 
-namespace cpu {
-int64_t hyper_forward_workspace(const HyperForward& args);
-int64_t hyper_backward_workspace(const HyperBackward& args);
-void hyper_forward(const HyperForward& args);
-void hyper_backward(const HyperBackward& args);
-}  // namespace cpu
+namespace cpu::hyper {
+int64_t forward_workspace(const HyperForward& args);
+int64_t backward_workspace(const HyperBackward& args);
+void forward(const HyperForward& args);
+void backward(const HyperBackward& args);
+}  // namespace cpu::hyper
 
 // `stream` is a cudaStream_t of the current device; the pool is not used. Throw std::runtime_error if a launch fails.
-namespace cuda {
-int64_t hyper_forward_workspace(const HyperForward& args);
-int64_t hyper_backward_workspace(const HyperBackward& args);
-void hyper_forward(const HyperForward& args, void* stream);
-void hyper_backward(const HyperBackward& args, void* stream);
-}  // namespace cuda
+namespace cuda::hyper {
+int64_t forward_workspace(const HyperForward& args);
+int64_t backward_workspace(const HyperBackward& args);
+void forward(const HyperForward& args, void* stream);
+void backward(const HyperBackward& args, void* stream);
+}  // namespace cuda::hyper
 
 }  // namespace xlayer

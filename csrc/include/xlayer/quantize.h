@@ -1,5 +1,6 @@
-// The contract of the quantization kernels: nearest codes of a codebook, what falls to each code, and finite scalar
-// quantization. Implemented by csrc/cpu/quantize*.cpp and csrc/cuda/quantize*.cu, called by csrc/torch/quantize.cpp.
+// The contract of the quantization kernels: nearest codes of a codebook, counts and sums of the rows of each code, and
+// finite scalar quantization. Implemented by csrc/cpu/quantize and csrc/cuda/quantize, called by
+// csrc/torch/quantize.cpp.
 #pragma once
 
 #include "xlayer/types.h"
@@ -50,15 +51,15 @@ enum class FsqBound { symmetric, offset };
 // symmetric: digit = ⌊(L−1)(tanh z + 1)/2 + ½⌋, code = 2·digit/(L−1) − 1.
 // offset: digit = round(tanh(z + shift)·half − middle) + ⌊L/2⌋, code = (digit − ⌊L/2⌋)/⌊L/2⌋.
 // Digits stay in [0, L−1]; a NaN has the code NaN and the digit 0. Arithmetic in float32, in float64 for float64.
-constexpr int kFsqMostDimensions = 64;
+constexpr int kFsqMaxDimensions = 64;
 struct FsqDimensions {
     FsqBound bound;
-    int64_t width;                       // at most kFsqMostDimensions
-    int64_t levels[kFsqMostDimensions];  // symmetric: at least 2, offset: at least 3; at most 2²⁰
-    double shift[kFsqMostDimensions];    // offset only, as are `half` and `middle`
-    double half[kFsqMostDimensions];
-    double middle[kFsqMostDimensions];  // ½ where L is even, else 0
-    int64_t basis[kFsqMostDimensions];  // of the index: Σ digit_i · basis_i
+    int64_t width;                      // at most kFsqMaxDimensions
+    int64_t levels[kFsqMaxDimensions];  // symmetric: at least 2, offset: at least 3; at most 2²⁰
+    double shift[kFsqMaxDimensions];    // offset only, as are `half` and `middle`
+    double half[kFsqMaxDimensions];
+    double middle[kFsqMaxDimensions];  // ½ where L is even, else 0
+    int64_t basis[kFsqMaxDimensions];  // of the index: Σ digit_i · basis_i
 };
 
 // The gradient goes straight through the rounding: slope = d bound/dz in units of the code, symmetric sech²(z), offset
@@ -75,21 +76,21 @@ struct FsqForward {
     ThreadPool pool;
 };
 
-namespace cpu {
+namespace cpu::quantize {
 int64_t vq_nearest_workspace(const VqNearest& args);
 void vq_nearest(const VqNearest& args);
 int64_t vq_statistics_workspace(const VqStatistics& args);
 void vq_statistics(const VqStatistics& args);
 void fsq_forward(const FsqForward& args);
-}  // namespace cpu
+}  // namespace cpu::quantize
 
-namespace cuda {
+namespace cuda::quantize {
 // `stream` is a cudaStream_t of the current device; the pool is not used. Throws std::runtime_error if a launch fails.
 int64_t vq_nearest_workspace(const VqNearest& args);
 void vq_nearest(const VqNearest& args, void* stream);
 int64_t vq_statistics_workspace(const VqStatistics& args);
 void vq_statistics(const VqStatistics& args, void* stream);
 void fsq_forward(const FsqForward& args, void* stream);
-}  // namespace cuda
+}  // namespace cuda::quantize
 
 }  // namespace xlayer

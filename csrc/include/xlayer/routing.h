@@ -1,5 +1,5 @@
 // The contract of the routing kernels: the mean of each sequence over the tokens that its mask allows.
-// Implemented by csrc/cpu/routing.cpp and csrc/cuda/routing.cu, called by csrc/torch/routing.cpp.
+// Implemented by csrc/cpu/hdim/routing.cpp and csrc/cuda/hdim/routing.cu, called by csrc/torch/routing.cpp.
 #pragma once
 
 #include "xlayer/types.h"
@@ -36,15 +36,15 @@ struct MaskedMeanBackward {
     ThreadPool pool;
 };
 
-namespace cpu {
+namespace cpu::hdim {
 void masked_mean_forward(const MaskedMeanForward& args);
 void masked_mean_backward(const MaskedMeanBackward& args);
-}  // namespace cpu
+}  // namespace cpu::hdim
 
-namespace cuda {
+namespace cuda::hdim {
 // `stream` is a cudaStream_t of the current device; the pool is not used. Throws std::runtime_error if a launch fails.
 void masked_mean_forward(const MaskedMeanForward& args, void* stream);
 void masked_mean_backward(const MaskedMeanBackward& args, void* stream);
-}  // namespace cuda
+}  // namespace cuda::hdim
 
 }  // namespace xlayer

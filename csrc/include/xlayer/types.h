@@ -1,4 +1,4 @@
-// What every kernel contract is made of: element types and the thread pool it may use.
+// Types of every kernel contract: element types and the thread pool.
 // Nothing here, and nothing below csrc/cpu and csrc/cuda, knows torch.
 #pragma once
 

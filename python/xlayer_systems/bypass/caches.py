@@ -14,24 +14,22 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from xlayer_systems.errors import UserError
-
 _NAME = "_bypass_companion"
 
 
 class Companion:
-    """What belongs to one cache: ``unmodified``, the cache of the other pass, and the latents so far."""
+    """Holds what belongs to one cache: ``unmodified``, the cache of the other pass, and the latents so far."""
 
     def __init__(self, cache: Cache) -> None:
         if cache.get_seq_length():
-            raise UserError("this cache was filled without the bypass; begin with an empty one")
+            raise ValueError("this cache was filled without the bypass; begin with an empty one")
         self.unmodified = copy.deepcopy(cache)
         self.latents: Any = DynamicLayer()
         self._is_joined = False
 
     @classmethod
     def of(cls, cache: Cache) -> Companion:
-        """The companion of ``cache``, a new one where it has none."""
+        """Returns the companion of ``cache``, a new one where it has none."""
         found = getattr(cache, _NAME, None)
         if found is None:
             found = cls(cache)
@@ -40,15 +38,15 @@ class Companion:
 
     @property
     def last(self) -> Tensor | None:
-        """The latent ``[B, ..., latent]`` of the token before, None at the beginning."""
+        """Returns the latent ``[B, ..., latent]`` of the token before, None at the beginning."""
         return self.latents.keys[:, 0, -1] if self.latents.get_seq_length() else None
 
     def add(self, latents: Tensor) -> None:
-        """Append the latents ``[B, T, latent]`` of new tokens."""
+        """Appends the latents ``[B, T, latent]`` of new tokens."""
         self.latents.update(latents[:, None], latents[:, None, :, :0])
 
     def join(self, cache: Cache) -> None:
-        """Make it part of ``cache``, once that has its own layers."""
+        """Makes it part of ``cache``, once that has its own layers."""
         if not self._is_joined:
             cache.layers.extend([*self.unmodified.layers, self.latents])
             self._is_joined = True

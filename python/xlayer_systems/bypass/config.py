@@ -1,86 +1,105 @@
-"""What defines a bypass, and an adapter of the same size to compare it with."""
+"""Configuration of a bypass, and of an adapter of the same size to compare it with."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any, Literal
 
-from xlayer_systems.errors import UserError
+from xlayer_systems.training.options import LoopOptions, check_fields, option, redefault
 
 Stage = Literal["both", "reconstruct", "task"]
 
 
 @dataclasses.dataclass(frozen=True)
 class BypassConfig:
-    """A bypass.
+    """Defines a bypass.
 
-    Attributes:
-        model: name of the frozen model that it is for, for the record.
-        latent: numbers that one token's hidden states of all layers are compressed to (``full``), or those of one
-            layer (``offset``).
-        variant: ``full``: one latent of all layers, from which every layer gets its bias. ``offset``: the bias of layer
-            l comes from the latent of layer l + ``offset`` alone.
-        offset: layers between source and target in the variant ``offset``.
-        layers: those that get a bias, counted from 0; None: all that can.
-        stage: ``reconstruct`` trains encoder and projectors to give the hidden states back, ``task`` trains the
-            projectors on a task, behind a frozen encoder. ``both`` is for runs: one after the other.
-        encoder: folder of a bypass whose encoder ``task`` begins with; None: a random one.
+    Raises:
+        ValueError: a value is out of range.
     """
 
-    model: str = ""
-    latent: int = 256
-    variant: Literal["full", "offset"] = "full"
-    offset: int = 1
-    layers: tuple[int, ...] | None = None
-    stage: Stage = "both"
-    encoder: str | None = None
+    model: str = option("", "name of the frozen model that it is for, for the record")
+    latent: int = option(
+        256,
+        "numbers that one token's hidden states of all layers (full) or of one (offset) are compressed to",
+        minimum=1,
+    )
+    variant: Literal["full", "offset"] = option(
+        "full",
+        "full: one latent of all layers, from which every layer gets its bias; offset: the bias of layer l comes from "
+        "the latent of layer l + offset alone",
+    )
+    offset: int = option(1, "layers between source and target in the variant offset", minimum=1)
+    layers: tuple[int, ...] | None = option(
+        None, "those that get a bias, counted from 0; none: all that can", minimum=0
+    )
+    stage: Stage = option(
+        "both",
+        "reconstruct trains encoder and projectors to give the hidden states back, task trains the projectors on a "
+        "task behind a frozen encoder, both is for runs: one after the other",
+    )
+    encoder: str | None = option(None, "folder of a bypass whose encoder the task begins with; none: a random one")
 
     def __post_init__(self) -> None:
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(self.layers))
-        _check_choice("variant", self.variant, ("full", "offset"))
-        _check_choice("stage", self.stage, ("both", "reconstruct", "task"))
-        for name in ("latent", "offset"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_fields(self)
 
     def injected(self, depth: int) -> tuple[int, ...]:
-        """The layers of a model with ``depth`` layers that get a bias."""
+        """Returns the layers of a model with ``depth`` layers that get a bias."""
         possible = depth if self.variant == "full" else depth - self.offset
         if possible < 1:
-            raise UserError(f"offset must be below the model's {depth} layers, got {self.offset}")
+            raise ValueError(f"offset must be below the model's {depth} layers, got {self.offset}")
         chosen = tuple(range(possible)) if self.layers is None else self.layers
         if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= layer < possible for layer in chosen):
-            raise UserError(f"layers must be different numbers from 0 to {possible - 1}, got {list(chosen)}")
+            raise ValueError(f"layers must be different numbers from 0 to {possible - 1}, got {list(chosen)}")
         return chosen
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able; ``BypassConfig(**d)`` is the inverse."""
+        """Returns a JSON-able dict; ``BypassConfig(**d)`` is the inverse."""
         return {**dataclasses.asdict(self), "layers": None if self.layers is None else list(self.layers)}
 
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-    """LoRA (Hu et al., ICLR 2022, arXiv 2106.09685) on every linear layer of the same frozen model.
+    """Defines LoRA (Hu et al., ICLR 2022, arXiv 2106.09685) on every linear layer of the same frozen model.
 
-    Attributes:
-        model: its name.
-        latent: the adapter is about as large as the projectors of a bypass with this latent.
-        rank: wins over ``latent``.
-        stage: as in `BypassConfig`; an adapter has nothing to reconstruct.
+    Raises:
+        ValueError: a value is out of range.
     """
 
-    model: str = ""
-    latent: int = 256
-    rank: int | None = None
-    stage: Literal["both", "task"] = "both"
+    model: str = option("", "name of the frozen model that it is for, for the record")
+    latent: int = option(256, "the adapter is about as large as the projectors of a bypass with this latent", minimum=1)
+    rank: int | None = option(None, "rank of the adapter; wins over latent", minimum=1)
+    stage: Literal["both", "task"] = option("both", "as in a bypass; an adapter has nothing to reconstruct")
 
     def __post_init__(self) -> None:
-        _check_choice("stage", self.stage, ("both", "task"))
-        if self.latent < 1 or (self.rank is not None and self.rank < 1):
-            raise UserError(f"latent and rank must be at least 1, got {self.latent} and {self.rank}")
+        check_fields(self)
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UserError(f"unknown {name} {value!r}; expected one of {', '.join(choices)}")
+@dataclasses.dataclass(frozen=True)
+class BypassOptions(LoopOptions):
+    """Holds how to train a bypass on a frozen language model: first to reconstruct hidden states, then on the task."""
+
+    epochs: int = redefault(LoopOptions, "epochs", 100)
+    max_steps: int | None = redefault(LoopOptions, "max_steps", 2000, "optimizer steps on the task")
+    batch_size: int = redefault(LoopOptions, "batch_size", 16)
+    max_length: int = redefault(LoopOptions, "max_length", 256, "tokens of a block; the model sees no further back")
+    weight_decay: float = redefault(LoopOptions, "weight_decay", 0.0)
+    learning_rate: float = option(1e-3, "learning rate of the projectors on the task", minimum=0)
+    reconstruct_steps: int = option(1000, "optimizer steps of the first stage", minimum=1)
+    reconstruct_rate: float = option(1e-3, "learning rate of the first stage", minimum=0)
+    lora_rate: float = option(
+        1e-3, "learning rate of the LoRA that the bypass is compared with, trained on as many batches", minimum=0
+    )
+    eval_batch_size: int = redefault(LoopOptions, "eval_batch_size", 32)
+    eval_every: int | None = redefault(LoopOptions, "eval_every", 200)
+    calibration_tokens: int = option(
+        16384, "training tokens that the statistics of the hidden states come from", minimum=1
+    )
+    pca_tokens: int = option(65536, "training tokens that the principal components come from", minimum=1)
+    eval_blocks: int | None = option(
+        128, "blocks of the validation text that evaluations during training use, evenly spaced; none: all", minimum=1
+    )
+    compare_blocks: int | None = option(1024, "the same for the comparison at the end", minimum=1)
+    compare: bool = option(True, "train the LoRA as well")

@@ -26,29 +26,38 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from xlayer_systems.bypass.caches import Companion
 from xlayer_systems.bypass.config import BypassConfig
-from xlayer_systems.bypass.layers import describe, is_causal, layers_of, stack_of
-from xlayer_systems.errors import UserError
+from xlayer_systems.hf.layers import is_causal, layers_of, stack_of
+from xlayer_systems.hf.pretrained import (
+    Attachment,
+    check_model,
+    check_state,
+    describe_model,
+    read_config,
+    read_own,
+    resolve_config,
+    save_own,
+    weights_fingerprint,
+)
 
 CONFIG_FILE = "bypass.json"
 WEIGHTS_FILE = "bypass.safetensors"
+SAMPLE = 64  # elements of every parameter that identify a model
 _ENCODER = ("encoder", "mean", "scale", "input_scale")
 
 
-class Bypass(nn.Module):
-    """Encoder and projectors on a frozen model (made by `attach`): its parameters are the new ones, and those alone.
+class Bypass(Attachment):
+    """Holds encoder and projectors on a frozen model (made by `attach`): its parameters are the new ones alone.
 
     Attributes:
         config: what was asked for.
@@ -69,7 +78,7 @@ class Bypass(nn.Module):
         stack = stack_of(model)
         layers = layers_of(stack)
         if any(isinstance(getattr(h, "__self__", None), Bypass) for h in stack._forward_pre_hooks.values()):
-            raise UserError("this model has a bypass already; call its remove() first")
+            raise ValueError("this model has a bypass already; call its remove() first")
         depth, width, rank = len(layers), int(stack.config.hidden_size), config.latent
         self.config, self.is_causal = config, is_causal(stack)
         self.injects = config.stage != "reconstruct"
@@ -99,7 +108,7 @@ class Bypass(nn.Module):
         if config.encoder is not None:
             self.load_encoder(Path(config.encoder))
 
-    def _register(self, stack: Any, layers: Sequence[nn.Module]) -> list[Any]:
+    def _register(self, stack: Any, layers: nn.ModuleList) -> list[Any]:
         hooks = [
             stack.register_forward_pre_hook(self._before_model, with_kwargs=True),
             stack.register_forward_hook(self._after_model, always_call=True),
@@ -135,11 +144,11 @@ class Bypass(nn.Module):
         return self.project(torch.cat([first[:, None], latents[:, :-1]], dim=1)), latents
 
     def standardize(self, states: Tensor) -> Tensor:
-        """Hidden states ``[..., L, d]`` less their mean, by the scale of their layer."""
+        """Returns hidden states ``[..., L, d]`` less their mean, by the scale of their layer."""
         return (states.to(self.mean.dtype) - self.mean) / self.scale[:, None]
 
     def encode(self, states: Tensor) -> Tensor:
-        """From hidden states ``[B, T, L, d]`` to latents ``[B, T, r]``; ``offset``: ``[B, T, sources·r]``."""
+        """Maps hidden states ``[B, T, L, d]`` to latents ``[B, T, r]``; ``offset``: ``[B, T, sources·r]``."""
         standardized = self.standardize(states)
         if self.config.variant == "full":
             return standardized.flatten(-2) @ self.encoder.flatten(0, 1)
@@ -147,7 +156,7 @@ class Bypass(nn.Module):
         return torch.einsum("btld,ldr->btlr", standardized[:, :, sources], self.encoder[sources]).flatten(-2)
 
     def project(self, latents: Tensor) -> Tensor:
-        """From latents ``[B, T, …]`` to ``[targets, B, T, d]``."""
+        """Maps latents ``[B, T, …]`` to ``[targets, B, T, d]``."""
         projectors: Tensor = self.projectors
         if self.injects:
             projectors = projectors * self.input_scale[list(self.targets), None, None]
@@ -157,12 +166,12 @@ class Bypass(nn.Module):
         return torch.einsum("btlr,lrd->lbtd", latents, projectors)
 
     def collect(self, **inputs: Any) -> Tensor:
-        """Hidden states ``[B, T, L, d]`` of the unmodified model, given its keyword arguments."""
+        """Returns hidden states ``[B, T, L, d]`` of the unmodified model, given its keyword arguments."""
         return torch.stack(self._run(inputs)[1:], dim=2)
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[dict[str, Tensor]]) -> None:
-        """Measure the statistics on batches of keyword arguments of the model; masked tokens do not count."""
+        """Measures the statistics on batches of keyword arguments of the model; masked tokens do not count."""
         count = 0
         sums = squares = torch.zeros((), dtype=torch.float64, device=self.mean.device)
         for inputs in batches:
@@ -173,7 +182,7 @@ class Bypass(nn.Module):
             sums = sums + tokens.sum(0, dtype=torch.float64)
             squares = squares + tokens.double().square().sum(0)
         if not count:
-            raise UserError("statistics of hidden states need at least one token")
+            raise ValueError("statistics of hidden states need at least one token")
         mean: Any = sums / count
         scale = (squares / count - mean.square()).mean(-1).clamp(min=1e-12).sqrt()
         self.mean.copy_(mean[1:])
@@ -182,7 +191,7 @@ class Bypass(nn.Module):
 
     @torch.no_grad()
     def _run(self, inputs: dict[str, Any]) -> list[Tensor]:
-        """The unmodified model: what the first layer reads, and the output of every layer, ``[B, T, d]`` each."""
+        """Runs the unmodified model; returns the first layer's input and every layer's output, ``[B, T, d]`` each."""
         dropped = ("output_hidden_states", "output_attentions", "use_cache")
         kept = {name: value for name, value in inputs.items() if name not in dropped}
         if self.is_causal:
@@ -197,11 +206,11 @@ class Bypass(nn.Module):
     # ---- inside the model --------------------------------------------------------------------------------------------
 
     def _before_model(self, stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the unmodified model, and keep the biases that its latents give for the pass that comes now."""
+        """Runs the unmodified model, and keeps the biases that its latents give for the pass that comes now."""
         if not self.injects:
             return None
         if stack.training and any(getattr(m, "gradient_checkpointing", False) for m in stack.modules()):
-            raise UserError("a bypass cannot train through gradient checkpointing; disable it")
+            raise ValueError("a bypass cannot train through gradient checkpointing; disable it")
         inputs = self._by_name(args, kwargs)
         companion = self._companion(inputs)
         states = self.collect(**(inputs | {"past_key_values": companion.unmodified} if companion else inputs))
@@ -213,7 +222,7 @@ class Bypass(nn.Module):
         return (), inputs
 
     def _companion(self, inputs: dict[str, Any]) -> Companion | None:
-        """What belongs to the cache among the inputs; where the model would make one, it is made here."""
+        """Returns what belongs to the cache among the inputs; where the model would make one, it is made here."""
         settings, wanted = self._stack[0].config, inputs.get("use_cache")
         if wanted is None:
             wanted = getattr(settings, "use_cache", False)
@@ -241,7 +250,7 @@ class Bypass(nn.Module):
         if self._states is not None:
             return None
         if self._biases is None:
-            raise UserError(f"the layers ran without the forward pass of {type(self._stack[0]).__name__} around them")
+            raise ValueError(f"the layers ran without the forward pass of {type(self._stack[0]).__name__} around them")
         hidden = args[0] if args else kwargs["hidden_states"]
         hidden = hidden + self._biases[row].to(hidden)
         return ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})
@@ -255,49 +264,47 @@ class Bypass(nn.Module):
     # ---- files -------------------------------------------------------------------------------------------------------
 
     def remove(self) -> None:
-        """Take the hooks off: the model is then what it was (and still frozen)."""
+        """Takes the hooks off: the model is then what it was (and still frozen)."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the bypass (safetensors), its config and which model it is for (JSON) into ``folder``."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / WEIGHTS_FILE)
+        """Writes the bypass (safetensors), its config and which model it is for (JSON) into ``folder``."""
         config = dataclasses.replace(self.config, encoder=None)  # it is among the weights
         settings = {"config": config.to_dict(), "model": describe(self._stack[0])}
-        (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+        save_own(Path(folder), self.state_dict(), WEIGHTS_FILE, settings, CONFIG_FILE)
 
     @classmethod
     def from_pretrained(cls, model: Any, folder: str | Path) -> Bypass:
-        """Attach what `save_pretrained` wrote to ``model``, the one that it was made for.
+        """Attaches what `save_pretrained` wrote to ``model``, the one that it was made for.
 
         Raises:
-            UserError: files are missing or do not fit, or ``model`` is another one; it is then as it was.
+            ValueError: files are missing or do not fit, or ``model`` is another one; it is then as it was.
         """
         config, state = _read(Path(folder), stack_of(model))
         made = cls(model, config)
         try:
-            made.load_state_dict(state)
-        except RuntimeError as error:
+            check_state(state, made.state_dict(), Path(folder))
+        except ValueError:
             made.remove()
-            raise UserError(f"the weights in {folder} do not fit their config") from error
+            raise
+        made.load_state_dict(state)
         return made
 
     def load_encoder(self, folder: Path) -> None:
-        """Take encoder and statistics of the bypass saved in ``folder``, made for the same model.
+        """Takes encoder and statistics of the bypass saved in ``folder``, made for the same model.
 
         Raises:
-            UserError: as `from_pretrained`, or its encoder has another shape.
+            ValueError: as `from_pretrained`, or its encoder has another shape.
         """
         try:
             config, state = _read(folder, self._stack[0])
             for name in ("variant", "latent"):
                 found, wanted = getattr(config, name), getattr(self.config, name)
                 if found != wanted:
-                    raise UserError(f"{folder} was made with {name} {found!r}, this bypass has {wanted!r}")
-        except UserError:
+                    raise ValueError(f"{folder} was made with {name} {found!r}, this bypass has {wanted!r}")
+        except ValueError:
             self.remove()
             raise
         with torch.no_grad():
@@ -305,8 +312,8 @@ class Bypass(nn.Module):
                 getattr(self, name).copy_(state[name])
 
 
-def attach(model: Any, config: BypassConfig | None = None, **settings: Any) -> Bypass:
-    """Give a Hugging Face model a bypass, in place, by hooks; the model is frozen.
+def attach(model: Any, config: BypassConfig | str | None = None, **options: Any) -> Bypass:
+    """Gives a Hugging Face model a bypass, in place, by hooks; the model is frozen.
 
     In the stage ``task`` (and ``both``, the default) every forward pass of the model runs with biases, and so does
     ``generate``, beam search and padding included. In the stage ``reconstruct`` the model computes what it did, and the
@@ -315,14 +322,14 @@ def attach(model: Any, config: BypassConfig | None = None, **settings: Any) -> B
     Args:
         model: an encoder or decoder with one list of layers, with or without a head. Attach before DDP, FSDP2 or
             ``torch.compile``. Dropout in a model in training mode makes the two passes differ: keep it in ``eval()``.
-        config: of the bypass.
-        settings: fields of `BypassConfig` that differ from ``config``.
+        config: of the bypass, or its variant by name.
+        options: fields of `BypassConfig` that differ from ``config``.
 
     Returns:
         The bypass, in float32 on the model's device; ``remove()`` takes it off again.
 
     Raises:
-        UserError: the model is of another kind or has a bypass already; an option is wrong.
+        ValueError: the model is of another kind or has a bypass already; an option is wrong.
 
     Example::
 
@@ -338,23 +345,18 @@ def attach(model: Any, config: BypassConfig | None = None, **settings: Any) -> B
         >>> sum(p.numel() for p in bypass.parameters() if p.requires_grad)
         512
     """
-    unknown = set(settings) - {field.name for field in dataclasses.fields(BypassConfig)}
-    if unknown:
-        raise UserError(f"a bypass has no setting {', '.join(sorted(unknown))}")
-    return Bypass(model, dataclasses.replace(config or BypassConfig(), **settings))
+    return Bypass(
+        model, resolve_config(BypassConfig, config, options, lambda name: BypassConfig(variant=cast(Any, name)))
+    )
+
+
+def describe(stack: Any) -> dict[str, Any]:
+    """Returns kind, size and fingerprint of a model."""
+    return {**describe_model(stack), "fingerprint": weights_fingerprint(stack.named_parameters(), SAMPLE)}
 
 
 def _read(folder: Path, stack: Any) -> tuple[BypassConfig, dict[str, Tensor]]:
-    """Config and weights of the bypass in ``folder``, if it was made for this model."""
-    missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
-    if missing:
-        raise UserError(f"no bypass in {folder}: {', '.join(missing)} missing")
-    settings = json.loads((folder / CONFIG_FILE).read_text())
-    for name, found in describe(stack).items():
-        made_for = settings["model"].get(name)
-        if made_for != found:
-            raise UserError(f"the bypass in {folder} was made for a model with {name} {made_for!r}, got {found!r}")
-    unknown = set(settings["config"]) - {field.name for field in dataclasses.fields(BypassConfig)}
-    if unknown:
-        raise UserError(f"{folder} has options that this version does not know: {', '.join(sorted(unknown))}")
-    return BypassConfig(**settings["config"]), load_file(folder / WEIGHTS_FILE)
+    """Reads config and weights of the bypass in ``folder``, if it was made for this model."""
+    settings, state = read_own(folder, "bypass", WEIGHTS_FILE, CONFIG_FILE)
+    check_model(settings["model"], describe(stack), folder)
+    return read_config(BypassConfig, settings["config"], folder), state

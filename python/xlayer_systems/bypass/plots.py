@@ -1,4 +1,4 @@
-"""What the latents keep of every layer, as PNG files."""
+"""Plots of what the latents keep of every layer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 def plot_reconstruction(
     r2: Sequence[float], pca: Sequence[float], evaluations: Sequence[Mapping[str, Any]], path: Path
 ) -> None:
-    """R² per layer beside that of principal components, and their means over the steps.
+    """Plots R² per layer beside that of principal components, and their means over the steps.
 
     Args:
         r2, pca: per layer, on validation.
@@ -37,7 +37,7 @@ def plot_reconstruction(
 
 
 def plot_projectors(evaluations: Sequence[Mapping[str, Any]], path: Path) -> bool:
-    """Root mean square of each layer's projector over the steps of stage 2; False without an evaluation."""
+    """Plots the root mean square of each layer's projector over stage 2; returns False without an evaluation."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from xlayer_systems.bypass.model import Bypass
 from xlayer_systems.data.blocks import IGNORED, LanguageModelingData
+from xlayer_systems.training.model import TrainingModel
 
 BATCH = 32  # blocks at once, where no gradient is needed
 
 
-class FrozenModel(nn.Module):
-    """What the training loop trains: a bypass as the only submodule, beside the frozen model that it is on.
+class FrozenModel(TrainingModel):
+    """Is the training form of a bypass: the bypass as the only submodule, beside the frozen model that it is on.
 
     Args:
         frozen: is moved and cast along; not trained, saved or put into checkpoints.
@@ -38,7 +39,7 @@ class FrozenModel(nn.Module):
 
 
 class ReconstructionOutput(NamedTuple):
-    """``loss``; per example squared errors and squares ``[B, L]``, sums ``[B, L·d]`` and tokens ``[B]``."""
+    """Holds ``loss``; per example squared errors and squares ``[B, L]``, sums ``[B, L·d]`` and tokens ``[B]``."""
 
     loss: Tensor
     errors: Tensor
@@ -48,10 +49,10 @@ class ReconstructionOutput(NamedTuple):
 
 
 class Reconstruction(FrozenModel):
-    """Stage 1 as the training loop calls it."""
+    """Is the training form of stage 1."""
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> ReconstructionOutput:
-        """``input_ids`` ``[B, S]``; tokens whose label is −100 do not count.
+        """Computes the loss on ``input_ids`` ``[B, S]``; tokens whose label is −100 do not count.
 
         The loss is the squared error of the standardized states, averaged over features, layers and tokens.
         """
@@ -66,7 +67,7 @@ class Reconstruction(FrozenModel):
 
 
 class ReconstructionData:
-    """Text in the form that the training loop asks for in stage 1.
+    """Holds text in the form that the training loop asks for in stage 1.
 
     Args:
         text: blocks of tokens.
@@ -79,12 +80,12 @@ class ReconstructionData:
         self.lengths, self.collate = text.lengths, text.collate
 
     def score(self, output: ReconstructionOutput, batch: dict[str, Tensor]) -> Tensor:
-        """Per block ``[B, 2L + 1 + L·d]``: squared errors, squares, tokens, sums."""
+        """Returns for each block ``[B, 2L + 1 + L·d]``: squared errors, squares, tokens, sums."""
         tokens = output.tokens.double()[:, None]
         return torch.cat([output.errors, output.squares, tokens, output.sums], dim=1)
 
     def summarize(self, sums: Tensor) -> dict[str, Any]:
-        """``r2``: per layer, ``r2_mean``: over layers; ``loss`` per feature."""
+        """Returns ``r2``: per layer, ``r2_mean``: over layers; ``loss`` per feature."""
         layers = self.layers
         errors, squares, rest = sums[:layers], sums[layers : 2 * layers], sums[2 * layers :]
         tokens, totals = rest[0], rest[1:].reshape(layers, -1)
@@ -94,13 +95,13 @@ class ReconstructionData:
 
 
 def spread(blocks: Sequence[Tensor], tokens: int) -> list[Tensor]:
-    """Evenly spaced blocks with about so many tokens together, whatever the seed."""
+    """Returns evenly spaced blocks with about so many tokens together, whatever the seed."""
     count = min(len(blocks), max(1, tokens // (len(blocks[0]) - 1)))
     return [blocks[index * len(blocks) // count] for index in range(count)]
 
 
 def inputs_of(data: LanguageModelingData, blocks: Sequence[Tensor], device: Any) -> Iterator[dict[str, Tensor]]:
-    """Keyword arguments for a model that reads blocks, some at a time; the mask leaves out what is padded."""
+    """Yields keyword arguments for a model that reads blocks, some at a time; the mask leaves out the padding."""
     for start in range(0, len(blocks), BATCH):
         batch = data.collate(blocks[start : start + BATCH])
         mask = (batch["labels"] != IGNORED).long()
@@ -108,7 +109,7 @@ def inputs_of(data: LanguageModelingData, blocks: Sequence[Tensor], device: Any)
 
 
 def standardized_states(bypass: Bypass, data: LanguageModelingData, blocks: Sequence[Tensor]) -> Tensor:
-    """``[N, L, d]``, of all tokens of the blocks, in float64."""
+    """Returns the standardized states ``[N, L, d]`` of all tokens of the blocks, in float64."""
     found = []
     for inputs in inputs_of(data, blocks, bypass.mean.device):
         states = bypass.standardize(bypass.collect(**inputs))
@@ -117,13 +118,13 @@ def standardized_states(bypass: Bypass, data: LanguageModelingData, blocks: Sequ
 
 
 def r2_per_layer(states: Tensor, said: Tensor) -> list[float]:
-    """1 − squared error / squared deviation from the mean, of ``[N, L, d]`` per layer."""
+    """Computes 1 − squared error / squared deviation from the mean, of ``[N, L, d]`` per layer."""
     errors = (states - said).square().sum((0, 2))
     return (1 - errors / (states - states.mean(0)).square().sum((0, 2))).tolist()
 
 
 def principal_directions(centered: Tensor, rank: int) -> Tensor:
-    """The ``rank`` directions ``[D, rank]`` of most variance in ``[N, D]``, by the smaller of the two Gram matrices."""
+    """Returns the ``rank`` directions ``[D, rank]`` of most variance in ``[N, D]``, by the smaller Gram matrix."""
     count, width = centered.shape
     if count >= width:
         return torch.linalg.eigh(centered.T @ centered).eigenvectors[:, -rank:]
@@ -132,7 +133,7 @@ def principal_directions(centered: Tensor, rank: int) -> Tensor:
 
 
 def principal_r2(bypass: Bypass, data: LanguageModelingData, tokens: int) -> list[float]:
-    """R² per layer on validation of principal components in place of the bypass, of the same rank.
+    """Computes R² per layer on validation of principal components of the same rank in place of the bypass.
 
     Components of all layers' standardized states together in the variant ``full``, layer by layer in ``offset``; in
     float64, from about so many training tokens.

@@ -15,43 +15,43 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from xlayer_systems.bypass.config import AdapterConfig
-from xlayer_systems.bypass.layers import layers_of, stack_of
 from xlayer_systems.bypass.model import Bypass
 from xlayer_systems.bypass.reconstruction import BATCH, FrozenModel
 from xlayer_systems.data.blocks import IGNORED, LanguageModelingData
-from xlayer_systems.errors import UserError
-from xlayer_systems.pretrain_decoder import DecoderModel, DecoderOutput
-from xlayer_systems.runs import Record
-from xlayer_systems.stats import student_interval
+from xlayer_systems.hf.causal_lm import DecoderModel, DecoderOutput
+from xlayer_systems.hf.layers import layers_of, stack_of
+from xlayer_systems.hf.pretrained import check_state
+from xlayer_systems.reporting.stats import student_interval
+from xlayer_systems.training.directory import Record
 
 ADAPTER_FILE, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 class BypassLanguageModel(FrozenModel):
-    """A causal language model with a bypass, as the training loop calls it."""
+    """Is the training form of a causal language model with a bypass."""
 
     def __init__(self, decoder: Any, bypass: Bypass) -> None:
         super().__init__(DecoderModel(decoder), bypass)
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> DecoderOutput:
-        """``input_ids`` and ``labels`` ``[B, S]``: loss per token, of the model with biases."""
+        """Computes the loss per token of the model with biases; ``input_ids`` and ``labels`` are ``[B, S]``."""
         output: DecoderOutput = self.frozen[0](input_ids, labels)
         return output
 
     def usage(self, reset: bool = True) -> Record:
-        """How strong the projectors are: root mean square of their elements, per layer with a bias."""
+        """Returns how strong the projectors are: root mean square of their elements, per layer with a bias."""
         rms = self.bypass.projectors.detach().float().square().mean((1, 2)).sqrt().tolist()
         return {"projectors": dict(zip(map(str, self.bypass.targets), rms, strict=True))}
 
 
 def build_adapter(decoder: Any, config: AdapterConfig) -> Any:
-    """LoRA on every linear layer of ``decoder`` but the head, by ``peft``."""
+    """Adds LoRA to every linear layer of ``decoder`` but the head, by ``peft``."""
     rank = config.rank or matching_rank(decoder, config.latent)
     return _add_lora(decoder, rank, 2 * rank)
 
 
 def load_adapter(decoder: Any, folder: Path) -> Any:
-    """What `build_adapter` made and ``save_pretrained`` wrote; the tensors and the two numbers of the config alone.
+    """Loads what `build_adapter` made and ``save_pretrained`` wrote: tensors and the two numbers of the config alone.
 
     ``peft`` would follow more of the config, such as the names of modules to import.
     """
@@ -59,12 +59,12 @@ def load_adapter(decoder: Any, folder: Path) -> Any:
     try:
         rank, alpha = int(settings["r"]), int(settings["lora_alpha"])
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder / ADAPTER_FILE} is no config of a LoRA: expected numbers r and lora_alpha") from error
+        raise ValueError(
+            f"{folder / ADAPTER_FILE} is no config of a LoRA: expected numbers r and lora_alpha"
+        ) from error
     model = _add_lora(decoder, rank, alpha)
     state = load_file(folder / ADAPTER_WEIGHTS)
-    own = {name: tensor.shape for name, tensor in _peft().get_peft_model_state_dict(model).items()}
-    if {name: tensor.shape for name, tensor in state.items()} != own:
-        raise UserError(f"the weights in {folder} do not fit their config or this model")
+    check_state(state, _peft().get_peft_model_state_dict(model), folder)
     _peft().set_peft_model_state_dict(model, state)
     return model.requires_grad_(False)
 
@@ -78,7 +78,7 @@ def _add_lora(decoder: Any, rank: int, alpha: int) -> Any:
 
 
 def matching_rank(decoder: Any, latent: int) -> int:
-    """The rank with which an adapter is as large, to the nearest, as the projectors of a bypass on all layers."""
+    """Returns the rank of an adapter as large, to the nearest, as the projectors of a bypass on all layers."""
     from transformers.pytorch_utils import Conv1D
 
     layers = layers_of(stack_of(decoder))
@@ -89,7 +89,7 @@ def matching_rank(decoder: Any, latent: int) -> int:
 
 @torch.no_grad()
 def block_losses(model: nn.Module, data: LanguageModelingData, device: Any) -> list[float]:
-    """Loss in nats per token of each validation block."""
+    """Returns the loss in nats per token of each validation block."""
     model.to(device).eval()
     losses: list[float] = []
     for start in range(0, len(data.validation), BATCH):
@@ -102,7 +102,7 @@ def block_losses(model: nn.Module, data: LanguageModelingData, device: Any) -> l
 
 
 def compare(losses: Mapping[str, Sequence[float]], base: str) -> Record:
-    """Per name the mean loss over blocks with its interval, and the paired ``difference`` from ``base`` with its own.
+    """Returns by name the mean loss over blocks and its paired ``difference`` from ``base``, each with its interval.
 
     95 % intervals, Student's t over blocks. Another pair's difference is under ``between``.
     """
@@ -128,5 +128,5 @@ def _peft() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise UserError("LoRA needs the package peft; install it, or train with --set compare=false") from error
+        raise ValueError("LoRA needs the package peft; install it, or train with --set compare=false") from error
     return peft

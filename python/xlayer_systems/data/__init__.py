@@ -13,7 +13,7 @@ __all__ = ["EMBEDDED", "Example", "TextTask", "load_task"]
 
 
 def load_task(name: str) -> TextTask:
-    """The classification task ``name``; an unknown name raises `UserError` saying what was expected."""
+    """Returns the classification task ``name``; an unknown name raises `UserError` saying what was expected."""
     if name in EMBEDDED:
         return EMBEDDED[name]()
     if name == "stdlib-lm":

@@ -32,7 +32,7 @@ INSTRUCTIONS = {
 
 @dataclass(frozen=True)
 class AnswerExample:
-    """``text``: what the sender reads; ``answer``: what the receiver must say."""
+    """Holds ``text``: what the sender reads; ``answer``: what the receiver must say."""
 
     text: str
     answer: str
@@ -40,7 +40,7 @@ class AnswerExample:
 
 @dataclass(frozen=True)
 class AnswerTask:
-    """A task with text answers in two splits.
+    """Holds a task with text answers in two splits.
 
     Attributes:
         labels: the closed set of answers, or None where the answer is any number.
@@ -56,12 +56,12 @@ class AnswerTask:
     fingerprint: str
 
     def majority(self) -> tuple[int, int]:
-        """Correct answers and examples in validation for always giving training's commonest answer."""
+        """Returns correct answers and examples in validation for always giving training's commonest answer."""
         answer = Counter(example.answer for example in self.train).most_common(1)[0][0]
         return sum(self.is_correct(answer, example.answer) for example in self.validation), len(self.validation)
 
     def parse(self, generated: str) -> str | None:
-        """The answer that a generated text gives; None where it gives none.
+        """Returns the answer that a generated text gives; None where it gives none.
 
         One of ``labels``: the longest that the text begins with as whole words, in any case, after white space, quotes
         and opening brackets. A number: the last one in the text, without the commas between thousands.
@@ -78,13 +78,13 @@ class AnswerTask:
         return None
 
     def is_correct(self, generated: str, answer: str) -> bool:
-        """Whether ``generated`` gives ``answer``."""
+        """Tells whether ``generated`` gives ``answer``."""
         parsed = self.parse(generated)
         return parsed is not None and parsed == (_plain_number(answer) if self.labels is None else answer)
 
 
 def load_answer_task(name: str) -> AnswerTask:
-    """The task ``name``; one that cannot be used raises `UserError`.
+    """Returns the task ``name``; one that cannot be used raises `UserError`.
 
     * embedded: ``stdlib-topics`` (and ``stdlib-pairs``), ``passkey``, ``arithmetic``;
     * from the hub: ``glue/sst2``, ``ag_news``, ``trec``, ``banking77``, ``gsm8k`` (Cobbe et al., 2021), ``boolq``

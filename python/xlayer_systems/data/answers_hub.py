@@ -32,7 +32,7 @@ def readable(name: str, labels: Iterable[str]) -> tuple[str, ...]:
 
 
 def gsm8k() -> Read:
-    """Word problems; the answer is the number after ``####`` of the worked solution."""
+    """Loads word problems; the answer is the number after ``####`` of the worked solution."""
 
     def read(row: Mapping[str, Any]) -> tuple[str, str] | None:
         _, mark, number = row["answer"].rpartition("####")
@@ -51,7 +51,7 @@ def boolq() -> Read:
 
 
 def piqa() -> Read:
-    """A goal and two ways to it; the letter of the right one."""
+    """Returns a goal and two ways to it; the letter of the right one."""
 
     def read(row: Mapping[str, Any]) -> tuple[str, str] | None:
         if row["label"] not in (0, 1):
@@ -62,7 +62,7 @@ def piqa() -> Read:
 
 
 def commonsense_qa() -> Read:
-    """A question with five choices; the letter of the right one."""
+    """Returns a question with five choices; the letter of the right one."""
 
     def read(row: Mapping[str, Any]) -> tuple[str, str] | None:
         choices = zip(row["choices"]["label"], row["choices"]["text"], strict=True)

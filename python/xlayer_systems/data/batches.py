@@ -17,7 +17,7 @@ BUCKET_BATCHES = 16
 
 @dataclass(frozen=True)
 class Encoded:
-    """One example as token ids, with its segment per token (0, 1; -1 for special tokens of a pair) and its label."""
+    """Holds an example as token ids, its segment per token (0, 1; -1 for special tokens of a pair) and its label."""
 
     input_ids: list[int]
     segment_ids: list[int]
@@ -26,7 +26,7 @@ class Encoded:
 
 
 class ClassificationData:
-    """A `TextTask` under a tokenizer, in the form that the training loop asks for.
+    """Encodes a `TextTask` with a tokenizer, in the form that the training loop asks for.
 
     Args:
         task: the examples.
@@ -46,11 +46,11 @@ class ClassificationData:
         return self.task.fingerprint
 
     def lengths(self) -> list[int]:
-        """Tokens of each training example."""
+        """Returns the number of tokens of each training example."""
         return [len(example.input_ids) for example in self.train]
 
     def collate(self, examples: Sequence[Encoded]) -> dict[str, Tensor]:
-        """A batch padded to its longest example.
+        """Returns a batch padded to its longest example.
 
         Keys: input_ids, attention_mask, segment_ids, special_tokens_mask ``[B, S]`` and labels ``[B]``, all int64.
         """
@@ -68,7 +68,7 @@ class ClassificationData:
         }
 
     def score(self, output: Any, batch: dict[str, Tensor]) -> Tensor:
-        """Per example ``[B, C*C + 1]``: the one-hot cell of the confusion matrix, then the cross-entropy in nats."""
+        """Returns per example ``[B, C*C + 1]`` the one-hot cell of the confusion matrix, then cross-entropy in nats."""
         logits, labels = output.logits.float(), batch["labels"]
         classes = logits.shape[-1]
         cell = labels * classes + logits.argmax(-1)
@@ -76,7 +76,7 @@ class ClassificationData:
         return torch.cat([torch.nn.functional.one_hot(cell, classes * classes).double(), loss.double()[:, None]], dim=1)
 
     def summarize(self, sums: Tensor) -> dict[str, float | int]:
-        """Metrics from the sum of `score` over the whole validation set."""
+        """Returns the metrics from the sum of `score` over the whole validation set."""
         classes = len(self.task.labels)
         confusion = sums[:-1].reshape(classes, classes)
         hits, total = confusion.diagonal(), confusion.sum()
@@ -91,7 +91,7 @@ class ClassificationData:
 
 
 def encode(examples: Sequence[Example], tokenizer: Any, max_length: int) -> list[Encoded]:
-    """Tokenize texts and pairs; segment ids are 0 throughout for a single text."""
+    """Tokenizes texts and pairs; segment ids are 0 throughout for a single text."""
     paired = examples[0].second is not None
     seconds = [example.second for example in examples] if paired else None
     encoding = tokenizer(
@@ -110,7 +110,7 @@ def encode(examples: Sequence[Example], tokenizer: Any, max_length: int) -> list
 
 
 def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """The batches of one epoch as lists of indices, the same on every process and after every restart.
+    """Returns the batches of one epoch as lists of indices, the same on every process and after every restart.
 
     Examples are shuffled, and sorted by length inside windows of `BUCKET_BATCHES` batches so that little padding is
     computed; then the batches are shuffled. The shuffle's last, incomplete batch is left out.

@@ -17,7 +17,7 @@ IGNORED = -100  # as a label: nothing is to be predicted here
 
 
 class LanguageModelingData:
-    """A `TextCorpus` under a tokenizer, in the form that the training loop asks for.
+    """Encodes a `TextCorpus` with a tokenizer, in the form that the training loop asks for.
 
     The documents of a split are joined, with the end-of-text token before each and after the last, and cut into blocks.
     Every token but the first is predicted in exactly one block; what remains of training after the last whole block is
@@ -46,25 +46,25 @@ class LanguageModelingData:
         self.fingerprint = hashlib.sha256(described.encode()).hexdigest()[:16]
 
     def lengths(self) -> list[int]:
-        """Tokens of each training block."""
+        """Returns the number of tokens of each training block."""
         return [self.length] * len(self.train)
 
     def collate(self, examples: Sequence[Tensor]) -> dict[str, Tensor]:
-        """``input_ids`` and ``labels`` ``[B, S]``, int64: every label is the token after the one above it."""
+        """Returns ``input_ids`` and ``labels`` ``[B, S]``, int64: every label is the token after the one above it."""
         blocks = torch.stack(list(examples)).long()
         labels = blocks[:, 1:]
         inputs = blocks[:, :-1]
         return {"input_ids": torch.where(inputs == IGNORED, self.end_id, inputs), "labels": labels.contiguous()}
 
     def score(self, output: Any, batch: dict[str, Tensor]) -> Tensor:
-        """Per block ``[B, 3]``: cross-entropy in nats, tokens that were predicted, and their bytes."""
+        """Returns for each block ``[B, 3]``: cross-entropy in nats, tokens that were predicted, and their bytes."""
         labels = batch["labels"]
         predicted = labels != IGNORED
         lengths = self.bytes_of.to(labels.device)[labels.clamp(min=0)] * predicted
         return torch.stack([output.token_loss.double().sum(1), predicted.sum(1), lengths.sum(1)], dim=1).double()
 
     def summarize(self, sums: Tensor) -> dict[str, float | int]:
-        """Cross-entropy in nats per token, its exponential, and in bits per byte of text."""
+        """Returns cross-entropy in nats per token, its exponential, and in bits per byte of text."""
         nats, tokens, size = sums.tolist()
         loss = nats / tokens
         perplexity = math.exp(min(loss, 700.0))  # a diverged model must not stop its run by an overflow
@@ -76,10 +76,27 @@ class LanguageModelingData:
         }
 
     def _blocks(self, texts: Iterable[str], drop_last: bool) -> Tensor:
-        """``[N, length + 1]`` int32: the last token of a block is the first of the next."""
+        """Returns ``[N, length + 1]`` int32: the last token of a block is the first of the next."""
         ids = [self.end_id]
         for row in encode_text(self.tokenizer, texts):
             ids += [*row, self.end_id]
+        missing = -(len(ids) - 1) % self.length
+        if missing and not drop_last:
+            ids += [IGNORED] * missing
+        if len(ids) <= self.length:
+            return torch.empty(0, self.length + 1, dtype=torch.int32)
+        return torch.tensor(ids, dtype=torch.int32).unfold(0, self.length + 1, self.length)
+
+
+class DecoderData(LanguageModelingData):
+    """Blocks in which every document stands between its own first and last special token.
+
+    A receiver hears a message, then its first token, then answers and ends; both tokens must have been learned.
+    """
+
+    def _blocks(self, texts: Iterable[str], drop_last: bool) -> Tensor:
+        first = self.tokenizer.bos_token_id
+        ids = [id for row in encode_text(self.tokenizer, texts) for id in (first, *row, self.end_id)]
         missing = -(len(ids) - 1) % self.length
         if missing and not drop_last:
             ids += [IGNORED] * missing

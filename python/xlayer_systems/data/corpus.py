@@ -39,7 +39,7 @@ SPLIT_SALT = "xlayer-6174"
 
 @dataclass(frozen=True)
 class Definition:
-    """A module, class or function of the corpus.
+    """Holds a module, class or function of the corpus.
 
     ``docstring`` is cleaned and "" where there is none; ``body`` is a function's source below its signature and
     docstring, dedented, and "" for modules and classes.
@@ -53,24 +53,24 @@ class Definition:
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of the library: its path relative to the library (with "/") and its text."""
+    """Holds one file of the library: its path relative to the library (with "/") and its text."""
 
     path: str
     text: str
 
     @property
     def package(self) -> str:
-        """The top-level package, or "" for a module that stands alone."""
+        """Returns the top-level package, or "" for a module that stands alone."""
         return self.path.split("/")[0] if "/" in self.path else ""
 
     @property
     def split(self) -> str:
-        """``train`` or ``validation``, from the hash of the path alone."""
+        """Returns ``train`` or ``validation``, from the hash of the path alone."""
         return split_of(self.path)
 
     @cached_property
     def definitions(self) -> tuple[Definition, ...]:
-        """Everything that is defined in the file, in its order; () when this Python cannot parse it."""
+        """Returns everything that is defined in the file, in its order; () when this Python cannot parse it."""
         try:
             tree = ast.parse(self.text)
         except SyntaxError:
@@ -80,25 +80,25 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Corpus:
-    """All files in the order of their paths, with a hash over paths and contents."""
+    """Holds all files in the order of their paths, with a hash over paths and contents."""
 
     files: tuple[SourceFile, ...]
     hash: str
 
     def of(self, split: str) -> tuple[SourceFile, ...]:
-        """The files of one split."""
+        """Returns the files of one split."""
         return tuple(file for file in self.files if file.split == split)
 
 
 def split_of(path: str, salt: str = SPLIT_SALT) -> str:
-    """The split of a library path such as ``"asyncio/events.py"``."""
+    """Returns the split of a library path such as ``"asyncio/events.py"``."""
     digest = hashlib.sha256(f"{salt}:{path}".encode()).digest()
     return "validation" if int.from_bytes(digest[:8], "big") % 100 < VALIDATION_PERCENT else "train"
 
 
 @lru_cache(maxsize=2)
 def load_corpus(root: Path | None = None) -> Corpus:
-    """Read the standard library below ``root`` (default: that of the running interpreter)."""
+    """Reads the standard library below ``root`` (default: that of the running interpreter)."""
     folder = root or Path(sysconfig.get_path("stdlib"))
     files = tuple(SourceFile(path, text) for path, text in _read_sources(folder))
     if not files:

@@ -18,7 +18,7 @@ MIN_BODY_CHARACTERS = 40
 
 @lru_cache(maxsize=2)
 def stdlib_topics(corpus: Corpus | None = None) -> TextTask:
-    """Which of ten packages does this docstring come from?
+    """Makes the task: which of ten packages does this docstring come from?
 
     The ten packages with the most docstrings, among those that have files in both splits. The input is the docstring's
     text and nothing else. A docstring that occurs twice is used once, and a validation docstring that is a near copy of
@@ -69,7 +69,7 @@ def stdlib_pairs(corpus: Corpus | None = None) -> TextTask:
 
 
 def near_copy_of(texts: Iterable[str]) -> Callable[[str], bool]:
-    """A test for near copies of ``texts``: Jaccard similarity of word triples at or above ``DUPLICATE_SIMILARITY``."""
+    """Makes a test for near copies of ``texts``: Jaccard similarity of word triples ≥ ``DUPLICATE_SIMILARITY``."""
     sizes: list[int] = []
     holders: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for index, text in enumerate(texts):

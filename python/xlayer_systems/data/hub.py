@@ -34,7 +34,7 @@ class _Columns:
 
 
 def load_named(name: str) -> TextTask:
-    """``glue/rte``, ``ag_news`` or any other hub name, a folder written by ``save_to_disk``, or a folder of files.
+    """Loads ``glue/rte`` or any other hub name, a folder written by ``save_to_disk``, or a folder of files.
 
     A folder of files holds one ``train`` and one ``validation`` file, as .jsonl, .csv or .parquet. Rows whose label is
     missing or -1 (GLUE's hidden test labels) are left out.
@@ -53,7 +53,7 @@ def load_named(name: str) -> TextTask:
 
 
 def load_splits(name: str) -> tuple[Any, Any, str]:
-    """Training rows, validation rows, and what the split of the latter is called."""
+    """Returns training rows, validation rows, and what the split of the latter is called."""
     splits = _load(name)
     if "train" not in splits:
         raise UserError(f"data set {name!r}: expected a split named train, found {', '.join(splits)}")

@@ -33,7 +33,7 @@ SUMS = ("{sum} =", "What is {sum}?", "Compute {sum}.")
 
 
 def passkeys(seed: int = 0) -> tuple[Rows, Rows]:
-    """Training and validation rows: a number of five digits in two to six filler sentences; no key occurs twice."""
+    """Makes training and validation rows: a five-digit number in two to six filler sentences; no key occurs twice."""
     draw = random.Random(f"passkey/{seed}")
     keys = draw.sample(range(10_000, 100_000), TRAIN + VALIDATION)
     rows = []
@@ -45,7 +45,7 @@ def passkeys(seed: int = 0) -> tuple[Rows, Rows]:
 
 
 def sums(seed: int = 0) -> tuple[Rows, Rows]:
-    """Training and validation rows: two or three numbers to be added or subtracted; answers may be negative.
+    """Returns training and validation rows: two or three numbers to be added or subtracted; answers may be negative.
 
     A validation problem's numbers and signs are in training under no wording and in no order of its first two numbers.
     """

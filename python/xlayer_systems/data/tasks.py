@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Example:
-    """One text (``second`` is None) or a pair of texts, with the index of its label."""
+    """Holds one text (``second`` is None) or a pair of texts, with the index of its label."""
 
     first: str
     second: str | None
@@ -17,7 +17,7 @@ class Example:
 
 @dataclass(frozen=True)
 class TextTask:
-    """A classification task in two splits.
+    """Holds a classification task in two splits.
 
     ``fingerprint`` identifies the data (for embedded tasks the corpus hash); a run can only be resumed on the same one.
     """
@@ -30,16 +30,16 @@ class TextTask:
 
     @property
     def has_pairs(self) -> bool:
-        """Whether the examples are pairs of texts."""
+        """Tells whether the examples are pairs of texts."""
         return self.train[0].second is not None
 
     def majority(self) -> tuple[int, int]:
-        """Correct answers and examples in validation for always answering training's most frequent label."""
+        """Returns correct answers and examples in validation for always answering training's most frequent label."""
         label = Counter(example.label for example in self.train).most_common(1)[0][0]
         return sum(example.label == label for example in self.validation), len(self.validation)
 
     def lexical(self) -> tuple[int, int] | None:
-        """The same for one threshold on the words that the pair shares, chosen on training; None for single texts.
+        """Returns the same for one threshold on the words that the pair shares, set on training; None for single texts.
 
         The score of a pair is the share of the shorter text's words that the other one has too.
         """
@@ -60,7 +60,7 @@ class TextTask:
 
 
 def words(text: str) -> list[str]:
-    """The lower-cased words of a text: maximal runs of letters and digits, so ``read_file`` is two words."""
+    """Returns the lower-cased words of a text: maximal runs of letters and digits, so ``read_file`` is two words."""
     return "".join(c if c.isalnum() else " " for c in text.lower()).split()
 
 

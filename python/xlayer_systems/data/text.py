@@ -27,7 +27,7 @@ class TextCorpus:
 
 
 def load_text(name: str) -> TextCorpus:
-    """The corpus ``name``; one that cannot be used raises `UserError`.
+    """Returns the corpus ``name``; one that cannot be used raises `UserError`.
 
     * ``stdlib-lm``: the source of the Python standard library on this machine;
     * a folder of ``.txt`` files, a document each. Without ``train.txt`` and ``validation.txt`` the hash of a file's
@@ -51,7 +51,7 @@ def load_text(name: str) -> TextCorpus:
 
 
 def stdlib_text(corpus: Corpus) -> TextCorpus:
-    """The files of the embedded corpus as documents."""
+    """Returns the files of the embedded corpus as documents."""
     train, validation = (tuple(file.text for file in corpus.of(split)) for split in ("train", "validation"))
     return TextCorpus(STDLIB, train, validation, corpus.hash)
 

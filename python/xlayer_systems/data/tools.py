@@ -129,7 +129,7 @@ STEPS = ("read", "swap", *WORDINGS, *AFTERWARDS, "answer")
 
 @dataclass(frozen=True)
 class ToolExample:
-    """A request, the index of its tool, the result, and the steps of its plan by their indices."""
+    """Holds a request, the index of its tool, the result, and the steps of its plan by their indices."""
 
     text: str
     tool: int
@@ -149,12 +149,12 @@ class ToolTask:
     fingerprint: str
 
     def majority(self) -> tuple[int, int]:
-        """Right answers and examples in validation for always taking training's most frequent tool."""
+        """Returns right answers and examples in validation for always taking training's most frequent tool."""
         tool = Counter(example.tool for example in self.train).most_common(1)[0][0]
         return sum(example.tool == tool for example in self.validation), len(self.validation)
 
     def keyword(self) -> tuple[int, int]:
-        """The same for going by one word: that of the request's words which told the tool most surely in training."""
+        """Returns the same for a rule of one word: the request's word that identified a tool best in training."""
         seen: dict[str, Counter[int]] = defaultdict(Counter)
         for example in self.train:
             for word in set(words(example.text)):
@@ -169,7 +169,7 @@ class ToolTask:
 
 
 def load_tool_task(name: str) -> ToolTask:
-    """The task ``name``; one that cannot be used raises `UserError`.
+    """Returns the task ``name``; one that cannot be used raises `UserError`.
 
     * ``tools``: the requests that are made here;
     * a folder with a train and a validation file (.jsonl, .csv or .parquet) or a data set of the hub with columns
@@ -191,7 +191,7 @@ def load_tool_task(name: str) -> ToolTask:
 def requests(
     seed: int = 0, train: int = TRAIN, validation: int = VALIDATION
 ) -> tuple[list[ToolExample], list[ToolExample]]:
-    """Training and validation examples, no request twice."""
+    """Returns training and validation examples, no request twice."""
     draw = random.Random(f"tools/{seed}")
     numbers = list(range(2, 100))
     draw.shuffle(numbers)
@@ -206,7 +206,7 @@ def requests(
 
 
 def signed_log(value: float) -> float:
-    """``sign(v)·log(1 + |v|)``: what the value head learns, so that products do not drown everything else."""
+    """Computes ``sign(v)·log(1 + |v|)``, the target of the value head, so that products do not dominate the loss."""
     return math.copysign(math.log1p(abs(value)), value)
 
 

@@ -7,9 +7,9 @@
 from .attach import AttachConfig, HyperAttachment, attach
 from .config import RESIDUALS, SIZES, HyperLMConfig, sized
 from .generation import generate
-from .language_model import LanguageModel, LanguageModelOutput
 from .model import HyperTransformer
 from .plots import plot_layers
+from .training_model import LanguageModel, LanguageModelOutput
 
 __all__ = [
     "RESIDUALS",

@@ -8,18 +8,28 @@ the layer that owns that pre: FSDP2 and recomputation layer by layer see a layer
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from xlayer_ext import functional as XF
 from xlayer_ext.nn import HyperConnection, ManifoldHyperConnection, expand_streams, no_weight_decay, reduce_streams
+from xlayer_systems.hf.layers import layers_of
+from xlayer_systems.hf.pretrained import (
+    Attachment,
+    check_model,
+    check_state,
+    describe_model,
+    read_config,
+    read_own,
+    resolve_config,
+    save_own,
+)
+from xlayer_systems.training.options import check_fields, option
 
 RESIDUALS = ("shc", "dhc", "mhc")
 State = tuple[Tensor, Tensor, Tensor]  # streams [b, s, n, d], output of the sublayer before [b, s, d], its coefficients
@@ -31,43 +41,42 @@ _NAMES = ("hyper_attention", "hyper_mlp")  # of the new modules, inside a layer
 
 @dataclass(frozen=True)
 class AttachConfig:
-    """What :func:`attach` makes.
+    """Defines what `attach` makes.
 
-    Attributes:
-        residual: ``"shc"`` static, ``"dhc"`` dynamic, ``"mhc"`` manifold-constrained (as in the paper).
-        expansion_rate: n, the number of streams.
-        use_tanh, norm: of dhc, as in :class:`xlayer_ext.nn.HyperConnection`.
-        iterations: of Sinkhorn-Knopp, in mhc.
+    Raises:
+        ValueError: a value is out of range.
     """
 
-    residual: str = "dhc"
-    expansion_rate: int = 4
-    use_tanh: bool = True
-    norm: str = "layer"
-    iterations: int = 20
+    residual: str = option(
+        "dhc", "shc static, dhc dynamic, mhc manifold-constrained (as in the paper)", choices=RESIDUALS
+    )
+    expansion_rate: int = option(4, "number of residual streams", minimum=1)
+    use_tanh: bool = option(True, "bound the dynamic coefficients of dhc by tanh")
+    norm: str = option("layer", "norm of the streams in dhc", choices=("layer", "rms"))
+    iterations: int = option(20, "iterations of Sinkhorn-Knopp in mhc", minimum=1)
 
     def __post_init__(self) -> None:
-        if self.residual not in RESIDUALS:
-            raise ValueError(f"residual must be one of {', '.join(RESIDUALS)}; got {self.residual!r}")
+        check_fields(self)
 
     def connection(self, hidden_size: int, sublayer: int, like: Tensor) -> HyperConnection | ManifoldHyperConnection:
-        """A new hyper-connection for sublayer number ``sublayer``, which starts as a residual connection."""
-        place: dict[str, Any] = {"layer_index": sublayer, "device": like.device, "dtype": like.dtype}
+        """Returns a new hyper-connection for sublayer number ``sublayer``, which starts as a residual connection."""
+        place: dict[str, Any] = {"expansion_rate": self.expansion_rate, "layer_index": sublayer}
+        place |= {"device": like.device, "dtype": like.dtype}
         if self.residual == "mhc":
-            return ManifoldHyperConnection(hidden_size, self.expansion_rate, iterations=self.iterations, **place)
+            return ManifoldHyperConnection(hidden_size, iterations=self.iterations, **place)
         kind: dict[str, Any] = {"static_weights": self.residual == "shc", "use_tanh": self.use_tanh, "norm": self.norm}
-        return HyperConnection(hidden_size, self.expansion_rate, **kind, **place)
+        return HyperConnection(hidden_size, **kind, **place)
 
 
 class _HyperBlock(nn.Module):
-    """What is common to decoder layers between two hyper-connections."""
+    """Holds what decoder layers between two hyper-connections share."""
 
     hyper_attention: HyperConnection | ManifoldHyperConnection
     hyper_mlp: HyperConnection | ManifoldHyperConnection
     mlp: Callable[[Tensor], Tensor]
 
-    def _enter(self, state: Tensor | State) -> State:
-        """Streams, what attention reads of them, and its coefficients."""
+    def _pre_attention(self, state: Tensor | State) -> State:
+        """Computes the streams, the input of attention, and its coefficients."""
         _check_checkpointing(self)
         if isinstance(state, Tensor):  # embeddings: this is the first layer
             streams = expand_streams(state, self.hyper_attention.expansion_rate)
@@ -81,7 +90,7 @@ class _LlamaBlock(_HyperBlock):
     post_attention_layernorm: nn.Module
 
     def forward(self, hidden_states: Any, **kwargs: Any) -> State:
-        streams, x, coefficients = self._enter(hidden_states)
+        streams, x, coefficients = self._pre_attention(hidden_states)
         y, _ = self.self_attn(hidden_states=self.input_layernorm(x), **kwargs)
         streams, x, coefficients = self.hyper_mlp.boundary(streams, y, coefficients)
         return streams, self.mlp(self.post_attention_layernorm(x)), coefficients
@@ -103,7 +112,7 @@ class _GPT2Block(_HyperBlock):
     ) -> State:
         if encoder_hidden_states is not None:
             raise ValueError("hyper-connections: GPT-2 with cross-attention is not supported")
-        streams, x, coefficients = self._enter(hidden_states)
+        streams, x, coefficients = self._pre_attention(hidden_states)
         y, _ = self.attn(self.ln_1(x), past_key_values=past_key_values, attention_mask=attention_mask, **kwargs)
         streams, x, coefficients = self.hyper_mlp.boundary(streams, y, coefficients)
         return streams, self.mlp(self.ln_2(x)), coefficients
@@ -111,24 +120,21 @@ class _GPT2Block(_HyperBlock):
 
 @dataclass(frozen=True)
 class _Kind:
-    """Where a kind of decoder keeps its parts."""
+    """Names the parts of a kind of decoder."""
 
     block: type[_HyperBlock]
-    layers: str
     final_norm: str
     parts: frozenset[str]  # of a layer: with any other, its forward would be another too
 
 
-_LLAMA = _Kind(
-    _LlamaBlock, "layers", "norm", frozenset({"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"})
-)
-_GPT2 = _Kind(_GPT2Block, "h", "ln_f", frozenset({"ln_1", "attn", "ln_2", "mlp"}))
+_LLAMA = _Kind(_LlamaBlock, "norm", frozenset({"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}))
+_GPT2 = _Kind(_GPT2Block, "ln_f", frozenset({"ln_1", "attn", "ln_2", "mlp"}))
 # By name: layers with the same parts may do other things with them (Granite scales its residuals).
 KINDS = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA, "gpt2": _GPT2}
 
 
-class HyperAttachment(nn.Module):
-    """The hyper-connections of a decoder (made by :func:`attach`): its parameters are the new ones, and those alone.
+class HyperAttachment(Attachment):
+    """Holds the hyper-connections of a decoder (made by :func:`attach`): its parameters are the new ones alone.
 
     They are the decoder's parameters as well, under ``…layers.i.hyper_attention`` and ``…layers.i.hyper_mlp``.
 
@@ -156,7 +162,7 @@ class HyperAttachment(nn.Module):
         for layer, own in zip(layers, cast(Any, self.layers), strict=True):
             layer.hyper_attention, layer.hyper_mlp = own["attention"], own["mlp"]
             layer.__class__ = _block_class(kind.block, type(layer))
-        self._hook: Any = getattr(decoder, kind.final_norm).register_forward_pre_hook(_leave)
+        self._hook: Any = getattr(decoder, kind.final_norm).register_forward_pre_hook(_merge_streams)
 
     def remove(self) -> None:
         """Gives the decoder its residual connections back: it then computes exactly what it did before.
@@ -177,7 +183,7 @@ class HyperAttachment(nn.Module):
         self._hook = None
 
     def no_weight_decay(self) -> set[str]:
-        """Names among :meth:`named_parameters` that weight decay is not for: all but the dynamic weights."""
+        """Returns the names among :meth:`named_parameters` without weight decay: all but the dynamic weights."""
         return no_weight_decay(self)
 
     def save_pretrained(self, directory: str | Path, *, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -187,12 +193,9 @@ class HyperAttachment(nn.Module):
             directory: made if missing.
             state_dict: the whole weights, for a sharded model that had them gathered.
         """
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
         state = self.state_dict() if state_dict is None else state_dict
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, directory / _WEIGHTS_FILE)
-        settings = {"config": asdict(self.config), "model": _describe(self._decoder[0])}
-        (directory / _CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+        settings = {"config": asdict(self.config), "model": describe_model(self._decoder[0])}
+        save_own(Path(directory), state, _WEIGHTS_FILE, settings, _CONFIG_FILE)
 
     @classmethod
     def from_pretrained(cls, model: nn.Module, directory: str | Path) -> HyperAttachment:
@@ -202,29 +205,20 @@ class HyperAttachment(nn.Module):
             ValueError: files are missing, or were made for another model; ``model`` is then as it was.
         """
         directory = Path(directory)
-        missing = [name for name in (_CONFIG_FILE, _WEIGHTS_FILE) if not (directory / name).is_file()]
-        if missing:
-            raise ValueError(f"no hyper-connections in {directory}: {', '.join(missing)} missing")
-        saved = json.loads((directory / _CONFIG_FILE).read_text())
+        saved, state = read_own(directory, "hyper-connections", _WEIGHTS_FILE, _CONFIG_FILE)
         decoder = _decoder_of(model)
-        for name, found in _describe(decoder).items():
-            if saved["model"].get(name) != found:
-                wanted = saved["model"].get(name)
-                raise ValueError(f"{directory} was made for a model with {name} {wanted!r}, got {found!r}")
-        unknown = set(saved["config"]) - {field.name for field in fields(AttachConfig)}
-        if unknown:
-            raise ValueError(f"{directory} has options that this version does not know: {', '.join(sorted(unknown))}")
-        state = load_file(directory / _WEIGHTS_FILE)
-        made = cls(decoder, AttachConfig(**saved["config"]))
-        expected = {name: tensor.shape for name, tensor in made.state_dict().items()}
-        if {name: tensor.shape for name, tensor in state.items()} != expected:
+        check_model(saved["model"], describe_model(decoder), directory)
+        made = cls(decoder, read_config(AttachConfig, saved["config"], directory))
+        try:
+            check_state(state, made.state_dict(), directory)
+        except ValueError:
             made.remove()
-            raise ValueError(f"the weights in {directory} do not fit their configuration")
+            raise
         made.load_state_dict(state)
         return made
 
 
-def attach(model: nn.Module, residual: str = "dhc", expansion_rate: int = 4, **options: Any) -> HyperAttachment:
+def attach(model: nn.Module, config: AttachConfig | str | None = None, **options: Any) -> HyperAttachment:
     """Turns the residual connections of a Hugging Face decoder into hyper-connections, in place.
 
     They start as the identity: all streams are copies, and the model computes what it did. At the end the streams are
@@ -235,9 +229,9 @@ def attach(model: nn.Module, residual: str = "dhc", expansion_rate: int = 4, **o
     Args:
         model: a Llama, Mistral, Qwen2, Qwen3 or GPT-2 model, with or without a head. Attach before DDP, FSDP2,
             ``device_map`` or ``torch.compile``.
-        residual: ``"shc"`` static, ``"dhc"`` dynamic hyper-connections, ``"mhc"`` manifold-constrained ones.
-        expansion_rate: n, the number of streams.
-        options: ``use_tanh``, ``norm``, ``iterations``, as in :class:`AttachConfig`.
+        config: of the connections, or the kind of them: ``"shc"`` static, ``"dhc"`` dynamic (the default), ``"mhc"``
+            manifold-constrained hyper-connections.
+        options: fields of :class:`AttachConfig` that differ from it, such as ``expansion_rate``.
 
     Returns:
         The hyper-connections, on the model's device and in its dtype; ``remove()`` takes them off again.
@@ -259,14 +253,11 @@ def attach(model: nn.Module, residual: str = "dhc", expansion_rate: int = 4, **o
         >>> torch.allclose(model(tokens).logits, before, atol=1e-5)
         True
     """
-    unknown = set(options) - {field.name for field in fields(AttachConfig)}
-    if unknown:
-        raise ValueError(f"attach has no option {', '.join(sorted(unknown))}")
-    return HyperAttachment(_decoder_of(model), AttachConfig(residual, expansion_rate, **options))
+    return HyperAttachment(_decoder_of(model), resolve_config(AttachConfig, config, options, AttachConfig))
 
 
-def _leave(norm: nn.Module, args: tuple[Any, ...]) -> Any:
-    """The last post and the mean over streams, before the decoder's final norm."""
+def _merge_streams(norm: nn.Module, args: tuple[Any, ...]) -> Any:
+    """Computes the last post and the mean over streams, before the decoder's final norm."""
     if isinstance(args[0], Tensor):  # no layer ran before it
         return None
     return (reduce_streams(XF.hyper_post(*args[0]), reduce="mean"), *args[1:])
@@ -276,8 +267,10 @@ _BLOCK_CLASSES: dict[tuple[type, type], type[nn.Module]] = {}
 
 
 def _block_class(block: type[_HyperBlock], original: type[nn.Module]) -> type[nn.Module]:
-    """The layer's class with the forward of ``block``, under the same name and one for all layers: FSDP policies look
-    a layer's class up by name and wrap its instances."""
+    """Makes the layer's class with the forward of ``block``.
+
+    It has the same name and is one for all layers, as FSDP policies look a layer's class up by name.
+    """
     if (block, original) not in _BLOCK_CLASSES:
         body = {"_hyper_block": True, "__module__": original.__module__, "__qualname__": original.__qualname__}
         _BLOCK_CLASSES[block, original] = type(original.__name__, (block, original), body)
@@ -290,12 +283,12 @@ def _decoder_of(model: Any) -> Any:
 
 def _parts(decoder: Any) -> tuple[_Kind, Any]:
     kind = KINDS[decoder.config.model_type]
-    return kind, getattr(decoder, kind.layers)
+    return kind, layers_of(decoder)
 
 
 def _check_decoder(decoder: Any) -> tuple[_Kind, Any]:
     model_type = getattr(getattr(decoder, "config", None), "model_type", None)
-    if model_type not in KINDS or not hasattr(decoder, KINDS[model_type].layers):
+    if model_type not in KINDS:
         got = type(decoder).__name__
         raise ValueError(f"hyper-connections attach to decoders of type {', '.join(KINDS)}; got {got}")
     kind, layers = _parts(decoder)
@@ -317,8 +310,3 @@ def _check_checkpointing(layer: Any) -> None:
     function = getattr(layer, "_gradient_checkpointing_func", None)
     if layer.gradient_checkpointing and getattr(function, "keywords", {}).get("use_reentrant"):
         raise ValueError("hyper-connections need gradient checkpointing with use_reentrant=False")
-
-
-def _describe(decoder: Any) -> dict[str, Any]:
-    settings = decoder.config
-    return {name: getattr(settings, name, None) for name in ("model_type", "hidden_size", "num_hidden_layers")}

@@ -1,4 +1,4 @@
-"""The options and sizes of a hyper-connected language model."""
+"""Configuration and sizes of a hyper-connected language model."""
 
 from __future__ import annotations
 
@@ -7,79 +7,67 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from xlayer_systems.training.options import check_fields, option
+
 Residual = Literal["plain", "shc", "dhc", "mhc"]
 RESIDUALS: tuple[str, ...] = get_args(Residual)
 
 
 @dataclass(frozen=True)
 class HyperLMConfig:
-    """Everything that defines the model. A wrong value raises ``ValueError`` naming the field.
+    """Defines a hyper-connected language model.
 
-    Attributes:
-        residual: how a sublayer is connected: ``plain``, x + T(x); ``shc`` and ``dhc``, static and dynamic
-            hyper-connections; ``mhc``, manifold-constrained ones.
-        expansion_rate: n, the number of streams (of no meaning to ``plain``).
-        feed_forward: width of the MLP; None: 4·hidden_size.
-        use_tanh: whether dynamic hyper-connections have their tanh.
-        norm: of the streams in dynamic hyper-connections, ``layer`` or ``rms``.
-        coefficients: of ``mhc``, see ``ManifoldHyperConnection``.
-        reduce: how the streams become one at the end: ``sum`` (the paper) or ``mean``.
-        rescale_outputs: the paper's initialization with hyper-connections: the standard deviation of the attention's
-            and the MLP's output projections times √n. Without it every kind begins with the same weights.
-        dropout: of every sublayer's output.
-        rope_base: of the rotary position embedding.
+    Raises:
+        ValueError: a value is out of range.
     """
 
-    residual: Residual = "dhc"
-    expansion_rate: int = 4
-    vocab_size: int = 50257
-    hidden_size: int = 768
-    num_layers: int = 12
-    num_heads: int = 12
-    feed_forward: int | None = None
-    use_tanh: bool = True
-    norm: Literal["layer", "rms"] = "layer"
-    coefficients: Literal["paper", "per_stream"] = "paper"
-    reduce: Literal["sum", "mean"] = "sum"
-    rescale_outputs: bool = False
-    dropout: float = 0.0
-    rope_base: float = 10000.0
+    residual: Residual = option(
+        "dhc",
+        "connection of a sublayer: plain, x + T(x); shc and dhc, static and dynamic hyper-connections; mhc, "
+        "manifold-constrained ones",
+    )
+    expansion_rate: int = option(4, "number of residual streams (unused by plain)", minimum=1)
+    vocab_size: int = option(50257, "tokens of the vocabulary", minimum=1)
+    hidden_size: int = option(768, "width of the model", minimum=1)
+    num_layers: int = option(12, "transformer blocks", minimum=1)
+    num_heads: int = option(12, "attention heads of a block", minimum=1)
+    feed_forward: int | None = option(None, "width of the MLP; none: 4 · hidden_size", minimum=1)
+    use_tanh: bool = option(True, "bound the dynamic coefficients of dhc by tanh")
+    norm: Literal["layer", "rms"] = option("layer", "norm of the streams in dhc")
+    coefficients: Literal["paper", "per_stream"] = option("paper", "coefficients of mhc, see ManifoldHyperConnection")
+    reduce: Literal["sum", "mean"] = option("sum", "how the streams become one at the end: sum (the paper) or mean")
+    rescale_outputs: bool = option(
+        False,
+        "initialize the output projections of attention and MLP with √n times their deviation, as in the paper; else "
+        "every kind begins with the same weights",
+    )
+    dropout: float = option(0.0, "dropout of every sublayer's output", minimum=0, below=1)
+    rope_base: float = option(10000.0, "base of the rotary position embedding", above=1)
 
     def __post_init__(self) -> None:
-        choices = {"residual": RESIDUALS, "norm": ("layer", "rms"), "reduce": ("sum", "mean")}
-        choices["coefficients"] = ("paper", "per_stream")
-        for name, allowed in choices.items():
-            self._require(getattr(self, name) in allowed, name, f"one of {', '.join(allowed)}")
-        for name in ("expansion_rate", "vocab_size", "hidden_size", "num_layers", "num_heads"):
-            self._require(getattr(self, name) >= 1, name, "at least 1")
-        self._require(self.feed_forward is None or self.feed_forward >= 1, "feed_forward", "at least 1, or None")
-        self._require(0 <= self.dropout < 1, "dropout", "in [0, 1)")
-        self._require(self.rope_base > 1, "rope_base", "above 1")
-        even = self.hidden_size % (2 * self.num_heads) == 0
-        self._require(even, "hidden_size", f"a multiple of 2·num_heads = {2 * self.num_heads} (rotary positions)")
-
-    def _require(self, condition: bool, name: str, expected: str) -> None:
-        if not condition:
-            raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
+        check_fields(self)
+        if self.hidden_size % (2 * self.num_heads):
+            expected = f"a multiple of 2·num_heads = {2 * self.num_heads} (rotary positions)"
+            raise ValueError(f"hidden_size must be {expected}, got {self.hidden_size}")
 
     @property
     def head_size(self) -> int:
-        """Features of one attention head."""
+        """Returns the features of one attention head."""
         return self.hidden_size // self.num_heads
 
     @property
     def inner_size(self) -> int:
-        """Width of the MLP."""
+        """Returns the width of the MLP."""
         return self.feed_forward or 4 * self.hidden_size
 
     @property
     def weight_scale(self) -> float:
-        """Standard deviation of fresh weights: 0.023 at width 768, as usual, and more for narrower models."""
+        """Returns the standard deviation of fresh weights: 0.023 at width 768, and more for narrower ones."""
         return math.sqrt(0.4 / self.hidden_size)
 
     @property
     def output_scale(self) -> float:
-        """The same for the output projections of sublayers, 2 to a layer: their sum does not grow with depth."""
+        """Returns the deviation of output projections of sublayers, whose sum does not grow with depth."""
         streams = self.expansion_rate if self.rescale_outputs and self.residual != "plain" else 1
         return self.weight_scale * math.sqrt(streams / (2 * self.num_layers))
 
@@ -93,5 +81,5 @@ SIZES: dict[str, dict[str, int]] = {
 
 
 def sized(size: str, **changes: Any) -> HyperLMConfig:
-    """The configuration of a named size, one of ``SIZES``; ``changes`` are fields."""
+    """Returns the configuration of a named size, one of ``SIZES``; ``changes`` are fields."""
     return dataclasses.replace(HyperLMConfig(**SIZES[size]), **changes)  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ def generate(
     generator: torch.Generator | None = None,
     end_id: int | None = None,
 ) -> Tensor:
-    """``input_ids [B, S]`` with up to ``max_new_tokens`` tokens after them.
+    """Continues ``input_ids [B, S]`` by up to ``max_new_tokens`` tokens.
 
     Args:
         input_ids: at least one token per row, and no padding.
@@ -58,7 +58,7 @@ def generate(
 
 
 def _choose(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
-    """The next tokens ``[B, 1]`` by logits ``[B, V]``."""
+    """Returns the next tokens ``[B, 1]`` by logits ``[B, V]``."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     logits = logits.float() / temperature

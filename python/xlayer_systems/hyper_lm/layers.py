@@ -28,7 +28,7 @@ class KeyValues:
 
 
 class Attention(nn.Module):
-    """Causal self-attention. Rotary positions: Su et al. 2021, arXiv 2104.09864."""
+    """Computes causal self-attention. Rotary positions: Su et al. 2021, arXiv 2104.09864."""
 
     def __init__(self, config: HyperLMConfig) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Attention(nn.Module):
         self.output = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, rotation: Tensor, past: KeyValues | None = None) -> Tensor:
-        """``x [B, S, d]`` with the `rotations` of its positions; ``past`` holds what came before, and grows."""
+        """Computes the output ``[B, S, d]`` for ``x``; ``past`` holds what came before, and grows."""
         queries_keys, values = self.input(x).unflatten(-1, (3, self.heads, self.head_size)).split([2, 1], dim=2)
         queries, keys = rotate(queries_keys, rotation).transpose(1, 3).unbind(2)  # [B, heads, S, head_size]
         values = values.squeeze(2).transpose(1, 2)
@@ -51,7 +51,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear, GELU, Linear."""
+    """Applies Linear, GELU, Linear."""
 
     def __init__(self, config: HyperLMConfig) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class MLP(nn.Module):
 
 
 def rotations(start: int, length: int, head_size: int, base: float, like: Tensor) -> Tensor:
-    """Cosines and sines ``[2, S, 1, 1, head_size/2]`` of the positions from ``start`` on, for `rotate`."""
+    """Returns cosines and sines ``[2, S, 1, 1, head_size/2]`` of the positions from ``start`` on, for `rotate`."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     half = head_size // 2
     frequencies = base ** -(torch.arange(half, device=like.device, dtype=dtype) / half)
@@ -73,14 +73,14 @@ def rotations(start: int, length: int, head_size: int, base: float, like: Tensor
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """``x [B, S, 2, heads, head_size]`` with feature i and feature i + head_size/2 turned by their position's angle."""
+    """Rotates features i and i + head_size/2 of ``x [B, S, 2, heads, head_size]`` by their position's angle."""
     cosine, sine = rotation.to(x.dtype)
     first, second = x.chunk(2, -1)
     return torch.cat([first * cosine - second * sine, first * sine + second * cosine], -1)
 
 
 def _cached_mask(new: int, past: int, device: torch.device) -> Tensor | None:
-    """Which of ``past + new`` keys each of ``new`` queries may read; None where that is simply all, or all before."""
+    """Returns which of ``past + new`` keys each of ``new`` queries may read; None where a flag says the same."""
     if new == 1 or past == 0:
         return None
     return torch.ones(new, past + new, dtype=torch.bool, device=device).tril(past)

@@ -9,30 +9,30 @@ Papers: Zhu et al., Hyper-Connections, ICLR 2025, arXiv 2409.19606; the manifold
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from xlayer_ext.functional import Connection, hyper_post_pre
 from xlayer_ext.nn import expand_streams, no_weight_decay
+from xlayer_systems.hf.pretrained import check_state, read_config, read_own, save_own
 from xlayer_systems.hyper_lm.config import HyperLMConfig
 from xlayer_systems.hyper_lm.generation import generate
 from xlayer_systems.hyper_lm.layers import MLP, Attention, KeyValues, rotations
 from xlayer_systems.hyper_lm.residual import make_connection
+from xlayer_systems.training.optim import decay_groups
 
 _CONFIG_FILE = "hyper_lm_config.json"
 _WEIGHTS_FILE = "hyper_lm.safetensors"
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP, each with a norm before it and a connection of its own."""
+    """Is one layer: attention and MLP, each with a norm before it and a connection of its own."""
 
     def __init__(self, config: HyperLMConfig, index: int) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Block(nn.Module):
 
 
 class Readout(nn.Module):
-    """The last post and the reduction of the streams, as a boundary to a sublayer that reads their sum or mean."""
+    """Computes the last post and reduces the streams, as a boundary to a sublayer that reads their sum or mean."""
 
     coefficients: Tensor
 
@@ -76,14 +76,14 @@ class Readout(nn.Module):
         self.register_buffer("coefficients", coefficients, persistent=False)
 
     def forward(self, streams: Tensor, branch_output: Tensor, coefficients: Tensor | None) -> Tensor:
-        """One row per token, ``[B, S, d]``."""
+        """Returns one row per token, ``[B, S, d]``."""
         if coefficients is None:
             return streams + branch_output
         return hyper_post_pre(streams, branch_output, coefficients, Connection(self.coefficients))[1]
 
 
 class HyperTransformer(nn.Module):
-    """A language model: ``model(input_ids [B, S]) -> logits [B, S, V]``.
+    """Is a language model: ``model(input_ids [B, S]) -> logits [B, S, V]``.
 
     Pre-norm, rotary positions, GELU, no biases, the embedding's weight also makes the logits. With the same seed every
     residual kind begins with the same weights, and computes the same function (up to rounding, and to the final norm's
@@ -138,7 +138,7 @@ class HyperTransformer(nn.Module):
 
     @classmethod
     def from_config(cls, config: HyperLMConfig) -> HyperTransformer:
-        """A model with fresh parameters."""
+        """Returns a model with fresh parameters."""
         return cls(**asdict(config))
 
     def forward(self, input_ids: Tensor, past: list[KeyValues] | None = None) -> Tensor:
@@ -160,7 +160,7 @@ class HyperTransformer(nn.Module):
         return F.linear(self.norm(self.readout(streams, branch_output, coefficients)), self.embedding.weight)
 
     def empty_past(self) -> list[KeyValues]:
-        """For `forward`, before the first token."""
+        """Returns the ``past`` of `forward` before the first token."""
         return [KeyValues() for _ in self.blocks]
 
     generate = generate
@@ -171,22 +171,17 @@ class HyperTransformer(nn.Module):
 
     def parameter_groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
         """Groups for AdamW: weight decay on matrices and dynamic weights, none on norms, static weights and scales."""
-        decayed: list[nn.Parameter] = []
-        others: list[nn.Parameter] = []
         static = no_weight_decay(self)
-        for name, parameter in self.named_parameters():
-            (others if name in static or name.endswith("norm.weight") else decayed).append(parameter)
-        return [
-            {"name": "decayed", "params": decayed, "lr": learning_rate, "weight_decay": weight_decay},
-            {"name": "others", "params": others, "lr": learning_rate, "weight_decay": 0.0},
-        ]
+        return decay_groups(
+            self.named_parameters(),
+            learning_rate,
+            weight_decay,
+            lambda name, _: name not in static and not name.endswith("norm.weight"),
+        )
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes the parameters (safetensors) and the configuration (JSON) into ``directory``, made if missing."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, directory / _WEIGHTS_FILE)
-        (directory / _CONFIG_FILE).write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+        save_own(Path(directory), self.state_dict(), _WEIGHTS_FILE, asdict(self.config), _CONFIG_FILE)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> HyperTransformer:
@@ -196,15 +191,10 @@ class HyperTransformer(nn.Module):
             ValueError: there is nothing to load, or weights and configuration do not fit each other.
         """
         directory = Path(directory)
-        missing = [name for name in (_CONFIG_FILE, _WEIGHTS_FILE) if not (directory / name).is_file()]
-        if missing:
-            raise ValueError(f"no hyper_lm model in {directory}: {', '.join(missing)} missing")
-        try:
-            model = cls(**json.loads((directory / _CONFIG_FILE).read_text()))
-            model.load_state_dict(load_file(directory / _WEIGHTS_FILE))
-        except (RuntimeError, TypeError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"the files in {directory} do not fit this version or each other: {reason}") from error
+        settings, state = read_own(directory, "hyper_lm model", _WEIGHTS_FILE, _CONFIG_FILE)
+        model = cls.from_config(read_config(HyperLMConfig, settings, directory))
+        check_state(state, model.state_dict(), directory)
+        model.load_state_dict(state)
         return model
 
     def _initialize(self) -> None:

@@ -1,4 +1,4 @@
-"""What connects the sublayers, one per sublayer: pre, post, and the boundary that is the post of the sublayer before
+"""Connections of the sublayers, one per sublayer: pre, post, and the boundary that is the post of the sublayer before
 and the pre of this one."""
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from xlayer_systems.hyper_lm.config import HyperLMConfig
 
 
 class Connection(Protocol):
-    """The residual connection of a sublayer. Streams are ``[B, S, n, d]``, of a plain one ``[B, S, d]``."""
+    """Is the interface of the residual connection of a sublayer. Streams are ``[B, S, n, d]``, plain ``[B, S, d]``."""
 
     def pre(self, streams: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What the sublayer reads ``[B, S, d]``, and the coefficients for its `post`."""
+        """Returns what the sublayer reads ``[B, S, d]``, and the coefficients for its `post`."""
 
     def boundary(
         self, streams: Tensor, branch_output: Tensor, coefficients: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The post of the sublayer before, then `pre`: streams, branch input, coefficients."""
+        """Returns the post of the sublayer before, then `pre`: streams, branch input, coefficients."""
 
 
 class PlainConnection(nn.Module):
-    """The residual connection x + T(x), in the form of a hyper-connection with one stream and no coefficients."""
+    """Is the residual connection x + T(x), in the form of a hyper-connection with one stream and no coefficients."""
 
     def pre(self, streams: Tensor) -> tuple[Tensor, None]:
         return streams, None
@@ -37,16 +37,19 @@ class PlainConnection(nn.Module):
 
 
 def make_connection(config: HyperLMConfig, layer_index: int) -> nn.Module:
-    """The connection of sublayer ``layer_index``, attention and MLP counted alike."""
+    """Returns the connection of sublayer ``layer_index``, attention and MLP counted alike."""
     if config.residual == "plain":
         return PlainConnection()
     if config.residual == "mhc":
         return ManifoldHyperConnection(
-            config.hidden_size, config.expansion_rate, layer_index=layer_index, coefficients=config.coefficients
+            config.hidden_size,
+            expansion_rate=config.expansion_rate,
+            layer_index=layer_index,
+            coefficients=config.coefficients,
         )
     return HyperConnection(
         config.hidden_size,
-        config.expansion_rate,
+        expansion_rate=config.expansion_rate,
         layer_index=layer_index,
         static_weights=config.residual == "shc",
         use_tanh=config.use_tanh,

@@ -1,12 +1,12 @@
-"""What defines an L-Former: the base transformer, the side path over its layers, and the heads on it."""
+"""Configuration of an L-Former: the base transformer, the side path over its layers, and the heads on it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
-from xlayer_ext.nn.aggregate import POOLINGS
+from xlayer_systems.training.options import LoopOptions, check_fields, option, redefault
 
 Pooling = Literal["mean", "first", "last", "attention"]
 Kind = Literal["ema", "gru", "attn", "head_only"]
@@ -16,72 +16,62 @@ PRESETS = AGGREGATORS  # one per aggregator, under its name
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """An L-Former. A wrong value raises ``ValueError`` naming the field.
+    """Defines an L-Former. The sizes of a base matter where `LFormer` makes one; one that is attached keeps its own.
 
-    Attributes:
-        vocab_size, d_model, n_layers, n_heads, d_ff, dropout: of the base, where `LFormer` makes one. A base that is
-            attached keeps its own; ``dropout`` is the side path's as well.
-        max_length: tokens that a base made here can read.
-        d_side: width of the side path and its state.
-        tap_every: read every so many layers, counted back from the last, which always is.
-        sequence_wise: one state per sequence, of pooled taps, instead of one per token; None: per token where the state
-            is blended into the language model, per sequence elsewhere. Per token, the heads read the last token's.
-        pooling: of the taps, with ``sequence_wise``, and of the last hidden state in ``head_only``.
-        aggregator: ``ema``, ``gru`` or ``attn``; ``{"type": "attn", "heads": 4, "memory": 4}`` says the same.
-            ``head_only`` is the baseline: no side path, but an MLP with as many parameters on the last hidden state.
-        heads, memory: of ``attn``.
-        equal_to: whose number of parameters ``head_only`` has.
-        detach_taps: no gradient goes from the side path to the base. Phase A always detaches, phase B never.
-        lambda_lm, lambda_plan: weights of the losses of the next token and of the plan.
-        n_tools, use_tool_head, use_value_head: a tool to be chosen, a number to be told.
-        plan_decoder: say a sequence of steps, in tokens of its own.
-        n_steps, plan_length: how many different steps a plan may have, and how many of them at most.
-        tree_checkpoint: with ``ema``: keep the state after so many taps and aggregate the kept ones again; 0: never.
-        blend_into_lm: add the state, through a gate that starts at 0, to what the language model's head reads.
-        gate_l1, gate_l2: weights of the penalty on the gates of ``ema``.
-        last_k_unfreeze: layers of the base that phase B trains, the last ones.
+    Raises:
+        ValueError: a value is out of range, or fields do not fit each other.
     """
 
-    vocab_size: int = 5000
-    d_model: int = 512
-    n_layers: int = 8
-    n_heads: int = 8
-    d_ff: int = 2048
-    dropout: float = 0.1
-    max_length: int = 1024
-    d_side: int = 128
-    tap_every: int = 1
-    sequence_wise: bool | None = None
-    pooling: Pooling = "mean"
-    aggregator: str | dict[str, Any] = "ema"
-    heads: int = 4
-    memory: int = 4
-    equal_to: Literal["ema", "gru", "attn"] = "ema"
-    detach_taps: bool = True
-    lambda_lm: float = 1.0
-    lambda_plan: float = 0.2
-    n_tools: int = 5
-    use_tool_head: bool = True
-    use_value_head: bool = True
-    plan_decoder: bool = False
-    n_steps: int = 16
-    plan_length: int = 8
-    tree_checkpoint: int = 0
-    blend_into_lm: bool = False
-    gate_l1: float = 0.0
-    gate_l2: float = 0.0
-    last_k_unfreeze: int = 0
+    vocab_size: int = option(5000, "vocabulary of a base made here", minimum=1)
+    d_model: int = option(512, "width of a base made here", minimum=1)
+    n_layers: int = option(8, "layers of a base made here", minimum=1)
+    n_heads: int = option(8, "attention heads of a base made here", minimum=1)
+    d_ff: int = option(2048, "inner width of a base made here", minimum=1)
+    dropout: float = option(0.1, "dropout of a base made here and of the side path", minimum=0, below=1)
+    max_length: int = option(1024, "tokens that a base made here can read", minimum=1)
+    d_side: int = option(128, "width of the side path and its state", minimum=1)
+    tap_every: int = option(1, "read every so many layers, counted back from the last, which always is", minimum=1)
+    sequence_wise: bool | None = option(
+        None,
+        "one state per sequence, of pooled taps, instead of one per token; none: per token where the state is blended "
+        "into the language model, per sequence elsewhere",
+    )
+    pooling: Pooling = option(
+        "mean", "of the taps with one state per sequence, and of the last hidden state in head_only"
+    )
+    aggregator: str | dict[str, Any] = option(
+        "ema",
+        "how the state is carried over depth; head_only is the baseline without a side path, an MLP with as many "
+        "parameters on the last hidden state",
+        choices=AGGREGATORS,
+    )
+    heads: int = option(4, "attention heads of attn", minimum=1)
+    memory: int = option(4, "earlier taps that attn reads", minimum=1)
+    equal_to: Literal["ema", "gru", "attn"] = option("ema", "whose number of parameters head_only has")
+    detach_taps: bool = option(
+        True, "no gradient goes from the side path to the base; phase A always detaches, phase B never"
+    )
+    lambda_lm: float = option(1.0, "weight of the loss of the next token", minimum=0)
+    lambda_plan: float = option(0.2, "weight of the loss of the plan", minimum=0)
+    n_tools: int = option(5, "tools to choose from", minimum=1)
+    use_tool_head: bool = option(True, "choose a tool")
+    use_value_head: bool = option(True, "predict a number")
+    plan_decoder: bool = option(False, "generate a sequence of steps, in tokens of its own")
+    n_steps: int = option(16, "different steps that a plan may have", minimum=1)
+    plan_length: int = option(8, "steps of a plan at most", minimum=1)
+    tree_checkpoint: int = option(
+        0, "with ema: keep the state after so many taps and aggregate the kept ones again; 0: never", minimum=0
+    )
+    blend_into_lm: bool = option(
+        False, "add the state, through a gate that starts at 0, to what the language model's head reads"
+    )
+    gate_l1: float = option(0.0, "weight of the L1 penalty on the gates of ema", minimum=0)
+    gate_l2: float = option(0.0, "weight of the L2 penalty on the gates of ema", minimum=0)
+    last_k_unfreeze: int = option(0, "layers of the base that phase B trains, the last ones", minimum=0)
 
     def __post_init__(self) -> None:
         self._take_aggregator()
-        for name in ("vocab_size", "d_model", "n_layers", "n_heads", "d_ff", "max_length", "d_side", "tap_every",
-                     "heads", "memory", "n_tools", "n_steps", "plan_length"):  # fmt: skip
-            self._require(getattr(self, name) >= 1, name, "at least 1")
-        for name in ("lambda_lm", "lambda_plan", "gate_l1", "gate_l2", "tree_checkpoint", "last_k_unfreeze"):
-            self._require(getattr(self, name) >= 0, name, "at least 0")
-        self._require(0 <= self.dropout < 1, "dropout", "in [0, 1)")
-        self._require(self.pooling in POOLINGS, "pooling", f"one of {', '.join(POOLINGS)}")
-        self._require(self.equal_to in AGGREGATORS[:3], "equal_to", f"one of {', '.join(AGGREGATORS[:3])}")
+        check_fields(self)
         if self.blend_into_lm and self.is_sequence_wise:
             raise ValueError(
                 "blend_into_lm needs sequence_wise=False: a state of the whole sequence knows what follows"
@@ -93,21 +83,21 @@ class ModelConfig:
 
     @property
     def is_sequence_wise(self) -> bool:
-        """``sequence_wise`` with its default."""
+        """Returns ``sequence_wise`` with its default."""
         return not self.blend_into_lm if self.sequence_wise is None else self.sequence_wise
 
     @classmethod
     def tiny(cls, **changes: Any) -> ModelConfig:
-        """A model that a test can train."""
+        """Returns the configuration of a model that a test can train."""
         sizes = {"vocab_size": 1000, "d_model": 64, "n_layers": 4, "n_heads": 4, "d_ff": 128, "d_side": 32}
         return cls(**{**sizes, "dropout": 0.0, "max_length": 128, **changes})
 
     def taps(self, layers: int) -> list[int]:
-        """Which of the ``layers + 1`` hidden states of a base are tapped; 0 are the embeddings, and are not."""
+        """Returns which of the ``layers + 1`` hidden states of a base are tapped; 0, the embeddings, is not."""
         return list(range(layers, 0, -self.tap_every))[::-1]
 
     def _take_aggregator(self) -> None:
-        """``{"type": ..., "heads": ..., "memory": ...}`` as three fields."""
+        """Splits ``{"type": ..., "heads": ..., "memory": ...}`` into three fields."""
         if isinstance(self.aggregator, Mapping):
             given = dict(self.aggregator)
             unknown = set(given) - {"type", "heads", "memory"}
@@ -116,8 +106,22 @@ class ModelConfig:
             object.__setattr__(self, "aggregator", given.pop("type"))
             for name, value in given.items():
                 object.__setattr__(self, name, value)
-        self._require(self.aggregator in AGGREGATORS, "aggregator", f"one of {', '.join(AGGREGATORS)}")
 
-    def _require(self, condition: bool, name: str, expected: str) -> None:
-        if not condition:
-            raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
+
+@dataclass(frozen=True)
+class LFormerOptions(LoopOptions):
+    """Holds how to train a side path over a language model, first alone and then with the model's last layers."""
+
+    epochs: int = redefault(LoopOptions, "epochs", 100)
+    max_steps: int | None = redefault(LoopOptions, "max_steps", 3000, "optimizer steps of both phases together")
+    batch_size: int = redefault(LoopOptions, "batch_size", 32)
+    max_length: int = redefault(LoopOptions, "max_length", 128, "tokens of a request")
+    phase_a_steps: int = option(2000, "steps with the base frozen; the others are phase B", minimum=0)
+    learning_rate: float = option(1e-3, "learning rate of side path and heads", minimum=0)
+    base_lr: float = option(2e-5, "learning rate of the base's layers in phase B", minimum=0)
+    lm_dataset: str = option("stdlib-lm", "text of the language-modelling loss")
+    lm_length: int = option(256, "tokens of a block of it", minimum=1)
+    eval_every: int | None = redefault(LoopOptions, "eval_every", 250)
+    baseline: bool = option(True, "after training, train heads on the last hidden state with as many parameters")
+
+    unused_parameters: ClassVar[bool] = True

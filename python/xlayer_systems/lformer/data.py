@@ -21,7 +21,7 @@ DOCUMENTS_EVERY = 4  # of the corpus are cut into blocks: far more than a run re
 
 @dataclass(frozen=True)
 class Asked:
-    """A request as token ids, with its targets, and a block of text ``[length + 1]``."""
+    """Holds a request as token ids, with its targets, and a block of text ``[length + 1]``."""
 
     input_ids: list[int]
     tool: int
@@ -31,7 +31,7 @@ class Asked:
 
 
 class ToolData:
-    """A `ToolTask` and a corpus under one tokenizer.
+    """Encodes a `ToolTask` and a corpus with one tokenizer.
 
     Args:
         task: the requests.
@@ -54,16 +54,16 @@ class ToolData:
 
     @property
     def has_plans(self) -> bool:
-        """Whether the requests come with plans."""
+        """Tells whether the requests come with plans."""
         return any(example.plan for example in self.train)
 
     def lengths(self) -> list[int]:
-        """Tokens of each training request."""
+        """Returns the number of tokens of each training request."""
         return [len(example.input_ids) for example in self.train]
 
     def collate(self, examples: Sequence[Asked]) -> dict[str, Tensor]:
-        """input_ids and attention_mask ``[B, S]``; tools and values (signed logarithms) ``[B]``; plan ``[B, P]``, −100
-        behind its end; lm_input_ids and lm_labels ``[⌈B/8⌉, lm_length]``."""
+        """Makes a batch: input_ids and attention_mask ``[B, S]``; tools and values (signed logarithms) ``[B]``; plan
+        ``[B, P]``, −100 behind its end; lm_input_ids and lm_labels ``[⌈B/8⌉, lm_length]``."""
         blocks = self.text.collate([example.block for example in examples[::BLOCK_EVERY]])
         return {
             "input_ids": _padded([e.input_ids for e in examples], self.pad_id),
@@ -76,9 +76,9 @@ class ToolData:
         }
 
     def score(self, output: Any, batch: dict[str, Tensor]) -> Tensor:
-        """Per request ``[B, 7 + 2·tools]``: right plan, whether there is a value, square of its error in standard
-        deviations, that of always saying the mean, cross-entropy of the tool; nats and tokens of the block that came
-        with it; per tool right and there."""
+        """Returns per request ``[B, 7 + 2·tools]``: right plan, whether there is a value, its squared error in standard
+        deviations, that of always predicting the mean, cross-entropy of the tool; nats and tokens of the block that
+        came with it; per tool right and there."""
         tools, values, count = batch["tools"], batch["values"].double(), len(self.task.tools)
         rows = torch.zeros(len(tools), 7 + 2 * count, dtype=torch.float64, device=tools.device)
         if output.plan is not None:
@@ -119,7 +119,7 @@ class ToolData:
 
 
 def encode(examples: Sequence[ToolExample], tokenizer: Any, max_length: int, blocks: Tensor) -> list[Asked]:
-    """Tokenize requests, each behind the tokenizer's first token, and deal out the blocks evenly."""
+    """Tokenizes requests, each behind the tokenizer's first token, and deals out the blocks evenly."""
     texts = [example.text for example in examples]
     ids = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=max_length - 1)["input_ids"]
     return [

@@ -8,7 +8,9 @@ cached generation needs no cache of theirs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,17 +20,32 @@ from torch.export import register_dataclass
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from xlayer_systems.data.blocks import IGNORED
+from xlayer_systems.hf.layers import layers_of
+from xlayer_systems.hf.pretrained import (
+    DESCRIBED,
+    Attachment,
+    check_model,
+    check_state,
+    describe_model,
+    read_config,
+    read_own,
+    resolve_config,
+    save_own,
+    weights_fingerprint,
+)
 from xlayer_systems.lformer.config import ModelConfig
 from xlayer_systems.lformer.path import Heads, SidePath, make_path
-from xlayer_systems.lformer.saving import load_pretrained, save_pretrained
 
 PHASES = ("joint", "a", "b")
+CONFIG_FILE = "lformer_config.json"
+WEIGHTS_FILE = "lformer.safetensors"
+SAMPLE = 1024  # elements of each frozen parameter that identify a base
 _MARK = "_lformer"  # on a decoder that has one
 
 
 @dataclass
 class LFormerOutput:
-    """What an L-Former gives; also by name, ``output["logits_lm"]``, where it is not None.
+    """Holds the output of an L-Former; also by name, ``output["logits_lm"]``, where it is not None.
 
     No `transformers.utils.ModelOutput`: the field ``values`` would hide the method by which wrappers such as FSDP2's
     take one apart.
@@ -66,8 +83,8 @@ class LFormerOutput:
 register_dataclass(LFormerOutput)
 
 
-class LFormer(nn.Module):
-    """A causal language model, its side path and the heads on the state.
+class LFormer(Attachment):
+    """Is a causal language model with its side path and the heads on the state.
 
     A base that is made here is trained with the rest (phase ``joint``), one that is attached is frozen (phase ``a``);
     see `set_phase`.
@@ -110,8 +127,8 @@ class LFormer(nn.Module):
         self._seen: _Seen | None = None
         self._reading = self._asked = False
         self._hooks = [
-            decoder.register_forward_pre_hook(self._ask, with_kwargs=True),
-            decoder.register_forward_hook(self._read, with_kwargs=True),
+            decoder.register_forward_pre_hook(self._request_states, with_kwargs=True),
+            decoder.register_forward_hook(self._collect_states, with_kwargs=True),
         ]
         setattr(decoder, _MARK, True)
         self.phase = "joint"
@@ -119,7 +136,7 @@ class LFormer(nn.Module):
             self.set_phase("a")
 
     def set_phase(self, phase: str) -> LFormer:
-        """``a``: the base is frozen, in evaluation mode, and no gradient reaches it. ``b``: its last
+        """Sets the phase. ``a``: the base is frozen, in evaluation mode, without gradients. ``b``: its last
         ``last_k_unfreeze`` layers train too, end to end. ``joint``: everything trains, and ``detach_taps`` says whether
         the side path's losses reach the base."""
         if phase not in PHASES:
@@ -132,14 +149,14 @@ class LFormer(nn.Module):
         return self.train(self.training)
 
     def train(self, mode: bool = True) -> LFormer:
-        """As of every module; a frozen base stays in evaluation mode."""
+        """Sets the mode as of every module, but a frozen base stays in evaluation mode."""
         super().train(mode)
         if self.phase == "a":
             self.base.eval()
         return self
 
     def unfrozen(self) -> list[nn.Parameter]:
-        """Parameters of the base's last ``last_k_unfreeze`` layers."""
+        """Returns parameters of the base's last ``last_k_unfreeze`` layers."""
         layers = _parts(self.base)[1]
         chosen = layers[len(layers) - self.config.last_k_unfreeze :]
         return [parameter for layer in chosen for parameter in layer.parameters()]
@@ -186,11 +203,11 @@ class LFormer(nn.Module):
         return output
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's ``generate``, with the state blended in where the config says so."""
+        """Returns the base's ``generate``, with the state blended in where the config says so."""
         return self.base.generate(*args, **kwargs)
 
     def remove(self) -> Any:
-        """Takes the side path off and returns the base, as trainable as it was."""
+        """Detaches the side path and returns the base, as trainable as it was."""
         for hook in self._hooks:
             hook.remove()
         decoder = _parts(self.base)[0]
@@ -200,8 +217,58 @@ class LFormer(nn.Module):
             parameter.requires_grad_(requires_grad)
         return self.base.train(self._was[1])
 
-    save_pretrained = save_pretrained
-    from_pretrained = classmethod(load_pretrained)
+    # ---- files -------------------------------------------------------------------------------------------------------
+
+    def own_state(self) -> dict[str, Tensor]:
+        """Returns side path, heads and the base's layers that phase B trains; everything of a base made here."""
+        state = self.state_dict()
+        if self.owns_base:  # each tensor once: a tied head has the embedding's
+            names = {name for name, _ in [*self.named_parameters(), *self.named_buffers()]}
+            return {name: tensor for name, tensor in state.items() if name in names}
+        trained = {id(parameter) for parameter in self.unfrozen()}
+        names = {name for name, parameter in self.named_parameters() if id(parameter) in trained}
+        return {name: tensor for name, tensor in state.items() if not name.startswith("base.") or name in names}
+
+    def describe_base(self) -> dict[str, Any]:
+        """Returns what tells an attached base from another: kind, sizes, and a hash over its frozen parameters."""
+        trained = {id(parameter) for parameter in self.unfrozen()}
+        frozen = [(name, p) for name, p in self.base.named_parameters() if id(p) not in trained]
+        sizes = describe_model(SimpleNamespace(config=self.base.config.get_text_config()), (*DESCRIBED, "vocab_size"))
+        return {**sizes, "weights": weights_fingerprint(frozen, SAMPLE, list)}
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes the own parameters and the configuration into ``directory``, made if missing.
+
+        Of an attached base only the layers that phase B trains are written, and what tells it from another one.
+        """
+        settings = {"config": asdict(self.config), "base": None if self.owns_base else self.describe_base()}
+        save_own(Path(directory), self.own_state(), WEIGHTS_FILE, settings, CONFIG_FILE)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, base: Any = None) -> LFormer:
+        """Loads what `save_pretrained` wrote, onto ``base``, the same model as then, where it was not made here.
+
+        Raises:
+            ValueError: files are missing or do not fit each other, or ``base`` is another model; it is then as it was.
+        """
+        directory = Path(directory)
+        saved, state = read_own(directory, "L-Former", WEIGHTS_FILE, CONFIG_FILE)
+        config = read_config(ModelConfig, saved["config"], directory)
+        if (base is None) != (saved["base"] is None):
+            needs = "needs the base that it was attached to"
+            raise ValueError(
+                f"the L-Former in {directory} {needs if base is None else 'brings its own base, and takes no other'}"
+            )
+        model = cls(config, base)
+        try:
+            if saved["base"] is not None:
+                check_model(saved["base"], model.describe_base(), directory)
+            check_state(state, model.own_state(), directory)
+        except ValueError:
+            model.remove()
+            raise
+        model.load_state_dict(state, strict=False)
+        return model
 
     def gradient_checkpointing_enable(self) -> None:
         """Recomputes each layer of the base in backward."""
@@ -211,7 +278,7 @@ class LFormer(nn.Module):
 
     @property
     def detaches(self) -> bool:
-        """Whether the side path's losses stop at the taps."""
+        """Tells whether the side path's losses stop at the taps."""
         return self.phase == "a" or (self.phase == "joint" and self.config.detach_taps)
 
     def _run_base(self, input_ids: Tensor, attention_mask: Tensor | None, logits: bool) -> tuple[_Seen, Tensor | None]:
@@ -225,15 +292,15 @@ class LFormer(nn.Module):
         assert seen is not None
         return seen, output.logits if logits else None
 
-    def _ask(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Before the decoder runs: all its hidden states, please."""
+    def _request_states(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Asks the decoder, before it runs, for all its hidden states."""
         if not (self._reading or self.config.blend_into_lm):
             return None
         self._asked = bool(kwargs.get("output_hidden_states", decoder.config.output_hidden_states))
         return args, {**kwargs, "output_hidden_states": True, "return_dict": True}
 
-    def _read(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """After it ran: keep what was seen, and blend the state into what the language model's head will read."""
+    def _collect_states(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Keeps the hidden states, and blends the state into what the language model's head reads."""
         blends = self.config.blend_into_lm
         if not (self._reading or blends):
             return None
@@ -272,7 +339,7 @@ class LFormer(nn.Module):
             if values is not None:
                 losses["value"] = heads.value_loss(output.values, values)
         if heads.plan is not None:
-            output.plan = heads.plan.say(state)
+            output.plan = heads.plan.decode(state)
             if plan is not None:
                 losses["plan"] = heads.plan.loss(state, plan)
         return losses
@@ -290,13 +357,13 @@ class LFormer(nn.Module):
 
 @dataclass
 class _Seen:
-    """Hidden states of the base, and states of the side path where they are known already."""
+    """Holds hidden states of the base, and states of the side path where they are known already."""
 
     hidden: Sequence[Tensor]
     states: Tensor | None = None
 
 
-def attach(model: Any, config: ModelConfig | None = None, **options: Any) -> LFormer:
+def attach(model: Any, config: ModelConfig | str | None = None, **options: Any) -> LFormer:
     """Gives a Hugging Face causal language model a side path and heads, in place; it starts frozen (phase ``a``).
 
     With ``blend_into_lm`` the model itself, its ``generate`` too, then sees the state; as the gate starts at 0, its
@@ -304,8 +371,8 @@ def attach(model: Any, config: ModelConfig | None = None, **options: Any) -> LFo
 
     Args:
         model: every architecture whose decoder returns its hidden states.
-        config: `ModelConfig`; its sizes of the base are of no meaning here.
-        options: fields of `ModelConfig`, without a ``config``.
+        config: of the side path, or its aggregator by name; sizes of the base in it are ignored.
+        options: fields of `ModelConfig` that differ from it.
 
     Returns:
         The L-Former around the model; ``remove()`` takes it off again.
@@ -320,16 +387,11 @@ def attach(model: Any, config: ModelConfig | None = None, **options: Any) -> LFo
         >>> model(torch.arange(12).view(2, 6)).states.shape
         torch.Size([3, 2, 16])
     """
-    if config is not None and options:
-        raise ValueError(f"give a config or options, got both: {', '.join(options)}")
-    try:
-        return LFormer(ModelConfig(**options) if config is None else config, model)
-    except TypeError as error:
-        raise ValueError(str(error)) from error
+    return LFormer(resolve_config(ModelConfig, config, options, lambda name: ModelConfig(aggregator=name)), model)
 
 
 def make_base(config: ModelConfig) -> Any:
-    """A GPT-2 with fresh parameters."""
+    """Returns a GPT-2 with fresh parameters."""
     return GPT2LMHeadModel(
         GPT2Config(
             vocab_size=config.vocab_size, n_positions=config.max_length, n_embd=config.d_model,
@@ -340,19 +402,15 @@ def make_base(config: ModelConfig) -> Any:
 
 
 def _parts(base: Any) -> tuple[Any, nn.ModuleList]:
-    """The decoder of a causal language model, and its layers."""
+    """Returns the decoder of a causal language model, and its layers."""
     decoder = getattr(base, "base_model", None)
     if decoder is None or decoder is base or getattr(base, "get_output_embeddings", lambda: None)() is None:
         raise ValueError(f"a side path is for Hugging Face's causal language models, got {type(base).__name__}")
-    number = base.config.get_text_config().num_hidden_layers
-    for module in decoder.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == number:
-            return decoder, module
-    raise ValueError(f"found no list of {number} layers in {type(base).__name__}")
+    return decoder, layers_of(decoder)
 
 
 def last_counted(states: Tensor, mask: Tensor | None) -> Tensor:
-    """Of states per token ``[B, S, d]`` those of the last token that counts, ``[B, d]``."""
+    """Selects of states per token ``[B, S, d]`` those of the last token that counts, ``[B, d]``."""
     if mask is None:
         return states[:, -1]
     position = mask.shape[1] - 1 - mask.int().flip(1).argmax(1)

@@ -17,7 +17,7 @@ Aggregator = EMAAggregator | GRUAggregator | DepthAttentionAggregator
 
 
 class SidePath(nn.Module):
-    """Hidden states of a base to states of the side path: taps, their projections, and what is carried over depth.
+    """Maps hidden states of a base to states of the side path: taps, projections, aggregation over depth.
 
     Args:
         config: kind and sizes.
@@ -32,7 +32,7 @@ class SidePath(nn.Module):
         self.aggregator = make_aggregator(config, len(self.taps))
 
     def forward(self, hidden: Sequence[Tensor], mask: Tensor | None, last_only: bool = True) -> Tensor:
-        """``layers + 1`` hidden states ``[B, S, d_model]`` to states ``[L, B, d_side]``.
+        """Maps ``layers + 1`` hidden states ``[B, S, d_model]`` to states ``[L, B, d_side]``.
 
         Per token they are ``[L, B, S, d_side]``. With ``last_only`` L is 1.
         """
@@ -42,7 +42,7 @@ class SidePath(nn.Module):
 
 
 class HeadOnlyPath(nn.Module):
-    """The baseline without a side path: an MLP on the last hidden state, with as many parameters as a side path."""
+    """Is the baseline without a side path: an MLP on the last hidden state, with as many parameters as a side path."""
 
     def __init__(self, config: ModelConfig, layers: int, d_model: int) -> None:
         super().__init__()
@@ -55,13 +55,13 @@ class HeadOnlyPath(nn.Module):
         self.mlp = nn.Sequential(nn.GELU(), nn.Linear(width, config.d_side))
 
     def forward(self, hidden: Sequence[Tensor], mask: Tensor | None, last_only: bool = True) -> Tensor:
-        """As of `SidePath`, with one state."""
+        """Maps the last hidden state to one state, as `SidePath` does."""
         states: Tensor = self.mlp(self.projector([hidden[-1]], mask))
         return states
 
 
 def make_aggregator(config: ModelConfig, layers: int) -> Aggregator:
-    """The aggregator that ``config`` names."""
+    """Returns the aggregator that ``config`` names."""
     if config.aggregator == "gru":
         return GRUAggregator(layers, config.d_side)
     if config.aggregator == "attn":
@@ -70,18 +70,18 @@ def make_aggregator(config: ModelConfig, layers: int) -> Aggregator:
 
 
 def make_path(config: ModelConfig, layers: int, d_model: int) -> SidePath | HeadOnlyPath:
-    """The side path, or what stands in for it in ``head_only``."""
+    """Returns the side path, or what stands in for it in ``head_only``."""
     kind = HeadOnlyPath if config.aggregator == "head_only" else SidePath
     return kind(config, layers, d_model)
 
 
 def count(module: nn.Module) -> int:
-    """Parameters of a module."""
+    """Counts the parameters of a module."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 class Heads(nn.Module):
-    """Tool, value and plan from a state ``[B, d_side]``. Values are standardized inside (`calibrate`)."""
+    """Predicts tool, value and plan from a state ``[B, d_side]``. Values are standardized inside (`calibrate`)."""
 
     value_mean: Tensor
     value_std: Tensor
@@ -96,12 +96,12 @@ class Heads(nn.Module):
         self.register_buffer("value_std", torch.ones(1))
 
     def calibrate(self, values: Tensor) -> None:
-        """Take mean and standard deviation from the values of the training examples."""
+        """Takes mean and standard deviation from the values of the training examples."""
         self.value_mean.fill_(float(values.double().mean()))
         self.value_std.fill_(max(float(values.double().std()), 1e-6))
 
     def value_loss(self, predicted: Tensor, values: Tensor) -> Tensor:
-        """Mean square of the error in standard deviations: 1 for always saying the mean. NaN says there is no value."""
+        """Computes the mean squared error in standard deviations: 1 for always the mean. NaN: there is no value."""
         there = ~values.isnan()
         error = ((predicted - values.where(there, predicted)) / self.value_std).float()
         return error.square().sum() / there.sum().clamp(min=1)
@@ -131,7 +131,7 @@ class PlanDecoder(nn.Module):
         return logits
 
     def loss(self, state: Tensor, plan: Tensor) -> Tensor:
-        """Cross-entropy in nats: the mean over the steps of a plan and its end, then over plans."""
+        """Computes the cross-entropy in nats: the mean over the steps of a plan and its end, then over plans."""
         steps = plan != IGNORED
         lengths = steps.sum(1, keepdim=True)
         target = F.pad(plan, (0, 1), value=IGNORED).scatter(1, lengths, self.end)
@@ -140,8 +140,8 @@ class PlanDecoder(nn.Module):
         return (each.sum(1) / (lengths.squeeze(1) + 1)).mean()
 
     @torch.no_grad()
-    def say(self, state: Tensor) -> Tensor:
-        """The plan ``[B, length]`` that takes the likeliest step every time, −100 behind its end."""
+    def decode(self, state: Tensor) -> Tensor:
+        """Returns the plan ``[B, length]`` that takes the likeliest step every time, −100 behind its end."""
         hidden = state.unsqueeze(0).contiguous()
         step = torch.full((len(state), 1), self.end, device=state.device)
         ended, steps = torch.zeros_like(step, dtype=torch.bool), []

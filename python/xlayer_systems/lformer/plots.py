@@ -13,7 +13,7 @@ Evaluations = Sequence[Mapping[str, Any]]
 
 
 def plot_paths(runs: Mapping[str, Sequence[Evaluations]], path: Path) -> bool:
-    """Tool accuracy and gates over the steps; each layer's share in the state's way at the last evaluation.
+    """Plots tool accuracy and gates over the steps; each layer's share in the state's way at the last evaluation.
 
     Args:
         runs: per name the evaluations of its runs, one per seed. Gates are drawn of the first seed, a line per layer.

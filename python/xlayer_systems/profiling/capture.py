@@ -12,30 +12,32 @@ import torch
 from torch import Tensor
 
 from xlayer_systems.errors import UserError
-from xlayer_systems.jobs import RunSpec, build_model
-from xlayer_systems.ranges import WINDOW, listening, module_regions, nvtx_region, region, torch_region
-from xlayer_systems.runs import RunDirectory
-from xlayer_systems.training import Trainer, make_accelerator
+from xlayer_systems.runs.execute import build_model
+from xlayer_systems.runs.spec import RunSpec
+from xlayer_systems.runs.system import System
+from xlayer_systems.training.directory import RunDirectory
+from xlayer_systems.training.regions import WINDOW, listening, module_regions, nvtx_region, region, torch_region
+from xlayer_systems.training.trainer import Trainer, make_accelerator
 
 EVAL_BATCHES = 1
 
 
 class Capture(Protocol):
-    """A profiler: entered before the first step, left after the evaluation, and told of every step to warm up."""
+    """Is the interface of a profiler: entered before the first step, left after the evaluation."""
 
     def __enter__(self) -> Any: ...
 
     def __exit__(self, *_: object) -> Any: ...
 
     def warm_up(self) -> None:
-        """After each step that does not count; the next one after the last of them does."""
+        """Ends a step that does not count; the step after the last of them does."""
 
     def open(self, name: str) -> AbstractContextManager[Any]:
-        """A region that it will show."""
+        """Returns a region that it will show."""
 
 
 class TorchCapture:
-    """`torch.profiler`, which writes a Chrome trace to ``trace``."""
+    """Profiles with `torch.profiler`, which writes a Chrome trace to ``trace``."""
 
     def __init__(self, trace: Path, warmup: int) -> None:
         activities = [torch.profiler.ProfilerActivity.CPU]
@@ -63,7 +65,7 @@ class TorchCapture:
 
 
 class NsightCapture:
-    """For a process that Nsight Systems or Nsight Compute has started with the capture range ``cudaProfilerApi``."""
+    """Marks the capture range ``cudaProfilerApi`` in a process that Nsight Systems or Nsight Compute has started."""
 
     def __init__(self, warmup: int) -> None:
         self.left = warmup
@@ -84,7 +86,7 @@ class NsightCapture:
 
 
 class ShortValidation:
-    """``data`` with the first ``count`` of its validation examples."""
+    """Restricts ``data`` to the first ``count`` of its validation examples."""
 
     def __init__(self, data: Any, count: int) -> None:
         self._data = data
@@ -95,7 +97,7 @@ class ShortValidation:
 
 
 class ProfiledTrainer(Trainer):
-    """The loop, whose steps count for ``capture`` after ``warmup`` of them. It keeps no checkpoints."""
+    """Runs the loop with steps that count for ``capture`` after ``warmup`` of them. It keeps no checkpoints."""
 
     handles_signals = False
 
@@ -105,7 +107,7 @@ class ProfiledTrainer(Trainer):
         self._window = ExitStack()
 
     def train(self) -> dict[str, Any]:
-        """As of the loop."""
+        """Trains as the loop does, under the profiler."""
         with self.capture, self._window:
             return super().train()
 
@@ -123,7 +125,7 @@ class ProfiledTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         self._window.enter_context(listening(self.capture.open))
         self._window.enter_context(module_regions(model))
-        for index, frozen in enumerate(getattr(model, "frozen", ())):  # held by the model, but no submodules of it
+        for index, frozen in enumerate(model.frozen):  # held by the model, but no submodules of it
             self._window.enter_context(module_regions(frozen, f"frozen{index}."))
         self._window.enter_context(region(WINDOW))
         if torch.cuda.is_available():
@@ -137,8 +139,10 @@ class ProfiledTrainer(Trainer):
         return
 
 
-def run_steps(spec: RunSpec, data: Any, run: RunDirectory, capture: Capture, steps: int, warmup: int) -> None:
-    """``warmup`` steps, then ``steps`` of them and an evaluation on `EVAL_BATCHES` that count."""
+def run_steps(
+    system: System, spec: RunSpec, data: Any, run: RunDirectory, capture: Capture, steps: int, warmup: int
+) -> None:
+    """Takes ``warmup`` steps, then ``steps`` of them and an evaluation on `EVAL_BATCHES` that count."""
     total = warmup + steps
     # An epoch has at least one step; whatever the options say, the loop ends after these steps.
     options = dataclasses.replace(
@@ -147,8 +151,8 @@ def run_steps(spec: RunSpec, data: Any, run: RunDirectory, capture: Capture, ste
     accelerator = make_accelerator(options)
     if accelerator.num_processes > 1:
         raise UserError(f"a profile is taken of one process, not of {accelerator.num_processes}")
-    model = build_model(spec, data)
-    groups = spec.recipe.parameter_groups(model, options)
+    model = build_model(system, spec, data)
+    groups = system.parameter_groups(model, options)
     short = ShortValidation(data, EVAL_BATCHES * options.eval_batch_size)
     trainer = ProfiledTrainer(
         accelerator, model, groups, short, options, run, spec.seed, "profiling", capture=capture, warmup=warmup

@@ -23,18 +23,19 @@ from typing import Any
 import torch
 
 from xlayer_systems.errors import UserError
-from xlayer_systems.jobs import RunSpec
 from xlayer_systems.profiling import nsight
 from xlayer_systems.profiling.capture import EVAL_BATCHES, TorchCapture, run_steps
 from xlayer_systems.profiling.summary import Summary, format_summary, from_trace
-from xlayer_systems.runs import RunDirectory, disk_errors, environment
+from xlayer_systems.runs.spec import RunSpec
+from xlayer_systems.runs.system import System
+from xlayer_systems.training.directory import RunDirectory, disk_errors, environment
 
 AUTO, TORCH = "auto", "torch"
 TOOLS = (AUTO, TORCH, *nsight.TOOLS)
 
 
 def choose_tools(wanted: str) -> list[str]:
-    """The profilers to use, one after the other: those asked for, or the best that this machine has."""
+    """Returns the profilers to use, one after the other: those asked for, or the best that this machine has."""
     if wanted not in TOOLS:
         raise UserError(f"unknown tool {wanted!r}; expected one of {', '.join(TOOLS)}")
     missing = {tool: _missing(tool) for tool in nsight.TOOLS}
@@ -47,7 +48,7 @@ def choose_tools(wanted: str) -> list[str]:
 
 
 def _missing(tool: str) -> str | None:
-    """What a tool of Nsight lacks on this machine."""
+    """Returns what a tool of Nsight lacks on this machine."""
     if not torch.cuda.is_available():
         return "PyTorch sees no CUDA device"
     if shutil.which(tool) is None:
@@ -57,26 +58,28 @@ def _missing(tool: str) -> str | None:
     return None
 
 
-def profile_run(spec: RunSpec, path: Path, *, steps: int = 5, warmup: int = 3, tool: str = AUTO) -> list[str]:
-    """Profile ``steps`` steps of ``spec`` and an evaluation into a new run directory; the lines of the summary."""
+def profile_run(
+    system: System, spec: RunSpec, path: Path, *, steps: int = 5, warmup: int = 3, tool: str = AUTO
+) -> list[str]:
+    """Profiles ``steps`` steps of ``spec`` and an evaluation into a new run directory; the lines of the summary."""
     for name, count in (("steps", steps), ("warmup", warmup)):
         if count < 1:
             raise UserError(f"{name} must be at least 1, got {count}")
     tools = choose_tools(tool)
     with disk_errors(path), RunDirectory(path) as run:
-        return _profile(spec, run, steps, warmup, tools)
+        return _profile(system, spec, run, steps, warmup, tools)
 
 
-def _profile(spec: RunSpec, run: RunDirectory, steps: int, warmup: int, tools: list[str]) -> list[str]:
+def _profile(system: System, spec: RunSpec, run: RunDirectory, steps: int, warmup: int, tools: list[str]) -> list[str]:
     path = run.path
     if path.exists():
         raise UserError(f"run directory {path} exists; choose another --run-dir")
-    spec = _one_stage(spec)
-    data = spec.recipe.objective.prepare(spec)
+    spec = system.profiled(spec)
+    data = system.prepare(spec)
     run.create(spec.to_dict(), environment(data.fingerprint))
     commands: list[list[str]] = []
     if tools == [TORCH]:
-        run_steps(spec, data, run, TorchCapture(path / "trace.json", warmup), steps, warmup)
+        run_steps(system, spec, data, run, TorchCapture(path / "trace.json", warmup), steps, warmup)
         summary = from_trace(json.loads((path / "trace.json").read_text()))
     else:
         summary, commands = nsight.profile(tools, path, steps, warmup)
@@ -86,15 +89,6 @@ def _profile(spec: RunSpec, run: RunDirectory, steps: int, warmup: int, tools: l
     run.write_json("summary.json", {"steps": steps, "warmup": warmup, **summary.to_dict()})
     run.write_text("report.md", "\n".join(_report(spec, summary, lines, commands)) + "\n")
     return lines
-
-
-def _one_stage(spec: RunSpec) -> RunSpec:
-    """Of a run that has stages, the last one: the task."""
-    if getattr(spec.recipe, "stages", None) is None or getattr(spec.config, "stage", "both") != "both":
-        return spec
-    if spec.config is None:
-        raise UserError(f"{spec.system} {spec.preset} trains nothing; choose another --preset")
-    return dataclasses.replace(spec, config=dataclasses.replace(spec.config, stage="task"))
 
 
 def _report(spec: RunSpec, summary: Summary, lines: list[str], commands: list[list[str]]) -> list[str]:

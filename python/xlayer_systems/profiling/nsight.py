@@ -12,11 +12,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from xlayer_ext.nsight import Launch, kernel_name, read_ncu, read_nsys
 from xlayer_systems.errors import UserError
 from xlayer_systems.profiling.capture import NsightCapture, run_steps
+from xlayer_systems.profiling.nsight_tables import Launch, kernel_name, read_ncu, read_nsys
 from xlayer_systems.profiling.summary import Row, Summary, longest_first, split_regions
-from xlayer_systems.ranges import DOMAIN, WINDOW
+from xlayer_systems.training.regions import DOMAIN, WINDOW
 
 TOOLS = ("nsys", "ncu")
 NSYS_TABLES = ("cuda_gpu_kern_sum", "nvtx_sum")
@@ -30,12 +30,12 @@ Command = list[str]
 
 
 def watched(run: Path, steps: int, warmup: int) -> Command:
-    """The process whose steps the tools watch."""
+    """Returns the process whose steps the tools watch."""
     return [sys.executable, "-m", __name__, str(run), str(steps), str(warmup)]
 
 
 def nsys_commands(run: Path, steps: int, warmup: int) -> list[Command]:
-    """Take the report, then print each of `NSYS_TABLES`."""
+    """Returns the commands that take the report and then print each of `NSYS_TABLES`."""
     profile = ["nsys", "profile", "--trace=cuda,nvtx", "--sample=none", "--cpuctxsw=none"]
     profile += ["--capture-range=cudaProfilerApi", "--capture-range-end=stop", "--force-overwrite=true"]
     profile += [f"--output={run / 'nsys'}", *watched(run, steps, warmup)]
@@ -45,7 +45,7 @@ def nsys_commands(run: Path, steps: int, warmup: int) -> list[Command]:
 
 
 def ncu_commands(run: Path, warmup: int) -> list[Command]:
-    """Take the report of one step, then print its table."""
+    """Returns the commands that take the report of one step and then print its table."""
     profile = ["ncu", "--profile-from-start=off", f"--launch-count={NCU_LAUNCHES}", "--clock-control=none"]
     profile += ["--force-overwrite", *(f"--section={name}" for name in NCU_SECTIONS)]
     profile += [f"--export={run / 'ncu'}", *watched(run, 1, warmup)]
@@ -54,7 +54,7 @@ def ncu_commands(run: Path, warmup: int) -> list[Command]:
 
 
 def profile(tools: Sequence[str], run: Path, steps: int, warmup: int) -> tuple[Summary, list[Command]]:
-    """Run the tools one after the other; what they found as one summary, and the commands."""
+    """Runs the tools one after the other; what they found as one summary, and the commands."""
     commands: list[Command] = []
     summary: Summary | None = None
     launches: list[Launch] = []
@@ -75,7 +75,7 @@ def profile(tools: Sequence[str], run: Path, steps: int, warmup: int) -> tuple[S
 
 
 def from_nsys(kernels: Iterable[str], regions: Iterable[str]) -> Summary:
-    """Of the tables cuda_gpu_kern_sum and nvtx_sum. Busy: the sum over kernels, so that concurrent ones count twice."""
+    """Summarizes the tables cuda_gpu_kern_sum and nvtx_sum. Busy: the sum over kernels; concurrent ones count twice."""
     times: dict[str, list[float]] = defaultdict(list)
     calls: dict[str, int] = defaultdict(int)
     for row in read_nsys(kernels):
@@ -97,7 +97,7 @@ def from_nsys(kernels: Iterable[str], regions: Iterable[str]) -> Summary:
 
 
 def ncu_rows(launches: Iterable[Launch]) -> list[Row]:
-    """One row per kernel; bandwidth (of DRAM) and occupancy are weighted by time."""
+    """Returns one row per kernel; bandwidth (of DRAM) and occupancy are weighted by time."""
     groups: dict[str, list[tuple[float, float | None, float | None]]] = defaultdict(list)
     for launch in launches:
         time = (launch.largest(TIME) or 0.0) * 1e-9
@@ -113,13 +113,13 @@ def ncu_rows(launches: Iterable[Launch]) -> list[Row]:
 
 
 def from_ncu(launches: Iterable[Launch]) -> Summary:
-    """Of Nsight Compute alone, which runs one kernel at a time: the window is what the kernels took."""
+    """Summarizes Nsight Compute alone, which runs one kernel at a time: the window is what the kernels took."""
     rows = ncu_rows(launches)
     return Summary("Nsight Compute", "cuda", sum(row.seconds for row in rows), 1.0, [], rows, [])
 
 
 def with_ncu(summary: Summary, launches: Iterable[Launch]) -> Summary:
-    """``summary`` by Nsight Systems, with the bandwidth and the occupancy that Nsight Compute saw."""
+    """Adds the bandwidth and the occupancy that Nsight Compute measured to ``summary`` of Nsight Systems."""
     seen = {row.name: row for row in ncu_rows(launches)}
     rows = []
     for row in summary.kernels:
@@ -144,7 +144,7 @@ def _mean(weighted: Sequence[tuple[float, float | None]]) -> float | None:
 
 
 def _run_all(tool: str, commands: Iterable[Command], run: Path) -> list[str]:
-    """What each command prints; all of it goes to ``<tool>.log`` in the run directory."""
+    """Returns what each command prints; all of it goes to ``<tool>.log`` in the run directory."""
     log, outputs = run / f"{tool}.log", []
     log.write_text("")
     for command in commands:
@@ -159,13 +159,13 @@ def _run_all(tool: str, commands: Iterable[Command], run: Path) -> list[str]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """The steps of a run directory, under the tool that started this process."""
-    from xlayer_systems.jobs import RunSpec
-    from xlayer_systems.runs import RunDirectory
+    """Takes the steps of a run directory, under the tool that started this process."""
+    from xlayer_systems.registry import open_run
+    from xlayer_systems.training.directory import RunDirectory
 
     run, steps, warmup = RunDirectory(Path(arguments[0])), int(arguments[1]), int(arguments[2])
-    spec = RunSpec.from_dict(run.read_config()["run"])
-    run_steps(spec, spec.recipe.objective.prepare(spec), run, NsightCapture(warmup), steps, warmup)
+    system, spec = open_run(run.path)
+    run_steps(system, spec, system.prepare(spec), run, NsightCapture(warmup), steps, warmup)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from xlayer_ext.nsight import kernel_name
-from xlayer_systems.objectives import table
-from xlayer_systems.ranges import DOMAIN, MODULE, PHASES, WINDOW
+from xlayer_systems.profiling.nsight_tables import kernel_name
+from xlayer_systems.reporting.tables import table
+from xlayer_systems.training.regions import DOMAIN, MODULE, PHASES, WINDOW
 
 GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 CPU_WORK = "cpu_op"
@@ -29,7 +29,7 @@ Event = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Row:
-    """A region, a kernel or an operator. ``seconds``: of an operator without those that it called.
+    """Holds a region, a kernel or an operator. ``seconds``: of an operator without those that it called.
 
     ``bandwidth`` in bytes per second and ``occupancy`` (resident warps over the most possible) where they are known.
     """
@@ -43,7 +43,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """``seconds`` of the window, ``busy``: the share of them in which the device was at work. Rows: longest first."""
+    """Holds ``seconds`` of the window and ``busy``, the share in which the device worked. Rows: longest first."""
 
     tool: str
     device: str
@@ -54,12 +54,12 @@ class Summary:
     modules: list[Row]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """Returns a JSON-able dict."""
         return dataclasses.asdict(self)
 
 
 def from_trace(trace: Mapping[str, Any]) -> Summary:
-    """Of a trace that `xlayer_systems.profiling.capture` took; times in it are microseconds."""
+    """Summarizes a trace that `xlayer_systems.profiling.capture` took; times in it are microseconds."""
     events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
     regions = [e for e in events if e.get("cat") == "user_annotation" and e["name"].startswith(f"{DOMAIN}/")]
     window = next(e for e in regions if e["name"] == f"{DOMAIN}/{WINDOW}")
@@ -99,7 +99,7 @@ def longest_first(rows: Iterable[Row]) -> list[Row]:
 
 
 def covered(intervals: Iterable[tuple[float, float]]) -> float:
-    """Length of the union of intervals."""
+    """Returns the length of the union of intervals."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted(intervals):
         total += max(0.0, end - max(start, reached))
@@ -108,7 +108,7 @@ def covered(intervals: Iterable[tuple[float, float]]) -> float:
 
 
 def format_summary(summary: Summary) -> list[str]:
-    """Lines of plain text."""
+    """Returns lines of plain text."""
     on_cpu = summary.device == "cpu"
     worker = "operators on the CPU" if on_cpu else "kernels and copies on the GPU"
     lines = [f"{1e3 * summary.seconds:.1f} ms, {100 * summary.busy:.1f} % of them with {worker} ({summary.tool})"]
@@ -189,7 +189,7 @@ def _operators(events: Sequence[Event]) -> list[Row]:
 
 
 def with_own_time(events: Iterable[Event]) -> list[tuple[Event, float]]:
-    """The events of a thread, each with its duration without the events inside it."""
+    """Returns the events of a thread, each with its duration without the events inside it."""
     ordered = sorted(events, key=lambda event: (event["ts"], -event["dur"]))
     own = [event["dur"] for event in ordered]
     outer: list[int] = []

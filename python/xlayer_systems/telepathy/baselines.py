@@ -28,9 +28,8 @@ import torch
 from torch import Tensor
 
 from xlayer_systems.data.answers import AnswerExample, AnswerTask
-from xlayer_systems.options import TelepathyOptions
 from xlayer_systems.telepathy import receiver as receiving
-from xlayer_systems.telepathy.config import TelepathyConfig
+from xlayer_systems.telepathy.config import TelepathyConfig, TelepathyOptions
 from xlayer_systems.telepathy.evaluation import score
 from xlayer_systems.telepathy.model import TelepathyModel
 from xlayer_systems.telepathy.probe import Pooled, fit_probe, pool
@@ -61,7 +60,7 @@ def run_baselines(
     seed: int,
     limit: int | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Run every baseline; the seed and the models determine all but the times.
+    """Runs every baseline; the seed and the models determine all but the times.
 
     Args:
         config: of the bridge: soft tokens, primer and source layer.
@@ -88,7 +87,7 @@ Result = tuple[Sequence[str], dict[str, Any]]  # a text per example, and notes f
 
 
 class _Run:
-    """The baselines of one task and pair; what two of them need is made once."""
+    """Runs the baselines of one task and pair; what two of them need is made once."""
 
     def __init__(
         self,
@@ -110,7 +109,7 @@ class _Run:
         self._summaries: tuple[list[str], list[str]] | None = None
 
     def all(self) -> dict[str, Callable[[], Result]]:
-        """Name to baseline, in the order of the report."""
+        """Returns the baselines by name, in the order of the report."""
         baselines: dict[str, Callable[[], Result]] = {
             "majority": self.majority,
             "random": self.random,
@@ -153,7 +152,7 @@ class _Run:
         return rank_labels(*reader, prompts, self.task.labels, BATCH), {}
 
     def summaries(self) -> tuple[list[str], list[str]]:
-        """The sender's, of the texts that are read and of the solved examples."""
+        """Returns the sender's, of the texts that are read and of the solved examples."""
         if self._summaries is None:
             texts = [*self.read_texts, *(shot.text for shot in self.shots)]
             prompts = summary_prompts(self.sender[1], texts, self.options.max_length)
@@ -199,7 +198,7 @@ class _Run:
     def noise(self) -> Result:
         ids, mask = self.sender_batch(self.texts[:BATCH])
         with torch.no_grad():
-            soft = self.model.speak(ids, mask).soft
+            soft = self.model.encode_message(ids, mask).soft
         rms = soft.double().square().mean().sqrt().item()
         generator = torch.Generator().manual_seed(self.seed)
 
@@ -234,7 +233,7 @@ class _Run:
         )
 
     def _answers(self, soft: Callable[[int], Tensor], prompts: Sequence[Sequence[int]] | None) -> list[str]:
-        """What the receiver says to ``soft(rows)``, batch by batch."""
+        """Returns what the receiver says to ``soft(rows)``, batch by batch."""
         said: list[str] = []
         for first in range(0, len(self.examples), BATCH):
             count = min(BATCH, len(self.examples) - first)
@@ -244,7 +243,7 @@ class _Run:
 
 
 def _drawn(examples: Sequence[AnswerExample], limit: int | None, seed: int) -> Sequence[AnswerExample]:
-    """``limit`` of the examples, in their order; all where there are no more."""
+    """Draws ``limit`` of the examples, in their order; all where there are no more."""
     if limit is None or limit >= len(examples):
         return examples
     chosen = random.Random(f"validation/{seed}").sample(range(len(examples)), limit)

@@ -1,8 +1,7 @@
-"""What is trained: from the sender's hidden states to soft tokens that the receiver can read."""
+"""Bridge from the sender's hidden states to soft tokens that the receiver can read."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,23 +9,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from xlayer_ext.nn import (
-    FSQ,
-    DiffusionBridge,
-    PerceiverResampler,
-    RMSScale,
-    StatisticalNormalizer,
-    TanhScale,
-    VectorQuantizer,
-)
-from xlayer_systems.errors import UserError
+from xlayer_ext.nn import FSQ, VectorQuantizer
+from xlayer_systems.hf.pretrained import check_state, read_config, read_own, save_own
 from xlayer_systems.telepathy.config import TelepathyConfig
+from xlayer_systems.telepathy.diffusion import DiffusionBridge
+from xlayer_systems.telepathy.resampler import PerceiverResampler, RMSScale, StatisticalNormalizer, TanhScale
 
 WEIGHTS, DESCRIPTION = "bridge.safetensors", "bridge.json"
 
 
 class BridgeOutput(NamedTuple):
-    """What a bridge makes of a batch.
+    """Holds the output of a bridge for a batch.
 
     Attributes:
         soft: ``[B, K, d]``, in the scale of the receiver's embeddings.
@@ -52,7 +45,7 @@ class Dimensions(NamedTuple):
 
 
 class TelepathyBridge(nn.Module):
-    """Normalizer, resampler or diffusion transformer, quantizer, output scale; heads for the losses that need one.
+    """Combines normalizer, resampler or diffusion transformer, quantizer and output scale, with heads for the losses.
 
     Args:
         config: the bridge.
@@ -67,7 +60,7 @@ class TelepathyBridge(nn.Module):
         source, target, vocabulary = dimensions
         width = config.width or target
         if width % config.heads:
-            raise UserError(f"heads must divide the bridge's width {width}, got {config.heads}")
+            raise ValueError(f"heads must divide the bridge's width {width}, got {config.heads}")
         self.normalizer: nn.Module = nn.Identity()
         if config.normalizer != "none":
             self.normalizer = StatisticalNormalizer(source, target, learnable=config.normalizer == "learnable")
@@ -107,7 +100,7 @@ class TelepathyBridge(nn.Module):
 
     @property
     def samples(self) -> bool:
-        """Whether training makes soft tokens: a diffusion transformer alone can do without."""
+        """Tells whether training makes soft tokens: a diffusion transformer alone can do without."""
         config = self.config
         others = (
             config.lm, config.anchor, config.info_nce, config.reconstruction, config.bag_of_words,
@@ -116,7 +109,7 @@ class TelepathyBridge(nn.Module):
         return config.bridge != "dit" or any(weight > 0 for weight in others)
 
     def forward(self, states: Tensor, mask: Tensor, generator: torch.Generator | None = None) -> BridgeOutput:
-        """``states [B, T, d_s]`` of the sender, ``mask [B, T]`` bool; ``generator``: of the diffusion's noise."""
+        """Maps ``states [B, T, d_s]``, ``mask [B, T]`` bool, to a message; ``generator``: of the diffusion's noise."""
         states = self.normalizer(_kept(states, mask))
         config = self.config
         if self.dit is not None:
@@ -135,54 +128,50 @@ class TelepathyBridge(nn.Module):
     def flow_loss(
         self, states: Tensor, mask: Tensor, target: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Rectified flow towards the embeddings ``target [B, K, d]``."""
+        """Computes the rectified flow's loss towards the embeddings ``target [B, K, d]``."""
         if self.dit is None:
-            raise UserError(f"only a dit bridge has a flow loss, this one is {self.config.bridge}")
+            raise ValueError(f"only a dit bridge has a flow loss, this one is {self.config.bridge}")
         return self.dit.loss(self.normalizer(_kept(states, mask)), mask, target, generator)
 
     def calibrate(self, batches: Iterable[tuple[Tensor, Tensor]], target_embeddings: Tensor) -> None:
-        """Measure the statistics of the source (states and mask per batch) and of the receiver's embeddings."""
+        """Measures the statistics of the source (states and mask per batch) and of the receiver's embeddings."""
         if isinstance(self.normalizer, StatisticalNormalizer):
             self.normalizer.calibrate(batches, target_embeddings)
 
     def save_pretrained(self, folder: Path, pair: Mapping[str, Any]) -> None:
-        """Write the bridge alone, beside which models it is for: ``pair`` of `describe_pair`."""
-        from safetensors.torch import save_file
-
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.contiguous() for name, value in self.state_dict().items()}, folder / WEIGHTS)
+        """Writes the bridge alone, beside which models it is for: ``pair`` of `describe_pair`."""
         description = {
             "config": self.config.to_dict(),
             "dimensions": self.dimensions._asdict(),
             "target_rms": self.target_rms,
             **pair,
         }
-        (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+        save_own(folder, self.state_dict(), WEIGHTS, description, DESCRIPTION)
 
     @classmethod
     def from_pretrained(cls, folder: Path, pair: Mapping[str, Any]) -> TelepathyBridge:
-        """The inverse; models other than those that it was trained between raise `UserError`."""
-        from safetensors.torch import load_file
+        """Loads what `save_pretrained` wrote.
 
-        try:
-            stored = json.loads((folder / DESCRIPTION).read_text())
-            weights = load_file(folder / WEIGHTS)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder} holds no bridge: expected {DESCRIPTION} and {WEIGHTS} ({error})") from error
+        Raises:
+            ValueError: files are missing or do not fit, or ``pair`` is not what the bridge was trained between.
+        """
+        stored, weights = read_own(folder, "bridge", WEIGHTS, DESCRIPTION)
         for role in ("sender", "receiver"):
             trained, given = stored[role], pair[role]
             if trained["fingerprint"] != given["fingerprint"]:
-                raise UserError(
+                raise ValueError(
                     f"this bridge was trained for the {role} {trained['name']} ({trained['fingerprint']}), "
                     f"got {given['name']} ({given['fingerprint']})"
                 )
-        bridge = cls(TelepathyConfig(**stored["config"]), Dimensions(**stored["dimensions"]), stored["target_rms"])
+        config = read_config(TelepathyConfig, stored["config"], folder)
+        bridge = cls(config, Dimensions(**stored["dimensions"]), stored["target_rms"])
+        check_state(weights, bridge.state_dict(), folder)
         bridge.load_state_dict(weights)
         return bridge
 
 
 def start_as_messages(resampler: PerceiverResampler) -> None:
-    """Let the first messages depend on the texts.
+    """Lets the first messages depend on the texts.
 
     Normalized states are as small as the receiver's embeddings, so a usual bias is as large as what it is added to, and
     projections that keep a third of the variance leave little of the source beside the queries: messages then start

@@ -1,109 +1,120 @@
-"""What defines a bridge between two frozen language models."""
+"""Configuration of a bridge between two frozen language models."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any, Literal
 
-from xlayer_systems.errors import UserError
+from xlayer_systems.training.options import LoopOptions, check_fields, option, redefault
 
 LOSSES = ("lm", "flow", "anchor", "info_nce", "reconstruction", "bag_of_words", "batch_diversity", "variance_diversity")
 
 
 @dataclasses.dataclass(frozen=True)
 class TelepathyConfig:
-    """A bridge and its objective. The defaults are the report's final set-up for classification.
+    """Defines a bridge and its objective. The defaults are the report's final set-up for classification.
 
-    Attributes:
-        sender: name of the causal language model that reads the text.
-        receiver: name of the one that answers; both stay frozen.
-        source_layer: whose output the bridge reads, counted from the embeddings (0); -1 is the last.
-        source_depth: the same as a share of the sender's layers, so that a preset fits any depth; wins over
-            ``source_layer``.
-        soft_tokens: K, the vectors that the receiver gets in place of the text.
-        primer: text before the soft tokens.
-        bridge: ``continuous`` and ``vq``, ``fsq`` are a Perceiver resampler, alone and with a quantizer behind it;
-            ``dit`` is a diffusion transformer trained by rectified flow.
-        conditioning: how the diffusion transformer sees the source.
-        depth: blocks of the resampler or the diffusion transformer.
-        heads: attention heads of a block; must divide the width.
-        width: inner width; None takes the receiver's.
-        scaling: what brings the output to the scale of the receiver's embeddings.
-        target_rms: that scale; None measures it.
-        normalizer: standardize the source with statistics that were ``calibrated`` on training examples, let them
-            learn on, or leave the source alone.
-        calibration_examples: how many examples the statistics come from.
-        lm, flow, anchor, info_nce, reconstruction, bag_of_words, batch_diversity, variance_diversity: weights of the
-            losses. With ``lm`` 0 nothing goes through the receiver; ``flow`` is used by ``dit`` alone.
-        anchor_target: whose embeddings the anchor loss and the flow aim at.
-        target: what the receiver must say, the answer, or the text and then the answer.
-        first_k: so many tokens of the target, the first, weigh ``first_weight`` in the language-modelling loss.
-        codebook_size, metric, ema, decay, commitment, entropy, revive_below: of the vector quantizer; codes whose
-            moving average of uses falls below ``revive_below`` are revived, 0 leaves them dead.
-        levels: of finite scalar quantization, one per dimension.
-        dit_steps: Euler steps from noise to soft tokens.
+    Raises:
+        ValueError: a value is out of range.
     """
 
-    sender: str = "decoder-sender"
-    receiver: str = "decoder-receiver"
-    source_layer: int = -1
-    source_depth: float | None = None
-    soft_tokens: int = 8
-    primer: str = "Answer: "
-    bridge: Literal["continuous", "vq", "fsq", "dit"] = "continuous"
-    conditioning: Literal["pooled", "cross", "hybrid"] = "hybrid"
-    depth: int = 2
-    heads: int = 8
-    width: int | None = None
-    scaling: Literal["rms", "tanh", "none"] = "rms"
-    target_rms: float | None = None
-    normalizer: Literal["none", "calibrated", "learnable"] = "calibrated"
-    calibration_examples: int = 500
-    lm: float = 1.0
-    flow: float = 1.0
-    anchor: float = 0.0
-    info_nce: float = 0.0
-    reconstruction: float = 0.0
-    bag_of_words: float = 0.0
-    batch_diversity: float = 0.1
-    variance_diversity: float = 0.0
-    anchor_target: Literal["answer", "question"] = "answer"
-    target: Literal["answer", "question_answer"] = "answer"
-    first_k: int | None = None
-    first_weight: float = 1.0
-    codebook_size: int = 512
-    metric: Literal["euclidean", "cosine"] = "cosine"
-    ema: bool = True
-    decay: float = 0.99
-    commitment: float = 0.25
-    entropy: float = 0.0
-    revive_below: float = 0.0
-    levels: tuple[int, ...] = (8, 8, 8, 8, 8, 8, 8, 8)
-    dit_steps: int = 10
+    sender: str = option("decoder-sender", "causal language model that reads the text; stays frozen")
+    receiver: str = option("decoder-receiver", "causal language model that answers; stays frozen")
+    source_layer: int = option(-1, "whose output the bridge reads, counted from the embeddings (0); -1 is the last")
+    source_depth: float | None = option(
+        None, "the same as a share of the sender's layers, so that a preset fits any depth; wins", minimum=0, maximum=1
+    )
+    soft_tokens: int = option(8, "vectors that the receiver gets in place of the text", minimum=1)
+    primer: str = option("Answer: ", "text before the soft tokens")
+    bridge: Literal["continuous", "vq", "fsq", "dit"] = option(
+        "continuous",
+        "continuous, vq, fsq: a Perceiver resampler, alone and with a quantizer behind it; dit: a diffusion "
+        "transformer trained by rectified flow",
+    )
+    conditioning: Literal["pooled", "cross", "hybrid"] = option(
+        "hybrid", "how the diffusion transformer sees the source"
+    )
+    depth: int = option(2, "blocks of the resampler or the diffusion transformer", minimum=1)
+    heads: int = option(8, "attention heads of a block; must divide the width", minimum=1)
+    width: int | None = option(None, "inner width; none takes the receiver's", minimum=1)
+    scaling: Literal["rms", "tanh", "none"] = option(
+        "rms", "brings the output to the scale of the receiver's embeddings"
+    )
+    target_rms: float | None = option(None, "that scale; none measures it", above=0)
+    normalizer: Literal["none", "calibrated", "learnable"] = option(
+        "calibrated",
+        "standardize the source with statistics that were calibrated on training examples, let them learn on, or leave "
+        "the source alone",
+    )
+    calibration_examples: int = option(500, "examples that the statistics come from", minimum=1)
+    lm: float = option(
+        1.0, "weight of the language-modelling loss; with 0 nothing goes through the receiver", minimum=0
+    )
+    flow: float = option(1.0, "weight of the rectified flow, used by dit alone", minimum=0)
+    anchor: float = option(0.0, "weight of the anchor loss", minimum=0)
+    info_nce: float = option(0.0, "weight of the contrast between messages", minimum=0)
+    reconstruction: float = option(0.0, "weight of the reconstruction of the sender's states", minimum=0)
+    bag_of_words: float = option(0.0, "weight of naming the text's words", minimum=0)
+    batch_diversity: float = option(0.1, "weight of the difference between messages of a batch", minimum=0)
+    variance_diversity: float = option(0.0, "weight of the variance of the codes", minimum=0)
+    anchor_target: Literal["answer", "question"] = option(
+        "answer", "whose embeddings the anchor loss and the flow aim at"
+    )
+    target: Literal["answer", "question_answer"] = option(
+        "answer", "what the receiver must generate: the answer, or the text and then the answer"
+    )
+    first_k: int | None = option(None, "so many tokens of the target, the first, weigh first_weight", minimum=1)
+    first_weight: float = option(1.0, "their weight in the language-modelling loss", minimum=0)
+    codebook_size: int = option(512, "codes of the vector quantizer", minimum=1)
+    metric: Literal["euclidean", "cosine"] = option("cosine", "distance of the vector quantizer")
+    ema: bool = option(True, "update the codebook by moving averages")
+    decay: float = option(0.99, "decay of those averages", minimum=0, maximum=1)
+    commitment: float = option(0.25, "weight of the commitment loss", minimum=0)
+    entropy: float = option(0.0, "weight of the entropy of the codes in use", minimum=0)
+    revive_below: float = option(
+        0.0, "codes whose moving average of uses falls below this are revived; 0 leaves them dead", minimum=0
+    )
+    levels: tuple[int, ...] = option(
+        (8, 8, 8, 8, 8, 8, 8, 8), "levels of finite scalar quantization, one per dimension", minimum=2
+    )
+    dit_steps: int = option(10, "Euler steps from noise to soft tokens", minimum=1)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "levels", tuple(self.levels))
-        for name in ("soft_tokens", "depth", "heads", "codebook_size", "dit_steps", "calibration_examples"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in LOSSES:
-            if getattr(self, name) < 0:
-                raise UserError(f"the weight {name} must not be negative, got {getattr(self, name)}")
+        check_fields(self)
         if not any(getattr(self, name) > 0 for name in LOSSES):
-            raise UserError(f"a bridge without a loss learns nothing; expected one of {', '.join(LOSSES)} above 0")
-        if self.source_depth is not None and not 0 <= self.source_depth <= 1:
-            raise UserError(f"source_depth is a share of the layers between 0 and 1, got {self.source_depth}")
-        if min(self.levels, default=0) < 2:
-            raise UserError(f"levels must name at least one dimension of 2 or more levels, got {self.levels}")
+            raise ValueError(f"a bridge without a loss learns nothing; expected one of {', '.join(LOSSES)} above 0")
+        if not self.levels:
+            raise ValueError("levels must name at least one dimension")
 
     def layer(self, layers: int) -> int:
-        """Index into the ``layers + 1`` hidden states of a sender with ``layers`` layers."""
+        """Returns the index into the ``layers + 1`` hidden states of a sender with ``layers`` layers."""
         if self.source_depth is not None:
             return round(self.source_depth * layers)
         if not -layers - 1 <= self.source_layer <= layers:
-            raise UserError(f"source_layer must be between {-layers - 1} and {layers}, got {self.source_layer}")
+            raise ValueError(f"source_layer must be between {-layers - 1} and {layers}, got {self.source_layer}")
         return self.source_layer % (layers + 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able; ``TelepathyConfig(**d)`` is the inverse."""
+        """Returns a JSON-able dict; ``TelepathyConfig(**d)`` is the inverse."""
         return {**dataclasses.asdict(self), "levels": list(self.levels)}
+
+
+@dataclasses.dataclass(frozen=True)
+class TelepathyOptions(LoopOptions):
+    """Holds how to train a bridge between two frozen language models. The defaults are those for classification."""
+
+    epochs: int = redefault(LoopOptions, "epochs", 100)
+    max_steps: int | None = redefault(LoopOptions, "max_steps", 2000)
+    batch_size: int = redefault(LoopOptions, "batch_size", 16)
+    max_length: int = redefault(LoopOptions, "max_length", 256, "tokens of the text that the sender reads")
+    learning_rate: float = option(2e-4, "learning rate of the bridge", minimum=0)
+    eval_every: int | None = redefault(LoopOptions, "eval_every", 500)
+    eval_examples: int | None = option(
+        None, "validation examples that evaluations during training use, evenly spaced; none: all", minimum=1
+    )
+    max_new_tokens: int | None = option(None, "longest answer; none takes the longest of training", minimum=1)
+    keep_states: bool = option(
+        False, "compute the sender's states of all texts once and keep them in memory, instead of every time"
+    )
+    baselines: bool = option(True, "after training, run every baseline on the same task and measure latencies")

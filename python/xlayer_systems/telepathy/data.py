@@ -22,7 +22,7 @@ ANSWER_MARK = "Answer:"
 
 @dataclass(frozen=True)
 class Spoken:
-    """An example as token ids: the sender's of the text, the receiver's of text, answer and target.
+    """Holds an example as token ids: the sender's of the text, the receiver's of text, answer and target.
 
     ``states``: what the sender makes of the text ``[T, d]``, once `TelepathyData.keep_states` has asked it.
     """
@@ -36,7 +36,7 @@ class Spoken:
 
 
 class TelepathyData:
-    """An `AnswerTask` under two tokenizers.
+    """Encodes an `AnswerTask` with two tokenizers.
 
     Args:
         task: the examples.
@@ -71,11 +71,11 @@ class TelepathyData:
         return self.task.fingerprint
 
     def lengths(self) -> list[int]:
-        """Tokens of each training example."""
+        """Returns the number of tokens of each training example."""
         return [len(example.input_ids) for example in self.train]
 
     def keep_states(self, encode: Callable[[Tensor, Tensor], Tensor], layer: int) -> None:
-        """Ask the sender once for the states of every text: it is frozen, and a run reads each text many times.
+        """Asks the sender once for the states of every text: it is frozen, and a run reads each text many times.
 
         Args:
             encode: from input_ids and attention_mask ``[B, T]`` to states ``[B, T, d]``.
@@ -86,7 +86,7 @@ class TelepathyData:
             self.layer = layer
 
     def collate(self, examples: Sequence[Spoken]) -> dict[str, Tensor]:
-        """input_ids and attention_mask ``[B, T]``; target_ids, answer_ids, question_ids, each padded with −100;
+        """Returns input_ids and attention_mask ``[B, T]``; target_ids, answer_ids, question_ids, each padded with −100;
         example ``[B]``: numbers in the task's split; states ``[B, T, d]`` if they are kept, padded with 0."""
         states = [example.states for example in examples if example.states is not None]
         kept = {"states": torch.nn.utils.rnn.pad_sequence(states, batch_first=True)} if states else {}
@@ -100,8 +100,8 @@ class TelepathyData:
         }
 
     def score(self, output: Any, batch: dict[str, Tensor]) -> Tensor:
-        """Per example ``[B, 5 + 2 C + BUCKETS]``: right, without an answer, loss of the batch, entities found and there
-        to be found; per class right and there; which of `BUCKETS` the generated text hashes to."""
+        """Returns per example ``[B, 5 + 2 C + BUCKETS]``: right, without an answer, loss of the batch, entities found
+        and there to be found; per class right and there; which of `BUCKETS` the generated text hashes to."""
         rows = torch.zeros(len(output.generated), 5 + 2 * self.classes + BUCKETS, dtype=torch.float64)
         loss = float(output.parts.get("lm", output.loss))
         for row, text, number in zip(rows, output.generated, batch["example"].tolist(), strict=True):
@@ -117,7 +117,7 @@ class TelepathyData:
         return rows.to(output.loss.device)
 
     def summarize(self, sums: Tensor) -> dict[str, Any]:
-        """Metrics from the sum of `score`. ``diversity``: different texts per example (by their hashes)."""
+        """Returns the metrics from the sum of `score`. ``diversity``: different texts per example (by their hashes)."""
         total = round(float(sums[5 + 2 * self.classes :].sum()))
         correct, invalid, loss, found, there = sums[:5].tolist()
         metrics: dict[str, Any] = {
@@ -138,12 +138,12 @@ class TelepathyData:
         return metrics
 
     def said(self, text: str) -> str:
-        """The answer's part of a generated text: with ``question_answer`` what follows the mark."""
+        """Returns the answer's part of a generated text: with ``question_answer`` what follows the mark."""
         return text.rpartition(ANSWER_MARK)[2] if self.target == "question_answer" else text
 
 
 def encode(examples: Sequence[AnswerExample], sender: Any, receiver: Any, max_length: int, target: str) -> list[Spoken]:
-    """Tokenize texts and answers; the sender reads its first token and then the text."""
+    """Tokenizes texts and answers; the sender reads its first token and then the text."""
     texts = [example.text for example in examples]
     cut = {"add_special_tokens": False, "truncation": True}
     read = sender(texts, max_length=max_length - 1, **cut)["input_ids"]

@@ -43,7 +43,7 @@ def score(task: AnswerTask, generated: Sequence[str], examples: Sequence[AnswerE
 
 
 def entity_transfer(generated: Sequence[str], examples: Sequence[AnswerExample]) -> float:
-    """Share of the numbers and capitalized words in the examples' texts that the generated texts repeat.
+    """Returns the share of numbers and capitalized words of the examples' texts that the generated texts repeat.
 
     Every text counts a number or word once; the share is over all texts together, 0 where they have none.
     """
@@ -56,6 +56,6 @@ def entity_transfer(generated: Sequence[str], examples: Sequence[AnswerExample])
 
 
 def count_entities(generated: str, text: str) -> tuple[int, int]:
-    """How many of a text's numbers and capitalized words the generated text has, and how many there are."""
+    """Returns how many of a text's numbers and capitalized words the generated text has, and how many there are."""
     wanted = set(ENTITY.findall(text))
     return len(wanted & set(ENTITY.findall(generated))), len(wanted)

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 
 from xlayer_systems.data.answers import AnswerTask
-from xlayer_systems.objectives import table
+from xlayer_systems.reporting.tables import table
 from xlayer_systems.telepathy.model import TelepathyModel
 from xlayer_systems.telepathy.prompting import answer_prompts, answer_tokens, complete, encode, summary_prompts
 
@@ -32,7 +32,7 @@ Value = TypeVar("Value")
 def measure_latency(
     model: TelepathyModel, task: AnswerTask, examples: int = 32, warmup: int = 3, max_length: int = 64
 ) -> dict[str, dict[str, float]]:
-    """Median milliseconds per example and stage, batch size 1, each route on the same validation texts.
+    """Returns the median milliseconds per example and stage, batch size 1, each route on the same validation texts.
 
     Args:
         warmup: examples before the first that counts.
@@ -58,7 +58,7 @@ def measure_latency(
 
 
 def format_latency(latency: Mapping[str, Mapping[str, float]]) -> str:
-    """The result of `measure_latency` as a table in plain text, bridge's total as the unit of the last column."""
+    """Formats the result of `measure_latency` as a table, in units of the bridge's total in the last column."""
     unit = latency["bridge"]["total"]
     rows = [("ms per example (median)", "total", "x bridge", "stages")]
     for route, stages in latency.items():
@@ -68,7 +68,7 @@ def format_latency(latency: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def _one(model: TelepathyModel, task: AnswerTask, text: str, max_length: int) -> dict[tuple[str, str], float]:
-    """Milliseconds of every stage of every route for one text."""
+    """Returns the milliseconds of every stage of every route for one text."""
     took: dict[tuple[str, str], float] = {}
     device = next(model.bridge.parameters()).device
 

@@ -17,13 +17,14 @@ from xlayer_systems.telepathy.bridge import DESCRIPTION, BridgeOutput, Dimension
 from xlayer_systems.telepathy.config import TelepathyConfig
 from xlayer_systems.telepathy.receiver import ReceiverInput, generate_answers, receiver_input, receiver_logits
 from xlayer_systems.telepathy.usage import Messages
+from xlayer_systems.training.model import TrainingModel
 
 EVALUATION_NOISE = 0  # seed of the diffusion's noise in evaluation
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two language models by name, loaded and frozen, each with its tokenizer and what identifies its weights."""
+    """Holds two language models by name, loaded and frozen, each with its tokenizer and what identifies its weights."""
 
     sender_name: str
     receiver_name: str
@@ -36,14 +37,14 @@ class Pair:
 
     @classmethod
     def load(cls, sender: str, receiver: str) -> Pair:
-        """By the names that `load_decoder` knows."""
-        from xlayer_systems.decoders import fingerprint_decoder, load_decoder
+        """Loads a pair by the names that `load_decoder` knows."""
+        from xlayer_systems.hf.decoders import fingerprint_decoder, load_decoder
 
         prints = fingerprint_decoder(sender), fingerprint_decoder(receiver)
         return cls(sender, receiver, *load_decoder(sender), *load_decoder(receiver), *prints)
 
     def describe(self) -> dict[str, dict[str, str]]:
-        """What a saved bridge keeps of the models that it is for."""
+        """Returns what a saved bridge keeps of the models that it is for."""
         return {
             "sender": {"name": self.sender_name, "fingerprint": self.sender_fingerprint},
             "receiver": {"name": self.receiver_name, "fingerprint": self.receiver_fingerprint},
@@ -51,25 +52,25 @@ class Pair:
 
     @property
     def dimensions(self) -> Dimensions:
-        """Widths and the sender's vocabulary."""
+        """Returns widths and the sender's vocabulary."""
         widths = [model.get_input_embeddings().weight.shape for model in (self.sender, self.receiver)]
         return Dimensions(widths[0][1], widths[1][1], widths[0][0])
 
     def target_rms(self) -> float:
-        """Root mean square of the receiver's input embeddings."""
+        """Returns the root mean square of the receiver's input embeddings."""
         return float(self.receiver.get_input_embeddings().weight.detach().double().square().mean().sqrt())
 
 
 class TelepathyOutput(NamedTuple):
-    """``loss``; its ``parts`` before their weights; in evaluation what the receiver ``generated`` for each example."""
+    """Holds ``loss``; its ``parts`` before weighting; in evaluation what the receiver ``generated`` per example."""
 
     loss: Tensor
     parts: dict[str, Tensor]
     generated: list[str] | None
 
 
-class TelepathyModel(nn.Module):
-    """Sender, bridge, receiver. Only the bridge is a submodule: nothing else is trained, saved or checkpointed.
+class TelepathyModel(TrainingModel):
+    """Joins sender, bridge and receiver. Only the bridge is a submodule: nothing else is trained or saved.
 
     Args:
         pair: the two models.
@@ -88,37 +89,37 @@ class TelepathyModel(nn.Module):
 
     @classmethod
     def build(cls, pair: Pair, config: TelepathyConfig, max_new_tokens: int = 8) -> TelepathyModel:
-        """A new bridge for the pair."""
+        """Returns a new bridge for the pair."""
         return cls(pair, TelepathyBridge(config, pair.dimensions, pair.target_rms()), max_new_tokens)
 
     @classmethod
     def from_pretrained(cls, folder: Path, pair: Pair) -> TelepathyModel:
-        """A saved bridge between ``pair``; models that it was not trained for raise `UserError`."""
+        """Returns a saved bridge between ``pair``; models that it was not trained for raise `ValueError`."""
         bridge = TelepathyBridge.from_pretrained(folder, pair.describe())
         return cls(pair, bridge, json.loads((folder / DESCRIPTION).read_text())["max_new_tokens"])
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write the bridge, and which models it is for."""
+        """Writes the bridge, and which models it is for."""
         self.bridge.save_pretrained(folder, {**self.pair.describe(), "max_new_tokens": self.max_new_tokens})
 
     @property
     def config(self) -> TelepathyConfig:
-        """Of the bridge."""
+        """Returns the config of the bridge."""
         return self.bridge.config
 
     @property
     def layer(self) -> int:
-        """Which of the sender's hidden states the bridge reads; 0 are the embeddings."""
+        """Returns which of the sender's hidden states the bridge reads; 0 are the embeddings."""
         return self.config.layer(int(self.sender.config.num_hidden_layers))
 
     @property
     def sender(self) -> Any:
-        """The model that reads."""
+        """Returns the model that reads."""
         return self.frozen[0]
 
     @property
     def receiver(self) -> Any:
-        """The model that answers."""
+        """Returns the model that answers."""
         return self.frozen[1]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TelepathyModel:
@@ -130,7 +131,7 @@ class TelepathyModel(nn.Module):
 
     @torch.no_grad()
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """The sender's hidden states ``[B, T, d_s]`` at the configured layer; no logits are computed."""
+        """Returns the sender's hidden states ``[B, T, d_s]`` at the configured layer; no logits are computed."""
         backbone, layer = self.sender.base_model, self.layer
         output = backbone(
             input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True, use_cache=False
@@ -138,19 +139,19 @@ class TelepathyModel(nn.Module):
         states: Tensor = output.hidden_states[layer]
         return states
 
-    def speak(self, input_ids: Tensor, attention_mask: Tensor) -> BridgeOutput:
-        """Read a text and make the message; outside of training the diffusion's noise is the same every time."""
+    def encode_message(self, input_ids: Tensor, attention_mask: Tensor) -> BridgeOutput:
+        """Reads a text and makes the message; outside of training the diffusion's noise is the same every time."""
         states, mask = self.encode(input_ids, attention_mask), attention_mask.bool()
         output: BridgeOutput = self.bridge(states, mask, generator=self._generator())
         return output
 
     def answer(self, soft: Tensor) -> list[str]:
-        """What the receiver says to messages ``[B, K, d]``."""
+        """Returns what the receiver says to messages ``[B, K, d]``."""
         given = self.receiver_input(soft, None)
         return generate_answers(self.receiver, self.pair.receiver_tokenizer, given, self.max_new_tokens)
 
     def receiver_input(self, soft: Tensor | None, answers: list[list[int]] | None) -> ReceiverInput:
-        """What the receiver gets with this config's primer."""
+        """Returns what the receiver gets with this config's primer."""
         return receiver_input(
             self.receiver, self.pair.receiver_tokenizer, soft, primer=self.config.primer, answers=answers
         )
@@ -198,14 +199,14 @@ class TelepathyModel(nn.Module):
         return TelepathyOutput(loss, {name: part.detach() for name, part in parts.items()}, generated)
 
     def usage(self, reset: bool = True) -> dict[str, Any]:
-        """How the messages of an evaluation differ and which codes they used (`Messages.summary`)."""
+        """Returns how the messages of an evaluation differ and which codes they used (`Messages.summary`)."""
         summary = self.messages.summary(self.config.codebook_size if self.config.bridge == "vq" else None)
         if reset:
             self.messages = Messages()
         return summary
 
     def gradient_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters by part of the bridge."""
+        """Returns the parameters by part of the bridge."""
         groups = {name: list(part.parameters()) for name, part in self.bridge.named_children()}
         return {name: parameters for name, parameters in groups.items() if parameters}
 
@@ -220,7 +221,7 @@ class TelepathyModel(nn.Module):
     def _message_losses(
         self, sent: BridgeOutput, states: Tensor, mask: Tensor, input_ids: Tensor, anchor_ids: Tensor
     ) -> dict[str, Tensor]:
-        """All losses that weigh and need no receiver."""
+        """Returns all losses that weigh and need no receiver."""
         config, parts = self.config, {}
         if sent.indices is not None:
             parts["quantizer"] = sent.loss
@@ -241,7 +242,7 @@ class TelepathyModel(nn.Module):
         return parts
 
     def _flow_target(self, ids: Tensor) -> Tensor:
-        """Embeddings of the first K tokens ``[B, K, d]``; those that are missing are the end of the text."""
+        """Returns embeddings of the first K tokens ``[B, K, d]``; those that are missing are the end of the text."""
         count, end = self.config.soft_tokens, self.pair.receiver_tokenizer.eos_token_id
         cut = ids[:, :count]
         return self._embed(nn.functional.pad(cut, (0, count - cut.shape[1]), value=IGNORED), fill=end)

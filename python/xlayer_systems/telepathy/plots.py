@@ -15,7 +15,7 @@ PANELS = (
 
 
 def plot_soft_tokens(rows: Sequence[Mapping[str, Any]], majority: float, path: Path) -> None:
-    """Accuracy with its interval over the number of soft tokens, a line per kind of bridge.
+    """Plots accuracy with its interval over the number of soft tokens, a line per kind of bridge.
 
     Args:
         rows: of a sweep, with mean, low, high, soft_tokens, bridge and per_seed.
@@ -44,7 +44,7 @@ def plot_soft_tokens(rows: Sequence[Mapping[str, Any]], majority: float, path: P
 
 
 def plot_bridges(runs: Mapping[str, Sequence[Evaluations]], path: Path) -> bool:
-    """Accuracy, likeness of the messages and code perplexity over the steps; seeds share a colour.
+    """Plots accuracy, similarity of the messages and code perplexity over the steps; seeds share a colour.
 
     Args:
         runs: per name the evaluations of its runs, one per seed.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from xlayer_systems.errors import UserError
 from xlayer_systems.telepathy.config import TelepathyConfig
 
 CLASSIFICATION = TelepathyConfig()
@@ -45,7 +44,7 @@ PRESETS: dict[str, TelepathyConfig] = {
 
 
 def preset(name: str) -> TelepathyConfig:
-    """The config of a preset; an unknown name raises `UserError` with the known ones."""
+    """Returns the config of a preset; an unknown name raises `ValueError` with the known ones."""
     if name not in PRESETS:
-        raise UserError(f"unknown preset {name!r}; expected one of {', '.join(PRESETS)}")
+        raise ValueError(f"unknown preset {name!r}; expected one of {', '.join(PRESETS)}")
     return PRESETS[name]

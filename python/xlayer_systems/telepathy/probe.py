@@ -15,18 +15,18 @@ ITERATIONS = 60
 
 
 class Pooled(NamedTuple):
-    """Of N texts: the mean state and the last token's, ``[N, d]`` each."""
+    """Holds the mean state and the last token's of N texts, ``[N, d]`` each."""
 
     mean: Tensor
     last: Tensor
 
     def features(self) -> dict[str, Tensor]:
-        """What a probe may read, by name."""
+        """Returns what a probe may read, by name."""
         return {"mean": self.mean, "last": self.last, "both": torch.cat(self, dim=1)}
 
 
 def pool(states: Tensor, mask: Tensor) -> Pooled:
-    """``states [B, T, d]`` over the tokens of ``mask [B, T]`` bool; a text has at least one."""
+    """Pools ``states [B, T, d]`` over the tokens of ``mask [B, T]`` bool; a text has at least one."""
     weights = mask.to(states.dtype).unsqueeze(-1)
     mean = (states * weights).sum(1) / weights.sum(1)
     places = torch.arange(mask.shape[1], device=mask.device)
@@ -35,7 +35,7 @@ def pool(states: Tensor, mask: Tensor) -> Pooled:
 
 
 class Probe(NamedTuple):
-    """A fitted probe: ``features`` names what it reads, ``held_out`` its accuracy where it was chosen."""
+    """Holds a fitted probe: ``features`` names what it reads, ``held_out`` its accuracy where it was chosen."""
 
     features: str
     penalty: float
@@ -45,14 +45,14 @@ class Probe(NamedTuple):
     weight: Tensor
 
     def predict(self, pooled: Pooled) -> list[int]:
-        """Index of the most probable label per text."""
+        """Returns the index of the most probable label per text."""
         x = _standard(pooled.features()[self.features], self.center, self.scale)
         labels: list[int] = (x @ self.weight).argmax(1).tolist()
         return labels
 
 
 def fit_probe(pooled: Pooled, labels: Sequence[int], classes: int, seed: int) -> Probe:
-    """Multinomial logistic regression; features and penalty are chosen on a held-out fifth, then all is fitted again.
+    """Fits a multinomial logistic regression, its features and penalty chosen on a held-out fifth, then on all.
 
     The validation examples of the task have no part in it. Penalties are of the mean loss: λ/2 · ‖W‖².
     """

@@ -14,26 +14,20 @@ from torch import Tensor
 
 from xlayer_ext.functional.losses import language_modeling_loss
 from xlayer_systems.telepathy import receiver as receiving
+from xlayer_systems.training.optim import linear_schedule
 
 Ids = Sequence[int]
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """AdamW without weight decay; the rate rises over the ``warmup`` share of the steps, then falls linearly to 0."""
+    """Defines AdamW without weight decay, whose rate rises over the ``warmup`` share of the steps, then falls to 0."""
 
     steps: int
     batch_size: int
     learning_rate: float
     warmup: float = 0.1
     clip: float = 1.0
-
-    def rate(self, step: int) -> float:
-        """Factor of the learning rate at ``step``, from 0."""
-        rising = round(self.warmup * self.steps)
-        if step < rising:
-            return (step + 1) / (rising + 1)
-        return (self.steps - step) / max(1, self.steps - rising)
 
 
 def tune_prompt(
@@ -47,7 +41,7 @@ def tune_prompt(
     seed: int,
     progress: Callable[[int, float], None] | None = None,
 ) -> Tensor:
-    """Learn ``soft_tokens`` vectors that make the frozen ``receiver`` say ``answers``, without or behind ``prompts``.
+    """Learns ``soft_tokens`` vectors that make the frozen ``receiver`` say ``answers``, without or behind ``prompts``.
 
     They begin as embeddings of tokens drawn from the vocabulary, as the paper found best after class labels.
 
@@ -63,7 +57,7 @@ def tune_prompt(
     drawn = torch.randint(0, len(table), (soft_tokens,), generator=generator)
     prompt = table[drawn.to(table.device)].clone().requires_grad_()
     optimizer = torch.optim.AdamW([prompt], lr=schedule.learning_rate, weight_decay=0.0)
-    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.rate)
+    rates = linear_schedule(optimizer, schedule.steps, schedule.warmup)
     order: list[int] = []
     with torch.enable_grad():
         for step in range(schedule.steps):

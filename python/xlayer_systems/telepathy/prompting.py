@@ -21,14 +21,14 @@ EXTRA_TOKENS = 2  # a space that is a token of its own, and the end
 
 
 def encode(tokenizer: Any, text: str, max_length: int | None = None) -> list[int]:
-    """Token ids without special tokens, the first ``max_length`` of them."""
+    """Returns token ids without special tokens, the first ``max_length`` of them."""
     cut = {} if max_length is None else {"truncation": True, "max_length": max_length}
     ids: list[int] = tokenizer(text, add_special_tokens=False, **cut)["input_ids"]
     return ids
 
 
 def answer_tokens(task: AnswerTask, tokenizer: Any) -> int:
-    """How many new tokens an answer may take."""
+    """Returns how many new tokens an answer may take."""
     if task.labels is None:
         return OPEN_ANSWER_TOKENS
     return max(len(encode(tokenizer, f" {label}")) for label in task.labels) + EXTRA_TOKENS
@@ -55,7 +55,7 @@ def few_shots(task: AnswerTask, shots: int, seed: int) -> list[AnswerExample]:
 def answer_prompts(
     task: AnswerTask, tokenizer: Any, texts: Sequence[str], shots: Sequence[AnswerExample], max_length: int
 ) -> list[list[int]]:
-    """Token ids of BOS, the instruction, the labels, ``shots`` with their answers, and each text up to ``Answer:``.
+    """Returns token ids of BOS, instruction, labels, ``shots`` with their answers, and each text up to ``Answer:``.
 
     Args:
         max_length: tokens of a text without shots; with shots, all texts share a context of `CONTEXT` tokens evenly.
@@ -78,7 +78,7 @@ def answer_prompts(
 
 
 def summary_prompts(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[int]]:
-    """Token ids of BOS and a request to summarize each text, of which ``max_length`` tokens are kept."""
+    """Returns token ids of BOS and a request to summarize each text, of which ``max_length`` tokens are kept."""
     before = [tokenizer.bos_token_id, *encode(tokenizer, "Summarize this text in one sentence.\n\nText: ")]
     after = encode(tokenizer, "\nSummary:")
     return [[*before, *encode(tokenizer, text, max_length), *after] for text in texts]
@@ -88,7 +88,7 @@ def summary_prompts(tokenizer: Any, texts: Sequence[str], max_length: int) -> li
 def rank_labels(
     model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], labels: Sequence[str], batch_size: int
 ) -> list[str]:
-    """The label that ``model`` finds likeliest after each prompt, by the mean log-probability of its tokens.
+    """Returns the label that ``model`` finds likeliest after each prompt, by the mean log-probability of its tokens.
 
     What a model knows and cannot say: a small one hardly ever answers in the words that it is asked for.
     """
@@ -115,7 +115,7 @@ def rank_labels(
 def complete(
     model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int
 ) -> list[str]:
-    """Greedy continuations of ``prompts``, each up to its first line break; padded on the left, batch by batch."""
+    """Continues ``prompts`` greedily, each up to its first line break; padded on the left, batch by batch."""
     texts: list[str] = []
     for first in range(0, len(prompts), batch_size):
         ids, mask = _left_padded(prompts[first : first + batch_size], tokenizer.pad_token_id, model.device)

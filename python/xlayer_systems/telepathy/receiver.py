@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 
 from xlayer_systems.data.blocks import IGNORED
-from xlayer_systems.errors import UserError
 
 Ids = Sequence[int]
 
 
 class ReceiverInput(NamedTuple):
-    """``inputs_embeds [B, T, d]``, ``attention_mask [B, T]`` int64 (1: real) and ``labels [B, T]`` or None.
+    """Holds ``inputs_embeds [B, T, d]``, ``attention_mask [B, T]`` int64 (1: real) and ``labels [B, T]`` or None.
 
     A label stands where its token is, as Hugging Face models want it, not one place before.
     """
@@ -42,7 +41,7 @@ def receiver_input(
     answers: Sequence[Ids] | None,
     prompts: Sequence[Ids] | None = None,
 ) -> ReceiverInput:
-    """Lay out a batch for the receiver.
+    """Lays out a batch for the receiver.
 
     Args:
         receiver: a causal language model.
@@ -57,11 +56,11 @@ def receiver_input(
         and on the right where answers do.
 
     Raises:
-        UserError: neither soft tokens nor prompts or answers say how many rows there are, or they disagree in it.
+        ValueError: neither soft tokens nor prompts or answers say how many rows there are, or they disagree in it.
     """
     counts = {len(rows) for rows in (soft_tokens, answers, prompts) if rows is not None}
     if len(counts) != 1:
-        raise UserError(f"soft tokens, answers and prompts must have the same number of rows, got {sorted(counts)}")
+        raise ValueError(f"soft tokens, answers and prompts must have the same number of rows, got {sorted(counts)}")
     (rows,) = counts
     embedding = receiver.get_input_embeddings()
     device = embedding.weight.device
@@ -102,9 +101,9 @@ def receiver_logits(receiver: Any, given: ReceiverInput, last: int = 0) -> Tenso
 
 @torch.no_grad()
 def generate_answers(receiver: Any, tokenizer: Any, given: ReceiverInput, max_new_tokens: int) -> list[str]:
-    """What the receiver says, greedily, up to EOS or ``max_new_tokens`` tokens."""
+    """Returns what the receiver says, greedily, up to EOS or ``max_new_tokens`` tokens."""
     if given.labels is not None:
-        raise UserError("generation takes an input that ends in BOS, got one with answers")
+        raise ValueError("generation takes an input that ends in BOS, got one with answers")
     tokens = receiver.generate(
         inputs_embeds=given.inputs_embeds,
         attention_mask=given.attention_mask,

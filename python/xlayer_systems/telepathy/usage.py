@@ -20,7 +20,7 @@ class Messages:
         self.indices: list[Tensor] = []
 
     def add(self, sent: BridgeOutput) -> None:
-        """Count a batch."""
+        """Counts a batch."""
         soft = sent.soft.detach().double().cpu()
         directions = torch.nn.functional.normalize(soft.flatten(1), dim=1).sum(0)
         tokens = soft.flatten(0, 1)
@@ -34,11 +34,11 @@ class Messages:
 
     @staticmethod
     def tokens_of(soft: Tensor) -> int:
-        """Soft tokens in a batch ``[B, K, d]``."""
+        """Returns the number of soft tokens in a batch ``[B, K, d]``."""
         return soft.shape[0] * soft.shape[1]
 
     def summary(self, codebook_size: int | None) -> dict[str, Any]:
-        """{} before any message, else
+        """Returns {} before any message, else
 
         * ``similarity``: mean cosine between the messages of different examples; 1 where all are the same;
         * ``variance``: of the soft tokens' numbers over examples and tokens, in units of their mean square;

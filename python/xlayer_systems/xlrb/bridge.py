@@ -12,8 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from xlayer_ext.nn import HDIMMessage, LayerRouter
+from xlayer_systems.hf.layers import layers_of
+from xlayer_systems.hf.pretrained import Attachment, resolve_config
 
 from .config import XLRBConfig
+from .presets import preset
 from .target import Routing, TargetLayer, make_hdim
 from .usage import LayerUsage
 
@@ -26,7 +29,7 @@ _EXPECTED = (
 
 @dataclass(frozen=True)
 class _Masks:
-    """True where a token may be used: `[B, S]`, but pair `[B, S, S]`."""
+    """Holds masks that are True where a token may be used: `[B, S]`, but pair `[B, S, S]`."""
 
     tokens: Tensor
     pair: Tensor | None = None
@@ -36,7 +39,7 @@ class _Masks:
 
 @dataclass
 class _Pass:
-    """One forward pass of the encoder while it runs: what its layers have put out so far."""
+    """Holds one forward pass of the encoder while it runs: the outputs of its layers so far."""
 
     masks: _Masks
     outputs: list[Tensor] = field(default_factory=list)
@@ -46,7 +49,7 @@ class _Pass:
 
 @dataclass
 class _Routed:
-    """What a target layer needs from the layers below it, handed in as a keyword argument of that layer.
+    """Holds what a target layer needs from the layers below it, handed in as a keyword argument of that layer.
 
     Activation checkpointing keeps the arguments of a layer and calls it again in backward, so it sees this very
     object again, whatever other passes ran in between. It holds earlier outputs only and never the `_Pass`: a
@@ -59,8 +62,8 @@ class _Routed:
     counted: bool = False
 
 
-class XLRBBridge(nn.Module):
-    """Routed messages from earlier layers into the last layers of an encoder (made by ``attach``).
+class XLRBBridge(Attachment):
+    """Routes messages from earlier layers into the last layers of an encoder (made by ``attach``).
 
     Its parameters are the bridge's own; the encoder's are used, not owned. While attached, the encoder's forward
     accepts two more keyword arguments: ``segment_ids`` `[B, S]` (0 first sentence, 1 second, -1 special or padding)
@@ -79,7 +82,7 @@ class XLRBBridge(nn.Module):
         self.targets = _target_layers(len(layers), config)
         self.router = LayerRouter(
             hidden_size,
-            config.route_dim,
+            route_dim=config.route_dim,
             topk=config.topk,
             temperature=config.route_temp,
             weighting=config.router_weight,
@@ -119,7 +122,7 @@ class XLRBBridge(nn.Module):
         self._handles = []
 
     def take_entropy(self) -> Tensor | None:
-        """Mean attention entropy (nats) of the last forward pass over its target layers, differentiable, once.
+        """Returns, once, the differentiable mean attention entropy (nats) of the last forward pass over its targets.
 
         None with ``entropy_weight`` 0, where it is not computed.
         """
@@ -127,7 +130,7 @@ class XLRBBridge(nn.Module):
         return entropy
 
     def usage(self, reset: bool = True) -> dict[str, Any]:
-        """What this process's forward passes did since the last reset, as a JSON-able dict.
+        """Returns what this process's forward passes did since the last reset, as a JSON-able dict.
 
         ``{"layers": {"20": {...}, ...}}`` with, per target layer: ``sources`` (how often each source layer was
         chosen), ``router_entropy`` (nats, mean over examples) and, for kind ``attn`` (the QKV message) and ``hdim``:
@@ -210,7 +213,7 @@ class XLRBBridge(nn.Module):
         self._pass = None
 
 
-def attach(encoder: nn.Module, config: XLRBConfig) -> XLRBBridge:
+def attach(model: nn.Module, config: XLRBConfig | str | None = None, **options: Any) -> XLRBBridge:
     """Attaches routed cross-layer messages to a RoBERTa/BERT-like Hugging Face encoder, in place, with hooks.
 
     Only the last ``route_last_n`` layers receive messages. The bridge is made on the encoder's device, in its dtype.
@@ -219,16 +222,17 @@ def attach(encoder: nn.Module, config: XLRBConfig) -> XLRBBridge:
     One host synchronization per target layer groups the examples by source.
 
     Args:
-        encoder: for example ``RobertaModel`` (not a model with a task head).
-        config: the options.
+        model: an encoder, for example ``RobertaModel`` (not a model with a task head).
+        config: of the bridge, or the id of a published ablation, such as ``"H9"``.
+        options: fields of `XLRBConfig` that differ from it.
 
     Returns:
         The bridge, to be trained and saved beside the encoder. ``remove()`` detaches it.
 
     Raises:
-        ValueError: if the encoder has another structure, fewer than two layers or a bridge already.
+        ValueError: if the encoder has another structure, fewer than two layers or a bridge already; an option is wrong.
     """
-    return XLRBBridge(encoder, config)
+    return XLRBBridge(model, resolve_config(XLRBConfig, config, options, preset))
 
 
 def check_masks(tokens: Tensor, **masks: Tensor | None) -> None:
@@ -240,11 +244,15 @@ def check_masks(tokens: Tensor, **masks: Tensor | None) -> None:
 
 
 def _check_encoder(encoder: Any) -> Any:
-    """The encoder's layers, or ValueError."""
-    layers = getattr(getattr(encoder, "encoder", None), "layer", None)
+    """Returns the encoder's layers, or raises ValueError."""
+    try:
+        layers: Any = layers_of(encoder)
+    except ValueError:
+        layers = []
     settings = getattr(encoder, "config", None)
     has_sizes = hasattr(settings, "hidden_size") and hasattr(settings, "num_attention_heads")
-    if not has_sizes or not isinstance(layers, nn.ModuleList) or not all(_is_bert_layer(layer) for layer in layers):
+    is_whole = layers is getattr(getattr(encoder, "encoder", None), "layer", None)  # not inside a model with a head
+    if not has_sizes or not is_whole or not all(_is_bert_layer(layer) for layer in layers):
         raise ValueError(f"XLRB attaches to {_EXPECTED}; got {type(encoder).__name__}")
     if len(layers) < 2:
         raise ValueError(f"XLRB needs an encoder of at least 2 layers, got {len(layers)}")
@@ -280,7 +288,7 @@ def _check_checkpointing(layers: Any) -> None:
 
 
 def _keep_sources_unsharded(layers: Any, config: XLRBConfig) -> None:
-    """A later layer uses the source layers' K/V weights, in forward and backward, so FSDP2 must not free them."""
+    """Keeps FSDP2 from freeing the source layers' K/V weights, which a later layer uses in forward and backward."""
     if not config.use_qkv or config.qkv_weights != "source":
         return
     for layer in layers:
@@ -302,7 +310,7 @@ def _make_masks(
 
 
 def _cross_sentence(segments: Tensor, special: Tensor | None, config: XLRBConfig) -> Tensor:
-    """`[B, S, S]`, True between tokens of different sentences; everything from the second one on counts to it."""
+    """Returns `[B, S, S]`, True between tokens of different sentences; all from the second one on counts to it."""
     side = (segments == 1).cumsum(1) > 0
     pair = side[:, :, None] != side[:, None, :]
     if config.pair_mask == "cross":

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
+
+from xlayer_systems.hf.pretrained import check_model, check_state, describe_model, read_own, save_own
+from xlayer_systems.training.model import TrainingModel
+from xlayer_systems.training.optim import decay_groups
 
 from .bridge import XLRBBridge, attach, check_masks
 from .config import XLRBConfig
@@ -21,14 +23,14 @@ _WEIGHTS_FILE = "xlrb.safetensors"
 
 @dataclass
 class XLRBOutput(ModelOutput):
-    """Result of ``XLRBClassifier``: ``loss`` (scalar, None without labels) and ``logits`` `[B, num_labels]`."""
+    """Holds the result: ``loss`` (scalar, None without labels) and ``logits`` `[B, num_labels]`."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
 
 
 class ClassifierHead(nn.Sequential):
-    """LayerNorm → Linear → ReLU → dropout → Linear on one vector per example, `[B, H]` → `[B, num_labels]`."""
+    """Applies LayerNorm, Linear, ReLU, dropout and Linear to one vector per example, `[B, H]` → `[B, num_labels]`."""
 
     def __init__(self, hidden_size: int, num_labels: int, dropout: float) -> None:
         width = max(128, hidden_size // 2)
@@ -41,8 +43,8 @@ class ClassifierHead(nn.Sequential):
         )
 
 
-class XLRBClassifier(nn.Module):
-    """An encoder, optionally with an XLRB bridge, and a classification head on token 0.
+class XLRBClassifier(TrainingModel):
+    """Classifies with an encoder, optionally with an XLRB bridge, and a head on token 0.
 
     The loss is cross entropy with label smoothing, plus ``entropy_weight`` times the mean HDIM attention entropy,
     in training and in evaluation.
@@ -135,7 +137,7 @@ class XLRBClassifier(nn.Module):
     def parameter_groups(
         self, encoder_lr: float, head_lr: float, bridge_lr: float | None = None, weight_decay: float = 0.01
     ) -> list[dict[str, Any]]:
-        """Optimizer groups (name, params, lr, weight_decay), every trainable parameter in exactly one.
+        """Returns optimizer groups (name, params, lr, weight_decay), every trainable parameter in exactly one.
 
         Args:
             encoder_lr: learning rate of the encoder.
@@ -147,14 +149,12 @@ class XLRBClassifier(nn.Module):
         groups = []
         for part, rate in rates.items():
             module = getattr(self, part)
-            decayed, plain = _split_by_decay(module) if module is not None else ([], [])
-            for suffix, params, decay in (("", decayed, weight_decay), ("_no_decay", plain, 0.0)):
-                if params:
-                    groups.append({"name": part + suffix, "params": params, "lr": rate, "weight_decay": decay})
+            if module is not None:
+                groups += _groups_of(module, rate, weight_decay, part)
         return groups
 
     def usage(self, reset: bool = True) -> dict[str, Any]:
-        """``XLRBBridge.usage``; ``{"layers": {}}`` without a bridge."""
+        """Returns ``XLRBBridge.usage``; ``{"layers": {}}`` without a bridge."""
         return {"layers": {}} if self.bridge is None else self.bridge.usage(reset)
 
     def save_pretrained(
@@ -168,12 +168,9 @@ class XLRBClassifier(nn.Module):
                 them, ``from_pretrained`` needs a backbone with the same fine-tuned weights.
             state_dict: the whole weights, for a sharded model that had them gathered (``accelerator.get_state_dict``).
         """
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
         state = _own_state(self.state_dict() if state_dict is None else state_dict, include_encoder)
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, directory / _WEIGHTS_FILE)
         settings = self._settings() | {"include_encoder": include_encoder}
-        (directory / _CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+        save_own(Path(directory), state, _WEIGHTS_FILE, settings, _CONFIG_FILE)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, backbone: Any, config: XLRBConfig | None = None) -> XLRBClassifier:
@@ -188,18 +185,13 @@ class XLRBClassifier(nn.Module):
             ValueError: if the checkpoint is missing or of another configuration or backbone size.
         """
         directory = Path(directory)
-        missing = [name for name in (_CONFIG_FILE, _WEIGHTS_FILE) if not (directory / name).is_file()]
-        if missing:
-            raise ValueError(f"no XLRB checkpoint in {directory}: {', '.join(missing)} missing")
-        saved = json.loads((directory / _CONFIG_FILE).read_text())
+        saved, state = read_own(directory, "XLRB checkpoint", _WEIGHTS_FILE, _CONFIG_FILE)
         saved_config = None if saved["config"] is None else XLRBConfig.from_dict(saved["config"])
         _check_same_config(saved_config, config)
-        _check_same_backbone(saved["backbone"], getattr(backbone, "base_model", backbone))
+        check_model(saved["backbone"], describe_model(getattr(backbone, "base_model", backbone)), directory)
         options = {"label_smoothing": saved["label_smoothing"], "dropout": saved["dropout"]}
         model = cls(backbone, saved_config, saved["num_labels"], **options)
-        state = load_file(directory / _WEIGHTS_FILE)
-        expected = _own_state(model.state_dict(), saved["include_encoder"])
-        _check_same_tensors(state, expected, directory)
+        check_state(state, _own_state(model.state_dict(), saved["include_encoder"]), directory)
         model.load_state_dict(state, strict=False)
         return model
 
@@ -209,7 +201,7 @@ class XLRBClassifier(nn.Module):
             "num_labels": self.num_labels,
             "label_smoothing": self.label_smoothing,
             "dropout": self.dropout,
-            "backbone": _describe_backbone(self.encoder),
+            "backbone": describe_model(self.encoder),
         }
 
 
@@ -217,20 +209,17 @@ def _own_state(state: dict[str, Tensor], include_encoder: bool) -> dict[str, Ten
     return {name: tensor for name, tensor in state.items() if include_encoder or not name.startswith("encoder.")}
 
 
-def _split_by_decay(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Trainable parameters: those with weight decay, and those without (biases and LayerNorm weights)."""
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for owner in module.modules():
-        for name, parameter in owner.named_parameters(recurse=False):
-            if parameter.requires_grad:
-                (plain if isinstance(owner, nn.LayerNorm) or "bias" in name else decayed).append(parameter)
-    return decayed, plain
-
-
-def _describe_backbone(encoder: Any) -> dict[str, Any]:
-    settings = encoder.config
-    return {name: getattr(settings, name, None) for name in ("model_type", "hidden_size", "num_hidden_layers")}
+def _groups_of(module: nn.Module, learning_rate: float, weight_decay: float, part: str) -> list[dict[str, Any]]:
+    """Returns groups of the trainable parameters; biases and LayerNorm weights have no weight decay."""
+    owned = [
+        (owner, name, parameter)
+        for owner in module.modules()
+        for name, parameter in owner.named_parameters(recurse=False)
+        if parameter.requires_grad
+    ]
+    plain = {id(parameter) for owner, name, parameter in owned if isinstance(owner, nn.LayerNorm) or "bias" in name}
+    named = [(name, parameter) for _, name, parameter in owned]
+    return decay_groups(named, learning_rate, weight_decay, lambda _, parameter: id(parameter) not in plain, part)
 
 
 def _check_same_config(saved: XLRBConfig | None, wanted: XLRBConfig | None) -> None:
@@ -240,17 +229,3 @@ def _check_same_config(saved: XLRBConfig | None, wanted: XLRBConfig | None) -> N
         raise ValueError("the checkpoint is of a plain encoder without a bridge, another config was asked for")
     listed = ", ".join(f"{name}={old!r} (asked for {new!r})" for name, (old, new) in saved.differences(wanted).items())
     raise ValueError(f"the checkpoint has another XLRB config: {listed}")
-
-
-def _check_same_backbone(saved: dict[str, Any], encoder: Any) -> None:
-    found = _describe_backbone(encoder)
-    for name, value in saved.items():
-        if found.get(name) != value:
-            raise ValueError(f"the checkpoint needs a backbone with {name} {value!r}, got {found.get(name)!r}")
-
-
-def _check_same_tensors(state: dict[str, Tensor], expected: dict[str, Tensor], directory: Path) -> None:
-    wrong = sorted(set(state) ^ set(expected))
-    wrong += [name for name in state if name in expected and state[name].shape != expected[name].shape]
-    if wrong:
-        raise ValueError(f"the weights in {directory} do not fit their config: {wrong[0]} is missing or wrong")

@@ -1,4 +1,4 @@
-"""The options of a cross-layer routing bridge, one field per option of the published ablations."""
+"""Configuration of a cross-layer routing bridge, one field per option of the published ablations."""
 
 from __future__ import annotations
 
@@ -6,140 +6,120 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "route_pool": ("mean", "cls"),
-    "router_weight": ("topk_softmax", "full_softmax"),
-    "router_query": ("linear", "pair_mlp"),
-    "scorer": ("4term", "bilinear", "cosine"),
-    "activation": ("relu", "gelu"),
-    "value_activation": ("relu", "gelu"),
-    "fusion": ("concat_hadam", "concat_only", "concat_diff_hadam"),
-    "pair_mask": ("none", "cross", "cross_no_special"),
-    "qkv_weights": ("source", "target"),
-    "gate_activation": ("identity", "softplus"),
-    "gate_position": ("before_norm", "after_norm"),
-}
-_FLAGS = (
-    "use_qkv",
-    "use_hdim",
-    "share_projections",
-    "norm_projections",
-    "value_residual",
-    "share_hdim",
-    "qkv_extra_value",
-)
-_COUNTS = ("topk", "route_dim", "route_last_n", "inject_last", "proj_dim", "mlp_dim")
-_POSITIVE = ("route_temp", "token_temp", "message_norm_match")
-_NON_NEGATIVE = ("entropy_weight",)
-_NUMBERS = (*_POSITIVE, *_NON_NEGATIVE, "value_beta", "gate_attn", "gate_hdim", "dropout")
-_OPTIONAL = ("inject_last", "message_norm_match")
+from xlayer_ext.types import Activation, Fusion, RouterPooling, RouterWeighting, Scorer
+from xlayer_systems.training.options import check_fields, option
 
 
 @dataclass(frozen=True)
 class XLRBConfig:
-    """Everything that defines an XLRB bridge. The defaults are the published HDIM-only base.
+    """Defines an XLRB bridge. The defaults are the published HDIM-only base.
 
-    A wrong value raises ``ValueError`` naming the field. Lengths count layers, dimensions are in features. One router
-    serves all target layers; the HDIM message is `xlayer_ext.nn.HDIMMessage`; the QKV message uses the encoder's own
-    projections.
+    Lengths count layers, dimensions are in features. The fields of ``hdim`` are those of `xlayer_ext.nn.HDIMMessage`.
 
-    Attributes:
-        topk: sources chosen per example and target layer (fewer where a layer has fewer sources).
-        route_dim, route_temp: width of the two router projections and divisor of their product.
-        route_pool: layer summary, the masked mean over tokens or the first token (``cls``).
-        router_weight: ``topk_softmax`` (published: softmax over the chosen logits, constant 1 at ``topk=1``, so
-            that router never learns) or ``full_softmax`` (the chosen source's probability over all sources).
-        router_query: ``linear``, or ``pair_mlp`` over the means of the two sentences.
-        route_last_n: only the last n layers are targets (layer 0 never is: it has no source).
-        inject_last: only the last n targets exist (None: all). Equal to a smaller ``route_last_n``.
-        use_hdim, proj_dim, mlp_dim, scorer, activation, fusion, value_activation, token_temp: of the HDIM message.
-        share_projections, norm_projections, value_residual, value_beta: of the HDIM message.
-        share_hdim: one HDIM module for all targets.
-        entropy_weight: loss weight of the mean attention entropy (nats).
-        pair_mask: ``cross`` lets a token see only tokens of the other sentence (a special token counts to the
-            sentence it opens or closes), ``cross_no_special`` also shuts out special tokens on both sides. A token
-            without an allowed partner has zero context (the published code gave it a uniform softmax).
-        use_qkv: whether there is a QKV message.
-        qkv_weights: key and value projections of the ``source`` or the ``target`` layer.
-        qkv_extra_value: one more Linear(head_dim, head_dim) on the values.
-        gate_attn, gate_hdim: initial gates; gate_hdim also starts HDIM's own scalar, so at 0 the HDIM path is off
-            and stays off (both factors have gradient 0).
-        gate_activation: ``softplus`` keeps gates positive; its parameter starts where the gate has the value above.
-        gate_position: ``before_norm`` (published: a LayerNorm after the gates removes their common scale except
-            through its eps) or ``after_norm`` (each message is normalized by itself, then gated).
-        message_norm_match: each message is rescaled, token by token, to this multiple of the norm of the layer's
-            attention output (after its own LayerNorm with ``after_norm``, which would undo it otherwise).
-        dropout: of the attention inside the QKV message, of the HDIM message, and of the blended output.
+    Raises:
+        ValueError: a value is out of range, or fields do not fit each other.
     """
 
-    use_qkv: bool = False
-    use_hdim: bool = True
-    topk: int = 1
-    route_dim: int = 128
-    route_temp: float = 0.7
-    route_pool: str = "mean"
-    router_weight: str = "topk_softmax"
-    router_query: str = "linear"
-    route_last_n: int = 4
-    inject_last: int | None = None
-    proj_dim: int = 24
-    mlp_dim: int = 96
-    scorer: str = "4term"
-    activation: str = "relu"
-    fusion: str = "concat_hadam"
-    value_activation: str = "relu"
-    token_temp: float = 1.0
-    share_projections: bool = False
-    norm_projections: bool = False
-    value_residual: bool = False
-    value_beta: float = 0.1
-    share_hdim: bool = False
-    entropy_weight: float = 0.0
-    pair_mask: str = "none"
-    qkv_weights: str = "source"
-    qkv_extra_value: bool = False
-    gate_attn: float = 0.15
-    gate_hdim: float = 0.05
-    gate_activation: str = "identity"
-    gate_position: str = "before_norm"
-    message_norm_match: float | None = None
-    dropout: float = 0.1
+    use_qkv: bool = option(False, "add the QKV message, by the encoder's own projections")
+    use_hdim: bool = option(True, "add the HDIM message")
+    topk: int = option(
+        1, "sources chosen per example and target layer (fewer where a layer has fewer sources)", minimum=1
+    )
+    route_dim: int = option(128, "width of the two router projections", minimum=1)
+    route_temp: float = option(0.7, "divisor of the router's logits", above=0)
+    route_pool: RouterPooling = option("mean", "layer summary: the masked mean over tokens or the first token")
+    router_weight: RouterWeighting = option(
+        "topk_softmax",
+        "topk_softmax (published): softmax over the chosen logits, constant 1 at topk 1, so that router never learns; "
+        "full_softmax: the chosen source's probability over all sources",
+    )
+    router_query: str = option(
+        "linear", "linear, or pair_mlp over the means of the two sentences", choices=("linear", "pair_mlp")
+    )
+    route_last_n: int = option(4, "only the last n layers are targets (layer 0 never is: it has no source)", minimum=1)
+    inject_last: int | None = option(
+        None, "only the last n targets exist (none: all); equal to a smaller route_last_n", minimum=1
+    )
+    proj_dim: int = option(24, "features of the HDIM projections", minimum=1)
+    mlp_dim: int = option(96, "hidden features of the HDIM pair MLP", minimum=1)
+    scorer: Scorer = option("4term", "score of a pair of tokens")
+    activation: Activation = option("relu", "activation of the pair MLP")
+    fusion: Fusion = option(
+        "concat_hadam",
+        "what the HDIM values are made of",
+    )
+    value_activation: Activation = option("relu", "activation of the HDIM values")
+    token_temp: float = option(1.0, "divisor of the HDIM logits", above=0)
+    share_projections: bool = option(False, "use one HDIM projection for queries and keys")
+    norm_projections: bool = option(False, "normalize the HDIM projections")
+    value_residual: bool = option(False, "add the hidden state to the HDIM values")
+    value_beta: float = option(0.1, "scale of that residual")
+    share_hdim: bool = option(False, "use one HDIM module for all targets")
+    entropy_weight: float = option(0.0, "loss weight of the mean attention entropy (nats)", minimum=0)
+    pair_mask: str = option(
+        "none",
+        "cross: a token sees only tokens of the other sentence (a special token counts to the sentence it opens or "
+        "closes); cross_no_special also shuts out special tokens; a token without an allowed partner has zero context",
+        choices=("none", "cross", "cross_no_special"),
+    )
+    qkv_weights: str = option(
+        "source", "key and value projections of the source or the target layer", choices=("source", "target")
+    )
+    qkv_extra_value: bool = option(False, "one more Linear(head_dim, head_dim) on the QKV values")
+    gate_attn: float = option(0.15, "initial gate of the QKV message")
+    gate_hdim: float = option(
+        0.05, "initial gate of the HDIM message, and of its own scalar, so at 0 the HDIM path is off and stays off"
+    )
+    gate_activation: str = option(
+        "identity",
+        "softplus keeps gates positive; its parameter starts where the gate has the value above",
+        choices=("identity", "softplus"),
+    )
+    gate_position: str = option(
+        "before_norm",
+        "before_norm (published): a LayerNorm after the gates removes their common scale except through its eps; "
+        "after_norm: each message is normalized by itself, then gated",
+        choices=("before_norm", "after_norm"),
+    )
+    message_norm_match: float | None = option(
+        None,
+        "rescale each message, token by token, to this multiple of the norm of the layer's attention output (after its "
+        "own LayerNorm with after_norm)",
+        above=0,
+    )
+    dropout: float = option(
+        0.1,
+        "of the attention inside the QKV message, of the HDIM message, and of the blended output",
+        minimum=0,
+        below=1,
+    )
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            _require(getattr(self, name) in choices, self, name, f"one of {', '.join(choices)}")
-        for name in _FLAGS:
-            _require(isinstance(getattr(self, name), bool), self, name, "true or false")
-        for name in _COUNTS:
-            value = getattr(self, name)
-            _require(_absent(self, name) or (_is_int(value) and value >= 1), self, name, "an integer of at least 1")
-        for name in _NUMBERS:
-            _require(_absent(self, name) or _is_number(getattr(self, name)), self, name, "a finite number")
-        for name in _POSITIVE:
-            _require(_absent(self, name) or getattr(self, name) > 0, self, name, "a number above 0")
-        for name in _NON_NEGATIVE:
-            _require(getattr(self, name) >= 0, self, name, "a number of at least 0")
-        _require(0 <= self.dropout < 1, self, "dropout", "a number in [0, 1)")
+        check_fields(self)
         self._check_combinations()
 
     def _check_combinations(self) -> None:
-        _require(self.use_qkv or self.use_hdim, self, "use_hdim", "true when use_qkv is false (no message is left)")
+        self._require(self.use_qkv or self.use_hdim, "use_hdim", "true when use_qkv is false (no message is left)")
         if self.inject_last is not None:
-            _require(self.inject_last <= self.route_last_n, self, "inject_last", "at most route_last_n")
+            self._require(self.inject_last <= self.route_last_n, "inject_last", "at most route_last_n")
         if self.gate_activation == "softplus":
             for name, used in (("gate_attn", self.use_qkv), ("gate_hdim", self.use_hdim)):
-                _require(not used or getattr(self, name) > 0, self, name, "above 0 with gate_activation softplus")
+                self._require(not used or getattr(self, name) > 0, name, "above 0 with gate_activation softplus")
         if not self.use_hdim:
-            _require(self.pair_mask == "none", self, "pair_mask", "none without use_hdim (it masks HDIM pairs)")
-            _require(self.entropy_weight == 0, self, "entropy_weight", "0 without use_hdim (it acts on HDIM)")
+            self._require(self.pair_mask == "none", "pair_mask", "none without use_hdim (it masks HDIM pairs)")
+            self._require(self.entropy_weight == 0, "entropy_weight", "0 without use_hdim (it acts on HDIM)")
+
+    def _require(self, condition: bool, name: str, expected: str) -> None:
+        if not condition:
+            raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
 
     @property
     def needs_pairs(self) -> bool:
-        """Whether this configuration means something only on sentence pairs (it reads ``segment_ids``)."""
+        """Tells whether this configuration means something only on sentence pairs (it reads ``segment_ids``)."""
         return self.pair_mask != "none" or self.router_query == "pair_mlp"
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as a JSON-able dict, the inverse of ``from_dict``."""
+        """Returns the fields as a JSON-able dict, the inverse of ``from_dict``."""
         return dataclasses.asdict(self)
 
     @classmethod
@@ -152,23 +132,6 @@ class XLRBConfig:
         return cls(**values)
 
     def differences(self, other: XLRBConfig) -> dict[str, tuple[Any, Any]]:
-        """Fields that differ, each with this and the other configuration's value."""
+        """Returns the fields that differ, each with this and the other configuration's value."""
         mine, theirs = self.to_dict(), other.to_dict()
         return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
-
-
-def _absent(config: XLRBConfig, name: str) -> bool:
-    return name in _OPTIONAL and getattr(config, name) is None
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
-
-
-def _require(condition: bool, config: XLRBConfig, name: str, expected: str) -> None:
-    if not condition:
-        raise ValueError(f"XLRBConfig.{name} must be {expected}, got {getattr(config, name)!r}")

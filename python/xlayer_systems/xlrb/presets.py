@@ -25,7 +25,7 @@ HYBRID_BASE = replace(HDIM_BASE, use_qkv=True)
 
 
 class Ablation(NamedTuple):
-    """One published run: its id, the base it starts from, the published accuracy and the fields it changes."""
+    """Holds one published run: its id, the base it starts from, the published accuracy and the fields it changes."""
 
     id: str
     base: XLRBConfig
@@ -97,7 +97,7 @@ PUBLISHED_ACCURACY: dict[str, float | None] = {ablation.id: ablation.accuracy fo
 
 
 def preset(id: str) -> XLRBConfig:
-    """The configuration of a published ablation, ``H1`` to ``H30`` or ``A1`` to ``A20``.
+    """Returns the configuration of a published ablation, ``H1`` to ``H30`` or ``A1`` to ``A20``.
 
     Raises:
         ValueError: for an unknown id, naming the known ones and the nearest.

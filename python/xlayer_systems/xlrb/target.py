@@ -18,7 +18,7 @@ from .config import XLRBConfig
 
 @dataclass(frozen=True)
 class Routing:
-    """The router's choice for one target layer and a batch of B examples, k sources each.
+    """Holds the router's choice for one target layer and a batch of B examples, k sources each.
 
     Attributes:
         indices: chosen source layers `[B, k]`.
@@ -50,7 +50,7 @@ class Routing:
         return torch.cat(list(grouped))[self.position].chunk(self.indices.shape[1])
 
     def blend(self, messages: Sequence[Tensor]) -> Tensor:
-        """Weighted sum of the k slots' messages `[B, S, H]`."""
+        """Returns the weighted sum of the k slots' messages `[B, S, H]`."""
         first, *rest = messages
         total = self._weighted(first, 0)
         for slot, message in enumerate(rest, start=1):
@@ -62,7 +62,7 @@ class Routing:
 
 
 class Gate(nn.Module):
-    """A learned scalar, shape `[1]` (FSDP2 shards no zero-dimensional parameter), or its softplus."""
+    """Is a learned scalar, shape `[1]` (FSDP2 shards no zero-dimensional parameter), or its softplus."""
 
     def __init__(self, value: float, activation: str) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Gate(nn.Module):
 
 
 class MessageBlend(nn.Module):
-    """`dropout(Linear(LayerNorm(α_attn·qkv + α_hdim·hdim)))`, or with the norm before the gates, on each message.
+    """Computes `dropout(Linear(LayerNorm(α_attn·qkv + α_hdim·hdim)))`, or with the norm before the gates.
 
     With ``message_norm_match`` every message is first rescaled to a multiple of the attention output's norm.
 
@@ -99,7 +99,7 @@ class MessageBlend(nn.Module):
 
     @property
     def eps(self) -> float:
-        """The eps of the LayerNorm that follows the messages."""
+        """Returns the eps of the LayerNorm that follows the messages."""
         norms = [module for module in self.modules() if isinstance(module, nn.LayerNorm)]
         return norms[0].eps
 
@@ -119,11 +119,11 @@ class MessageBlend(nn.Module):
 
 
 def make_hdim(config: XLRBConfig, hidden_size: int) -> HDIMMessage:
-    """The HDIM message module that `config` asks for."""
+    """Returns the HDIM message module that `config` asks for."""
     return HDIMMessage(
         hidden_size,
-        config.proj_dim,
-        config.mlp_dim,
+        proj_dim=config.proj_dim,
+        mlp_dim=config.mlp_dim,
         scorer=config.scorer,
         activation=config.activation,
         fusion=config.fusion,
@@ -139,7 +139,7 @@ def make_hdim(config: XLRBConfig, hidden_size: int) -> HDIMMessage:
 
 
 class TargetLayer(nn.Module):
-    """The bridge's own parameters for one target layer (a shared HDIM module is handed in at each call).
+    """Holds the bridge's own parameters for one target layer (a shared HDIM module is handed in at each call).
 
     Args:
         config: the options.
@@ -172,7 +172,7 @@ class TargetLayer(nn.Module):
         routing: Routing,
         mask: Tensor,
     ) -> Tensor:
-        """QKV message to `layer` `[B, S, H]`.
+        """Computes the QKV message to `layer` `[B, S, H]`.
 
         `chosen` holds the groups of `routing`: source states `[rows, S, H]` of the examples that chose that source,
         so each source layer projects these rows only. `mask` `[B, S]` is True at real tokens.
@@ -193,7 +193,7 @@ class TargetLayer(nn.Module):
         mask: Tensor,
         pair_mask: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """HDIM message `[B, S, H]` and, where the loss needs it, the mean attention entropy (nats) of its k slots.
+        """Computes the HDIM message `[B, S, H]` and, where the loss needs it, the mean attention entropy (nats).
 
         `sources` are the k slots' states `[B, S, H]`; `pair_mask` `[B, S, S]` is True where a pair may act.
         """

@@ -15,7 +15,7 @@ KINDS = ("attn", "hdim")
 
 
 class LayerUsage:
-    """Running sums for one target layer, kept on the device: adding to them never waits for it.
+    """Accumulates sums for one target layer on the device: adding to them never waits for it.
 
     Args:
         num_sources: number of sources the layer can choose from.
@@ -55,7 +55,7 @@ class LayerUsage:
         self.sums[name] = self.sums[name] + total if name in self.sums else total
 
     def report(self, eps: float) -> dict[str, Any]:
-        """The metrics as plain numbers (see ``XLRBBridge.usage``), for the `eps` of the norm behind the gates."""
+        """Returns the metrics as plain numbers (see ``XLRBBridge.usage``); `eps` is of the norm behind the gates."""
         metrics: dict[str, Any] = {
             "sources": [0] * self.num_sources if self.sources is None else self.sources.tolist(),
             "router_entropy": self._mean("entropy", self.examples),

@@ -7,7 +7,7 @@ constexpr int kThreads = 64;
 
 template <bool fixed>
 __global__ void divergent(InOut) {
-    if (fixed || threadIdx.x < kWarp) {
+    if (fixed || threadIdx.x < kWarpSize) {
         sync_block();  // fault: divergent_barrier
     } else {
         sync_block();  // fault: divergent_barrier
@@ -18,7 +18,7 @@ __global__ void divergent(InOut) {
 template <bool fixed>
 __global__ void not_reached(InOut args) {
     float value = args.x[threadIdx.x];
-    if (fixed || (threadIdx.x >= kWarp && threadIdx.x % kWarp != 0)) {
+    if (fixed || (threadIdx.x >= kWarpSize && threadIdx.x % kWarpSize != 0)) {
         value = shuffle(value, 0);  // fault: barrier_not_reached
     }
     sync_block();  // fault: barrier_not_reached
@@ -27,8 +27,8 @@ __global__ void not_reached(InOut args) {
 
 template <bool fixed>
 __global__ void missing_lane(InOut args) {
-    const int lane = threadIdx.x % kWarp;
-    if (!fixed && lane == kWarp - 1) return;
+    const int lane = threadIdx.x % kWarpSize;
+    if (!fixed && lane == kWarpSize - 1) return;
     args.out[threadIdx.x] = shuffle_xor(args.x[threadIdx.x], 1);  // fault: shuffle_without_a_lane
 }
 

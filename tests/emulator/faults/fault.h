@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "checker.h"
-#include "device.cuh"
+#include "cuda/common/device.cuh"
 #include "fiber.h"
 
 namespace xlayer::faults {

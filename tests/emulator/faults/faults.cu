@@ -1,4 +1,4 @@
-// What tests/test_emulator.py calls.
+// What tests/emulator/test_emulator.py calls.
 #include "fault.h"
 
 // 0: it went through. 1: it ended with `message`. −1: there is none of that name.

@@ -5,7 +5,7 @@ namespace {
 
 template <bool fixed>
 __global__ void load_vector(InOut args) {
-    const auto values = load<4>(args.x + (fixed ? 4 : 5));  // fault: misaligned_load
+    const auto values = load_vec<4>(args.x + (fixed ? 4 : 5));  // fault: misaligned_load
     args.out[0] = values.at[0] + values.at[3];
 }
 
@@ -13,14 +13,14 @@ template <bool fixed>
 __global__ void store_vector(InOut args) {
     Vector<float, 4> values;
     for (int n = 0; n < 4; ++n) values.at[n] = args.x[n];
-    store(args.out + (fixed ? 4 : 2), values);  // fault: misaligned_store
+    store_vec(args.out + (fixed ? 4 : 2), values);  // fault: misaligned_store
 }
 
 template <bool fixed>
 __global__ void matrix_rows(InOut args) {
     uint32_t* shared = shared_memory<uint32_t>();
     const int lane = threadIdx.x;
-    shared[lane] = shared[lane + kWarp] = 0;
+    shared[lane] = shared[lane + kWarpSize] = 0;
     sync_warp();
     uint32_t elements[1];
     load_matrices(elements, shared + lane % 8 * 4 + (fixed ? 0 : 1));  // fault: misaligned_matrix_row
@@ -28,7 +28,7 @@ __global__ void matrix_rows(InOut args) {
 }
 
 void run(const char* name, void (*kernel)(InOut), int threads) {
-    run_in_out(name, kernel, 4 * kWarp, {1, threads, nullptr, 2 * kWarp * sizeof(uint32_t)});
+    run_in_out(name, kernel, 4 * kWarpSize, {1, threads, nullptr, 2 * kWarpSize * sizeof(uint32_t)});
 }
 
 const Fault loads("misaligned_load",
@@ -37,7 +37,7 @@ const Fault stores("misaligned_store", [](const char* name, bool fixed) {
     run(name, fixed ? store_vector<true> : store_vector<false>, 1);
 });
 const Fault rows("misaligned_matrix_row", [](const char* name, bool fixed) {
-    run(name, fixed ? matrix_rows<true> : matrix_rows<false>, kWarp);
+    run(name, fixed ? matrix_rows<true> : matrix_rows<false>, kWarpSize);
 });
 
 }  // namespace

@@ -15,7 +15,7 @@ __global__ void matrix_to_registers(Args args) {
     uint32_t* shared = shared_memory<uint32_t>();
     const int lane = threadIdx.x;
     uint32_t* row = shared + lane % 8 * 4;
-    if (lane < 8) store(row, load<4>(args.x + lane * 4));
+    if (lane < 8) store_vec(row, load_vec<4>(args.x + lane * 4));
     if (fixed) sync_warp();
     uint32_t elements[1];
     load_matrices(elements, row);  // fault: missing_sync_warp
@@ -23,10 +23,10 @@ __global__ void matrix_to_registers(Args args) {
 }
 
 const Fault planted("missing_sync_warp", [](const char* name, bool fixed) {
-    auto x = input<uint32_t>("x", kWarp);
-    auto out = output<uint32_t>("out", kWarp);
+    auto x = input<uint32_t>("x", kWarpSize);
+    auto out = output<uint32_t>("out", kWarpSize);
     launch(name, fixed ? matrix_to_registers<true> : matrix_to_registers<false>,
-           {1, kWarp, nullptr, kWarp * sizeof(uint32_t)}, {x.data(), out.data()});
+           {1, kWarpSize, nullptr, kWarpSize * sizeof(uint32_t)}, {x.data(), out.data()});
 });
 
 }  // namespace

@@ -34,7 +34,7 @@ const Fault planted("wrong_mma_layout", [](const char* name, bool fixed) {
     auto a = input<float>("a", kRows * kInner);
     auto b = input<float>("b", kInner * kColumns);
     auto out = output<float>("out", kRows * kColumns);
-    launch(name, fixed ? multiply<true> : multiply<false>, {1, kWarp, nullptr}, {a.data(), b.data(), out.data()});
+    launch(name, fixed ? multiply<true> : multiply<false>, {1, kWarpSize, nullptr}, {a.data(), b.data(), out.data()});
     for (int i = 0; i < kRows; ++i) {
         for (int j = 0; j < kColumns; ++j) {
             float expected = 0;

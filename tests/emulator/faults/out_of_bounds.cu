@@ -23,7 +23,8 @@ __global__ void fill_one_more(InOut) {
 template <bool fixed>
 __global__ void copy_vectors(InOut args) {
     const int i = threadIdx.x * 4;
-    if (fixed ? i + 4 <= kSize : i < kSize) store(args.out + i, load<4>(args.x + i));  // fault: vector_past_the_end
+    if (fixed ? i + 4 <= kSize : i < kSize)
+        store_vec(args.out + i, load_vec<4>(args.x + i));  // fault: vector_past_the_end
 }
 
 template <bool fixed>

@@ -4,7 +4,7 @@
 namespace xlayer::faults {
 namespace {
 
-constexpr int kThreads = 2 * kWarp, kBytes = 16;
+constexpr int kThreads = 2 * kWarpSize, kBytes = 16;
 
 enum class Do : int32_t { read, write, sync_warp, sync_block };
 
@@ -38,7 +38,7 @@ __global__ void run(Program program) {
         if (step.what == Do::sync_block) {
             sync_block();
         } else if (step.what == Do::sync_warp) {
-            if (step.who == self / kWarp) sync_warp();
+            if (step.who == self / kWarpSize) sync_warp();
         } else if (step.who == self) {
             unsigned char* at = shared + step.at;
             const bool write = step.what == Do::write;

@@ -10,16 +10,16 @@ __global__ void reverse_twice(InOut args) {
     const int lane = threadIdx.x;
     shared[lane] = args.x[lane];
     sync_warp();
-    const float other = shared[kWarp - 1 - lane];  // fault: race_between_lanes
+    const float other = shared[kWarpSize - 1 - lane];  // fault: race_between_lanes
     if (fixed) sync_warp();
     shared[lane] = other;  // fault: race_between_lanes
     sync_warp();
-    args.out[lane] = shared[kWarp - 1 - lane];
+    args.out[lane] = shared[kWarpSize - 1 - lane];
 }
 
 const Fault planted("race_between_lanes", [](const char* name, bool fixed) {
-    run_in_out(name, fixed ? reverse_twice<true> : reverse_twice<false>, kWarp,
-               {1, kWarp, nullptr, kWarp * sizeof(float)});
+    run_in_out(name, fixed ? reverse_twice<true> : reverse_twice<false>, kWarpSize,
+               {1, kWarpSize, nullptr, kWarpSize * sizeof(float)});
 });
 
 // One lane overwrites what all have read.
@@ -35,7 +35,7 @@ __global__ void broadcast(InOut args) {
 }
 
 const Fault planted_after_reads("overwritten_broadcast_in_warp", [](const char* name, bool fixed) {
-    run_in_out(name, fixed ? broadcast<true> : broadcast<false>, kWarp, {1, kWarp, nullptr, sizeof(float)});
+    run_in_out(name, fixed ? broadcast<true> : broadcast<false>, kWarpSize, {1, kWarpSize, nullptr, sizeof(float)});
 });
 
 }  // namespace

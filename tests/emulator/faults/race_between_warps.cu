@@ -3,17 +3,17 @@
 namespace xlayer::faults {
 namespace {
 
-constexpr int kWarps = 4, kThreads = kWarps * kWarp;
+constexpr int kWarps = 4, kThreads = kWarps * kWarpSize;
 
 // The sum of x. Without the fix every warp adds to the same word of shared memory.
 template <bool fixed>
 __global__ void sum(InOut args) {
     float* totals = shared_memory<float>();
-    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
     if (threadIdx.x < kWarps) totals[threadIdx.x] = 0;
     sync_block();
     float value = args.x[threadIdx.x];
-    for (int mask = kWarp / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
+    for (int mask = kWarpSize / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
     if (lane == 0) totals[fixed ? warp : 0] += value;  // fault: race_between_warps
     sync_block();
     if (threadIdx.x == 0) args.out[0] = totals[0] + totals[1] + totals[2] + totals[3];
@@ -32,7 +32,7 @@ struct Bytes {
 template <bool fixed>
 __global__ void copy(Bytes args) {
     const int i = threadIdx.x;
-    args.out[fixed ? i : i % kWarp] = args.x[i];  // fault: race_in_global_memory
+    args.out[fixed ? i : i % kWarpSize] = args.x[i];  // fault: race_in_global_memory
 }
 
 const Fault planted_in_global("race_in_global_memory", [](const char* name, bool fixed) {

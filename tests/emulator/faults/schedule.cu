@@ -4,13 +4,13 @@
 namespace xlayer::faults {
 namespace {
 
-constexpr int kBlocks = 7, kWarps = 4, kThreads = kWarps * kWarp;
+constexpr int kBlocks = 7, kWarps = 4, kThreads = kWarps * kWarpSize;
 
 __global__ void sums(InOut args) {
     float* partial = shared_memory<float>();
-    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
     float value = args.x[blockIdx.x * kThreads + threadIdx.x];
-    for (int mask = kWarp / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
+    for (int mask = kWarpSize / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
     if (lane == 0) partial[warp] = value;
     sync_block();
     if (threadIdx.x == 0) args.out[blockIdx.x] = partial[0] + partial[1] + partial[2] + partial[3];

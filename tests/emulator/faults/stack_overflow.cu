@@ -16,7 +16,7 @@ __global__ void recurse(InOut args) {
 }
 
 const Fault planted("stack_overflow", [](const char* name, bool fixed) {
-    run_in_out(name, fixed ? recurse<true> : recurse<false>, kWarp, {1, kWarp, nullptr});
+    run_in_out(name, fixed ? recurse<true> : recurse<false>, kWarpSize, {1, kWarpSize, nullptr});
 });
 
 }  // namespace

@@ -1,0 +1,169 @@
+"""What systems that attach to a Hugging Face model share: the form of ``attach()``, files, and which model they fit.
+
+A system saves its own parameters alone, as safetensors beside a JSON file with its config and a description of the
+model that it was attached to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+Config = TypeVar("Config")
+DESCRIBED = ("model_type", "hidden_size", "num_hidden_layers")
+
+
+class Attachment(nn.Module):
+    """Is the base class of what an ``attach(model, config, **options)`` returns: the modules added to a model.
+
+    Attributes:
+        config: what was asked for.
+    """
+
+    config: Any
+
+    @abstractmethod
+    def remove(self) -> Any:
+        """Detaches the modules: the model then computes what it did before."""
+
+
+def resolve_config(
+    kind: type[Config],
+    config: Config | str | None,
+    options: Mapping[str, Any],
+    preset: Callable[[str], Config] | None = None,
+) -> Config:
+    """Returns the config that the arguments of an ``attach()`` ask for.
+
+    Args:
+        kind: the config dataclass.
+        config: a config, the name of a preset, or None for the defaults.
+        options: fields that differ from it.
+        preset: finds a config by name.
+
+    Raises:
+        ValueError: an option or a preset is unknown, or a value is out of range.
+    """
+    known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise ValueError(f"attach has no option {', '.join(unknown)}; expected some of {', '.join(sorted(known))}")
+    if isinstance(config, str):
+        if preset is None:
+            raise ValueError(f"config must be a {kind.__name__}, got {config!r}")
+        config = preset(config)
+    return dataclasses.replace(kind() if config is None else config, **options)  # type: ignore[type-var]
+
+
+def read_config(kind: type[Config], values: Mapping[str, Any], folder: Path) -> Config:
+    """Makes a config dataclass of what a file in ``folder`` says.
+
+    Raises:
+        ValueError: the file has options that this version does not know, or values out of range.
+    """
+    unknown = sorted(set(values) - {field.name for field in dataclasses.fields(kind)})  # type: ignore[arg-type]
+    if unknown:
+        raise ValueError(f"{folder} has options that this version does not know: {', '.join(unknown)}")
+    return kind(**values)
+
+
+def describe_model(model: Any, names: Iterable[str] = DESCRIBED) -> dict[str, Any]:
+    """Returns the kind and the sizes of a Hugging Face model, to be saved beside what was attached to it."""
+    return {name: getattr(model.config, name, None) for name in names}
+
+
+def check_model(saved: Mapping[str, Any], found: Mapping[str, Any], folder: Path) -> None:
+    """Checks that what was saved in ``folder`` was made for the model described by ``found``.
+
+    Raises:
+        ValueError: it was made for another one.
+    """
+    for name, value in found.items():
+        if saved.get(name) != value:
+            raise ValueError(f"{folder} was made for a model with {name} {saved.get(name)!r}, got {value!r}")
+
+
+def save_own(folder: Path, state: Mapping[str, Tensor], weights: str, settings: Mapping[str, Any], config: str) -> None:
+    """Writes tensors to the file ``weights`` and settings to the file ``config`` in ``folder``, made if missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / weights)
+    (folder / config).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def read_own(folder: Path, what: str, weights: str, config: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Reads what `save_own` wrote.
+
+    Returns:
+        The settings and the tensors.
+
+    Raises:
+        ValueError: files are missing or damaged.
+    """
+    missing = [name for name in (config, weights) if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"no {what} in {folder}: {', '.join(missing)} missing")
+    try:
+        settings = json.loads((folder / config).read_text())
+        state = load_file(folder / weights)
+    except Exception as error:  # whatever a broken file makes its reader raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"the files in {folder} are damaged: {reason}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"the files in {folder} are damaged: {config} holds no JSON object")
+    return settings, state
+
+
+def check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], folder: Path) -> None:
+    """Checks names and shapes of the tensors from ``folder``.
+
+    Raises:
+        ValueError: one is missing, unknown or of another shape.
+    """
+    wrong = sorted(set(state) ^ set(expected))
+    wrong += [name for name in state if name in expected and state[name].shape != expected[name].shape]
+    if wrong:
+        raise ValueError(f"the weights in {folder} do not fit their configuration: {wrong[0]} is missing or wrong")
+
+
+def weights_fingerprint(
+    parameters: Iterable[tuple[str, Tensor]], sample: int, shape_as: Callable[[torch.Size], object] = tuple
+) -> str:
+    """Identifies weights by the first elements of every parameter, in bfloat16.
+
+    The fingerprint is the same for a model that was loaded in float32 and in bfloat16.
+
+    Args:
+        sample: elements of each parameter that count.
+        shape_as: how shapes were written when the fingerprints that this one is compared with were taken.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in parameters:
+        elements = parameter.detach().flatten()[:sample].to("cpu", torch.bfloat16)
+        digest.update(f"{name}{shape_as(parameter.shape)}".encode() + elements.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def weights_hash(folder: Path) -> str:
+    """Identifies a saved model by the hash of its weight files."""
+    files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin"))
+    return _hash_of(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
+
+
+@lru_cache(maxsize=16)
+def _hash_of(files: tuple[tuple[Path, int, int], ...]) -> str:
+    digest = hashlib.sha256()
+    for path, _, _ in files:
+        with path.open("rb") as stream:
+            while block := stream.read(2**24):
+                digest.update(block)
+    return digest.hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""Pretraining of the small backbones that the systems start from."""

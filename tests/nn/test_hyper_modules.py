@@ -1,0 +1,567 @@
+"""HyperConnection, ManifoldHyperConnection, expand_streams and reduce_streams."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import io
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from oracle import draw, fresh_generator, need_native
+from processes import join_processes
+from xlayer_ext import backend
+from xlayer_ext.nn import (
+    HyperConnection,
+    ManifoldHyperConnection,
+    expand_streams,
+    no_weight_decay,
+    reduce_streams,
+)
+from xlayer_ext.testing import relative_error
+
+pytestmark = pytest.mark.operators
+
+D = 12
+Connection = HyperConnection | ManifoldHyperConnection
+KINDS: dict[str, Callable[..., Any]] = {
+    "shc": lambda *a, **k: HyperConnection(*a, static_weights=True, **k),
+    "dhc": HyperConnection,
+    "dhc-linear": lambda *a, **k: HyperConnection(*a, use_tanh=False, **k),
+    "dhc-rms": lambda *a, **k: HyperConnection(*a, norm="rms", **k),
+    "mhc": ManifoldHyperConnection,
+    "mhc-per-stream": lambda *a, **k: ManifoldHyperConnection(*a, coefficients="per_stream", **k),
+}
+
+
+@pytest.fixture(params=["native", "reference"])
+def choice(request: pytest.FixtureRequest, device: str) -> str:
+    if request.param == "native":
+        need_native("hyper_post_pre", device)
+    return request.param
+
+
+def randomize(module: nn.Module, generator: torch.Generator) -> Any:
+    """Coefficients far from the identity, different for every stream and token."""
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            step = 0.4 * draw(generator, *parameter.shape)
+            parameter += (step + 0.5 if name.endswith("scale") else step).to(parameter)
+    return module
+
+
+def make(kind: str, generator: torch.Generator, n: int = 4, device: str = "cpu", **options: Any) -> Any:
+    options = {"device": device, "dtype": torch.float64} | options
+    return randomize(KINDS[kind](D, expansion_rate=n, layer_index=1, **options), generator)
+
+
+# ---- The formulas, one number at a time ------------------------------------------------------------------------------
+
+
+def normed(x: Tensor, eps: float, centred: bool) -> Tensor:
+    x = x - x.mean() if centred else x
+    return x / (x.square().mean() + eps).sqrt()
+
+
+def hyper_coefficients(p: dict[str, Tensor], module: Any, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """α_0 [n], α [n, n] and β [n] of one token's streams [n, d]."""
+    alpha, beta = p["static_alpha"], p["static_beta"]
+    if "dynamic_alpha" in p:
+        act = torch.tanh if module.use_tanh else lambda z: z
+        rows = [normed(h_j, module.eps, module.norm == "layer") * p["norm_weight"] + p.get("norm_bias", 0) for h_j in h]
+        alpha = alpha + torch.stack([p["alpha_scale"] * act(row @ p["dynamic_alpha"]) for row in rows])
+        beta = beta + torch.cat([p["beta_scale"] * act(row @ p["dynamic_beta"]) for row in rows])
+    return alpha[:, 0], alpha[:, 1:], beta
+
+
+def sinkhorn(mixing: Tensor, first: int, last: int, rounds: int) -> Tensor:
+    mixing = mixing.exp()
+    for _ in range(rounds):
+        mixing = mixing / mixing.sum(first, keepdim=True)
+        mixing = mixing / mixing.sum(last, keepdim=True)
+    return mixing
+
+
+def manifold_coefficients(p: dict[str, Tensor], module: Any, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """pre [n], mixing [n, n] with element (j, i) = M_ij, and post [n] of one token's streams [n, d]."""
+    n = len(h)
+    if module.coefficients == "paper":
+        x = normed(h.flatten(), module.eps, False) * p["norm_weight"]
+        z = x @ p["phi"]
+        m = torch.stack([p["residual_scale"] * z[2 * n + i * n : 2 * n + i * n + n] for i in range(n)]) + p["b_res"]
+        pre, post = p["pre_scale"] * z[:n] + p["b_pre"], p["post_scale"] * z[n : 2 * n] + p["b_post"]
+        return pre.sigmoid(), sinkhorn(m, 0, 1, module.iterations).T, 2 * post.sigmoid()
+    rows = [normed(h_j, module.eps, False) * p["norm_weight"] for h_j in h]
+    alpha = torch.stack([row @ p["dynamic_alpha"] for row in rows])
+    beta = torch.stack([row @ p["dynamic_beta"] for row in rows])
+    pre = p["pre_scale"] * alpha[:, 0] + p["static_alpha"][:, 0]
+    mixing = p["residual_scale"] * alpha[:, 1:] + p["static_alpha"][:, 1:]
+    post = p["post_scale"] * beta + p["static_beta"]
+    return pre.sigmoid(), sinkhorn(mixing, 0, 1, module.iterations), 2 * post.sigmoid()
+
+
+def written_out(module: Any, streams: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+    p = dict(module.named_parameters())
+    coefficients = manifold_coefficients if isinstance(module, ManifoldHyperConnection) else hyper_coefficients
+    tokens = []
+    for h in streams.flatten(0, -3):
+        first, mixing, beta = coefficients(p, module, h)
+        y = branch(sum(first[j] * h[j] for j in range(len(h))))
+        tokens.append(
+            torch.stack([beta[k] * y + sum(mixing[j, k] * h[j] for j in range(len(h))) for k in range(len(h))])
+        )
+    return torch.stack(tokens).reshape(streams.shape)
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_streams_are_the_formula(choice: str, device: str, kind: str, n: int) -> None:
+    generator = fresh_generator()
+    module = make(kind, generator, n, device, branch=torch.sin)
+    streams = draw(generator, 2, 3, n, D).to(device).requires_grad_()
+    with backend(choice):
+        actual = module(streams)
+        cotangent = draw(generator, *actual.shape).to(device)
+        leaves = {"streams": streams} | dict(module.named_parameters())
+        grads = torch.autograd.grad(actual, list(leaves.values()), cotangent)
+    expected = written_out(module, streams, torch.sin)
+    wanted = torch.autograd.grad(expected, list(leaves.values()), cotangent)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+    for name, grad, want in zip(leaves, grads, wanted, strict=True):
+        torch.testing.assert_close(grad, want, rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+        assert n == 1 or want.any(), name
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_boundary_is_a_post_and_a_pre(choice: str, device: str, kind: str, packed: bool) -> None:
+    generator = fresh_generator()
+    first, second = (make(kind, generator, device=device, packed=packed) for _ in range(2))
+    streams = draw(generator, *((8, 3, D) if packed else (2, 3, 4, D))).to(device)
+    with backend(choice):
+        x, coefficients = first.pre(streams)
+        actual = second.boundary(streams, x.sin(), coefficients)
+        after = first.post(streams, x.sin(), coefficients)
+        expected = (after, *second.pre(after))
+        _, add_residual = first(streams)
+        torch.testing.assert_close(add_residual(x.sin()), after)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# ---- Layouts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lead", [(2,), (2, 5), (2, 3, 5)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_streams_are_the_same_streams(choice: str, device: str, kind: str, lead: tuple[int, ...]) -> None:
+    generator = fresh_generator()
+    module = make(kind, generator, device=device, branch=torch.sin)
+    packed = make(kind, generator, device=device, branch=torch.sin, packed=True)
+    packed.load_state_dict(module.state_dict())
+    streams = draw(generator, *lead, 4, D).to(device)
+    together = streams.movedim(-2, 1).flatten(0, 1).contiguous()
+    with backend(choice):
+        expected, actual = module(streams), packed(together)
+        assert packed.pre(together)[0].shape == module.pre(streams)[0].shape
+    assert actual.shape == together.shape
+    torch.testing.assert_close(actual, expected.movedim(-2, 1).flatten(0, 1))
+
+
+@pytest.mark.parametrize("lead", [(2,), (2, 5), (2, 3, 5)], ids=str)
+def test_packed_streams_are_not_copied(native_only: str, lead: tuple[int, ...]) -> None:
+    """What the operator is given shares the memory of what the module is given, and so back."""
+    module = HyperConnection(D, expansion_rate=4, packed=True).to(native_only)
+    streams = torch.randn(8, *lead[1:], D, device=native_only)
+    given = module._unpack(streams)
+    assert given.data_ptr() == streams.data_ptr() and given.untyped_storage().nbytes() == streams.nbytes
+    x, coefficients = module.pre(streams)
+    out = module.post(streams, x, coefficients)
+    assert out.is_contiguous()
+
+
+@pytest.fixture
+def native_only(device: str) -> str:
+    need_native("hyper_post", device)
+    return device
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_expand_and_reduce(packed: bool) -> None:
+    x = draw(fresh_generator(), 2, 5, D).requires_grad_()
+    streams = expand_streams(x, 4, packed=packed)
+    assert streams.shape == ((8, 5, D) if packed else (2, 5, 4, D))
+    if packed:
+        assert torch.equal(streams.unflatten(0, (2, 4))[:, 3], x)
+        options: dict[str, Any] = {"packed": True, "expansion_rate": 4}
+    else:
+        assert streams.data_ptr() == x.data_ptr() and streams.stride(-2) == 0
+        options = {}
+    assert torch.equal(reduce_streams(streams, **options), 4 * x)
+    assert torch.equal(reduce_streams(streams, reduce="mean", **options), x)
+    (grad,) = torch.autograd.grad(reduce_streams(streams, **options).sum(), x)
+    assert torch.equal(grad, torch.full_like(x, 4))
+
+
+@pytest.mark.parametrize("order", ["sd n", "n sd"])
+@pytest.mark.parametrize("kind", ["dhc", "mhc"])
+def test_any_strides(choice: str, device: str, kind: str, order: str) -> None:
+    generator = fresh_generator()
+    module = make(kind, generator, device=device, branch=torch.sin)
+    streams = draw(generator, 2, 6, 4, D).to(device)
+    other = streams.transpose(1, 2).contiguous().transpose(1, 2) if order == "n sd" else streams[:, ::2]
+    with backend(choice):
+        torch.testing.assert_close(module(other), module(other.contiguous()))
+
+
+# ---- The start -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_starts_as_a_residual_connection(device: str, kind: str, n: int) -> None:
+    x = draw(fresh_generator(), 2, 5, D).to(device)
+    streams = expand_streams(x, n)
+    for layer in range(3):
+        module = KINDS[kind](
+            D, expansion_rate=n, layer_index=layer, branch=torch.sin, device=device, dtype=torch.float64
+        )
+        streams = module(streams)
+        x = x + x.sin()
+    torch.testing.assert_close(streams, expand_streams(x, n), rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("coefficients", ["paper", "per_stream"])
+def test_manifold_connections_keep_their_promises(device: str, coefficients: str) -> None:
+    generator = fresh_generator()
+    options = {"coefficients": coefficients, "device": device, "dtype": torch.float64}
+    module = ManifoldHyperConnection(D, expansion_rate=4, **options)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(0.3 * draw(generator, *parameter.shape))
+    _, c = module.pre(draw(generator, 3, 5, 4, D).to(device))
+    mixing = c[..., 1:-1]
+    for dim in (-1, -2):
+        torch.testing.assert_close(mixing.sum(dim), torch.ones_like(mixing[..., 0]), rtol=1e-3, atol=1e-3)
+    assert mixing.min() > 0 and c[..., 0].min() > 0 and c[..., 0].max() < 1
+    assert c[..., -1].min() > 0 and c[..., -1].max() < 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reset_parameters_restores_the_start(kind: str) -> None:
+    module = KINDS[kind](D, expansion_rate=4, layer_index=2)
+    before = {name: parameter.clone() for name, parameter in module.named_parameters()}
+    randomize(module, fresh_generator())
+    module.reset_parameters()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in module.named_parameters())
+    with torch.device("meta"):
+        made = KINDS[kind](D, expansion_rate=4, layer_index=2)
+    made.to_empty(device="cpu").reset_parameters()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in made.named_parameters())
+
+
+def test_device_and_dtype_are_those_of_the_parameters_alone() -> None:
+    module = HyperConnection(D, expansion_rate=4, branch=nn.Linear(D, D), dtype=torch.bfloat16, device="meta")
+    own = {parameter for name, parameter in module.named_parameters() if not name.startswith("branch")}
+    assert all(parameter.dtype == torch.bfloat16 and parameter.is_meta for parameter in own)
+    assert module.branch.weight.dtype == torch.float32 and not module.branch.weight.is_meta
+
+
+# ---- Branches --------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_tensor_of_a_branch_is_its_output(device: str) -> None:
+    class Branch(nn.Module):
+        def forward(self, x: Tensor, gain: float, *, kept: str) -> dict[str, Any]:
+            return {"y": gain * x, "rest": (kept, x.sum())}
+
+    generator = fresh_generator()
+    module = make("dhc", generator, device=device, branch=Branch())
+    streams = draw(generator, 2, 3, 4, D).to(device)
+    out = module(streams, 2.0, kept="a")
+    x, coefficients = module.pre(streams)
+    torch.testing.assert_close(out["y"], module.post(streams, 2 * x, coefficients))
+    assert out["rest"][0] == "a" and torch.equal(out["rest"][1], x.sum())
+
+
+# ---- Precision -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_with_float32_streams(choice: str, device: str, kind: str, dtype: torch.dtype) -> None:
+    generator = fresh_generator()
+    module = make(kind, generator, device=device, dtype=torch.float32, branch=nn.Linear(D, D).to(device))
+    streams = draw(generator, 2, 5, 4, D, dtype=torch.float32).to(device)
+    with backend(choice):
+        exact, coefficients = module(streams), module.pre(streams)[1]
+        with torch.autocast(torch.device(device).type, dtype):
+            mixed, same = module(streams), module.pre(streams)[1]
+            mixed.square().mean().backward()  # of the sum, float16 gradients may exceed 65,504
+    assert mixed.dtype == torch.float32 and same.dtype == torch.float32
+    torch.testing.assert_close(same, coefficients, rtol=1e-5, atol=1e-6)
+    assert relative_error(mixed, exact) < 0.05
+    assert all(parameter.grad.isfinite().all() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision(choice: str, device: str, kind: str, dtype: torch.dtype) -> None:
+    generator = fresh_generator()
+    module = make(kind, generator, device=device, branch=torch.sin)
+    streams = draw(generator, 2, 5, 4, D).to(device)
+    exact = module(streams)
+    with backend(choice):
+        half = module.to(dtype)(streams.to(dtype))
+    assert half.dtype == dtype and relative_error(half, exact) < 0.05
+
+
+# ---- Among the rest of PyTorch ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "packed"), [("shc", False), ("dhc", False), ("dhc", True), ("mhc", False)])
+@pytest.mark.traced
+def test_compiles_to_one_graph_for_all_lengths(device: str, kind: str, packed: bool) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    generator = fresh_generator()
+    options = {"device": device, "packed": packed, "dtype": torch.float32}
+    net = nn.Sequential(*(make(kind, generator, branch=nn.Tanh(), **options) for _ in range(2)))
+    compiled = torch.compile(net, fullgraph=True, dynamic=True, backend="aot_eager")
+    for b, s in [(2, 5), (3, 9), (5, 4)]:
+        shape = (4 * b, s, D) if packed else (b, s, 4, D)
+        streams = draw(generator, *shape, dtype=torch.float32).to(device)
+        actual, expected = compiled(streams), net(streams)
+        torch.testing.assert_close(actual, expected)
+        grads = torch.autograd.grad(actual.square().sum(), list(net.parameters()))
+        wanted = torch.autograd.grad(expected.square().sum(), list(net.parameters()))
+        for grad, want in zip(grads, wanted, strict=True):
+            torch.testing.assert_close(grad, want, rtol=1e-3, atol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("kind", ["shc", "dhc", "mhc"])
+@pytest.mark.traced
+def test_exports(device: str, kind: str) -> None:
+    generator = fresh_generator()
+    module = make(kind, generator, device=device, dtype=torch.float32, branch=nn.Tanh())
+    streams = draw(generator, 2, 5, 4, D, dtype=torch.float32).to(device)
+    dynamic = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")},)
+    exported = torch.export.export(module, (streams,), dynamic_shapes=dynamic).module()
+    other = draw(generator, 3, 7, 4, D, dtype=torch.float32).to(device)
+    torch.testing.assert_close(exported(other), module(other))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointing_changes_no_bit(choice: str, device: str, kind: str) -> None:
+    generator = fresh_generator()
+    module = make(kind, generator, device=device, branch=torch.sin)
+    streams = draw(generator, 2, 5, 4, D).to(device).requires_grad_()
+    leaves = [streams, *module.parameters()]
+    with backend(choice):
+        plain = torch.autograd.grad(module(streams).square().sum(), leaves)
+        again = torch.autograd.grad(checkpoint(module, streams, use_reentrant=False).square().sum(), leaves)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_dict_round_trip(kind: str) -> None:
+    generator = fresh_generator()
+    first, second = (make(kind, generator, branch=torch.sin) for _ in range(2))
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second.load_state_dict(torch.load(file, weights_only=True))
+    streams = draw(generator, 2, 5, 4, D)
+    assert torch.equal(first(streams), second(streams))
+
+
+def test_weight_decay_is_for_dynamic_weights_alone() -> None:
+    net = nn.ModuleDict({kind: KINDS[kind](D, expansion_rate=4, branch=nn.Linear(D, D)) for kind in KINDS})
+    decayed = {name for name, _ in net.named_parameters()} - no_weight_decay(net)
+    assert {name.split(".", 1)[1] for name in decayed} == {
+        "dynamic_alpha",
+        "dynamic_beta",
+        "phi",
+        "branch.weight",  # what belongs to no hyper-connection is not told of
+        "branch.bias",
+    }
+
+
+def test_repr_tells_the_options() -> None:
+    text = repr(HyperConnection(D, expansion_rate=3, layer_index=2, use_tanh=False, norm="rms", packed=True))
+    for part in ("12, expansion_rate=3", "packed=True", "layer_index=2", "use_tanh=False", "norm='rms'"):
+        assert part in text
+    assert "static_weights=True" in repr(HyperConnection(D, static_weights=True))
+    assert "coefficients='per_stream', iterations=7" in repr(
+        ManifoldHyperConnection(D, coefficients="per_stream", iterations=7)
+    )
+
+
+@pytest.mark.parametrize(
+    ("make_it", "told"),
+    [
+        (lambda: HyperConnection(0), "hidden_size must be at least 1, got 0"),
+        (lambda: HyperConnection(D, expansion_rate=0), "expansion_rate must be at least 1, got 0"),
+        (lambda: HyperConnection(D, norm="batch"), "norm must be one of layer, rms; got 'batch'"),
+        (lambda: ManifoldHyperConnection(D, coefficients="x"), "coefficients must be one of paper, per_stream"),
+        (lambda: ManifoldHyperConnection(D, iterations=0), "iterations must be at least 1"),
+        (lambda: reduce_streams(torch.ones(2, 4, D), reduce="max"), "reduce must be one of sum, mean"),
+        (lambda: reduce_streams(torch.ones(8, D), packed=True), "expansion_rate must be given"),
+        (lambda: HyperConnection(D, packed=True)(torch.ones(7, 3, D)), r"streams must have shape \[\(b n\), ..., d\]"),
+        (lambda: HyperConnection(D, expansion_rate=4)(torch.ones(2, 3, D)), r"streams must have shape \[..., 4, "),
+        (lambda: HyperConnection(D, expansion_rate=4)(torch.ones(2, 4, D + 1)), f"got .2, 4, {D + 1}"),
+        (
+            lambda: HyperConnection(D, expansion_rate=4, branch=lambda x: x[..., 1:])(torch.ones(2, 4, D)),
+            "branch_output must have",
+        ),
+    ],
+)
+def test_bad_options_are_named(make_it: Callable[[], Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        make_it()
+
+
+def test_examples_in_the_docstrings() -> None:
+    for name in ("functional.hyper", "nn.hyper"):
+        result = doctest.testmod(importlib.import_module(f"xlayer_ext.{name}"))
+        assert result.attempted and not result.failed, name
+
+
+def test_the_manifold_kind_is_the_pypi_package_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It computes in float32 whatever it is given; told otherwise, it gives the same numbers to the last digits."""
+    peers = pytest.importorskip("hyper_connections")
+    generator = fresh_generator()
+    for n in (2, 3, 4):
+        theirs = peers.ManifoldConstrainedHyperConnections(n, dim=D, layer_index=1).double()
+        for parameter in theirs.parameters():
+            parameter.data = draw(generator, *parameter.shape)
+        ours = ManifoldHyperConnection.from_hyper_connections(theirs)
+        streams = draw(generator, 2 * n, 5, D).requires_grad_()
+        cotangent = draw(generator, *streams.shape)
+        results = []
+        for module in (theirs, ours):
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+                x, add_residual = module(streams)
+                out = add_residual(x.sin())
+                results.append([x, out, *torch.autograd.grad(out, [streams, *module.parameters()], cotangent)])
+        named = dict(zip((name for name, _ in theirs.named_parameters()), results[0][3:], strict=True))
+        mine = dict(zip((name for name, _ in ours.named_parameters()), results[1][3:], strict=True))
+        for a, b in zip(results[0][:3], results[1][:3], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+        for ours_name, name in {
+            "static_alpha": "static_alpha",
+            "static_beta": "static_beta",
+            "dynamic_alpha": "dynamic_alpha_fn",
+            "dynamic_beta": "dynamic_beta_fn",
+            "pre_scale": "pre_branch_scale",
+            "residual_scale": "residual_scale",
+            "post_scale": "h_post_scale",
+            "norm_weight": "norm.gamma",
+        }.items():
+            torch.testing.assert_close(
+                mine[ours_name], named[name].reshape(mine[ours_name].shape), rtol=1e-9, atol=1e-9
+            )
+
+
+# ---- Two processes ---------------------------------------------------------------------------------------------------
+
+WORLD, BATCH, TOKENS, N = 2, 4, 6, 3
+
+
+class Block(nn.Module):
+    """Two sublayers; hands on streams, the last sublayer's output and its coefficients, as a model's layers do."""
+
+    def __init__(self, kind: str, index: int) -> None:
+        super().__init__()
+        self.first, self.second = (KINDS[kind](D, expansion_rate=N, layer_index=2 * index + i) for i in range(2))
+        self.mlps = nn.ModuleList(nn.Sequential(nn.Linear(D, D), nn.Tanh()) for _ in range(2))
+
+    def forward(self, state: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        begins = isinstance(state, Tensor)
+        state = (state, *self.first.pre(state)) if begins else self.first.boundary(*state)
+        streams, x, coefficients = self.second.boundary(state[0], self.mlps[0](state[1]), state[2])
+        return streams, self.mlps[1](x), coefficients
+
+
+class Net(nn.Module):
+    def __init__(self, kind: str, recompute: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(kind, index) for index in range(2))
+        self.last, self.recompute = KINDS[kind](D, expansion_rate=N, layer_index=4), recompute
+
+    def forward(self, streams: Tensor) -> Tensor:
+        state: Any = streams
+        for block in self.blocks:
+            state = checkpoint(block, state, use_reentrant=False) if self.recompute else block(state)
+        streams, x, coefficients = self.last.boundary(*state)
+        return self.last.post(streams, x.sin(), coefficients)
+
+
+CASES = list(itertools.product(("ddp", "fsdp2"), KINDS, (False, True)))
+
+
+def build(kind: str, recompute: bool) -> nn.Module:
+    torch.manual_seed(7)
+    return randomize(Net(kind, recompute).double(), torch.Generator().manual_seed(8))
+
+
+def gradients(net: nn.Module, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
+    """Gradients of the mean loss, from this rank's share of the global batch."""
+    generator = torch.Generator().manual_seed(11)
+    x, target = (torch.randn(BATCH, TOKENS, N, D, generator=generator, dtype=torch.float64) for _ in range(2))
+    share = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
+    (net(x[share]) - target[share]).square().mean().backward()
+    grads = {name.removeprefix("module."): parameter.grad for name, parameter in net.named_parameters()}
+    return {name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in grads.items()}
+
+
+def distributed_gradients(wrapper: str, kind: str, recompute: bool, rank: int) -> dict[str, Tensor]:
+    net: Any = build(kind, recompute)
+    if wrapper == "ddp":
+        return gradients(nn.parallel.DistributedDataParallel(net), rank, WORLD)
+    from torch.distributed.fsdp import fully_shard
+
+    for block in net.blocks:
+        fully_shard(block)
+    return gradients(fully_shard(net), rank, WORLD)
+
+
+def worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    join_processes(rank, folder, WORLD)
+    torch.save({case: distributed_gradients(*case, rank) for case in CASES}, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory, device: str) -> list[dict[Any, dict[str, Tensor]]]:
+    if device != "cpu":
+        pytest.skip("two processes on the CPU; a second GPU is not assumed")
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    folder: Path = tmp_path_factory.mktemp("distributed")
+    mp.spawn(worker, (str(folder),), nprocs=WORLD)
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_two_processes_give_the_gradients_of_one(
+    results: list[dict[Any, dict[str, Tensor]]], case: tuple[str, str, bool]
+) -> None:
+    expected = gradients(build(case[1], recompute=False))
+    for rank in range(WORLD):
+        assert results[rank][case].keys() == expected.keys()
+        for name, grad in results[rank][case].items():
+            torch.testing.assert_close(grad, expected[name], rtol=1e-5, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+    assert all(grad.abs().max() > 1e-6 for grad in expected.values())  # so that a lost share would show
