@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.harness import measure
 from benchmarks.pages import __main__ as pages
 from benchmarks.pages import facts, figures, performance, studies, text
-from xlayer_ext import bench
 
 ROW = {"family": "f", "op": "o", "case": "c", "pass": "fwd", "dtype": "float32", "device": "d", "impl": "native"}
 NUMBERS = {"bytes": 1, "flops": 1, "peak_bytes": None, "fraction_of_limit": 0.5, "ms_median": 2.0, "ms_min": 2.0}
@@ -18,8 +18,8 @@ NUMBERS = {"bytes": 1, "flops": 1, "peak_bytes": None, "fraction_of_limit": 0.5,
 
 def measured(folder: Path, monkeypatch: pytest.MonkeyPatch, *changes: dict[str, object]) -> performance.Rows:
     monkeypatch.setattr(text, "RESULTS", folder)
-    rows = [bench.Row.from_json(json.dumps({**ROW, **NUMBERS, **change})) for change in changes]
-    bench.write_rows(folder / f"{text.CPU}.jsonl", rows)
+    rows = [measure.Row.from_json(json.dumps({**ROW, **NUMBERS, **change})) for change in changes]
+    measure.write_rows(folder / f"{text.CPU}.jsonl", rows)
     return performance.Rows()
 
 
