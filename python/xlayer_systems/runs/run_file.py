@@ -67,9 +67,8 @@ def check_run_file(
         UserError: a key is unknown; the message names the nearest known one.
     """
     options, config = set(options), set(config)
-    expected = {
-        "": {*NAMES, *SECTIONS, *options, *config, *flags}, "options": options, "config": config, "set": options | config
-    }  # fmt: skip
+    top = {*NAMES, *SECTIONS, *options, *config, *flags}
+    expected = {"": top, "options": options, "config": config, "set": options | config}
     for section, known in expected.items():
         found = content if section == "" else content.get(section) or {}
         for key in found:
