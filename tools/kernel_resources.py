@@ -3,7 +3,7 @@
 `compile NVCC ARGS...` runs nvcc and keeps ptxas's words beside the object file;
 `collect HEADER OBJECT...` turns them into C++ initializers, one line per kernel and architecture.
 
-A kernel's source promises in comment lines directly above it (CONTRIBUTING.md, "What a CUDA kernel may use"):
+A kernel's source promises in comment lines directly above it (docs/guides/cuda-without-a-gpu.md):
 
     // resources: masked_mean_kernel threads 256, registers 64, shared 8256, occupancy 0.5
     // sass: masked_mean_backward_kernel<*, [!1]> LDG.128, only STG.128

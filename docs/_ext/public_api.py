@@ -6,6 +6,7 @@ which is a family's. A constant shows its value where that is short. A Markdown 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 from collections import defaultdict
@@ -55,7 +56,7 @@ def family(value: Any) -> str:
 def _entry(module: str, name: str, value: Any) -> list[str]:
     full = f"{module}.{name}"
     if inspect.isclass(value):
-        return [f".. autoclass:: {full}", "   :members:"]
+        return [f".. autoclass:: {full}", "   :members:", *_options(value)]
     if inspect.isroutine(value):
         return [f".. autofunction:: {full}"]
     shown = repr(value)
@@ -65,6 +66,18 @@ def _entry(module: str, name: str, value: Any) -> list[str]:
     elif hasattr(value, "__len__"):
         entry += ["", f"   {len(value)} entries: {', '.join(map(str, list(value)[:3]))}, …"]
     return entry
+
+
+def _options(kind: type) -> list[str]:
+    """Describes the fields of a dataclass that carry a help text, with their defaults."""
+    fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+    described = [field for field in fields if "help" in field.metadata]
+    lines = ["", "   Options:", ""] if described else []
+    for field in described:
+        choices = field.metadata.get("choices")
+        allowed = f" One of {', '.join(map(str, choices))}." if choices else ""
+        lines.append(f"   * ``{field.name}``, by default ``{field.default!r}``: {field.metadata['help']}.{allowed}")
+    return lines
 
 
 class PresetTable(SphinxDirective):

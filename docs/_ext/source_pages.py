@@ -86,7 +86,7 @@ def _link(env: Any, path: str, title: str | None) -> nodes.reference:
     if shown is None:
         shown = env.xlayer_sources = {}
     shown.setdefault(env.docname, set()).add(path)
-    text = nodes.Text(title) if title else nodes.literal(path, Path(path).name)
+    text = nodes.Text(title) if title else nodes.literal(path, "/".join(Path(path).parts[-2:]))
     return nodes.reference("", "", text, internal=True, xlayer_source=path, reftitle=path)
 
 
