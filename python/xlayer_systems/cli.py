@@ -504,11 +504,12 @@ def _run_of(
     sections: dict[str, dict[str, str]] = {name: {} for name in SECTIONS}
     if file is not None:
         kinds = chosen.make_spec(**names, quick=quick)
-        fields = [[] if kind is None else [f.name for f in dataclasses.fields(kind)] for kind in
-                  (kinds.options, kinds.config)]  # fmt: skip
-        check_run_file(file, stored, *fields)
+        options = [field.name for field in dataclasses.fields(kinds.options)]
+        config = [] if kinds.config is None else [field.name for field in dataclasses.fields(kinds.config)]
+        own = {name.replace("-", "_"): key for name, key in chosen.flags.items()}
+        check_run_file(file, stored, options, config, own)
         sections = {name: as_text(stored.get(name) or {}) for name in SECTIONS}
-        plain = {key: value for key, value in stored.items() if key not in {*NAMES, *SECTIONS}}
+        plain = {own.get(key, key): value for key, value in stored.items() if key not in {*NAMES, *SECTIONS}}
         sections["set"] = {**as_text(plain), **sections["set"]}
     by_command = {**_as_overrides(epochs=given["epochs"]), **_own_flags(chosen, flags), **overrides}
     for section in ("options", "config"):

@@ -9,7 +9,8 @@
     quick: true
     run_dir: runs/mine
     max_steps: 400           # any option or field of the config, as in --set
-    options: {clip: 0.5}     # the same, of the training options alone
+    streams: 2               # any flag of the system
+    options: {clip: 0.5}     # the same as --set, of the training options alone
     config: {dropout: 0.1}   # or of the config alone
 
 Every run directory holds the run file that reproduces it, with all options and the whole config.
@@ -53,19 +54,21 @@ def read_run_file(path: Path) -> dict[str, Any]:
     return content
 
 
-def check_run_file(path: Path, content: Mapping[str, Any], options: Iterable[str], config: Iterable[str]) -> None:
+def check_run_file(
+    path: Path, content: Mapping[str, Any], options: Iterable[str], config: Iterable[str], flags: Iterable[str] = ()
+) -> None:
     """Checks the keys of a run file.
 
     Args:
         options, config: names of the system's training options and of the fields of its config.
+        flags: names of its own flags.
 
     Raises:
         UserError: a key is unknown; the message names the nearest known one.
     """
     options, config = set(options), set(config)
-    expected = {
-        "": {*NAMES, *SECTIONS, *options, *config}, "options": options, "config": config, "set": options | config
-    }  # fmt: skip
+    top = {*NAMES, *SECTIONS, *options, *config, *flags}
+    expected = {"": top, "options": options, "config": config, "set": options | config}
     for section, known in expected.items():
         found = content if section == "" else content.get(section) or {}
         for key in found:
