@@ -17,7 +17,7 @@ EXCEPTIONS = {
     r"make docs|make docs-serve|make results": "what they run is run by test_docs and test_pages",
     r"pip install .*|XLAYER_NATIVE=0 pip install .*": "changes the environment; test_build builds both ways",
     r"python -m pytest .*": "a part of the suite; test_seeding and test_emulated check the options",
-    r"python -m tools\.house": "tests/build/test_house.py calls what it calls",
+    r"python -m tools\.house": "test_house calls what it calls",
     r"python tests/fuzz .*": "test_fuzz runs it with fewer calls",
     r"python -m benchmarks( .*)?": "minutes long; test_benchmarks_report runs the toy suite",
     r"python -m benchmarks\.report\.bounds( FILE)?": "ends with 1 while a bound does not hold; test_bench_bounds",
