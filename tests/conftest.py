@@ -38,10 +38,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seeds", type=int, default=0, metavar="N", help=told)
 
 
+class _FailuresAtOnce:
+    """Prints how to repeat a failure when it occurs: a soak takes an hour, and what is stopped prints no summary."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._plugins = config.pluginmanager
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        reporter = self._plugins.get_plugin("terminalreporter")
+        for title, command in report.sections:
+            if title == "To repeat" and reporter is not None:
+                reporter.ensure_newline()
+                reporter.write_line(command)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--seeds") and not config.getoption("--seed"):
         given = getattr(config, "workerinput", {})  # of a worker of pytest-xdist: all of them take the same seeds
         config.option.seed = given.get("seed") or random.SystemRandom().randrange(1, 2**31)
+    if config.getoption("--seeds") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_FailuresAtOnce(config))
     settings.load_profile("soak" if config.getoption("--seed") else "xlayer")
     if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda, but torch finds no CUDA device")
