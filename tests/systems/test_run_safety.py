@@ -398,7 +398,16 @@ def test_a_metric_that_is_not_finite_ends_the_run(tmp_path, data, message):
 # ---- signals -------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def sigint_is_heard():
+    """A suite that a shell runs in the background has SIGINT ignored, and so would what it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("step", [2, 4, 5, 11], ids="in step {}".format)
+@pytest.mark.usefixtures("sigint_is_heard")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_a_signal_ends_a_run_after_its_step_and_it_resumes_to_the_same_bits(tmp_path, number, step):
     expected = train(tmp_path / "whole")
@@ -417,6 +426,7 @@ def test_a_signal_ends_a_run_after_its_step_and_it_resumes_to_the_same_bits(tmp_
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
 
 
+@pytest.mark.usefixtures("sigint_is_heard")
 def test_a_second_sigint_ends_the_process_at_once_and_a_second_sigterm_does_not(tmp_path):
     child = os.fork()
     if not child:
