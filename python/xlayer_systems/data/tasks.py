@@ -1,4 +1,4 @@
-"""What a data set is to the rest of the package: examples of text with labels, in two splits."""
+"""Defines a data set: examples of text with labels, in two splits."""
 
 from __future__ import annotations
 

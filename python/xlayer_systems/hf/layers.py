@@ -1,4 +1,4 @@
-"""What a bypass has to know of a Hugging Face model: its layers, whether it looks ahead, and which one it is."""
+"""Finds the layers of a Hugging Face model, and checks that its attention is causal."""
 
 from __future__ import annotations
 

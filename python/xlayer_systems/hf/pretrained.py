@@ -1,4 +1,4 @@
-"""What systems that attach to a Hugging Face model share: the form of ``attach()``, files, and which model they fit.
+"""Attaches to Hugging Face models: the form of ``attach()``, saved files, and the fingerprint of the base model.
 
 A system saves its own parameters alone, as safetensors beside a JSON file with its config and a description of the
 model that it was attached to.

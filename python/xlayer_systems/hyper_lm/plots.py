@@ -1,4 +1,4 @@
-"""What the layers did in the course of one run, as a PNG."""
+"""Plots the usage of the layers over one run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an L-Former adds to a base: the side path over its layers, and the heads that read the state at its end."""
+"""Defines the side path over the layers of a base model, and the heads that read its last state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a profile says in one table: the phases of the loop, kernels or operators, modules, and how busy the device was.
+"""Summarizes a profile in one table: phases of the loop, kernels or operators, modules, and how busy the device was.
 
 From a Chrome trace of `torch.profiler` (`from_trace`) or from the tables of Nsight (`xlayer_systems.profiling.nsight`).
 """

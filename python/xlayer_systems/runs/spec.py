@@ -1,4 +1,4 @@
-"""What defines a run, as plain data."""
+"""Describes a run as plain data."""
 
 from __future__ import annotations
 

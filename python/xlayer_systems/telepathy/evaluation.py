@@ -1,4 +1,4 @@
-"""What generated answers are worth: counts, not rates, so that intervals can be made of them."""
+"""Scores generated answers as counts, from which intervals are made."""
 
 from __future__ import annotations
 

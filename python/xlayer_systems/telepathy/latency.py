@@ -1,4 +1,4 @@
-"""How long an answer takes: through the bridge, through a summary in words, and from the text itself.
+"""Measures how long an answer takes: through the bridge, through a summary in words, and from the text itself.
 
 One example at a time. Text-relay has to write its summary token by token before the receiver can begin; a bridge reads
 once. All three end with the same receiver giving the same kind of answer.

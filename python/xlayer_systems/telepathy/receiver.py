@@ -1,4 +1,4 @@
-"""What the receiver reads: one layout for training, generation and every baseline.
+"""Lays out the input of the receiver: one layout for training, generation and every baseline.
 
 ::
 

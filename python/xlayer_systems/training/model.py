@@ -1,4 +1,4 @@
-"""What the training loop asks of a model: `TrainingModel`."""
+"""Defines the interface between the training loop and a model: `TrainingModel`."""
 
 from __future__ import annotations
 

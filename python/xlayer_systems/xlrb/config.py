@@ -14,7 +14,7 @@ from xlayer_systems.training.options import check_fields, option
 class XLRBConfig:
     """Defines an XLRB bridge. The defaults are the published HDIM-only base.
 
-    Lengths count layers, dimensions are in features. The fields of ``hdim`` are those of `xlayer_ext.nn.HDIMMessage`.
+    Lengths count layers, dimensions are in features. The HDIM message is `xlayer_ext.nn.HDIMMessage`.
 
     Raises:
         ValueError: a value is out of range, or fields do not fit each other.

@@ -1,4 +1,4 @@
-"""What one routed target layer computes: its messages, their gates and the blend that is added before the FFN."""
+"""Computes one routed target layer: messages, their gates, and the blend added before the FFN."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the bridges did: gates, message sizes and routing per target layer, gathered on the device and plotted."""
+"""Records and plots the bridges' gates, message norms and routing per target layer."""
 
 from __future__ import annotations
 
