@@ -1,9 +1,8 @@
-"""A run directory is data: hostile and damaged ones are refused in one line, and no run is lost, doubled or silent."""
+"""A run directory is data: hostile and damaged ones are refused in one line, and no run is lost or doubled."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import pickle
 import resource
@@ -11,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,115 +21,23 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from processes import join_processes
-from training_tools import Numbers, Output, contents, read_metrics, run_xlayer, save_backbone, save_rte
-from xlayer_systems.errors import DivergenceError, InterruptionError, UserError
+from run_tools import (
+    EARLIER_FILES,
+    ENVIRONMENT,
+    FILES,
+    Net,
+    crash,
+    make_trainer,
+    refused,
+    save_as_before,
+    train,
+)
+from training_tools import Numbers, contents, read_metrics, run_xlayer, save_backbone, save_rte
+from xlayer_systems.errors import InterruptionError
 from xlayer_systems.training.checkpoints import TrainingState
 from xlayer_systems.training.directory import RunDirectory
-from xlayer_systems.training.model import TrainingModel
 from xlayer_systems.training.options import TrainOptions
-from xlayer_systems.training.trainer import StopSignals, Trainer, linear_schedule, make_accelerator
-
-FILES = ("checkpoint.json", "model.safetensors", "optimizer.safetensors", "random-0.json")
-EARLIER_FILES = (
-    "pytorch_model.bin", "optimizer.bin", "custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl", "random_states_0.pkl"
-)  # fmt: skip
-ENVIRONMENT = {"python": "3", "data_hash": "x"}
-
-
-class Net(TrainingModel):
-    """A weight under two names, dropout, a buffer, and a parameter that no step reaches."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
-        self.second.weight = self.first.weight
-        self.dropout, self.norm = nn.Dropout(0.2), nn.BatchNorm1d(16)
-        self.unused = nn.Parameter(torch.ones(3))
-        self.on_step = lambda step: None
-
-    def begin_step(self, step: int) -> None:
-        self.on_step(step)
-
-    def forward(self, x: torch.Tensor) -> Output:
-        hidden = self.norm(self.dropout(self.first(x[:, None].expand(-1, 16) / 5).relu()))
-        return Output((self.second(hidden) - x[:, None]).square().mean())
-
-
-def make_trainer(path: Path, resume: bool = False, rate: float = 1e-2, data: Numbers | None = None) -> Trainer:
-    """12 steps in 2 epochs, logged after every 4, with checkpoints after steps 5, 6, 10 and 12."""
-    options = TrainOptions(epochs=2, batch_size=4, tensorboard=False, log_every=4, checkpoint_every=5)
-    run, model = RunDirectory(path), Net()
-    groups = [{"params": list(model.parameters()), "lr": rate}]
-    trainer = Trainer(make_accelerator(options), model, groups, data or Numbers(25), options, run, seed=0)
-    try:
-        if resume:
-            run.hold({}, ENVIRONMENT)
-            trainer.resume()
-        else:
-            run.create({}, ENVIRONMENT)
-    except BaseException:
-        run.close()
-        raise
-    return trainer
-
-
-def train(path: Path, **options) -> dict:
-    """The parameters and buffers after all steps."""
-    trainer = make_trainer(path, **options)
-    try:
-        trainer.train()
-    finally:
-        trainer.run.close()
-    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
-
-
-def fail_at(step: int):
-    """A hook for `Net.on_step`, as a crash in that step."""
-
-    def hook(now: int) -> None:
-        if now == step:
-            raise RuntimeError("crash")
-
-    return hook
-
-
-def crash(path: Path, step: int = 8) -> Path:
-    """A run that was ended inside ``step``, and its checkpoint."""
-    trainer = make_trainer(path)
-    trainer.model.on_step = fail_at(step)
-    with pytest.raises(RuntimeError, match="crash"):
-        trainer.train()
-    trainer.run.close()
-    found = trainer.run.latest_checkpoint()
-    assert found is not None
-    return found
-
-
-def save_as_before(self: TrainingState, folder: Path, progress: dict) -> None:
-    """As earlier versions did."""
-
-    class Kept:
-        def state_dict(self):
-            return {name: value for name, value in progress.items() if name != "window"}
-
-        def load_state_dict(self, state):
-            raise AssertionError
-
-    self.accelerator._optimizers = self.accelerator._optimizers[-1:]
-    self.accelerator._models = self.accelerator._models[-1:]
-    self.accelerator._custom_objects = []
-    self.accelerator.register_for_checkpointing(self.schedule, Kept())
-    self.accelerator.save_state(str(folder), safe_serialization=False)
-
-
-def refused(act, *parts: str) -> None:
-    with pytest.raises(UserError) as caught:
-        act()
-    message = str(caught.value)
-    assert "\n" not in message and len(message) < 700
-    assert all(part in message for part in parts), message
-
+from xlayer_systems.training.trainer import Trainer, linear_schedule, make_accelerator
 
 # ---- what a checkpoint holds -------------------------------------------------------------------------------------
 
@@ -353,116 +259,6 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path):
     assert read_metrics(tmp_path / "run") == read_metrics(tmp_path / "whole")
 
 
-# ---- runs that diverge ---------------------------------------------------------------------------------------------
-
-
-def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
-    with pytest.raises(DivergenceError, match=r"the training loss of step \d+ is (nan|inf)") as caught:
-        train(tmp_path / "run", rate=1e25)
-    assert caught.value.exit_code == 3 and "it has no checkpoint yet" in str(caught.value)
-    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
-
-
-def test_a_parameter_that_is_not_finite_is_not_kept(tmp_path):
-    trainer = make_trainer(tmp_path / "run")
-    broken = trainer.model.unused  # no loss shows it
-
-    def spoil(step: int) -> None:
-        if step == 7:
-            broken.data[1] = math.inf
-
-    trainer.model.on_step = spoil
-    with pytest.raises(DivergenceError, match=r"parameters are not finite after step 10; .* step-00000006"):
-        trainer.train()
-    assert all(math.isfinite(record["loss"]) for record in read_metrics(tmp_path / "run") if "loss" in record)
-
-
-class BrokenMetric(Numbers):
-    def summarize(self, sums):
-        return {"seen": int(sums[0]), "loss": math.nan}
-
-
-class BrokenScore(Numbers):
-    def score(self, output, batch):
-        return super().score(output, batch) * math.inf
-
-
-@pytest.mark.parametrize(("data", "message"), [(BrokenMetric, "the metric loss is nan"), (BrokenScore, "sums over")])
-def test_a_metric_that_is_not_finite_ends_the_run(tmp_path, data, message):
-    with pytest.raises(DivergenceError, match=f"after step 6 {message}"):
-        train(tmp_path / "run", data=data(25))
-    kept = RunDirectory(tmp_path / "run").latest_checkpoint()
-    assert kept is not None and kept.name == "step-00000005"
-
-
-# ---- signals -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def sigint_is_heard():
-    """A suite that a shell runs in the background has SIGINT ignored, and so would what it starts."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.parametrize("step", [2, 4, 5, 11], ids="in step {}".format)
-@pytest.mark.usefixtures("sigint_is_heard")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_a_signal_ends_a_run_after_its_step_and_it_resumes_to_the_same_bits(tmp_path, number, step):
-    expected = train(tmp_path / "whole")
-    trainer = make_trainer(tmp_path / "run")
-    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    trainer.model.on_step = lambda now: os.kill(os.getpid(), number) if now == step else None
-    with pytest.raises(InterruptionError, match=rf"{number.name} after step {step + 1} of 12; .*--resume") as caught:
-        trainer.train()
-    trainer.run.close()
-    assert caught.value.exit_code == 128 + number
-    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
-    kept = trainer.run.latest_checkpoint()
-    assert kept is not None and kept.name == f"step-{step + 1:08d}"
-    found = train(tmp_path / "run", resume=True)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
-
-
-@pytest.mark.usefixtures("sigint_is_heard")
-def test_a_second_sigint_ends_the_process_at_once_and_a_second_sigterm_does_not(tmp_path):
-    child = os.fork()
-    if not child:
-        try:
-            with StopSignals() as signals:
-                os.kill(os.getpid(), signal.SIGTERM)
-                os.kill(os.getpid(), signal.SIGTERM)
-                if signals.caught == signal.SIGTERM:
-                    (tmp_path / "alive").touch()
-                os.kill(os.getpid(), signal.SIGINT)
-        finally:
-            os._exit(1)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGINT
-    assert (tmp_path / "alive").exists()
-
-
-def test_ignored_signals_stay_ignored_and_other_threads_leave_handlers_alone():
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with StopSignals() as signals:
-            os.kill(os.getpid(), signal.SIGINT)
-            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN and signals.caught is None
-    finally:
-        signal.signal(signal.SIGINT, before)
-    seen = []
-
-    def look() -> None:
-        with StopSignals():
-            seen.append(signal.getsignal(signal.SIGTERM))
-
-    thread = threading.Thread(target=look)
-    thread.start()
-    thread.join()
-    assert seen == [signal.getsignal(signal.SIGTERM)]
-
-
 # ---- many processes ------------------------------------------------------------------------------------------------
 
 
@@ -623,6 +419,7 @@ def test_a_place_that_cannot_be_written_is_one_line(command, monkeypatch, capsys
 def test_a_hostile_backbone_is_refused_and_not_executed(tmp_path, command, monkeypatch, capsys):
     backbone, marker = save_backbone(tmp_path / "backbone"), tmp_path / "marker"
     (backbone / "model.safetensors").unlink()
+    capsys.readouterr()  # the progress bar of what was saved
     for as_torch in (False, True):
         plant(backbone / "pytorch_model.bin", marker, as_torch)
         assert run_xlayer(monkeypatch, *command, tmp_path / "run", "--backbone", backbone) == 2
