@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 def tool(name: str) -> str:
-    """The program of this environment (a PyPI wheel), else the machine's."""
+    """Returns the path of a program in this environment (a PyPI wheel), else the machine's."""
     beside = Path(sys.executable).with_name(name)
     found = str(beside) if beside.exists() else shutil.which(name)
     if found is None:

@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> int:
 
 
 def wants_script(arguments: list[str]) -> bool:
-    """Whether one family is named, and nothing that only the suite does."""
+    """Tells whether the arguments name one family and no option that only the suite has."""
     names = [argument for argument in arguments[:2] if argument in suite.FAMILIES]
     if not arguments or len(names) != 1 or arguments[0] != names[0]:
         return False

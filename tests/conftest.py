@@ -136,14 +136,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="session")
 def kernels(request: pytest.FixtureRequest) -> str:
-    """Whose kernels the native operators run: `cpu`, `emulated` or `cuda`, as --device says."""
+    """Returns whose kernels the native operators run, as --device says: `cpu`, `emulated` or `cuda`."""
     chosen: str = request.config.getoption("--device")
     return chosen
 
 
 @pytest.fixture(scope="session")
 def device(kernels: str) -> str:
-    """Where the tensors of the tests live: `cpu` or `cuda`."""
+    """Returns the device of the tests' tensors: `cpu` or `cuda`."""
     return "cuda" if kernels == "cuda" else "cpu"
 
 

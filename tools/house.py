@@ -199,7 +199,7 @@ class _Reader(ast.NodeVisitor):
 
 
 def covers(entry: str, name: str) -> bool:
-    """Whether an entry of the table covers a module."""
+    """Tells whether an entry of the table covers a module."""
     package = entry.removesuffix(".*")
     return name == package or (entry != package and name.startswith(package + "."))
 

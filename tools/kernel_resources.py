@@ -59,7 +59,7 @@ class Promise:
 
 @dataclass(frozen=True)
 class Ceiling(Promise):
-    """At most so many registers per thread and so much shared memory, static or asked for by the launch, per block."""
+    """Limits of registers per thread and of shared memory per block, static or asked for by the launch."""
 
     threads: int
     registers: int
@@ -79,7 +79,7 @@ def sources(folder: Path = CUDA_SOURCES) -> list[Path]:
 
 
 def promises(folder: Path = CUDA_SOURCES) -> list[Ceiling | Instructions]:
-    """All promises of the CUDA sources in a folder, in their order. One that cannot be read raises."""
+    """Reads all promises of the CUDA sources in a folder, in their order; raises for one that cannot be read."""
     found: list[Ceiling | Instructions] = []
     for path in sources(folder):
         for number, line in enumerate(path.read_text().splitlines(), 1):
@@ -100,7 +100,7 @@ def promises(folder: Path = CUDA_SOURCES) -> list[Ceiling | Instructions]:
 
 
 def ceiling_of(instance: str, stated: Iterable[Promise]) -> Ceiling | None:
-    """The first that covers a kernel: exceptions are written above the rule."""
+    """Returns the first ceiling that covers a kernel: exceptions are written above the rule."""
     return next((each for each in stated if isinstance(each, Ceiling) and each.covers(instance)), None)
 
 
@@ -109,7 +109,7 @@ def round_up(value: int, unit: int) -> int:
 
 
 def occupancy(arch: str, threads: int, registers: int, shared: int) -> float:
-    """Resident threads of a multiprocessor over the most it can hold; 0 where its limits are not known."""
+    """Returns the resident threads of a multiprocessor over the most it can hold; 0 where its limits are not known."""
     digits = re.sub(r"\D", "", arch)
     if not threads or not digits or int(digits) not in LIMITS:
         return 0.0
@@ -137,7 +137,7 @@ def compile_and_keep(command: list[str]) -> int:
 
 
 def kernels_of(report: str) -> list[tuple[str, str, int, int, int, int, int, int]]:
-    """(mangled name, arch, threads, registers, shared, stack, spill stores, spill loads) of each kernel."""
+    """Reads (mangled name, arch, threads, registers, shared, stack, spill stores, spill loads) of each kernel."""
     threads = {name: int(count) for name, count in re.findall(r"^block (\w+) (\d+)$", report, re.MULTILINE)}
     rows = []
     for part in re.split(r"(?=ptxas info\s*: Compiling entry)", report)[1:]:
@@ -153,7 +153,7 @@ def kernels_of(report: str) -> list[tuple[str, str, int, int, int, int, int, int
 
 
 def without_parameters(name: str) -> str:
-    """`void a::(anonymous namespace)::k<__half, 4>(a::Args)` is `k<float16, 4>`, as the sources write it."""
+    """Shortens `void a::(anonymous namespace)::k<__half, 4>(a::Args)` to `k<float16, 4>`, as the sources write it."""
     name = re.sub(r"\(anonymous namespace\)::|\b(?!\d)\w+::", "", name).removeprefix("void ")
     name = name.replace("__nv_bfloat16", "bfloat16").replace("__half", "float16")
     kernel = re.match(r"\w+(?:<.*>)?(?=\()", name)
@@ -170,7 +170,7 @@ def demangle(names: list[str]) -> list[str]:
 
 
 def describe(reports: Sequence[str], stated: Sequence[Promise]) -> list[dict[str, Any]]:
-    """A row per kernel and architecture, as `_native.kernel_resources()` gives it."""
+    """Makes a row per kernel and architecture, as `_native.kernel_resources()` gives it."""
     kernels = [kernel for report in reports for kernel in kernels_of(report)]
     rows = []
     for name, kernel in zip(demangle([kernel[0] for kernel in kernels]), kernels, strict=True):

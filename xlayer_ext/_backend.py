@@ -138,7 +138,7 @@ def use_native(op: str, *tensors: Tensor, beyond: str | None = None) -> bool:
 
 
 class backend:
-    """Context manager that chooses the backend inside a ``with`` block: ``auto``, ``native`` or ``reference``.
+    """Chooses the backend inside a ``with`` block: ``auto``, ``native`` or ``reference``.
 
     The choice belongs to the context (:mod:`contextvars`): other threads and asyncio tasks do not see it. A thread that
     is started inside the block has the default, an asyncio task what was chosen where it was created. Compiled

@@ -33,7 +33,7 @@ KERNELS = {"ema": "ema_scan", "ema-last": "ema_scan", "gru": "depth_gru", "atten
 
 
 class Setting(NamedTuple):
-    """What a case's name stands for: (layers, tokens, width)."""
+    """Suite, operator and size (layers, tokens, width) of a case."""
 
     suite: str
     op: str
@@ -60,7 +60,8 @@ TOYS = tuple(Setting("toy", op, (3, 10, 16)) for op in KERNELS)
 
 
 def least_bytes(op: str, pass_: str, size: Sequence[int], element: int) -> int:
-    """Taps, states and their gradients read or written once each, and the matrices; per-column vectors are left out."""
+    """Counts taps, states, their gradients and the matrices, each read or written once; per-column vectors are left
+    out."""
     layers, tokens, width = size
     rows = tokens * width * element
     weights = {"gru": 6, "attention": 4}.get(op, 0) * width * width * element
@@ -73,7 +74,8 @@ def least_bytes(op: str, pass_: str, size: Sequence[int], element: int) -> int:
 
 
 def least_flops(op: str, pass_: str, size: Sequence[int]) -> int:
-    """Two for each multiply-add of the matrix products; backward has two products for each of forward's."""
+    """Counts two for each multiply-add of the matrix products; the backward has two products for each of the
+    forward's."""
     layers, tokens, width = size
     products = {"gru": 6, "attention": 4}.get(op, 0)
     forward = 2 * products * layers * tokens * width * width
@@ -84,7 +86,7 @@ def least_flops(op: str, pass_: str, size: Sequence[int]) -> int:
 
 
 def make_inputs(op: str, size: Sequence[int], dtype: str, device: str) -> Outputs:
-    """Taps and parameters, the same for every implementation."""
+    """Draws taps and parameters, the same for every implementation."""
     layers, tokens, width = size
     generator = torch.Generator().manual_seed(0)
 
@@ -127,7 +129,7 @@ def with_backend(choice: str, operator: Operator, *given: Tensor) -> Tensor:
 
 
 def cell(x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor, bias_hh: Tensor) -> Tensor:
-    """`nn.GRUCell`'s own function, stepped."""
+    """Steps `torch.gru_cell`, the function of `nn.GRUCell`, through the layers."""
     state = x.new_zeros(x.shape[1], weight_hh.shape[1])
     states = []
     for tap in x:
@@ -137,7 +139,7 @@ def cell(x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor, bias_
 
 
 def gemm(x: Tensor, weight_ih: Tensor, weight_hh: Tensor, *biases: Tensor) -> Tensor:
-    """The unit's products alone."""
+    """Computes the matrix products of the recurrent unit and nothing else."""
     products = None
     for tap in x:
         products = linear(tap, weight_ih), linear(tap, weight_hh)
@@ -146,7 +148,7 @@ def gemm(x: Tensor, weight_ih: Tensor, weight_hh: Tensor, *biases: Tensor) -> Te
 
 
 def implementation(impl: str, op: str, given: Outputs) -> Callable[[], Tensor]:
-    """The function to call; `Unavailable` where it cannot run."""
+    """Returns the function to call; raises `Unavailable` where it cannot run."""
     if impl == "native" and not use_native(KERNELS[op], given[0]):
         raise Unavailable("no native kernel is in use; `python -m xlayer_ext.info` says why")
     if impl in ("cell", "gemm"):
@@ -156,7 +158,7 @@ def implementation(impl: str, op: str, given: Outputs) -> Callable[[], Tensor]:
 
 
 def build(impl: str, op: str, pass_: str, size: list[int], dtype: str, device: str) -> Work:
-    """The work of one row. It returns states, or the gradients of taps and parameters."""
+    """Builds the work of one row, which returns the states, or the gradients of taps and parameters."""
     given = make_inputs(op, size, dtype, device)
     if pass_ != "fwd":
         given = tuple(tensor.requires_grad_() for tensor in given)
@@ -170,7 +172,7 @@ def _forward(call: Callable[[], Tensor], given: Outputs) -> Work:
 
 
 def _backward(call: Callable[[], Tensor], given: Outputs) -> Work:
-    """The backward alone, of one graph that is built in the first call and kept."""
+    """Builds a work that runs the backward alone, on one graph that the first call makes and keeps."""
 
     @functools.cache
     def graph() -> tuple[Tensor, Tensor]:
@@ -193,7 +195,7 @@ def _forward_backward(call: Callable[[], Tensor], given: Outputs) -> Work:
 
 
 def check(case: Case) -> None:
-    """The native kernels against float64, on the first tokens of the case's own inputs."""
+    """Compares the native kernels with float64 on the first tokens of the case's own inputs."""
     a = case.arguments
     _check(case.op, tuple(a["size"]), a["dtype"], a["device"])
 

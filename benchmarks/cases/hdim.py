@@ -51,7 +51,8 @@ CUDA_SIZES: Sizes = {
 
 
 def least_flops(pairs: int, d: int, m: int, h: int, pass_: str) -> int:
-    """Floating point operations that a fused kernel cannot avoid, as far as they grow with the number of pairs.
+    """Counts the floating-point operations that a fused kernel cannot avoid, as far as they grow with the number of
+    pairs.
 
     |a−b| = a + b − 2·min(a, b), so the columns of W1 that see q and k alone leave the pair loop; the Hadamard term and
     the minimum each stay there as a GEMM D → M. What only grows with the tokens, and everything that is not a
@@ -68,7 +69,8 @@ def least_flops(pairs: int, d: int, m: int, h: int, pass_: str) -> int:
 
 
 def least_alu(pairs: int, m: int, pass_: str) -> int:
-    """Float32 operations per pair and hidden unit that no GEMM can take over, a fused multiply-add being one.
+    """Counts the float32 operations per pair and hidden unit that no GEMM can take over, a fused multiply-add being
+    one.
 
     Forward: the activation, and the multiply-add with w2. Backward: both again, the product of the pair's gradient
     with w2 where the unit is active, and the sum that is the gradient of w2.
@@ -77,7 +79,8 @@ def least_alu(pairs: int, m: int, pass_: str) -> int:
 
 
 def least_bytes(b: int, s: int, d: int, m: int, h: int, pass_: str, element: int, mask: int) -> int:
-    """Each input read once and each output written once; the backward reads dC and writes one gradient per input.
+    """Counts each input read once and each output written once; the backward reads dC and writes one gradient per
+    input.
 
     Masked keys are counted as if they were read: these bytes are far from deciding.
     """
@@ -104,7 +107,7 @@ def eager(*inputs: Tensor, **options: Any) -> Tensor:
 
 
 def implementation(impl: str, *inputs: Tensor) -> Attention:
-    """The function to call; raises `Unavailable` where it cannot run."""
+    """Returns the function to call; raises `Unavailable` where it cannot run."""
     if impl == "native" and not use_native("hdim_attention", *inputs):
         raise Unavailable("no native kernel is in use; `python -m xlayer_ext.info` says why")
     if impl == "compile":
@@ -113,7 +116,8 @@ def implementation(impl: str, *inputs: Tensor) -> Attention:
 
 
 def make_inputs(size: list[int], dtype: str, device: str) -> list[Tensor]:
-    """query, key, value, weight1, bias1, weight2: logits of about unit variance, the same for every implementation."""
+    """Draws query, key, value, weight1, bias1, weight2, the same for every implementation, with logits of about unit
+    variance."""
     b, s, d, m, h = size
     generator = torch.Generator().manual_seed(0)
     shapes = [(b, s, d), (b, s, d), (b, s, h), (m, 4 * d), (m,), (m,)]
@@ -123,19 +127,19 @@ def make_inputs(size: list[int], dtype: str, device: str) -> list[Tensor]:
 
 
 def make_options(b: int, s: int, device: str, masked: bool = False, activation: str = "relu") -> dict[str, Any]:
-    """Keyword arguments of a call; `masked` gives the sentences lengths from half to the whole of S."""
+    """Returns the keyword arguments of a call; `masked` draws sentence lengths from S/2 to S."""
     lengths = torch.tensor(sentence_lengths(b, s), device=device)
     mask = torch.arange(s, device=device) < lengths.unsqueeze(1) if masked else None
     return {"key_mask": mask, "activation": activation}
 
 
 def sentence_lengths(b: int, s: int) -> list[int]:
-    """b lengths, evenly from half of s to s."""
+    """Returns b lengths spread evenly from s/2 to s."""
     return [s - (s // 2) * i // max(1, b - 1) for i in range(b)]
 
 
 def build(impl: str, pass_: str, size: list[int], dtype: str, device: str, **variant: Any) -> Work:
-    """The work of one row. It returns the context, and with "fwd+bwd" the gradient of every input as well."""
+    """Builds the work of one row, which returns the context, and with "fwd+bwd" the gradient of every input as well."""
     inputs = make_inputs(size, dtype, device)
     options = make_options(size[0], size[1], device, **variant)
     attention = implementation(impl, *inputs)
@@ -161,8 +165,8 @@ def _forward_backward(
 
 
 def check(case: Case) -> None:
-    """Context and gradients of the native kernel against float64 (`check_oracle`), on the case's own inputs, but
-    for biases away from relu's kink."""
+    """Compares context and gradients of the native kernel with float64 (`check_oracle`) on the case's own inputs, but
+    with biases away from relu's kink."""
     if case.pass_ == "fwd":
         return  # checked together with its backward
     arguments = dict(case.arguments)
@@ -186,7 +190,8 @@ def check(case: Case) -> None:
 
 
 def _by_rows(inputs: list[Tensor], options: dict[str, Any], cotangent: Tensor, rows: int = 64) -> list[Tensor]:
-    """`_forward_backward` of the plain formula, a few query rows at a time: rows are independent, memory is not."""
+    """Runs `_forward_backward` of the plain formula a few query rows at a time, which need less memory; rows are
+    independent."""
     parts = [
         _forward_backward(eager, [query, *inputs[1:]], options, part)
         for query, part in zip(inputs[0].split(rows, 1), cotangent.split(rows, 1), strict=True)
@@ -217,7 +222,7 @@ def make_cases(options: argparse.Namespace) -> list[Case]:
 
 
 def halve(arguments: dict[str, Any]) -> dict[str, Any] | None:
-    """The same case with half the batch."""
+    """Returns the arguments of the same case with half the batch."""
     b, *rest = arguments["size"]
     return None if b % 2 else arguments | {"size": [b // 2, *rest]}
 

@@ -38,7 +38,7 @@ Outputs = tuple[Tensor, ...]
 
 
 class Kind(NamedTuple):
-    """How coefficients come about; without a norm they are the same for all tokens."""
+    """Norm and form of the coefficients; without a norm they are static, the same for all tokens."""
 
     norm: Norm | None = None
     form: Form = "identity"
@@ -59,7 +59,7 @@ KINDS = {
 
 
 class Setting(NamedTuple):
-    """What a case's name stands for, in all operators."""
+    """Suite, kind, size and layout of a case, for all operators."""
 
     suite: str
     kind: str
@@ -93,8 +93,8 @@ def passes(forward: int, backward: int, pass_: str) -> int:
 
 
 def least_bytes(op: str, pass_: str, kind: str, size: Sequence[int], element: int) -> int:
-    """Each input read once and each output written once; the backward reads the inputs again and the outputs'
-    gradients, and writes one gradient per input. Whatever else it needs, h' too, it can compute again.
+    """Counts each input read once and each output written once; the backward reads the inputs again and the outputs'
+    gradients, and writes one gradient per input. It can recompute whatever else it needs, h' too.
 
     In units of d per token that is n+1 for pre, 2n+1 for post and 2n+2 for the boundary, and 2n+1, 3n+2 and 3n+3
     backward. `pre+post` is two calls, and both give a gradient of the streams: adding them up takes 3n, so that the
@@ -123,8 +123,8 @@ def least_bytes(op: str, pass_: str, kind: str, size: Sequence[int], element: in
 
 
 def least_flops(op: str, pass_: str, kind: str, size: Sequence[int]) -> int:
-    """Two for each multiply-add of the mixing and of the dynamic logits; twice as many backward, and the post of a
-    boundary once more, whose result its backward has to compute again. Norms and Sinkhorn are left out."""
+    """Counts two for each multiply-add of the mixing and of the dynamic logits, twice as many in the backward, and the
+    post of a boundary once more, whose result its backward has to recompute. Norms and Sinkhorn are left out."""
     b, s, d, n = size
     rows, columns = KINDS[kind].weight_shape(n, d)
     logits = rows * columns * (1 if KINDS[kind].norm == "rms_all" else n) if KINDS[kind].norm else 0
@@ -137,7 +137,7 @@ def least_flops(op: str, pass_: str, kind: str, size: Sequence[int]) -> int:
 
 
 class Inputs(NamedTuple):
-    """All that the operators take; `coefficients` are those of the sublayer that ends."""
+    """Tensors that the operators take; `coefficients` are those of the sublayer that ends."""
 
     streams: Tensor  # [B, S, n, d]
     branch_output: Tensor  # [B, S, d]
@@ -152,7 +152,7 @@ class Inputs(NamedTuple):
 
 
 def make_inputs(kind: str, size: Sequence[int], packed: bool, dtype: str, device: str) -> Inputs:
-    """Random inputs, the same for every implementation: coefficients far from the identity, logits of unit variance."""
+    """Draws inputs, the same for every implementation: coefficients far from the identity, logits of unit variance."""
     b, s, d, n = size
     generator = torch.Generator().manual_seed(0)
     element = getattr(torch, dtype)
@@ -200,7 +200,7 @@ def separate_boundary(api: Any, given: Inputs) -> Outputs:
 
 
 def _made(coefficients: Tensor, given: Inputs) -> Outputs:
-    """Static coefficients are the parameter itself, and no output."""
+    """Returns the coefficients if they are dynamic: static ones are the parameter itself, and no output."""
     return () if given.connection.weight is None else (coefficients,)
 
 
@@ -217,7 +217,7 @@ SEPARATE = "native separate"
 
 
 def leaves_of(op: str, given: Inputs) -> dict[str, Tensor]:
-    """The tensors that gradients are for, by name."""
+    """Returns the tensors that gradients are taken of, by name."""
     named = {**given._asdict(), **given.connection._asdict()}
     if op == "post":
         return {name: named[name] for name in Inputs._fields[:3]}
@@ -229,7 +229,7 @@ def leaves_of(op: str, given: Inputs) -> dict[str, Tensor]:
 
 
 def peer_call(module: Any, given: Inputs) -> Outputs:
-    """One sublayer of the package's module, its branch output given: what `pre_post` computes.
+    """Runs one sublayer of the package's module with a given branch output, which computes the same as `pre_post`.
 
     `width_connection` is pre with the mixing of the streams, `depth_connection` adds β·y to what was mixed. Packed
     streams [(b n), s, d] are a view of ours.
@@ -241,7 +241,7 @@ def peer_call(module: Any, given: Inputs) -> Outputs:
 
 
 def peer_module(kind: str, given: Inputs) -> nn.Module:
-    """The package's module with our weights. Its norm's own weight starts at 1 and stays there."""
+    """Makes the package's module with our weights; its norm's own weight stays at its initial value, 1."""
     package = _peer_package()
     n, d = given.streams.shape[2:]
     module = getattr(package, str(KINDS[kind].peer))(n, dim=d).to(given.streams.device, given.streams.dtype)
@@ -292,7 +292,8 @@ Call = Callable[[], Outputs]
 
 
 def implementation(impl: str, op: str, kind: str, given: Inputs) -> tuple[Call, list[Tensor]]:
-    """The function to call, and the tensors that its gradients are for; `Unavailable` where it cannot run."""
+    """Returns the function to call and the tensors that its gradients are taken of; raises `Unavailable` where it
+    cannot run."""
     leaves = list(leaves_of(op, given).values())
     if impl.startswith("hyper-connections"):
         module = peer_module(kind, given)
@@ -311,7 +312,7 @@ def implementation(impl: str, op: str, kind: str, given: Inputs) -> tuple[Call, 
 
 
 def build(impl: str, op: str, pass_: str, kind: str, size: list[int], packed: bool, dtype: str, device: str) -> Work:
-    """The work of one row. It returns all outputs in a forward pass, and all gradients in a backward pass."""
+    """Builds the work of one row, which returns all outputs in a forward pass, and all gradients in a backward pass."""
     given = make_inputs(kind, size, packed, dtype, device).map(Tensor.requires_grad_)
     call, leaves = implementation(impl, op, kind, given)
     work = {"fwd": _forward, "bwd": _backward, "fwd+bwd": _forward_backward}[pass_](call, leaves)
@@ -323,7 +324,7 @@ def _forward(call: Call, leaves: list[Tensor]) -> Work:
 
 
 def _backward(call: Call, leaves: list[Tensor]) -> Work:
-    """The backward alone, of one graph that is built in the first call and kept."""
+    """Builds a work that runs the backward alone, on one graph that the first call makes and keeps."""
 
     @functools.cache
     def graph() -> tuple[Outputs, list[Tensor]]:
@@ -351,7 +352,7 @@ def _forward_backward(call: Call, leaves: list[Tensor]) -> Work:
 
 
 def cotangents(outputs: Outputs, seed: int = 1) -> list[Tensor]:
-    """Gradients that come to the outputs, in their layouts."""
+    """Draws gradients of the outputs, in the outputs' layouts."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.empty_like(output).copy_(torch.randn(output.shape, generator=generator)) for output in outputs]
 
@@ -360,7 +361,7 @@ def cotangents(outputs: Outputs, seed: int = 1) -> list[Tensor]:
 
 
 def check(case: Case) -> None:
-    """Outputs and gradients of the native kernels against float64 (`check_oracle`), on the case's own inputs."""
+    """Compares outputs and gradients of the native kernels with float64 (`check_oracle`) on the case's own inputs."""
     a = case.arguments
     _check(case.op, a["kind"], tuple(a["size"]), a["packed"], a["dtype"], a["device"])
 
@@ -380,7 +381,7 @@ def _check(op: str, kind: str, size: tuple[int, ...], packed: bool, dtype: str, 
 
 
 def _draws(operator: Operator, op: str, api: Any, given: Inputs, pieces: int = 16) -> list[Results]:
-    """All results: of the whole case, `_wholes` times, and then of a few tokens at a time."""
+    """Computes all results of the whole case, `_wholes` times, and then of a few tokens at a time."""
     length = max(1, given.streams.shape[1] // pieces)
     starts = range(0, given.streams.shape[1] - length + 1, length)
     parts = [given] * _wholes(given) + [_tokens(given, start, start + length) for start in starts]
@@ -401,12 +402,12 @@ def _tokens(given: Inputs, start: int, end: int) -> Inputs:
 
 
 def _few(draws: list[Results]) -> list[str]:
-    """The gradients of so few numbers that the error of one draw is luck."""
+    """Names the gradients with so few elements that the error of a single draw says little."""
     return [name for name, value in draws[0].items() if name.startswith("grad") and value.numel() < 1000]
 
 
 def _pooled(side: list[Results], exact: list[Results], names: list[str], wholes: int) -> Tensor:
-    """Those gradients of all draws, in units of their size in the whole case and in its pieces."""
+    """Concatenates the named gradients of all draws, scaled by their rms over whole cases and over pieces."""
     pool = []
     for name in names:
         for part in (slice(0, wholes), slice(wholes, None)):
@@ -420,7 +421,7 @@ Results = dict[str, Tensor]
 
 
 def _results(call: Call, leaves: dict[str, Tensor], seed: int = 1, unused: bool = False) -> Results:
-    """Outputs by their number and gradients by their leaf's name."""
+    """Returns outputs by their number and gradients by their leaf's name."""
     outputs = call()
     grads = torch.autograd.grad(
         outputs, list(leaves.values()), cotangents(outputs, seed), allow_unused=unused, materialize_grads=unused
@@ -467,7 +468,7 @@ def peers_of(op: str, kind: str, packed: bool) -> tuple[str, ...]:
 
 
 def halve(arguments: dict[str, Any]) -> dict[str, Any] | None:
-    """The same case with half the batch."""
+    """Returns the arguments of the same case with half the batch."""
     b, *rest = arguments["size"]
     return None if b % 2 else arguments | {"size": [b // 2, *rest]}
 

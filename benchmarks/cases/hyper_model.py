@@ -1,4 +1,4 @@
-"""What hyper-connections cost a language model: one training step with each residual kind, beside plain residuals.
+"""Times one training step of a language model with each kind of hyper-connection, beside plain residuals.
 
 All kinds and backends run in turns in one process, on the same tokens. `native` and `reference` are the backends of the
 same model; `compile` is `torch.compile` of the model on the reference backend. A step is the forward, the loss and the
@@ -52,7 +52,7 @@ def settings(cuda: bool) -> dict[str, Setting]:
 
 
 def scale(size: Sequence[int]) -> str:
-    """How a case differs from the paper's shape, in words."""
+    """Describes in words how a case differs from the paper's shape."""
     paper, here = (dict(zip(NAMES, numbers, strict=True)) for numbers in (PAPER, size))
     return training.scale(paper, here)
 
@@ -61,7 +61,7 @@ def scale(size: Sequence[int]) -> str:
 
 
 def matrix_elements(size: Sequence[int]) -> tuple[int, int]:
-    """Elements of all weights of the plain model, and of those that every token is multiplied with.
+    """Counts the elements of all weights of the plain model, and of those that every token is multiplied with.
 
     A layer has 4·d² in its attention and 8·d² in its MLP; the embedding makes the logits too, but tokens only look
     their rows up in it.
@@ -72,13 +72,14 @@ def matrix_elements(size: Sequence[int]) -> tuple[int, int]:
 
 
 def least_bytes(size: Sequence[int], element: int, optimizer: bool) -> int:
-    """Every parameter read in the forward and in the backward, its gradient written once. AdamW reads the parameter,
-    its gradient and two averages, and writes all but the gradient."""
+    """Counts every parameter read in the forward and in the backward, and its gradient written once. AdamW reads the
+    parameter, its gradient and two averages, and writes all but the gradient."""
     return (3 + (7 if optimizer else 0)) * matrix_elements(size)[0] * element
 
 
 def least_flops(size: Sequence[int]) -> int:
-    """Two per multiply-add of the plain model's GEMMs and of causal attention, and twice that backward."""
+    """Counts two per multiply-add of the plain model's GEMMs and of causal attention, and twice that in the
+    backward."""
     b, s, d, layers, _, _ = size
     attention = layers * 2 * b * s * s * d  # queries · keys and weights · values, half of each
     return 3 * (2 * b * s * matrix_elements(size)[1] + attention)
@@ -89,7 +90,7 @@ def least_flops(size: Sequence[int]) -> int:
 
 @functools.lru_cache(maxsize=1 + len(KINDS))
 def make_model(kind: str, size: tuple[int, ...], optimizer: bool, dtype: str, device: str) -> nn.Module:
-    """The model, the same object for all backends of a kind."""
+    """Makes the model of a kind, the same object for all backends."""
     try:
         module = importlib.import_module("xlayer_systems.hyper_lm.model")
     except ImportError as error:
@@ -106,14 +107,14 @@ def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def make_tokens(size: Sequence[int], device: str) -> tuple[Tensor, Tensor]:
-    """Random inputs and the tokens to predict, `[B, S]` each."""
+    """Draws random inputs and the tokens to predict, `[B, S]` each."""
     b, s, *_, vocabulary = size
     tokens = torch.randint(vocabulary, (b, s + 1), generator=torch.Generator().manual_seed(0)).to(device)
     return tokens[:, :-1], tokens[:, 1:]
 
 
 def build(impl: str, size: list[int], optimizer: bool, dtype: str, device: str) -> Work:
-    """The work of one row, a training step. It returns the loss and all gradients."""
+    """Builds the work of one row, a training step, which returns the loss and all gradients."""
     kind, _, how = impl.partition(" ")
     if how == "native" and not use_native("hyper_post_pre", torch.empty(1, device=device)):
         raise Unavailable("no native kernel is in use; `python -m xlayer_ext.info` says why")
@@ -173,7 +174,7 @@ def make_cases(options: argparse.Namespace) -> list[Case]:
 
 
 def format_table(rows: Sequence[Row]) -> str:
-    """The rows for reading: times and peak memory, and how many times those of plain residuals they are."""
+    """Formats the rows as a table: times and peak memory, also as multiples of those of plain residuals."""
     plain = {(row.case, row.dtype): row for row in rows if row.impl == "plain"}
     head = f"{'case':<14}{'dtype':<10}{'impl':<15}{'ms':>10}{'min':>10}{'spread':>8}{'× plain':>9}"
     lines = [f"{head}{'MB peak':>10}{'× plain':>9}{'of limit':>10}"]

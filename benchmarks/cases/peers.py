@@ -19,7 +19,8 @@ import torch
 
 @dataclass(frozen=True)
 class Peer:
-    """A package, as PyPI and as Python name it, and what it computes; `gpu`: its kernels exist for GPUs alone."""
+    """A package by its names on PyPI and in Python, and the operator that it computes; `gpu`: its kernels need a
+    GPU."""
 
     package: str
     module: str
@@ -37,7 +38,7 @@ PEERS = (
 
 
 def state(peer: Peer, device: str) -> str:
-    """`timed VERSION`, or why it is missing."""
+    """Returns `timed, VERSION`, or the reason why the package is missing."""
     if peer.gpu and torch.device(device).type != "cuda":
         return "missing: its kernels run on GPUs alone"
     try:

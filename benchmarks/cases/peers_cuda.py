@@ -28,7 +28,7 @@ DEVICE = "cuda"
 
 @contextmanager
 def or_unavailable(package: str, tensor: Tensor) -> Iterator[None]:
-    """Whatever fails inside makes the package `Unavailable`, and so does another device."""
+    """Turns every error inside, and any other device than a GPU, into `Unavailable`."""
     if tensor.device.type != DEVICE:
         raise Unavailable(f"{package} runs on GPUs alone")
     try:
@@ -42,30 +42,32 @@ def or_unavailable(package: str, tensor: Tensor) -> Iterator[None]:
 
 
 class ManifoldPeer(Protocol):
-    """`post [..., n, 1]` and `mixing [..., j, i]`, M_ij, are the last and the inner columns of our coefficients."""
+    """Interface of a package; `post [..., n, 1]` and `mixing [..., j, i]`, M_ij, are the last and inner columns of our
+    coefficients."""
 
     def parameters(self, connection: Connection, dtype: torch.dtype) -> list[Tensor]:
-        """Ours in its order: the weight of the coefficients, their base, and its scales."""
+        """Returns our parameters in its order: the weight of the coefficients, their base, and its scales."""
 
     def pre(self, streams: Tensor, parameters: list[Tensor], connection: Connection) -> tuple[Tensor, Tensor, Tensor]:
-        """Branch input, post and mixing."""
+        """Returns branch input, post and mixing."""
 
     def post(self, streams: Tensor, branch_output: Tensor, post: Tensor, mixing: Tensor) -> Tensor: ...
 
     def weight_gradient(self, gradient: Tensor) -> Tensor:
-        """A gradient of its weight in the layout of `their_order`."""
+        """Returns a gradient of its weight in the layout of `their_order`."""
 
 
 def their_order(values: Tensor, n: int) -> Tensor:
-    """Rows or numbers (j, m) of `[n·(n+2), …]`: first those of all pre_j, then of all post_j, then of M, j by j. Both
-    packages normalize the second index of M first and the first one last, which are our columns and rows if M is given
-    to them transposed, as our coefficients have it."""
+    """Reorders rows or numbers (j, m) of `[n·(n+2), …]`: first all pre_j, then all post_j, then M, j by j. Both
+    packages normalize the second index of M first and the first one last; these are our columns and rows if M is passed
+    transposed, as our coefficients have it."""
     each = values.unflatten(0, (n, n + 2))
     return torch.cat([each[:, 0], each[:, -1], each[:, 1:-1].flatten(0, 1)])
 
 
 def _scales(connection: Connection) -> tuple[Tensor, Tensor, Tensor]:
-    """Of pre, post and M, for which both have one number each, where we have one for each column."""
+    """Returns the scales of pre, post and M: both packages have one number for each, where we have one for each
+    column."""
     assert connection.scale is not None
     pre, *inner, post = connection.scale.unbind()
     if any(not torch.equal(scale, inner[0]) for scale in inner):
@@ -74,7 +76,7 @@ def _scales(connection: Connection) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Liger:
-    """`liger_mhc_coeffs`, `liger_mhc_pre` and `liger_mhc_post_res` of Liger-Kernel (Triton).
+    """Calls `liger_mhc_coeffs`, `liger_mhc_pre` and `liger_mhc_post_res` of Liger-Kernel (Triton).
 
     phi is `[n·d, n²+2n]`, in 16 bits with streams of 16 bits, for that is what it has tensor cores for. It applies
     M[out, in], so the mixing is transposed once more on its way to `post`: n² numbers per token beside n·d. With
@@ -107,7 +109,7 @@ class Liger:
 
 
 class Tile:
-    """`mhc_pre` and `mhc_post` of TileKernels (TileLang; bfloat16 streams, n = 4, compute capability 9 or 10).
+    """Calls `mhc_pre` and `mhc_post` of TileKernels (TileLang; bfloat16 streams, n = 4, compute capability 9 or 10).
 
     fn is `[n²+2n, n·d]` in float32, used as TF32; M is laid out and applied as ours. Without gradients it takes its
     fused kernel. The backward of `mhc_pre` adds to what the backward of `mhc_post` on the same streams left behind, and
@@ -146,7 +148,8 @@ MHC: dict[str, Callable[[], ManifoldPeer]] = {"liger-kernel": Liger, "tile-kerne
 
 
 def mhc_peers(op: str, pass_: str) -> tuple[str, ...]:
-    """Those that a case of manifold-constrained connections is timed against; none fuses the boundary of sublayers."""
+    """Names the packages that a case of manifold-constrained connections is timed against; none fuses the boundary of
+    sublayers."""
     if op == "boundary":
         return ()
     return ("liger-kernel",) if (op, pass_[-3:]) == ("pre", "bwd") else tuple(MHC)
@@ -155,7 +158,8 @@ def mhc_peers(op: str, pass_: str) -> tuple[str, ...]:
 def mhc(
     package: str, op: str, streams: Tensor, branch_output: Tensor, coefficients: Tensor, connection: Connection
 ) -> tuple[Call, list[Tensor]]:
-    """The call of an operator, and the tensors that its gradients are for: ours, but with three scales in all."""
+    """Returns the call of an operator, and the tensors that its gradients are taken of: ours, but with three scales in
+    all."""
     with or_unavailable(package, streams):
         peer = MHC[package]()
         parameters = [_leaf(tensor) for tensor in peer.parameters(connection, streams.dtype)]
@@ -220,9 +224,9 @@ CUVS = "cuvs-cu13"
 
 
 def cuvs_nearest(how: str, x: Tensor, codebook: Tensor) -> Call:
-    """Exact search by `cuvs.neighbors.brute_force` for one neighbour: indices in int64 and distances in float32, as
-    ours. It takes float32 and float16. The index is made before: what it computes of the codes is not timed, while
-    ours does it in each call."""
+    """Searches exactly for one neighbour by `cuvs.neighbors.brute_force`: indices in int64 and distances in float32, as
+    ours. It takes float32 and float16. The index is made before: what it computes of the codes is not timed, while ours
+    does it in each call."""
     with or_unavailable(CUVS, x):
         if x.dtype not in (torch.float32, torch.float16):
             raise TypeError(f"it takes float32 and float16, not {x.dtype}")
@@ -238,7 +242,7 @@ def cuvs_nearest(how: str, x: Tensor, codebook: Tensor) -> Call:
 
 
 def _search(brute_force: Any, index: Any, x: Tensor, codebook: Tensor, resources: Any) -> Outputs:
-    """The index may point into the codebook, which is an argument so that it lives as long."""
+    """Searches the index; takes the codebook as an argument to keep it alive, since the index may point into it."""
     indices = torch.empty(len(x), 1, dtype=torch.int64, device=x.device)
     distances = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
     brute_force.search(index, x, 1, neighbors=indices, distances=distances, resources=resources)

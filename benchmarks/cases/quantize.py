@@ -39,7 +39,7 @@ PLAIN_BYTES = 4 << 30  # of scores that plain PyTorch may write
 
 
 class Setting(NamedTuple):
-    """What a case's name stands for; the size is (N, K, D), of fsq (rows, levels, columns)."""
+    """Suite, operator and size (N, K, D) of a case; for fsq the size is (rows, levels, columns)."""
 
     suite: str
     op: str
@@ -76,8 +76,8 @@ TOYS = (  # the case `toy` of each operator
 
 
 def least_bytes(op: str, pass_: str, size: Sequence[int], element: int) -> int:
-    """Each input read once, each output written once; indices have 8 bytes. Training reads x, the codebook and its
-    running sums, and writes both and the quantized x."""
+    """Counts each input read once and each output written once; indices have 8 bytes. Training reads x, the codebook
+    and its running sums, and writes both and the quantized x."""
     n, k, d = size
     wide = max(element, 4)
     x, codes = n * d * element, k * d * element
@@ -92,7 +92,7 @@ def least_bytes(op: str, pass_: str, size: Sequence[int], element: int) -> int:
 
 
 def least_flops(op: str, size: Sequence[int]) -> int:
-    """Two for each multiply-add of x·cᵀ, and one for each number that is added up."""
+    """Counts two for each multiply-add of x·cᵀ, and one for each number that is added up."""
     n, k, d = size
     return {"nearest": 2 * n * k * d, "statistics": n * d, "train": 2 * n * k * d + n * d, "fsq": 0}[op]
 
@@ -101,7 +101,7 @@ def least_flops(op: str, size: Sequence[int]) -> int:
 
 
 def make_inputs(op: str, size: Sequence[int], dtype: str, device: str) -> Outputs:
-    """The same for every implementation: x and codebook, x and indices, or z."""
+    """Draws x and codebook, x and indices, or z, the same for every implementation."""
     n, k, d = size
     generator = torch.Generator().manual_seed(0)
     element = getattr(torch, dtype)
@@ -135,7 +135,7 @@ def train(module: nn.Module, choice: str, x: Tensor) -> Outputs:
 
 
 def make_quantizer(how: str, x: Tensor, codebook: Tensor) -> nn.Module:
-    """Our module in training, with this codebook and the package's defaults of its updates."""
+    """Makes our module in training, with this codebook and the package's defaults of its updates."""
     from xlayer_ext.nn import VectorQuantizer
 
     torch.manual_seed(0)
@@ -168,7 +168,7 @@ def peer_quantizer(how: str, x: Tensor, codebook: Tensor) -> nn.Module:
 
 
 def peer_call(module: nn.Module, x: Tensor) -> Outputs:
-    """x as a batch of one: quantized, indices, loss."""
+    """Calls the package on x as a batch of one; returns quantized, indices, loss."""
     quantized, indices, loss = module(x.unsqueeze(0))
     return quantized.squeeze(0), indices.squeeze(0), loss
 
@@ -215,7 +215,7 @@ KERNELS = {
 
 
 def implementation(impl: str, op: str, how: str, levels: int, given: Outputs) -> Call:
-    """The function to call; `Unavailable` where it cannot run."""
+    """Returns the function to call; raises `Unavailable` where it cannot run."""
     if impl == "native" and not all(use_native(kernel, given[0]) for kernel in KERNELS[op]):
         raise Unavailable("no native kernel is in use; `python -m xlayer_ext.info` says why")
     if impl == peers_cuda.CUVS:
@@ -262,7 +262,7 @@ def _peer(impl: str, op: str, how: str, levels: int, given: Outputs) -> Call:
 
 
 def build(impl: str, op: str, pass_: str, how: str, size: list[int], dtype: str, device: str) -> Work:
-    """The work of one row. It returns all outputs, or the gradient of z."""
+    """Builds the work of one row, which returns all outputs, or the gradient of z."""
     given = make_inputs(op, size, dtype, device)
     if pass_ != "fwd":
         given[0].requires_grad_()
@@ -276,7 +276,7 @@ def _forward(call: Call, z: Tensor) -> Work:
 
 
 def _backward(call: Call, z: Tensor) -> Work:
-    """The backward alone, of one graph that is built in the first call and kept."""
+    """Builds a work that runs the backward alone, on one graph that the first call makes and keeps."""
 
     @functools.cache
     def graph() -> tuple[Tensor, Tensor]:
@@ -301,7 +301,7 @@ def _forward_backward(call: Call, z: Tensor) -> Work:
 
 
 def check(case: Case) -> None:
-    """The native kernels against float64, on the case's own inputs or, where these are too many, on the first rows."""
+    """Compares the native kernels with float64 on the case's own inputs, of large cases on the first rows."""
     a = case.arguments
     _check(case.op, a["how"], tuple(a["size"]), a["dtype"], a["device"])
 

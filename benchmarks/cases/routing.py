@@ -29,7 +29,7 @@ SIZES = {
 
 
 def make_inputs(size: list[int], dtype: str, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """x `[B, S, H]`, a mask of sentence lengths from half of S to all of it, and the output's gradient `[B, H]`."""
+    """Draws x `[B, S, H]`, a mask of sentence lengths from S/2 to S, and the output's gradient `[B, H]`."""
     b, s, h = size
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(b, s, h, generator=generator).to(device=device, dtype=getattr(torch, dtype))
@@ -38,18 +38,19 @@ def make_inputs(size: list[int], dtype: str, device: str) -> tuple[Tensor, Tenso
 
 
 def sentence_lengths(b: int, s: int) -> list[int]:
-    """b lengths, evenly from half of s to s."""
+    """Returns b lengths spread evenly from s/2 to s."""
     return [s - (s // 2) * i // max(1, b - 1) for i in range(b)]
 
 
 def least_bytes(b: int, s: int, h: int, pass_: str, element: int) -> int:
-    """The forward reads the tokens that count and the mask, and writes the mean; the backward writes all tokens."""
+    """Counts the forward's reads of unmasked tokens and mask and its write of the mean; the backward writes all
+    tokens."""
     forward = element * h * (sum(sentence_lengths(b, s)) + b) + b * s
     return forward if pass_ == "fwd" else forward + element * h * (b + b * s)
 
 
 def build(impl: str, pass_: str, size: list[int], dtype: str, device: str) -> Work:
-    """The work of one row: the mean, and with "fwd+bwd" the gradient of x as well."""
+    """Builds the work of one row, which returns the mean, and with "fwd+bwd" the gradient of x as well."""
     x, mask, cotangent = make_inputs(size, dtype, device)
     if impl == "native" and not use_native("masked_mean", x):
         raise Unavailable("no native kernel is in use; `python -m xlayer_ext.info` says why")
@@ -70,7 +71,7 @@ def build(impl: str, pass_: str, size: list[int], dtype: str, device: str) -> Wo
 
 
 def check(case: Case) -> None:
-    """The mean and its gradient against float64."""
+    """Compares the mean and its gradient with float64."""
     x, mask, cotangent = make_inputs(**{key: case.arguments[key] for key in ("size", "dtype", "device")})
     leaf, exact_leaf, plain_leaf = (tensor.detach().requires_grad_() for tensor in (x, x.double(), x))
     means = [functional.masked_mean(leaf, mask), *(reference.masked_mean(x, mask) for x in (exact_leaf, plain_leaf))]

@@ -90,7 +90,7 @@ class Step(NamedTuple):
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def parameters(self) -> int:
-        """Of all models, the frozen ones too, which are no submodules."""
+        """Counts the parameters of all models, also of the frozen ones, which are no submodules."""
         models = (self.model, *getattr(self.model, "frozen", ()))
         return sum({id(p): p.numel() for model in models for p in model.parameters()}.values())
 
@@ -103,7 +103,7 @@ class Step(NamedTuple):
 
 
 def make(system: str, size: Size, dtype: str, device: str) -> Step:
-    """A step on the device; on "meta" it has no numbers, only shapes to count."""
+    """Makes the step on the device; on "meta" it has no numbers, only shapes to count."""
     element = getattr(torch, dtype)
     torch.manual_seed(0)
     with torch.device(device):
@@ -118,7 +118,7 @@ def make(system: str, size: Size, dtype: str, device: str) -> Step:
 
 
 def xlrb(size: Size, element: torch.dtype) -> Step:
-    """RoBERTa with bridges of the preset H9 into its last layers, all of it trained."""
+    """Makes RoBERTa with bridges of the preset H9 into its last layers, all of it trained."""
     from transformers import RobertaConfig, RobertaModel
 
     from xlayer_systems.xlrb import XLRBClassifier, preset
@@ -142,7 +142,7 @@ def xlrb(size: Size, element: torch.dtype) -> Step:
 
 
 def lformer(size: Size, element: torch.dtype) -> Step:
-    """The L-Former that makes its own base and trains with it; no gradient goes from the taps to the base."""
+    """Makes the L-Former that creates its own base and trains with it; no gradient goes from the taps to the base."""
     from xlayer_systems.lformer import LFormer, ModelConfig
 
     layers, d, heads, d_side, vocabulary, b, s = (size[name] for name in PAPER["lformer"])
@@ -159,7 +159,8 @@ def lformer(size: Size, element: torch.dtype) -> Step:
 
 
 def bypass(size: Size, element: torch.dtype) -> Step:
-    """Stage 2 on a frozen Llama, which runs unmodified first, and then with the biases of projectors that are not 0."""
+    """Makes stage 2 on a frozen Llama, which runs unmodified first, and then with the biases of projectors that are not
+    0."""
     from xlayer_systems.bypass import BypassConfig, attach
     from xlayer_systems.bypass.task import BypassLanguageModel
 
@@ -179,7 +180,7 @@ def bypass(size: Size, element: torch.dtype) -> Step:
 
 
 def telepathy(size: Size, element: torch.dtype) -> Step:
-    """A VQ bridge (the report's phase 15) from a frozen Llama to a frozen Mistral."""
+    """Makes a VQ bridge (the report's phase 15) from a frozen Llama to a frozen Mistral."""
     from transformers import AutoTokenizer
 
     from xlayer_systems.hf.decoders import ASSETS, RECEIVER
@@ -232,8 +233,8 @@ SYSTEMS: dict[str, Callable[[Size, torch.dtype], Step]] = {
 
 
 def make_decoder(kind: str, shape: tuple[int, ...], element: torch.dtype) -> Any:
-    """A frozen causal language model of (layers, width, heads, width of the MLP, vocabulary), with four query heads to
-    a key head."""
+    """Makes a frozen causal language model of (layers, width, heads, width of the MLP, vocabulary), with four query
+    heads to a key head."""
     from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
     layers, d, heads, mlp, vocabulary = shape
@@ -247,7 +248,7 @@ def make_decoder(kind: str, shape: tuple[int, ...], element: torch.dtype) -> Any
 
 
 def matrices(*modules: nn.Module) -> int:
-    """Elements of the weights of all linear layers in the modules."""
+    """Counts the elements of the weights of all linear layers in the modules."""
     from transformers.pytorch_utils import Conv1D
 
     inside = (part for module in modules for part in module.modules())
@@ -255,12 +256,12 @@ def matrices(*modules: nn.Module) -> int:
 
 
 def attention(layers: int, b: int, queries: int, keys: int, d: int) -> int:
-    """Flops of scores and weighted sums, forward."""
+    """Counts the flops of scores and weighted sums in the forward."""
     return layers * 4 * b * queries * keys * d
 
 
 def _tokens(vocabulary: int, *shape: int) -> Tensor:
-    """Random tokens, none of them special in these models."""
+    """Draws random tokens, none of them special in these models."""
     return torch.randint(3, vocabulary, shape)
 
 

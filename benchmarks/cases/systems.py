@@ -31,7 +31,7 @@ BACKENDS = {"native": "native", "eager": "reference"}
 
 
 def make(system: str, size: Size, dtype: str, device: str) -> system_steps.Step:
-    """As `system_steps.make`; without the packages that the systems need there is nothing to measure."""
+    """Calls `system_steps.make`; raises `Unavailable` where the packages that the systems need are missing."""
     try:
         return system_steps.make(system, size, dtype, device)
     except ImportError as error:
@@ -42,7 +42,8 @@ _LAST: dict[tuple[Any, ...], system_steps.Step] = {}
 
 
 def shared(system: str, size: Size, dtype: str, device: str) -> system_steps.Step:
-    """The step of a case, one for both backends; the case before goes first, as two may not fit on a GPU."""
+    """Returns the step of a case, one for both backends; drops the previous case's first, as two may not fit on a
+    GPU."""
     key = (system, str(size), dtype, device)
     if key not in _LAST:
         _LAST.clear()
@@ -51,7 +52,7 @@ def shared(system: str, size: Size, dtype: str, device: str) -> system_steps.Ste
 
 
 def build(impl: str, system: str, size: Size, dtype: str, device: str) -> Work:
-    """The work of one row. It returns the loss and all gradients."""
+    """Builds the work of one row, which returns the loss and all gradients."""
     kernel = system_steps.KERNELS[system]
     if impl == "native" and kernel and not use_native(kernel, torch.empty(1, device=device)):
         raise Unavailable("no native kernel is in use; `python -m xlayer_ext.info` says why")
@@ -96,7 +97,7 @@ def make_case(system: str, size: Size, suite: str, dtype: str, device: str) -> C
 
 
 def counted(system: str, size: Size, dtype: str) -> tuple[tuple[int, int], dict[str, Any]]:
-    """Least bytes and flops of a step, and what its rows say of it beside the times."""
+    """Counts the least bytes and flops of a step; returns them and the facts that its rows hold beside the times."""
     facts: dict[str, Any] = {"scale": training.scale(system_steps.PAPER[system], size)}
     try:
         step = make(system, size, dtype, "meta")
@@ -107,13 +108,13 @@ def counted(system: str, size: Size, dtype: str) -> tuple[tuple[int, int], dict[
 
 
 def named(size: Size) -> str:
-    """ "L24-d1024-B16-S256"; of two models "L32+32-…"."""
+    """Names a size: "L24-d1024-B16-S256"; of two models "L32+32-…"."""
     layers, d = ("+".join(map(str, n)) if isinstance(n, list) else n for n in (size["layers"], size["d"]))
     return f"L{layers}-d{d}-B{size['B']}-S{size['S']}"
 
 
 def format_table(rows: Sequence[Row]) -> str:
-    """The rows for reading, with the scale of each case below."""
+    """Formats the rows as a table, with the scale of each case below."""
     head = f"{'system':<11}{'case':<23}{'dtype':<10}{'impl':<8}{'ms':>10}{'spread':>8}{'tokens/s':>11}"
     lines = [f"{head}{'MB peak':>10}{'× reference':>13}{'of limit':>10}"]
     scales = {}

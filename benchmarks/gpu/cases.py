@@ -107,7 +107,8 @@ def hyper_inputs(
 
 
 def hyper(part: str) -> Callable[[torch.dtype, bool, str], Iterator[str]]:
-    """Cases of hyper_pre, hyper_post or hyper_post_pre; "masked" is whether all tokens share post's coefficients."""
+    """Returns the cases of hyper_pre, hyper_post or hyper_post_pre; "masked" is whether all tokens share post's
+    coefficients."""
 
     def cases(dtype: torch.dtype, masked: bool, device: str) -> Iterator[str]:
         wide = torch.promote_types(dtype, torch.float32)
@@ -142,7 +143,7 @@ def check_finite(name: str, *results: Tensor) -> None:
 
 
 def vq_nearest(dtype: torch.dtype, masked: bool, device: str) -> Iterator[str]:
-    """ "masked" is whether the metric is the cosine."""
+    """Runs the nearest-code search; "masked" selects the cosine metric."""
     for books, n, k, d in VQ_SIZES:
         name = f"vq_nearest h={books} N={n} K={k} D={d}"
         x, codebook = (draw(books, rows, d, dtype=dtype, device=device) for rows in (n, k))
@@ -152,7 +153,7 @@ def vq_nearest(dtype: torch.dtype, masked: bool, device: str) -> Iterator[str]:
 
 
 def vq_statistics(dtype: torch.dtype, masked: bool, device: str) -> Iterator[str]:
-    """ "masked" is whether some rows count nowhere."""
+    """Runs the codebook statistics; "masked" excludes some rows from them."""
     for books, n, k, d in VQ_SIZES:
         name = f"vq_statistics h={books} N={n} K={k} D={d}"
         x = draw(books, n, d, dtype=dtype, device=device)
@@ -162,7 +163,7 @@ def vq_statistics(dtype: torch.dtype, masked: bool, device: str) -> Iterator[str
 
 
 def fsq(dtype: torch.dtype, masked: bool, device: str) -> Iterator[str]:
-    """ "masked" is whether the bound is the offset one."""
+    """Runs finite scalar quantization; "masked" selects the offset bound."""
     for levels in FSQ_LEVELS:
         name = f"fsq {len(levels)} dimensions"
         z = draw(517, len(levels), dtype=dtype, device=device).requires_grad_()
@@ -171,7 +172,7 @@ def fsq(dtype: torch.dtype, masked: bool, device: str) -> Iterator[str]:
 
 
 def ema_scan(dtype: torch.dtype, masked: bool, device: str) -> Iterator[str]:
-    """ "masked" is whether the taps are normalized."""
+    """Runs the EMA over depth; "masked" normalizes the taps."""
     for last_only, (layers, n, d) in itertools.product((False, True), EMA_SIZES):
         name = f"ema_scan L={layers} N={n} d={d}{' last' * last_only}"
         shapes = [(layers, n, d), (layers,), (n, d), *([(d,), (d,)] if masked else [])]
@@ -183,7 +184,7 @@ def ema_scan(dtype: torch.dtype, masked: bool, device: str) -> Iterator[str]:
 
 
 def depth_gru(dtype: torch.dtype, masked: bool, device: str) -> Iterator[str]:
-    """ "masked" is whether there is an initial state."""
+    """Runs the recurrent unit over depth; "masked" passes an initial state."""
     for layers, n, i, d in GRU_SIZES:
         name = f"depth_gru L={layers} N={n} i={i} d={d}"
         shapes = [(layers, n, i), (3 * d, i), (3 * d, d), (3 * d,), (3 * d,), *([(n, d)] if masked else [])]
@@ -193,7 +194,7 @@ def depth_gru(dtype: torch.dtype, masked: bool, device: str) -> Iterator[str]:
 
 
 def depth_attention(dtype: torch.dtype, masked: bool, device: str) -> Iterator[str]:
-    """ "masked" is whether there is an initial state."""
+    """Runs attention over depth; "masked" passes an initial state."""
     for layers, n, d, heads, width in ATTENTION_SIZES:
         name = f"depth_attention L={layers} N={n} d={d} heads={heads} of {width}"
         e = heads * width

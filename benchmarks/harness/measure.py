@@ -41,7 +41,7 @@ PASSES = ("fwd", "bwd", "fwd+bwd")
 
 
 class Unavailable(RuntimeError):
-    """Raised by a builder whose implementation cannot run here; the benchmark skips it and says why."""
+    """Raised by a builder whose implementation cannot run here; the benchmark skips it and reports why."""
 
 
 # ---- the machine's limits ------------------------------------------------------------------------------------------
@@ -234,7 +234,8 @@ class Timing:
 
     @property
     def spread(self) -> float:
-        """Interquartile range ÷ median: 0.02 is a quiet machine, 0.2 one that was busy with something else."""
+        """Returns the interquartile range ÷ the median: 0.02 on a quiet machine, 0.2 on one that is busy with something
+        else."""
         low, _, high = statistics.quantiles(self.samples, n=4)
         return (high - low) / self.median
 

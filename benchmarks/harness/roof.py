@@ -67,7 +67,7 @@ def widest(threads: int) -> Roof:
 
 
 class MultiplyAdds:
-    """A work for `compare`: multiply-adds that do not wait for one another; keeps the best rate and clock."""
+    """A work for `compare`: independent multiply-adds; keeps the best rate and clock."""
 
     def __init__(self, roof: Roof, dtype: str) -> None:
         self.roof, self.dtype = roof, dtype
@@ -85,12 +85,13 @@ class MultiplyAdds:
 
     @property
     def per_cycle(self) -> float:
-        """Vectors of multiply-adds that one thread finishes in a cycle."""
+        """Returns the vectors of multiply-adds that one thread finishes in a cycle."""
         return self.rate / (2 * self.roof.lanes(self.dtype) * self.roof.threads * self.clock)
 
     @property
     def pipes(self) -> float:
-        """Pipes that explain the rate, rounded up; halves without fused multiply-adds, whose parts share three."""
+        """Returns the number of pipes that explains the rate, rounded up; halves without fused multiply-adds, whose
+        parts share three."""
         parts = 2 if self.roof.isa == "baseline" else 1
         return max(1, math.ceil(parts * self.per_cycle / 1.02)) / parts
 
@@ -125,7 +126,7 @@ class Moves:
 
     @property
     def rate(self) -> float:
-        """The fastest that bytes move, whatever part of them is read and written."""
+        """Returns the fastest rate at which bytes move, whatever part of them is read and written."""
         return max(self.rates.values())
 
 

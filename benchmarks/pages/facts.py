@@ -42,7 +42,7 @@ def quantize_size(case: str) -> str:
 
 
 def score_bytes(case: str) -> int:
-    """Bytes of the N × K scores that a search without fusion writes in float32."""
+    """Counts the bytes of the N × K scores that a search without fusion writes in float32."""
     n, k, _ = quantize.settings(cuda=False)[case].size
     return 4 * int(n) * int(k)
 

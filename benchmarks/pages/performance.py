@@ -339,7 +339,7 @@ def _step(rows: Rows, tokens: int, native: tuple[str, ...], plain: tuple[str, ..
 
 
 def bounds(rows: Rows) -> str:
-    """Says how many bounds hold, and lists those that do not."""
+    """Describes how many bounds hold, and lists those that do not."""
     verdicts = promises.judged(rows.all)
     missed = [verdict.cells[:-1] for verdict in verdicts if not verdict.holds]
     shown = table(" | ".join(promises.HEAD[:-1]), missed) if missed else ""

@@ -131,13 +131,14 @@ Run = dict[str, Row]  # rows by implementation
 
 
 def is_promised(row: Row) -> bool:
-    """Whether bounds speak of such rows: float32 on 2 cores of a CPU. Rows of GPUs have a rate of the other units."""
+    """Tells whether bounds apply to such rows: float32 on 2 cores of a CPU. GPU rows give a rate of the other units
+    (`alu`)."""
     on_cpu = "alu" not in row.extra and row.device != "emulator"
     return on_cpu and row.dtype == "float32" and row.extra.get("threads") == 2
 
 
 def runs(rows: Iterable[Row], bound: Bound) -> list[Run]:
-    """The bound's rows, run after run: only what was measured together, on one machine, is compared."""
+    """Groups the bound's rows by run, since only rows measured together, on one machine, may be compared."""
     found: list[Run] = [{}]
     machine: tuple[Any, ...] | None = None
     for row in rows:
@@ -150,13 +151,13 @@ def runs(rows: Iterable[Row], bound: Bound) -> list[Run]:
 
 
 def measured(bound: Bound, rows: Sequence[Row]) -> float | None:
-    """What the last run that can tell says."""
+    """Returns the value of the last run that has the rows for it."""
     values = [value for run in runs(rows, bound) if (value := _value(bound, run)) is not None]
     return values[-1] if values else None
 
 
 def possible(bound: Bound, rows: Sequence[Row]) -> float | None:
-    """The most that a fraction or a ratio of speeds can be: 1, or how far the other implementation is from the limit.
+    """Returns the largest possible fraction, 1, or ratio of speeds: how far the other implementation is from the limit.
 
     None where no row with a limit tells, and for bounds of other kinds.
     """
@@ -168,7 +169,7 @@ def possible(bound: Bound, rows: Sequence[Row]) -> float | None:
 
 
 def has_limit(row: Row) -> bool:
-    """Whether the row's fraction is of the machine's roof: older ones are of what torch reached."""
+    """Tells whether the row's fraction is of the machine's roof: older ones are of what torch reached."""
     return "machine" in row.extra and not row.extra.get("beyond_limit")
 
 
@@ -197,7 +198,7 @@ class Verdict(NamedTuple):
 
     @property
     def cells(self) -> list[str]:
-        """Operator, case, pass, promised, measured, holds."""
+        """Returns the cells of a table's line: operator, case, pass, promised, measured, holds."""
         bound = self.bound
         op = bound.op if bound.impl == "native" else f"{bound.op}, {bound.impl}"
         mark = {None: "", True: "✓", False: "✗"}[self.holds]
@@ -219,7 +220,7 @@ def judged(rows: Sequence[Row], bounds: Iterable[Bound] = BOUNDS) -> list[Verdic
 
 
 def summary(verdicts: Sequence[Verdict]) -> str:
-    """How many hold, do not, and are not measured."""
+    """Describes how many bounds hold, do not, and are not measured."""
     states = [verdict.holds for verdict in verdicts]
     counts = f"{states.count(True)} hold, {states.count(False)} do not, {states.count(None)} are not measured"
     return f"Of {len(states)} bounds {counts}."

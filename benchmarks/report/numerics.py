@@ -1,4 +1,4 @@
-"""How exact the kernels are: errors against float64, beside those of plain PyTorch, for every element type.
+"""Errors of the kernels against float64, beside those of plain PyTorch, for every element type.
 
 Each benchmark compares its kernel with float64 before it takes its time (`check`). Here the same comparisons are made
 on small cases of every element type, and written down instead of raised.
@@ -31,7 +31,7 @@ SIZES: dict[str, list[int]] = {
 
 @dataclass(frozen=True)
 class Exactness:
-    """Of all results and gradients of a kernel the one that is nearest to its bound, or beyond it."""
+    """The result or gradient of a kernel that comes nearest to its bound, or exceeds it most."""
 
     family: str
     op: str
@@ -51,7 +51,7 @@ class Exactness:
 def measure(
     modules: Iterable[ModuleType], device: str, dtypes: Iterable[str], note: Callable[[str], None]
 ) -> Iterator[Exactness]:
-    """One line per kernel and element type."""
+    """Yields one line per kernel and element type."""
     for module in modules:
         for dtype in dtypes:
             for case in small_cases(module, device, dtype):
@@ -60,7 +60,8 @@ def measure(
 
 
 def small_cases(module: ModuleType, device: str, dtype: str) -> list[Case]:
-    """The last pass of every operator, whose check has gradients too where there are any; none without a check."""
+    """Returns the last pass of every operator, whose check covers gradients too where there are any; none without a
+    check."""
     if not hasattr(module, "check"):
         return []
     made = module.make_cases(argparse.Namespace(device=device, dtype=[dtype]))

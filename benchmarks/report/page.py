@@ -43,7 +43,7 @@ def _inlined(path: Path) -> str:
 
 
 def html(rows: Sequence[Row], found: Mapping[str, Any], images: Mapping[str, str]) -> str:
-    """The page; `images` are data URLs by what they show."""
+    """Renders the page; `images` are data URLs by their titles."""
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
@@ -54,7 +54,7 @@ def html(rows: Sequence[Row], found: Mapping[str, Any], images: Mapping[str, str
 
 
 def facts(rows: Sequence[Row], found: Mapping[str, Any]) -> dict[str, str]:
-    """Where, when and with what."""
+    """Lists machine, versions, commit, date and command of a run."""
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     when = f"{found['date']}, {found['minutes']:.1f} minutes" if "minutes" in found else found["date"]
     spreads = sorted(row.extra["spread"] for row in rows if "spread" in row.extra)
@@ -81,7 +81,7 @@ def _tables(rows: Sequence[Row], found: Mapping[str, Any]) -> Iterable[Table]:
 
 
 def limits(found: Mapping[str, Any] | None) -> Table:
-    """Rates by level of a CPU's caches, and torch's beside them."""
+    """Makes the table of rates by level of a CPU's caches, and torch's beside them."""
     if found is None:
         return Table("Limits", "", (), ())
     lines = []
@@ -186,7 +186,7 @@ def _time(row: Row) -> list[str]:
 
 
 def _bound(row: Row) -> str:
-    """What the limit is of; bytes with the level that could hold them."""
+    """Names what limits a row; for bytes also the level of cache or memory that could hold them."""
     bound = str(row.extra.get("bound", "-"))
     return f"{bound}, {row.extra['bytes_level']}" if bound == "bytes" and "bytes_level" in row.extra else bound
 

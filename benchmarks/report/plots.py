@@ -18,29 +18,29 @@ SMALL = 8  # points, of most letters
 
 
 def intensity(row: Row) -> float:
-    """Operations of matrix products per byte, of the least work."""
+    """Returns the operations of matrix products per byte of the least work."""
     return row.flops / row.bytes
 
 
 def achieved(row: Row) -> Pair:
-    """(bytes/s, flop/s) of the least work in the time taken."""
+    """Returns (bytes/s, flop/s) of the least work in the time taken."""
     seconds = row.ms_median / 1e3
     return row.bytes / seconds, row.flops / seconds
 
 
 def roof(at: float, byte_rate: float, flop_rate: float) -> float:
-    """The most flop/s at an intensity: the roof of moving bytes, or that of multiply-adds."""
+    """Returns the most flop/s at an intensity: the lower one of the roofs of moving bytes and of multiply-adds."""
     return min(at * byte_rate, flop_rate)
 
 
 def byte_roofs(limits: Mapping[str, Any]) -> dict[str, float]:
-    """Bytes/s by level, the nearest cache first; of a GPU torch's copy alone."""
+    """Returns bytes/s by level, the nearest cache first; for a GPU torch's copy alone."""
     levels = limits.get("levels") or [{"level": "memory", "byte_rate": limits["torch_copy_rate"]}]
     return {level["level"]: level["byte_rate"] for level in levels}
 
 
 def flop_roof(limits: Mapping[str, Any], dtype: str) -> float:
-    """The fastest multiply-adds of a dtype; of a GPU, or in 16 bits where that is faster, torch's GEMM."""
+    """Returns the fastest multiply-adds of a dtype; for a GPU, or in 16 bits where that is faster, torch's GEMM."""
     computed = "float64" if dtype == "float64" else "float32"
     rates = [one["rate"] for one in limits.get("multiply_adds", []) if one["dtype"] == computed]
     if not rates or dtype in ("bfloat16", "float16"):
@@ -49,7 +49,7 @@ def flop_roof(limits: Mapping[str, Any], dtype: str) -> float:
 
 
 def kernels(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows of native kernels, by operator; the last one counts of rows that tell of the same thing."""
+    """Groups the rows of native kernels by operator; of rows of the same case the last one counts."""
     last = {(row.op, row.case, row.pass_, row.dtype): row for row in rows if row.impl == "native"}
     found: dict[str, list[Row]] = {}
     for row in last.values():
@@ -225,7 +225,7 @@ class Labels:
 
 
 def byte_chart(figure: Any, rows: Sequence[Row]) -> None:
-    """Bytes per second of each row, and the most that moved beside it in the same rounds."""
+    """Draws bytes per second of each row, and the most that was reached in the same rounds."""
     axis = figure.subplots()
     names = [f"{row.op} {row.case}, {row.pass_}" for row in rows]
     if len({row.dtype for row in rows}) > 1:
@@ -251,7 +251,7 @@ Bars = dict[str, dict[str, float]]  # per case: how many times the native kernel
 
 
 def speedups(rows: Sequence[Row]) -> Bars:
-    """Time of every other implementation ÷ the native one's, case by case."""
+    """Returns the time of every other implementation ÷ the native one's, case by case."""
     times: dict[str, dict[str, float]] = {}
     several = len({row.dtype for row in rows}) > 1
     for row in rows:
@@ -322,13 +322,13 @@ def curve_chart(figure: Any, curves: Sequence[Mapping[str, Any]]) -> None:
 
 
 def fitted(points: Sequence[float], values: Sequence[float], slope: float) -> Any:
-    """The line of that exponent through the middle of the points, as both axes are logarithmic."""
+    """Returns the line with that exponent through the middle of the points on logarithmic axes."""
     logs = np.log(points)
     return np.exp(np.mean(np.log(values)) + slope * (logs - logs.mean()))
 
 
 def _plain(*axes: Any) -> None:
-    """Numbers as they are on logarithmic axes: 0.5, 1, 2, …, fewer of them over many decades."""
+    """Labels logarithmic axes with plain numbers, 0.5, 1, 2, …, fewer of them over many decades."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     for axis in axes:

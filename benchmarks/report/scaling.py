@@ -27,7 +27,7 @@ IMPLS = ("native", "eager")
 
 @dataclass(frozen=True)
 class Curve:
-    """`arguments(size)` are those of `build`, without `impl`, `dtype` and `device`."""
+    """One kernel over one size; `arguments(size)` are those of `build`, without `impl`, `dtype` and `device`."""
 
     family: str
     what: str
@@ -39,7 +39,7 @@ class Curve:
 
 
 def curves(cuda: bool) -> list[Curve]:
-    """Cost against every size that a kernel's work grows with."""
+    """Lists the curves: cost against every size that a kernel's work grows with."""
     many = 16 if cuda else 1  # of what runs side by side: a GPU needs more of it to be filled
 
     def hyper(n: int) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def hdim(batch: int, pass_: str = "fwd") -> Callable[[int], dict[str, Any]]:
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """Slope of the least-squares line through (log size, log value)."""
+    """Returns the slope of the least-squares line through (log size, log value)."""
     return statistics.linear_regression([math.log(x) for x in sizes], [math.log(y) for y in values]).slope
 
 
@@ -89,7 +89,7 @@ class Measured:
 
 
 def measure(curve: Curve, dtype: str, device: str, seconds: float, note: Note) -> Measured:
-    """The curve with every implementation that runs here."""
+    """Measures the curve with every implementation that runs here."""
     works: dict[str, dict[int, Work]] = {}
     for impl in IMPLS:
         try:
@@ -113,7 +113,7 @@ def _timed(measured: Measured, works: Mapping[str, Mapping[int, Work]], device: 
 
 
 def over_threads(dtype: str, seconds: float, note: Note) -> Measured:
-    """Token-pair messaging with 1, 2, 4, … threads, up to the number of cores: −1 would be perfect."""
+    """Measures token-pair messaging with 1, 2, 4, … threads, up to the number of cores: −1 would be perfect."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     points = [2**power for power in range(cores.bit_length())]
     curve = Curve("hdim", "token-pair messaging", "threads", tuple(points), hdim_cases.build, lambda _: hdim(4)(256))
@@ -141,7 +141,7 @@ def over_threads(dtype: str, seconds: float, note: Note) -> Measured:
 
 
 def memory(points: Sequence[int], dtype: str, device: str, note: Note) -> Measured:
-    """Peak memory of token-pair messaging, forward and backward, over the length of the sentences."""
+    """Measures the peak memory of token-pair messaging, forward and backward, over the length of the sentences."""
     measured = Measured("hdim", "token-pair messaging, fwd+bwd", "S", "bytes", list(points))
     for impl in IMPLS:
         try:

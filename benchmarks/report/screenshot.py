@@ -16,7 +16,7 @@ WIDTH, HEIGHT = 500, 2400  # headless Chromium has no narrower window
 
 
 def browser() -> str | None:
-    """The browser's command, if there is one."""
+    """Returns the browser's command, or None if there is none."""
     return next((found for name in NAMES if (found := shutil.which(name))), None)
 
 

@@ -52,7 +52,7 @@ ABOUT = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What a suite spends: seconds for a case and a curve, sizes of the memory curve, of copies and of GEMMs."""
+    """The cost of a suite: seconds for a case and a curve, sizes of the memory curve, of copies and of GEMMs."""
 
     seconds: float
     limit_seconds: float
@@ -93,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
 
 @dataclass
 class Run:
-    """The options, and what has been found so far."""
+    """The options of a run, and its findings so far."""
 
     options: argparse.Namespace
     plan: Plan
@@ -114,7 +114,7 @@ class Run:
         print(f"[{time.monotonic() - self.start:4.0f} s] {text}", file=sys.stderr, flush=True)
 
     def late(self) -> bool:
-        """Whether three quarters of the time are over: the rest is for curves, errors and the report."""
+        """Tells whether three quarters of the time are over: the rest is for curves, errors and the report."""
         minutes = self.plan.minutes if self.options.minutes is None else self.options.minutes
         return minutes is not None and time.monotonic() - self.start > 45 * minutes
 
@@ -184,7 +184,7 @@ def _name(module: ModuleType) -> str:
 
 
 def measure_limits(run: Run) -> dict[str, LimitProbe]:
-    """All limits of the machine, and what a call costs; returns the probes of the dtypes asked for."""
+    """Measures all limits of the machine, and the cost of a call; returns the probes of the dtypes asked for."""
     device, plan = run.options.device, run.plan
     cpu = torch.device(device).type == "cpu"
     found: dict[str, Any] = measure_roof(plan) if cpu else {}
@@ -210,7 +210,7 @@ def measure_limits(run: Run) -> dict[str, LimitProbe]:
 
 
 def measure_roof(plan: Plan) -> dict[str, Any]:
-    """A CPU's own limits: multiply-adds of every instruction set, moving bytes on every level."""
+    """Measures a CPU's own limits: multiply-adds of every instruction set, moving bytes on every level."""
     threads = torch.get_num_threads()
     roof = widest(threads)
     calls = 8 if plan.shrink == 1 else 2
@@ -222,7 +222,7 @@ def measure_roof(plan: Plan) -> dict[str, Any]:
 
 
 def gemm_rate(device: str, dtype: torch.dtype) -> float:
-    """flop/s of the best square product; the next size is left out where it would take seconds."""
+    """Returns the flop/s of the best square product; the next size is left out where it would take seconds."""
     largest = 8192 if torch.device(device).type == "cuda" else 2048
     n, best, seconds = 256, 0.0, 0.0
     while n <= largest and seconds < 0.02:
@@ -239,7 +239,7 @@ def _rates(gemms: dict[str, float]) -> str:
 
 
 def launches(device: str, calls: int = 200) -> dict[str, float]:
-    """Seconds for a call on next to nothing, by what is called: what any call costs before it does its work."""
+    """Measures the seconds of a call on next to nothing, by function: its fixed cost."""
     x, mask = torch.ones(1, 1, 8, device=device), torch.ones(1, 1, dtype=torch.bool, device=device)
     works: dict[str, Callable[[], object]] = {"torch.neg": lambda: torch.neg(x)}
     if use_native("masked_mean", x):
@@ -264,8 +264,8 @@ Cases = list[tuple[ModuleType, Case]]
 
 
 def chosen(module: ModuleType, options: argparse.Namespace, plan: Plan) -> list[Case]:
-    """The suite's cases. Quick takes of each operator, pass and dtype the first one, and the first with each peer, of
-    cases made for it (`suite="quick"`) where an operator has them."""
+    """Selects the suite's cases. Quick takes the first of each operator, pass and dtype, and the first with each peer,
+    from the cases made for it (`suite="quick"`) where an operator has them."""
     cases: list[Case] = module.make_cases(options)
     if options.suite == "toy":
         return [case for case in cases if case.suite == "toy"]
@@ -283,7 +283,7 @@ def chosen(module: ModuleType, options: argparse.Namespace, plan: Plan) -> list[
 
 
 def by_turns(cases: Cases) -> Cases:
-    """The operators' cases in turns, so that a run that ends early has some of each."""
+    """Interleaves the operators' cases, so that a run that ends early has some of each."""
     turns: dict[tuple[str, str], int] = {}
     ranked = []
     for module, case in cases:
@@ -312,7 +312,7 @@ def measure_cases(run: Run, cases: Cases, probes: dict[str, LimitProbe]) -> None
 
 
 def measure_case(run: Run, module: ModuleType, case: Case, probe: LimitProbe, compiled: bool) -> list[Row]:
-    """The rows of one case; none where the kernel is wrong, which goes into the report."""
+    """Measures one case; returns its rows, or none where the kernel is wrong, which the report then shows."""
     options = run.options
     impls: Sequence[str] = () if _name(module) in FULL_ONLY else IMPLS
     if not compiled:

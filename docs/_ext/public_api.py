@@ -49,7 +49,7 @@ class Public(SphinxDirective):
 
 
 def family(value: Any) -> str:
-    """The last part of the module that defines something: a family's name for operators and modules."""
+    """Returns the last part of the module that defines an object: a family's name for operators and modules."""
     return getattr(value, "__module__", "").rsplit(".", 1)[-1]
 
 

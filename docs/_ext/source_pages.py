@@ -59,7 +59,7 @@ class KernelFiles(SphinxDirective):
 
 
 def files_of(family: str, folder: str) -> list[Path]:
-    """Files of a family below ``folder``: in a folder of its name, or named for it."""
+    """Lists the files of a family below ``folder``: in a folder of its name, or named for it."""
     names = FAMILIES[family]
     found = (path for path in (ROOT / folder).rglob("*") if path.suffix in SUFFIXES)
     below = [path for path in found if path.parent.name in names or path.name.startswith(names)]
@@ -67,7 +67,7 @@ def files_of(family: str, folder: str) -> list[Path]:
 
 
 def first_sentence(path: Path) -> str:
-    """The first sentence of the comment that a file begins with."""
+    """Returns the first sentence of the comment that a file begins with."""
     lines = []
     for line in path.read_text().splitlines():
         if not line.startswith("//"):
@@ -79,7 +79,7 @@ def first_sentence(path: Path) -> str:
 
 
 def _link(env: Any, path: str, title: str | None) -> nodes.reference:
-    """A link whose target depends on the builder, which sets it when a page is written."""
+    """Makes a link whose target depends on the builder, which sets it when a page is written."""
     if not (ROOT / path).is_file():
         raise ExtensionError(f"{env.docname} names {path}, which does not exist")
     shown = getattr(env, "xlayer_sources", None)
@@ -106,7 +106,7 @@ def _merge(_app: Sphinx, env: Any, _docnames: list[str], other: Any) -> None:
 
 
 def _pages(app: Sphinx) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """One page per source file that any page links to."""
+    """Yields one page per source file that any page links to."""
     named = getattr(app.env, "xlayer_sources", {})
     formatter = HtmlFormatter(linenos="inline", lineanchors="L", wrapcode=True)
     for path in sorted(set().union(*named.values())):

@@ -458,7 +458,8 @@ def _told(by_system: Mapping[str, str]) -> str:
 
 
 def main() -> None:
-    """Entry point: what a user can mend ends in one line on stderr and the exit code of its `CommandError`."""
+    """Runs the command; an error that the user can mend ends in one line on stderr and the exit code of its
+    `CommandError`."""
     # Before torch loads its OpenMP: threads that spin while they wait make a step on a busy machine ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:

@@ -1,4 +1,4 @@
-"""The one file that knows all systems."""
+"""The registry of all systems; no other file names them."""
 
 from __future__ import annotations
 

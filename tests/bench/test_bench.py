@@ -120,7 +120,7 @@ class Properties:
 
 
 def test_the_chain_is_read_as_one_function():
-    """The part of torch that compiles it on a GPU takes it apart with a pattern first."""
+    """torch's jiterator parses the chained multiply-adds, as it must before it compiles them for a GPU."""
     assert torch.cuda.jiterator._create_jit_fn(measure._CHAIN, a=0.5, b=1.0).kernel_name == "chain"
 
 
@@ -130,7 +130,7 @@ def build_nothing(impl):
 
 @needs_roof
 def test_a_row_beyond_the_limit_is_an_error(capsys):
-    """Something that claims to move a terabyte in no time."""
+    """A work that claims to move a terabyte in no time is refused."""
     arguments = ("hdim", "sum", "toy", "fwd", "float32", 10**12, 0, build_nothing, {})
     case = harness_cases.Case(*arguments, suite="toy")
     assert harness_cases.main("", lambda options: [case], ["--quick", "--no-memory", "--impl", "native"]) == 1
@@ -248,7 +248,8 @@ def page_faults(mode):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep memory")
 def test_kept_memory_is_not_faulted_in_again():
-    """In the main thread and in another. A few blocks may be new: where small ones have split a free one."""
+    """Freed memory is reused in the main thread and in another; a few blocks may be new where small ones split a free
+    one."""
     fresh, _ = page_faults("no")
     kept, answer = page_faults("keep")
     assert answer == "True"

@@ -32,7 +32,7 @@ def test_hyper_counts_the_units_of_the_paper_and_pencil(op, forward, backward, k
 
 
 def test_hyper_counts_the_bytes_of_its_tensors():
-    """Against the tensors themselves: inputs once and outputs once, and again with gradients."""
+    """The counted bytes equal the sizes of the tensors: inputs once and outputs once, and again with gradients."""
     size = (2, 24, 32, 4)
     for kind in hyper_cases.KINDS:
         given = hyper_cases.make_inputs(kind, size, False, "float32", "cpu")

@@ -117,7 +117,7 @@ def executed(step: system_steps.Step) -> int:
 
 
 def beside_the_least(system: str, step: system_steps.Step) -> int:
-    """Flops of the products that run and are not among the parts."""
+    """Counts the flops of the products that run and are not among the parts."""
     size = system_steps.TOY[system]
     if system == "telepathy":  # the sender's upper layers, which nobody reads
         model = step.model
@@ -147,7 +147,7 @@ def test_least_work_by_hand() -> None:
 
 
 def test_the_shapes_of_the_papers_are_those_of_their_models() -> None:
-    """Against the parameters that the models are known to have, without a byte of memory for them."""
+    """The counted parameters are those that the models are known to have; no memory is allocated for them."""
     steps = {name: system_steps.make(name, size, "bfloat16", "meta") for name, size in system_steps.PAPER.items()}
     assert sum(p.numel() for p in steps["xlrb"].model.encoder.parameters()) == 354_310_144  # without its pooler
     llama, mistral = 8_030_261_248, 7_248_023_552

@@ -149,7 +149,7 @@ def test_table_of_a_profile() -> None:
 
 
 def stand_in(folder: Path, name: str, said: str, code: int = 0) -> None:
-    """A program that writes its arguments to the file NAME.arguments, says something and ends with a code."""
+    """Writes a program that appends its arguments to the file NAME.arguments, prints ``said`` and exits with a code."""
     program = folder / name
     program.write_text(f"#!/bin/sh\necho \"$@\" >>'{program}.arguments'\ncat <<'SAID'\n{said}SAID\nexit {code}\n")
     program.chmod(0o755)

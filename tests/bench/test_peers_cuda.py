@@ -1,4 +1,4 @@
-"""How packages for GPUs are called, held to stand-ins with their signatures, layouts and element types.
+"""Calls of packages for GPUs, on stand-ins with their signatures, layouts and element types.
 
 The packages themselves have not been run here: what these tests show is that, if they compute what their sources say,
 our calls give them our inputs in the right order, and get our numbers.
@@ -31,7 +31,7 @@ SIZE = [2, 6, 32, 4]
 
 
 def install(monkeypatch: pytest.MonkeyPatch, **modules: dict[str, Any]) -> None:
-    """Stand-ins by their dotted names, with `_` for the dots inside of names."""
+    """Installs stand-in modules under their dotted names, given with `_` for the dots inside of names."""
     for dotted, members in modules.items():
         parts = dotted.split("__")
         for end in range(1, len(parts) + 1):
@@ -48,7 +48,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def balanced(logits: Tensor, rounds: int, eps: float) -> Tensor:
-    """Sinkhorn as both packages do it: the last axis first, eps added everywhere."""
+    """Runs Sinkhorn as both packages do it: the last axis first, eps added everywhere."""
     found = logits.softmax(-1) + eps
     for at in range(rounds):
         if at:
@@ -68,7 +68,7 @@ def liger_mhc_coeffs(
     x, phi, b, alpha_pre, alpha_post, alpha_res, *,
     allow_fp32=False, tmax=20, rms_eps=1e-6, pre_eps=0.0, sinkhorn_eps=1e-6, post_mult=2.0,
 ):  # fmt: skip
-    """phi [HC·C, HC²+2·HC], columns pre, post, res; h_res[out, in]."""
+    """Computes coefficients from phi [HC·C, HC²+2·HC], columns pre, post, res; h_res[out, in]."""
     assert x.dtype in (torch.bfloat16, torch.float16) or (allow_fp32 and x.dtype == torch.float32)
     n = x.shape[-2]
     flat = x.flatten(-2).float()
@@ -100,7 +100,7 @@ def mhc_pre(
     residual, fn, scale, base, *, norm_weight=None, norm_eps=1e-6, mhc_mult=4, post_mult_value=1.0, pre_eps=1e-6,
     sinkhorn_eps=1e-6, sinkhorn_repeat=10, n_splits=16,
 ):  # fmt: skip
-    """fn [n²+2n, n·d], rows pre, post, comb[in, out]; scale [3] in the same order."""
+    """Computes pre from fn [n²+2n, n·d], rows pre, post, comb[in, out]; scale [3] in the same order."""
     assert residual.dtype == torch.bfloat16 and residual.dim() == 4 and residual.is_contiguous()
     assert fn.dtype == scale.dtype == base.dtype == torch.float32 and scale.shape == (3,) and norm_weight is None
     n = mhc_mult

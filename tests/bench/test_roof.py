@@ -93,7 +93,7 @@ def test_the_level_is_that_of_all_threads_caches(monkeypatch):
 @pytest.mark.parametrize("isa", roof.isas())
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_multiply_adds_are_explained_by_pipes_and_clock(isa, dtype):
-    """On this machine, busy or not: no more than the pipes can do at the clock of the same blocks."""
+    """The measured rate is no more than the pipes can do at the clock of the same blocks, on a busy machine too."""
     work = roof.MultiplyAdds(roof._native.Roof(isa, 1), dtype)
     for _ in range(4):
         work()

@@ -47,7 +47,7 @@ def run_python(code: str, path: Path | None = None, **environment: str) -> subpr
 
 
 def package_without_library(folder: Path) -> Path:
-    """A copy of the Python files alone."""
+    """Copies the Python files of the package alone."""
     copy = folder / "xlayer_ext"
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     return copy
@@ -164,7 +164,8 @@ def dynamic_section() -> str:
 @needs_library
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="needs binutils")
 def test_needs_libtorch_and_no_cuda_library() -> None:
-    """Through libtorch the linker reaches the CUDA half of torch; the CUDA runtime is inside, paths are nowhere."""
+    """The library needs libtorch, through which the linker finds the CUDA half of torch; it contains the CUDA runtime,
+    and no paths."""
     section = dynamic_section()
     needed = re.findall(r"\(NEEDED\).*\[(.*)\]", section)
     assert "libtorch.so" in needed

@@ -1,7 +1,8 @@
-"""The layers of the project (tools/house.py): no fault in the checkout, and each kind found where it is planted."""
+"""The house: layers without a fault (tools/house.py), each kind found where it is planted, and docstrings' openings."""
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -140,3 +141,39 @@ def test_the_command_prints_the_layers_and_ends_with_1_for_a_fault(tmp_path: Pat
     tree(tmp_path, xlayer_ext__reference__hdim="from xlayer_ext import functional\n")
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 1 and "upward import: xlayer_ext.reference.hdim:1" in run.stdout
+
+
+# ---- docstrings ------------------------------------------------------------------------------------------------------
+
+
+def wrong_openings(source: str) -> list[str]:
+    """Lists public docstrings that open with a word that begins no statement; "Whether" is for functions of a bool."""
+    wrong = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        name = "module" if isinstance(node, ast.Module) else node.name
+        text = ast.get_docstring(node)
+        if not text or name.startswith("_"):
+            continue
+        word = text.split()[0].strip(",:;.")
+        is_predicate = (
+            isinstance(node, ast.FunctionDef) and node.returns is not None and ast.unparse(node.returns) == "bool"
+        )
+        if word in ("As", "How", "Of", "That", "What") or (word == "Whether" and not is_predicate):
+            wrong.append(f"{name}: {text.splitlines()[0]}")
+    return wrong
+
+
+@pytest.mark.parametrize("folder", ["xlayer_ext", "python/xlayer_systems", "benchmarks", "tools"])
+def test_docstrings_open_with_a_statement(folder: str) -> None:
+    files = sorted((ROOT / folder).rglob("*.py"))
+    found = [f"{file.relative_to(ROOT)}: {line}" for file in files for line in wrong_openings(file.read_text())]
+    assert files and not found, "\n".join(found)
+
+
+def test_a_docstring_without_a_statement_is_found() -> None:
+    assert wrong_openings('"""What a module holds."""') == ["module: What a module holds."]
+    assert wrong_openings('class A:\n    """Of all."""') == ["A: Of all."]
+    assert wrong_openings('def f() -> int:\n    """Whether so."""') == ["f: Whether so."]
+    assert wrong_openings('def f() -> bool:\n    """Whether so."""\n\n\ndef _g():\n    """As f."""') == []

@@ -101,7 +101,7 @@ def site(built) -> Site:
 
 
 def target(page: str, link: str) -> tuple[str, str] | None:
-    """Where a link leads within the site: a file and an anchor; None where it leads out of it."""
+    """Resolves a link within the site to a file and an anchor; returns None where it leads out of it."""
     parts = urlsplit(link)
     if parts.scheme or parts.netloc or link.startswith("data:"):
         return None
@@ -179,7 +179,8 @@ def test_the_table_of_sources_names_files_and_is_used() -> None:
 
 
 def reached(site: Site, links: int) -> set[str]:
-    """Pages and anchors that the links of the README and then of articles reach in so many steps."""
+    """Returns the pages and anchors that are at most so many links away from the README, following articles' links
+    only."""
     text = (ROOT / "README.md").read_text()
     here = {
         (link.removeprefix("docs/").replace(".md", ".html"))

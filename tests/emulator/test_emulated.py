@@ -83,7 +83,7 @@ def launch_hdim(
 
 
 def launch_hyper(dtype: torch.dtype, n: int, width: int, norm: int, shared: bool) -> None:
-    """The boundary and its backward; norm 0, 1 and 3 are static, of each stream and of all together."""
+    """Launches the boundary and its backward; norm 0, 1 and 3 are static, of each stream and of all together."""
     wide = torch.promote_types(dtype, torch.float32)
     streams, rows = torch.zeros(1, 2, n, width, dtype=dtype), torch.zeros(1, 2, width, dtype=dtype)
     coefficients = torch.zeros((n, n + 2) if shared else (1, 2, n, n + 2), dtype=wide)
@@ -96,7 +96,8 @@ def launch_hyper(dtype: torch.dtype, n: int, width: int, norm: int, shared: bool
 
 
 def launch_quantize(dtype: torch.dtype, width: int, tf32: bool) -> None:
-    """The search and the statistics of rows of `width` numbers, finite scalar quantization of `width` or 64."""
+    """Launches the search and the statistics of rows of `width` numbers, and finite scalar quantization of `width` or
+    64."""
     x, codebook = torch.zeros(1, 2, width, dtype=dtype), torch.zeros(1, 3, width, dtype=dtype)
     indices, _ = torch.ops.xlayer_emulated.vq_nearest(x, codebook, False, tf32)
     torch.ops.xlayer_emulated.vq_statistics(x, indices, 3)
@@ -116,7 +117,7 @@ def launch_ema_scan(dtype: torch.dtype, layers: int, width: int, norm: bool) -> 
 
 
 def launch_depth(dtype: torch.dtype, width: int) -> None:
-    """The recurrent unit, and attention to 32 taps by a head of `width`."""
+    """Launches the recurrent unit, and attention to 32 taps by a head of `width`."""
     weights = [torch.zeros(3 * width, width, dtype=dtype)] * 2
     x, bias, initial = (torch.zeros(shape, dtype=dtype) for shape in ((2, 1, width), (3 * width,), (1, width)))
     states, gates = torch.ops.xlayer_emulated.depth_gru(x, *weights, bias, bias, initial, True)
@@ -128,7 +129,8 @@ def launch_depth(dtype: torch.dtype, width: int) -> None:
 
 
 def launch_aggregate(dtype: torch.dtype) -> None:
-    """Rows loaded as vectors and element by element; rows that just fit, in layers that do, and rows that do not."""
+    """Launches rows loaded as vectors and element by element; rows that just fit, in layers that do, and rows that do
+    not."""
     layers = 4 if dtype == torch.float64 else 9
     for width in (2048, 2047):
         launch_ema_scan(dtype, layers, width, norm=True)
@@ -142,7 +144,7 @@ def launch_aggregate(dtype: torch.dtype) -> None:
 
 
 def launch_every_kernel() -> None:
-    """Each also with the most shared memory that it ever asks for."""
+    """Launches every kernel, each also with the most shared memory that it ever asks for."""
     for dtype, n, width in ((torch.float32, 4, 2200), (torch.float32, 8, 2200), (torch.float64, 4, 1000)):
         launch_hyper(dtype, n, width, 1, False)
     for dtype, n, norm, shared in itertools.product(DTYPES, (2, 4, 8, 16), (0, 1, 3), (False, True)):
@@ -166,7 +168,7 @@ def every_kernel() -> set[str]:
 
 
 def wrong_blocks(blocks: Iterable[LaunchedBlock], promises: Iterable[Any]) -> list[str]:
-    """Blocks with other threads or more shared memory than stated, and statements that are far from the most of all."""
+    """Lists blocks with other threads or more shared memory than stated, and statements that no launch comes near."""
     wrong = []
     most = {promise: 0 for promise in promises if isinstance(promise, resources.Ceiling)}
     for kernel, threads, shared_bytes in blocks:

@@ -74,7 +74,8 @@ def library() -> ctypes.CDLL:
 
 
 def call(library: ctypes.CDLL, function: str, *arguments: Any, seed: int = emulation.SEED) -> str | None:
-    """What the launch in a function of the library ended with, None if it went through."""
+    """Calls a function of the library that launches a kernel; returns the message that the launch failed with, or
+    None."""
     library.xlayer_emulator_set_seed(ctypes.c_uint64(seed))
     message = ctypes.create_string_buffer(1000)
     ended = getattr(library, function)(*arguments, message, len(message))
@@ -87,7 +88,8 @@ def run(library: ctypes.CDLL, name: str, *, fixed: bool, seed: int = emulation.S
 
 
 def lines_of(name: str) -> set[str]:
-    """Where the fault can be noticed, as its messages say it: those lines end in a comment."""
+    """Returns the lines of the sources where the fault can be noticed, which are marked by a comment, as messages name
+    them."""
     return {
         f"tests/emulator/faults/{file.name}:{number}"
         for file in SOURCES.glob("*.cu")
@@ -124,7 +126,7 @@ def test_every_planted_fault_is_tested() -> None:
 
 @pytest.mark.parametrize("name", RACES)
 def test_race_is_found_in_every_order(library: ctypes.CDLL, name: str) -> None:
-    """Whatever the order of blocks and threads made of the result."""
+    """A race is found whatever the order of blocks and threads made of the result."""
     for seed in SEEDS:
         message = run(library, name, fixed=False, seed=seed)
         assert message is not None
@@ -133,7 +135,7 @@ def test_race_is_found_in_every_order(library: ctypes.CDLL, name: str) -> None:
 
 
 def test_seeds_change_the_order(library: ctypes.CDLL) -> None:
-    """Other threads and other blocks are the first to meet the same race."""
+    """With another seed other threads and other blocks are the first to meet the same race."""
     for name in ("race_between_warps", "blocks_add_to_one_sum"):
         assert len({run(library, name, fixed=False, seed=seed) for seed in SEEDS}) > 1
 
@@ -149,7 +151,7 @@ def test_order_changes_no_bit_of_a_correct_kernel(library: ctypes.CDLL) -> None:
 
 
 def test_a_launch_after_a_fault_is_sound(library: ctypes.CDLL) -> None:
-    """What the abandoned launch left (threads, copies, records of memory) is forgotten."""
+    """A launch is not disturbed by what an abandoned one left: threads, copies, records of memory."""
     for name in FAULTS:
         assert run(library, name, fixed=False) is not None
         assert run(library, "missing_sync_block", fixed=True) is None
@@ -169,7 +171,8 @@ barriers = st.sampled_from(((0, SYNC_WARP, 0, 0), (1, SYNC_WARP, 0, 0), (0, SYNC
 
 
 def has_race(program: list[Step]) -> bool:
-    """Whether two threads access a byte, one of them writes, and no barrier of both lies between: pair by pair."""
+    """Tells, pair by pair, whether two threads access a byte, one of them writes, and no barrier of both lies
+    between."""
     seen: list[tuple[Step, int, int]] = []
     phase, turns = 0, [0, 0]
     for step in program:

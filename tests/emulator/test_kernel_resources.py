@@ -1,4 +1,4 @@
-"""What CUDA kernels use, by ptxas and by their machine code, against what their sources promise.
+"""Resources of the CUDA kernels, by ptxas and by their machine code, against what their sources promise.
 
 Directly above a kernel stand comment lines that tools/kernel_resources.py reads:
 
@@ -58,7 +58,7 @@ resources = load_script()
 
 
 def wrong_resources(rows: Iterable[Row], promises: Iterable[Any]) -> list[str]:
-    """Kernels that spill, use more than their source states, or are not stated."""
+    """Lists kernels that spill, use more than their source states, or are not stated."""
     wrong = []
     for row in rows:
         kernel, who = row["kernel"], f"{row['kernel']} on {row['arch']}"
@@ -83,7 +83,7 @@ def wrong_resources(rows: Iterable[Row], promises: Iterable[Any]) -> list[str]:
 
 
 def wrong_promises(promises: Iterable[Any], kernels: Iterable[str]) -> list[str]:
-    """Promises that no kernel of the build is under, or whose occupancy is not what their other numbers give."""
+    """Lists promises that match no kernel of the build, or whose occupancy does not follow from their other numbers."""
     promises, kernels = list(promises), set(kernels)
     in_use = {id(resources.ceiling_of(kernel, promises)) for kernel in kernels}
     wrong = []
@@ -102,7 +102,7 @@ def wrong_promises(promises: Iterable[Any], kernels: Iterable[str]) -> list[str]
 
 
 def wrong_instructions(found: Opcodes, promises: Iterable[Any]) -> list[str]:
-    """Kernels without an instruction that their source states, or with no statement."""
+    """Lists kernels without an instruction that their source states, or with no statement."""
     promises = [promise for promise in promises if isinstance(promise, resources.Instructions)]
     wrong = []
     for (kernel, arch), opcodes in found.items():
@@ -128,7 +128,7 @@ def wrong_instructions(found: Opcodes, promises: Iterable[Any]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def rows() -> list[Row]:
-    """What the build says of its kernels."""
+    """Returns the build's rows of kernel resources."""
     if not _library.LOADED:
         pytest.skip(f"no native library: {_library.REASON}")
     from xlayer_ext import _native
@@ -187,7 +187,7 @@ def test_promises_stand_directly_above_their_kernel(path: Path) -> None:
 
 
 def cuda_tool(name: str) -> str:
-    """A program of the CUDA toolkit: on the path, of CUDA_HOME, or from its package. Skips where there is none."""
+    """Returns a program of the CUDA toolkit, from the path, CUDA_HOME or its package; skips where there is none."""
     places: list[Any] = [shutil.which(name), Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", name)]
     try:
         files = importlib.metadata.files(f"nvidia-cuda-{name}") or []
@@ -201,7 +201,7 @@ def cuda_tool(name: str) -> str:
 
 
 def disassemble(binary: Path, folder: Path) -> dict[tuple[str, str], set[str]]:
-    """The opcodes of every kernel in an object or library, for every architecture that it holds."""
+    """Returns the opcodes of every kernel in an object or library, for every architecture that it holds."""
     cuobjdump, nvdisasm = cuda_tool("cuobjdump"), cuda_tool("nvdisasm")
     subprocess.run([cuobjdump, "-xelf", "all", str(binary)], cwd=folder, check=True, capture_output=True)
     opcode = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
@@ -330,7 +330,7 @@ def compile_sums(nvcc: str, folder: Path, blocks: int) -> Path:
 
 @pytest.mark.parametrize(("blocks", "spills"), [(1, False), (8, True)])
 def test_a_kernel_that_spills_is_named(nvcc: str, tmp_path: Path, blocks: int, spills: bool) -> None:
-    """By the same check, on the same source, that the build's kernels pass."""
+    """The check that the build's kernels pass names the same source when its kernel spills."""
     compiled = compile_sums(nvcc, tmp_path, blocks)
     (described,) = resources.describe([Path(f"{compiled}.ptxas").read_text()], resources.promises(tmp_path))
     assert (described["kernel"], described["arch"]) == (f"sums_kernel<{blocks}>", "sm_80")

@@ -26,7 +26,7 @@ SELECTION = {
 
 
 def sanitizer_library(name: str) -> str:
-    """The path of the compiler's lib<name>.so; skips the test where there is none."""
+    """Returns the path of the compiler's lib<name>.so; skips the test where there is none."""
     compiler = os.environ.get("CXX", "c++")
     command = [compiler, f"-print-file-name=lib{name}.so"]
     path = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -37,7 +37,7 @@ def sanitizer_library(name: str) -> str:
 
 @pytest.fixture
 def environment() -> dict[str, str]:
-    """Of a process that loads a library made for AddressSanitizer."""
+    """Returns the environment of a process that loads a library made for AddressSanitizer."""
     return os.environ | {
         "LD_PRELOAD": sanitizer_library("asan"),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python leaves much to the end of the process
@@ -101,7 +101,7 @@ needs_sanitized = pytest.mark.skipif(
 
 
 def fuzz(*words: str) -> subprocess.CompletedProcess[str]:
-    """`python tests/fuzz --sanitized` with these words."""
+    """Runs `python tests/fuzz --sanitized` with these words."""
     command = [sys.executable, "tests/fuzz", "--sanitized", *words]
     told = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=told, capture_output=True, text=True, check=False)

@@ -1,4 +1,5 @@
-"""One call, made of a seed and a number alone: what is called, with what, and what is wrong with the answer."""
+"""Makes and judges one call, which a seed and a number determine: its target, its arguments, and whether its answer is
+right."""
 
 from __future__ import annotations
 
@@ -66,7 +67,7 @@ DISTURBED = {
 
 
 class Finding(Exception):
-    """What is wrong with a call that came back."""
+    """Raised for a call that came back with a wrong answer or a wrong error."""
 
     def __init__(self, kind: str, text: str) -> None:
         super().__init__(text)
@@ -85,7 +86,7 @@ class Call:
 
     @property
     def much(self) -> bool:
-        """Whether so much was asked for that it may take its time."""
+        """Tells whether the arguments are so large that the call may take long."""
         return any(math.prod(t.shape) > MANY_ELEMENTS for t in self.arguments.values() if isinstance(t, Tensor))
 
     def description(self) -> str:
@@ -143,7 +144,7 @@ class Maker:
         warnings.simplefilter("ignore")
 
     def make(self, number: int) -> Call:
-        """The call of that number."""
+        """Makes the call of that number."""
         rng = Random(f"{self.seed}/{number}")
         mode = rng.choices(self._modes, self._shares)[0]
         target = rng.choice(self._targets[mode])
@@ -325,7 +326,7 @@ class Maker:
 
 
 def _of_type(kind: str, d: Draw) -> Any:
-    """Anything of a schema's type."""
+    """Draws any value of a schema's type."""
     rng = d.rng
     if kind.startswith("Optional[") and rng.random() < 0.5:
         return None
@@ -457,7 +458,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _exact(value: Any) -> Any:
-    """A copy for the formula: float64, and masks of 0 and 1 whatever bytes they hold."""
+    """Copies the arguments for the formula: in float64, with masks of 0 and 1 whatever bytes they hold."""
     if not isinstance(value, Tensor):
         return value
     if value.dtype == torch.bool:
@@ -466,7 +467,7 @@ def _exact(value: Any) -> Any:
 
 
 def _clean(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Copies at the dtypes that they have, and masks of 0 and 1.
+    """Copies the arguments at their own dtypes, with masks of 0 and 1.
 
     float64 tensors differ in their last bits: what comes of that shows what rounding can do where the formula is as
     exact as the answer that it is asked about. A state that attends to many layers may grow it a billionfold.
@@ -498,7 +499,7 @@ def _compare(what: str, got: Tensor, wanted: Tensor, step: float, plain: Callabl
 
 
 def _distance(got: Tensor, wanted: Tensor, step: float) -> tuple[float, float]:
-    """The largest error, infinite where a NaN is out of place, and the largest that is nothing to look at."""
+    """Returns the largest error, infinite where a NaN is out of place, and the largest error that is tolerated."""
     actual, wanted = got.detach().double(), wanted.detach().to(got.dtype).double()
     if not torch.equal(actual.isnan(), wanted.isnan()):
         return math.inf, 0.0
@@ -540,7 +541,7 @@ class Writer:
 
 
 class Disturbance:
-    """The block of code in which the arguments are written to."""
+    """A context during which the writer overwrites the arguments."""
 
     def __init__(self, writer: Writer, jobs: list[tuple[int, bytes, bytes]]) -> None:
         self._writer, self._jobs = writer, jobs

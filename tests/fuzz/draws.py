@@ -48,7 +48,7 @@ class Arena:
         self.bytes = torch.frombuffer(self._memory, dtype=torch.uint8, count=ARENA_BYTES, offset=page)
 
     def place(self, count: int, dtype: torch.dtype, last: bool) -> Tensor:
-        """``count`` elements that end (or begin) at a guard page."""
+        """Returns ``count`` elements that end (or begin) at a guard page."""
         size = count * dtype.itemsize
         start = ARENA_BYTES - size if last else 0
         return self.bytes[start : start + size].view(dtype)
@@ -85,7 +85,7 @@ class Memory:
         self._used = 0
 
     def new(self, count: int, dtype: torch.dtype, rng: Random) -> Tensor:
-        """Room for so many elements, in an arena or in the heap."""
+        """Allocates so many elements, in an arena or in the heap."""
         if self._used < len(self._arenas) and count * dtype.itemsize <= ARENA_BYTES and rng.random() < 0.6:
             self._used += 1
             return self._arenas[self._used - 1].place(count, dtype, last=rng.random() < 0.8)
@@ -94,7 +94,7 @@ class Memory:
 
 @dataclass(slots=True)
 class Spec:
-    """How to make one tensor argument."""
+    """Shape, dtype, contents and layout of one tensor argument."""
 
     shape: list[int]
     dtype: torch.dtype
@@ -176,7 +176,7 @@ class Spec:
 
 
 def _cut(source: Tensor, start: int, count: int) -> Tensor:
-    """So many elements from there on; the source again where it ends."""
+    """Returns ``count`` elements from ``start``, and starts over where the source ends."""
     if start + count <= len(source):
         return source[start : start + count]
     repeats = -(-(start + count) // len(source))
@@ -185,7 +185,8 @@ def _cut(source: Tensor, start: int, count: int) -> Tensor:
 
 @dataclass
 class Draw:
-    """What recipes draw from. A size gets its value where it is first asked for: ``d.B`` is the same number all along.
+    """Source of sizes and tensors for recipes. A size is drawn at its first use: ``d.B`` is the same number from then
+    on.
 
     ``hostile`` draws may be huge, of any layout and content; others are what the operators promise to serve.
     """
@@ -213,7 +214,7 @@ class Draw:
         return self.sizes[name]
 
     def size(self, name: str, choices: tuple[int, ...]) -> int:
-        """The size of that name, one of these."""
+        """Returns the size of that name, drawn from these choices at its first use."""
         if name not in self.sizes:
             self.sizes[name] = self.rng.choice(choices)
             self._room = max(1, self._room // max(self.sizes[name], 1))
@@ -240,13 +241,14 @@ class Draw:
         return Spec(list(shape), dtype or self.dtype, fill, self._layout())
 
     def weight(self, rows: int, columns: int) -> Spec:
-        """Of a product that keeps its input's size: a state that grows from layer to layer ends in chaos."""
+        """Describes a matrix whose product keeps its input's size: a state that grows from layer to layer ends in
+        chaos."""
         spec = self.float(rows, columns)
         spec.gain = max(columns, 1) ** -0.5
         return spec
 
     def wide(self, *shape: int) -> Spec:
-        """Of the accumulation type."""
+        """Describes a tensor of the accumulation type."""
         return self.float(*shape, dtype=torch.promote_types(self.dtype, torch.float32))
 
     def mask(self, *shape: int) -> Spec:

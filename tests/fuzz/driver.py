@@ -1,4 +1,4 @@
-"""Makes calls in processes of their own, and says of every crash, hang and bad answer how to see it again.
+"""Makes calls in processes of their own, and reports how to reproduce every crash, hang and bad answer.
 
 A process is forked for every few thousand calls, so that one that ends in a crash costs milliseconds. It notes each
 call's number in shared memory before it makes it.
@@ -35,7 +35,7 @@ NUMBER, STARTED, MUCH, DONE, SLOTS = 0, 1, 2, 3, 8
 
 @dataclass
 class Options:
-    """What to call, and how."""
+    """The choice of calls, and how they are made."""
 
     seed: int = 0
     calls: int = 10_000
@@ -50,7 +50,7 @@ class Options:
     first: int = 0
 
     def repeat(self, number: int) -> str:
-        """The command that makes this one call again."""
+        """Returns the command that makes this one call again."""
         words = ["python tests/fuzz", f"--seed {self.seed}", f"--call {number}"]
         words += [f"--mode {mode}" for mode in self.modes] + [f"--op {name}" for name in self.targets]
         words += [f"--isa {self.isa}"] if self.isa else []
@@ -75,7 +75,7 @@ class Report:
 
 @dataclass
 class Result:
-    """What came of a run."""
+    """Counts, findings and duration of a run."""
 
     counts: Counter[str]
     reports: list[Report]
@@ -95,7 +95,7 @@ def prepare() -> None:
 
 
 class Worker:
-    """A process and what the parent knows of it."""
+    """A process that makes calls, and its state as the parent sees it."""
 
     def __init__(self, slot: int, shared: memoryview, options: Options) -> None:
         self._slot, self._shared, self._options = slot, shared, options
@@ -168,7 +168,7 @@ class Worker:
         os.write(send, (json.dumps({"counts": counts}) + "\n").encode())
 
     def messages(self) -> list[dict[str, list | dict]]:
-        """What it has sent since it was last asked."""
+        """Returns the messages that have arrived since the previous call."""
         try:
             while data := os.read(self._receive, 1 << 16):
                 self._buffer += data
@@ -178,7 +178,7 @@ class Worker:
         return [json.loads(line) for line in lines]
 
     def ended(self) -> int | None:
-        """Its exit status as `os.waitstatus_to_exitcode` has it, or None while it runs."""
+        """Returns the exit status as `os.waitstatus_to_exitcode` has it, or None while the process runs."""
         pid, status = os.waitpid(self.pid, os.WNOHANG)
         if pid == 0:
             return None
@@ -206,7 +206,7 @@ def limit_memory() -> None:
 
 
 def describe(options: Options, number: int) -> str:
-    """The call of that number in words, made in a process of its own."""
+    """Describes the call of that number in words; a process of its own makes it."""
     receive, send = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -223,7 +223,7 @@ def describe(options: Options, number: int) -> str:
 
 
 def summary_of_crash(status: int, complaints: str) -> tuple[str, str]:
-    """Kind and one line of how a process ended."""
+    """Returns the kind of a process's end and one line about it."""
     for pattern in (r"SUMMARY: (.*)", r"(\S+: runtime error: .*)", r"ERROR: (AddressSanitizer.*)"):
         if found := re.search(pattern, complaints):
             runtime = re.search(r"(\S+: runtime error: .*)", complaints)
@@ -237,7 +237,7 @@ def summary_of_crash(status: int, complaints: str) -> tuple[str, str]:
 
 
 def _native_line(complaints: str) -> str:
-    """What the C library or C++ runtime said before it gave up."""
+    """Returns the last message of the C library or C++ runtime before an abort."""
     for line in complaints.splitlines():
         if re.search(r"terminate called|what\(\)|malloc|free\(\)|corrupt|stack smashing|invalid", line):
             return line.strip()[:200]

@@ -1,4 +1,4 @@
-"""A valid call of every operator and of every public function, and what it should answer.
+"""Valid calls of every operator and of every public function, with their right answers.
 
 An operator that has no recipe fails `test_fuzz.py`; it is fuzzed by its schema alone until it has one.
 """
@@ -96,7 +96,7 @@ def _depth_gru_extras(d: Draw, forward: Arguments) -> Arguments:
 
 
 def _heads(d: Draw) -> int:
-    """How many; of width 0 there is only one."""
+    """Draws the number of heads, which is 1 where the width is 0."""
     return d.size("h", (1, 1, 2, 3, 8) if d.hostile or d.w else (1,))
 
 
@@ -348,7 +348,7 @@ def operators() -> list[str]:
 
 
 def recipe_of(operator: str) -> Recipe | None:
-    """The recipe that serves the operator: a backward operator is part of its forward's."""
+    """Returns the recipe that serves the operator; a backward operator is part of its forward's."""
     return OPERATORS.get(operator) or _forward_of(operator)
 
 
@@ -358,7 +358,7 @@ def _forward_of(operator: str) -> Recipe | None:
 
 
 def draw_operator(operator: str, d: Draw) -> Arguments | None:
-    """The operator's arguments by name; None without a recipe."""
+    """Draws the operator's arguments by name; returns None without a recipe."""
     recipe = recipe_of(operator)
     if recipe is None:
         return None
@@ -370,7 +370,7 @@ def draw_operator(operator: str, d: Draw) -> Arguments | None:
 
 
 def _tokens(d: Draw) -> list[int]:
-    """Leading dimensions."""
+    """Draws leading dimensions."""
     return [d.N, d.T][: d.choice(0, 1, 1, 2)]
 
 
@@ -449,7 +449,7 @@ def _f_value_fusion(d: Draw) -> Arguments:
 
 
 def _f_connection(d: Draw) -> Arguments:
-    """Fields of a Connection, under names that say so."""
+    """Draws the fields of a Connection, under names that `assembled` recognizes."""
     given = _connection(d)
     norm, form = given["norm"], given["form"]
     if norm in range(4) and form in range(4):
@@ -568,7 +568,7 @@ def functions() -> list[str]:
 
 
 def assembled(arguments: Arguments) -> Arguments:
-    """A function's arguments, with the Connection made of its fields."""
+    """Returns a function's arguments, with the Connection made of its fields."""
     fields = {name.removeprefix("connection."): value for name, value in arguments.items() if "." in name}
     plain = {name: value for name, value in arguments.items() if "." not in name}
     return plain | {"connection": XF.Connection(**fields)} if fields else plain

@@ -36,7 +36,7 @@ KINDS: dict[str, Callable[..., Any]] = {
 
 
 def make(kind: str, device: str = "cpu", dtype: torch.dtype = torch.float64) -> Any:
-    """An aggregator whose every parameter matters."""
+    """Makes an aggregator whose every parameter matters."""
     generator = fresh_generator()
     module = KINDS[kind](L, D).to(device, dtype)
     with torch.no_grad():
@@ -173,7 +173,7 @@ def some_mask(device: str = "cpu") -> Tensor:
 
 
 def projector_loop(module: TapProjector, taps: Tensor, mask: Tensor | None) -> Tensor:
-    """One layer and one sequence after another, over the tokens that count alone."""
+    """Computes taps one layer and one sequence after another, over the unmasked tokens alone."""
     layers = []
     for layer, hidden in enumerate(taps):
         rows = []
@@ -350,7 +350,7 @@ def build(kind: str, pooling: str | None) -> Path_:
 
 
 def gradients(net: nn.Module, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
-    """Gradients of the mean loss, from this rank's share of the global batch."""
+    """Computes the gradients of the mean loss from this rank's share of the global batch."""
     generator = torch.Generator().manual_seed(11)
     taps = torch.randn(L, BATCH, S, MODEL, generator=generator, dtype=torch.float64)
     share = slice(rank * BATCH // world, (rank + 1) * BATCH // world)

@@ -33,7 +33,7 @@ def message(device: str, dtype: torch.dtype = torch.float64, **options: Any) -> 
 
 
 def formula(module: HDIMMessage, target: Tensor, source: Tensor, allowed: Tensor, scorer: str, fusion: str) -> Tensor:
-    """The message written out, without any code of the package."""
+    """Computes the message without any code of the package."""
     p = dict(module.named_parameters())
     z, y = target @ p["target_proj.weight"].T, source @ p.get("source_proj.weight", p["target_proj.weight"]).T
     if "target_norm.weight" in p:

@@ -51,7 +51,7 @@ def choice(request: pytest.FixtureRequest, device: str) -> str:
 
 
 def randomize(module: nn.Module, generator: torch.Generator) -> Any:
-    """Coefficients far from the identity, different for every stream and token."""
+    """Draws coefficients far from the identity, different for every stream and token."""
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             step = 0.4 * draw(generator, *parameter.shape)
@@ -73,7 +73,7 @@ def normed(x: Tensor, eps: float, centred: bool) -> Tensor:
 
 
 def hyper_coefficients(p: dict[str, Tensor], module: Any, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """α_0 [n], α [n, n] and β [n] of one token's streams [n, d]."""
+    """Computes α_0 [n], α [n, n] and β [n] of one token's streams [n, d]."""
     alpha, beta = p["static_alpha"], p["static_beta"]
     if "dynamic_alpha" in p:
         act = torch.tanh if module.use_tanh else lambda z: z
@@ -92,7 +92,7 @@ def sinkhorn(mixing: Tensor, first: int, last: int, rounds: int) -> Tensor:
 
 
 def manifold_coefficients(p: dict[str, Tensor], module: Any, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """pre [n], mixing [n, n] with element (j, i) = M_ij, and post [n] of one token's streams [n, d]."""
+    """Computes pre [n], mixing [n, n] with element (j, i) = M_ij, and post [n] of one token's streams [n, d]."""
     n = len(h)
     if module.coefficients == "paper":
         x = normed(h.flatten(), module.eps, False) * p["norm_weight"]
@@ -179,7 +179,7 @@ def test_packed_streams_are_the_same_streams(choice: str, device: str, kind: str
 
 @pytest.mark.parametrize("lead", [(2,), (2, 5), (2, 3, 5)], ids=str)
 def test_packed_streams_are_not_copied(native_only: str, lead: tuple[int, ...]) -> None:
-    """What the operator is given shares the memory of what the module is given, and so back."""
+    """The operator's input shares memory with the module's input, and the module's output with the operator's."""
     module = HyperConnection(D, expansion_rate=4, packed=True).to(native_only)
     streams = torch.randn(8, *lead[1:], D, device=native_only)
     given = module._unpack(streams)
@@ -438,7 +438,7 @@ def test_examples_in_the_docstrings() -> None:
 
 
 def test_the_manifold_kind_is_the_pypi_package_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It computes in float32 whatever it is given; told otherwise, it gives the same numbers to the last digits."""
+    """The package, which computes in float32 unless patched, gives the same numbers to the last digits in float64."""
     peers = pytest.importorskip("hyper_connections")
     generator = fresh_generator()
     for n in (2, 3, 4):
@@ -480,7 +480,7 @@ WORLD, BATCH, TOKENS, N = 2, 4, 6, 3
 
 
 class Block(nn.Module):
-    """Two sublayers; hands on streams, the last sublayer's output and its coefficients, as a model's layers do."""
+    """Two sublayers; returns streams, the last sublayer's output and its coefficients, as a model's layers do."""
 
     def __init__(self, kind: str, index: int) -> None:
         super().__init__()
@@ -517,7 +517,7 @@ def build(kind: str, recompute: bool) -> nn.Module:
 
 
 def gradients(net: nn.Module, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
-    """Gradients of the mean loss, from this rank's share of the global batch."""
+    """Computes the gradients of the mean loss from this rank's share of the global batch."""
     generator = torch.Generator().manual_seed(11)
     x, target = (torch.randn(BATCH, TOKENS, N, D, generator=generator, dtype=torch.float64) for _ in range(2))
     share = slice(rank * BATCH // world, (rank + 1) * BATCH // world)

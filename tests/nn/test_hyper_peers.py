@@ -26,7 +26,8 @@ SAME = {
 
 
 def run(module: nn.Module, streams: Tensor, grads: list[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Branch input and new streams around a tanh, and the gradients of streams and parameters under our names."""
+    """Returns branch input and new streams around a tanh, and the gradients of streams and parameters under our
+    names."""
     streams = streams.clone().requires_grad_()
     x, add_residual = module(streams)
     out = add_residual(torch.tanh(2 * x))

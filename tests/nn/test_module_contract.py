@@ -80,12 +80,13 @@ def after_seed(seed: int, make: Callable[[], Any]) -> Any:
 
 
 def tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, persistent or not."""
+    """Returns parameters and buffers, persistent or not."""
     return {name: t.detach() for name, t in [*module.named_parameters(), *module.named_buffers()]}
 
 
 def spoil(module: nn.Module, flag: bool) -> None:
-    """What memory may hold that nobody wrote: no number of it may remain."""
+    """Fills every tensor as uninitialized memory might be: NaN, −77 or ``flag``. None of it may remain after a
+    reset."""
     for tensor in tensors(module).values():
         tensor.fill_(flag if tensor.dtype == torch.bool else NAN if tensor.is_floating_point() else -77)
 
@@ -105,7 +106,7 @@ def assert_same(actual: nn.Module, expected: nn.Module) -> None:
 
 
 def fixed(make: Make) -> dict[str, Tensor]:
-    """The parameters and buffers that no draw decides."""
+    """Returns the parameters and buffers that do not depend on the seed."""
     one, other = tensors(after_seed(1, make)), tensors(after_seed(2, make))
     return {name: tensor for name, tensor in one.items() if torch.equal(tensor, other[name])}
 
@@ -142,7 +143,7 @@ def test_a_call_on_every_submodule_serves_too(make: Make) -> None:
 
 @pytest.mark.parametrize("make", CASES)
 def test_numbers_are_parameters_or_buffers(make: Make) -> None:
-    """What is neither would stay on the meta device."""
+    """No tensor of a module is a plain attribute, which would stay on the meta device."""
     for part in make().modules():
         assert not [name for name, value in vars(part).items() if isinstance(value, Tensor)]
 
@@ -165,7 +166,7 @@ def test_a_branch_is_the_callers() -> None:
 
 
 def test_seeds_give_the_messages_that_they_gave() -> None:
-    """Results that were published with a seed stay: layers are drawn twice, in their order."""
+    """Seeds of published results still give the same initial weights: layers are drawn twice, in their order."""
     module = after_seed(3, lambda: xnn.HDIMMessage(16, proj_dim=4, mlp_dim=6))
     torch.manual_seed(3)
     sizes = [(16, 4, False), (16, 4, False), (16, 6, True), (6, 1, True), (48, 256, True), (256, 16, True)]
@@ -462,7 +463,7 @@ def test_choices_are_literals(function: Callable[..., Any]) -> None:
 
 @pytest.mark.slow
 def test_wrong_choices_fail_a_strict_type_check() -> None:
-    """`mypy --strict` on a program that uses the package: errors in the lines that say so, and nowhere else."""
+    """`mypy --strict` on a program that uses the package finds errors in exactly the lines that are marked."""
     pytest.importorskip("mypy")
     program = Path(__file__).parents[1] / "typed" / "downstream.py"
     root = Path(__file__).parents[2]

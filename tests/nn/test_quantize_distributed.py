@@ -40,7 +40,7 @@ class Net(nn.Module):
 
 
 def batches() -> list[tuple[Tensor, Tensor]]:
-    """Rows around centers that move, so that codes fall out of use; in each half as many rows count."""
+    """Draws rows around centers that move, so that codes fall out of use; both halves mask equally many."""
     generator = torch.Generator().manual_seed(5)
     found = []
     for step in range(STEPS):
@@ -53,7 +53,7 @@ def batches() -> list[tuple[Tensor, Tensor]]:
 
 
 def train(kind: str, rank: int = 0, world: int = 1) -> Result:
-    """States after every step, and how many codes were revived."""
+    """Returns the states after every step, and how many codes were revived."""
     torch.manual_seed(1)
     net = Net(kind)
     quantizer = net.quantizer

@@ -17,7 +17,7 @@ D, K = 24, 60
 
 
 def pair(metric: str) -> tuple[VectorQuantizer, torch.nn.Module]:
-    """Our quantizer and theirs, with the same codes and averages."""
+    """Returns our quantizer and theirs, with the same codes and averages."""
     ours = VectorQuantizer(D, K, metric=metric, decay=0.8, commitment_weight=1.0)
     theirs = peers.VectorQuantize(D, codebook_size=K, decay=0.8, use_cosine_sim=metric == "cosine")
     codes = draw(fresh_generator(), K, D, dtype=torch.float32)
@@ -31,7 +31,7 @@ def pair(metric: str) -> tuple[VectorQuantizer, torch.nn.Module]:
 
 
 def assert_same_choice(mine: Tensor, other: Tensor, x: Tensor, codes: Tensor, metric: str) -> None:
-    """Equal, but where both codes are as near as rounding can tell."""
+    """Asserts equal indices, except where both codes are equally near up to rounding."""
     different = mine != other
     assert different.float().mean() < 0.01
     unit = torch.nn.functional.normalize if metric == "cosine" else (lambda t, dim: t)

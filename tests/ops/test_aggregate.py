@@ -301,8 +301,9 @@ def test_large_means_do_not_drown_the_norm(
 
 
 def test_sums_over_long_rows_keep_their_digits(native: str, kernels: str) -> None:
-    """Of n numbers of one sign: one chain is off by about eps/2 · √(1/3) · √(n/3) of the result, over 10 eps in vectors
-    of 16 columns, 20 in vectors of 4; chains of some dozens, and then of their sums, by less than 3 eps."""
+    """Adding n numbers of one sign in one chain errs by about eps/2 · √(1/3) · √(n/3) of the result, over 10 eps in
+    vectors of 16 columns, 20 in vectors of 4; chains of some dozens, whose sums are then added, err by less than 3
+    eps."""
     columns = 8192 if kernels == "emulated" else 65536
     case = aggregate_case(fresh_generator(), "ema_scan", (2, 3, columns), device=native, norm="none", last_only=True)
     larger = torch.tensor([1.0, 9.0], device=native).view(2, 1, 1)  # than the state before, so that x_l − S_{l−1} > 0

@@ -29,7 +29,7 @@ def loaded() -> Iterator[None]:
 
 
 def misaligned(tensor: Tensor) -> Tensor:
-    """The same numbers one element past a boundary of 16 bytes."""
+    """Copies the tensor to one element past a boundary of 16 bytes."""
     base = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
     copy = base[1:].view(tensor.shape)
     copy.copy_(tensor)
@@ -37,13 +37,13 @@ def misaligned(tensor: Tensor) -> Tensor:
 
 
 def padded(tensor: Tensor) -> Tensor:
-    """The same numbers in rows that are 16 bytes apart, or a multiple of them, with NaN between them."""
+    """Copies the tensor to rows that are 16 bytes apart, or a multiple of them, with NaN between them."""
     room = 16 // tensor.element_size() + -tensor.shape[-1] % (16 // tensor.element_size())
     return torch.nn.functional.pad(tensor, (0, room), value=math.nan)[..., : tensor.shape[-1]]
 
 
 def layers_inside(tensor: Tensor) -> Tensor:
-    """The same numbers with every token's layers one after another, as [N, L, d] transposed."""
+    """Copies the tensor so that every token's layers are adjacent, as [N, L, d] transposed."""
     return tensor.transpose(0, 1).contiguous().transpose(0, 1)
 
 
@@ -51,7 +51,7 @@ def layers_inside(tensor: Tensor) -> Tensor:
 
 
 class Call(NamedTuple):
-    """An operator's tensors, the gradient that comes back, how the kernels and the reference take them."""
+    """An operator's tensors, the gradient of its output, and how the kernels and the reference are called on them."""
 
     given: Given
     grad: Tensor
@@ -62,7 +62,7 @@ class Call(NamedTuple):
         return Draw(self.native(self.given, self.grad), self.exact(torch.float64), self.exact(None))
 
     def exact(self, dtype: torch.dtype | None) -> Results:
-        """By the plain formula, in its own dtype by default."""
+        """Computes states and gradients by the plain formula, in its own dtype by default."""
         leaves = {
             name: None if tensor is None else tensor.to(dtype or tensor.dtype).detach().clone().requires_grad_()
             for name, tensor in self.given.items()
@@ -76,7 +76,7 @@ class Call(NamedTuple):
 
 
 def named_grads(given: Given, grads: tuple[Tensor, ...]) -> Results:
-    """The gradients of what was given; of what was not, the operators return nothing."""
+    """Names the gradients of the tensors that were given; asserts that those of the others are empty."""
     assert all(grad.numel() == 0 for grad, tensor in zip(grads, given.values(), strict=True) if tensor is None)
     return {f"grad_{name}": g for (name, tensor), g in zip(given.items(), grads, strict=True) if tensor is not None}
 
@@ -250,7 +250,8 @@ def test_parameters_on_addresses_that_take_no_vectors() -> None:
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("width", [16, 2056])
 def test_what_is_not_finite_stays_with_its_token(width: int, norm: bool) -> None:
-    """In float32, where every number of another token keeps its bits; the sums over all tokens do not survive."""
+    """A NaN or infinity of one token changes no bit of another token's float32 results; sums over all tokens become
+    NaN."""
     generator = fresh_generator()
     call = ema_call(generator, (4, 3, width), torch.float32, norm=norm)
     clean = call.native(call.given, call.grad)
@@ -306,8 +307,8 @@ def test_depth_attention(sizes: tuple[int, int, int, int, int], memory: int, ini
 
 @pytest.mark.parametrize("sizes", [(70, 3, 4, 2, 2), (70, 2, 4, 1, 24)], ids=str)
 def test_attention_to_more_taps_than_lanes(sizes: tuple[int, int, int, int, int]) -> None:
-    """With teams of a lane and so many taps, shared memory has room for fewer teams, of more lanes. In float64: over so
-    many layers a rounding grows."""
+    """Attention to more taps than a team of one lane holds in shared memory runs on fewer teams of more lanes. In
+    float64, as rounding grows over so many layers."""
     check(partial(attention_call, sizes=sizes, dtype=torch.float64, memory=65), torch.float64, draws=1)
 
 

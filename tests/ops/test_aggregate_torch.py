@@ -38,7 +38,7 @@ def choice(request: pytest.FixtureRequest, device: str) -> str:
 
 
 def operator_calls(device: str, dtype: torch.dtype, initial: bool = True) -> dict[str, tuple[Any, ...]]:
-    """Good arguments for each of the six operators."""
+    """Returns valid arguments for each of the six operators."""
     generator, wide = fresh_generator(), torch.promote_types(dtype, torch.float32)
 
     def make(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -72,7 +72,7 @@ def parameters(generator: torch.Generator, device: str, dtype: torch.dtype = tor
 
 
 def everything(x: Tensor, ema: list[Tensor], gru: list[Tensor], attention: list[Tensor]) -> Tensor:
-    """All operators in a row."""
+    """Calls all operators in a row."""
     gates, weight, bias = ema
     states = XF.ema_scan(x, gates, norm_weight=weight, norm_bias=bias)
     states = XF.depth_attention(XF.depth_gru(states, *gru), *attention, heads=2, memory=2)
@@ -209,7 +209,7 @@ def test_meta_tensors_have_the_right_shape(op: str) -> None:
 
 def test_what_is_kept_for_the_backward(native: str) -> None:
     def kept(op: str, grad: bool) -> int:
-        """Numbers per token and layer that the operator itself keeps beyond its arguments."""
+        """Counts the numbers per token and layer that the operator itself saves beyond its arguments."""
         case = aggregate_case(fresh_generator(), op, (LAYERS, 5, WIDTH), device=native)
         if grad:
             case.tensors["x"].requires_grad_()

@@ -75,7 +75,7 @@ def test_tasks_choose_alone() -> None:
 
 
 def test_backward_in_a_thread_of_its_own_has_the_choice_of_its_caller(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As torch.autograd.backward and the engine's threads for CUDA do it."""
+    """The caller's backend is in use in the threads that torch.autograd.backward and CUDA's engine start."""
     with backend("reference"):
         context = contextvars.copy_context()
 
@@ -89,7 +89,7 @@ def test_backward_in_a_thread_of_its_own_has_the_choice_of_its_caller(monkeypatc
 
 
 class Graphs:
-    """A torch.compile backend that keeps whether each graph calls a kernel."""
+    """A torch.compile backend that records whether each graph calls a kernel."""
 
     def __init__(self) -> None:
         torch._dynamo.reset()

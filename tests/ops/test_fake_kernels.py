@@ -31,7 +31,7 @@ class Recorder(TorchDispatchMode):
 
 
 def calls_of(op: str) -> list[Call]:
-    """The operator and its backward, with good arguments."""
+    """Records calls of the operator and its backward with valid arguments."""
     with Recorder() as recorder:
         if op == "vq_nearest":
             indices, _ = XF.vq_nearest(draw(fresh_generator(), 2, 5, 3), draw(fresh_generator(), 2, 4, 3))
@@ -44,7 +44,7 @@ def calls_of(op: str) -> list[Call]:
 
 
 def wrong(value: Any) -> Iterator[Any]:
-    """What cannot be right in the place of this argument."""
+    """Yields values that cannot be right in place of this argument."""
     if isinstance(value, Tensor):
         value = value.detach()
         yield value.unsqueeze(0)
@@ -109,7 +109,7 @@ def test_compile_refuses_nonsense() -> None:
 
 
 def test_functions_on_meta_tensors_run_no_loop_over_layers() -> None:
-    """Of 2³¹ layers: the reference would walk through them."""
+    """Functions on meta tensors of 2³¹ layers return at once, while the reference would loop over them."""
     need_native("depth_attention")
     taps, queries, keys, out = (torch.empty(s, device="meta") for s in ((2**31, 65, 0), (3, 2), (3, 0), (2, 3)))
     assert XF.depth_attention(taps, queries, keys, keys, out).shape == (2**31, 65, 2)

@@ -1,4 +1,5 @@
-"""What every public function promises: bad arguments are named, absurd ones end at once, empty ones have gradients."""
+"""The contract of every public function: bad arguments are named, absurd ones end at once, empty ones have
+gradients."""
 
 from __future__ import annotations
 

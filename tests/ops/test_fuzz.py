@@ -27,7 +27,7 @@ pytestmark = [
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
-    """`python tests/fuzz` with these words."""
+    """Runs `python tests/fuzz` with these words."""
     command = [sys.executable, "tests/fuzz", *words]
     told = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=told, capture_output=True, text=True, check=False)
@@ -84,7 +84,7 @@ REPORTS = {
 
 @pytest.fixture(scope="module")
 def reports() -> dict[str, list[str]]:
-    """What is said of each planted fault: how the call ended, the call, and how to repeat it."""
+    """Returns the report of each planted fault: how the call ended, the call, and how to repeat it."""
     lines = []
     for mode, faults in {"hostile": list(REPORTS)[:5], "valid": list(REPORTS)[5:]}.items():
         words = [word for fault in faults for word in ("--op", f"planted_{fault}")]

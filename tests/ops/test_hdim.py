@@ -133,7 +133,8 @@ def test_odd_sizes(native: str, sizes: tuple[int, ...]) -> None:
 
 
 def smooth_case(generator: torch.Generator, **options: Any) -> HdimCase:
-    """A case no nearer than 1e-3 to where |a − b| or ReLU bends, since finite differences straddle such points."""
+    """Draws a case no nearer than 1e-3 to the kinks of |a − b| and ReLU, since finite differences straddle such
+    points."""
     while True:
         case = hdim_case(generator, sizes=(2, 2, 3, 3, 4, 2), **options)
         case.floats["query"].add_(0.1)  # unties
@@ -304,7 +305,7 @@ def test_logits_of_minus_infinity(choice: str, device: str, dtype: torch.dtype) 
 
 
 def restride(tensor: Tensor, how: str) -> Tensor:
-    """The same values under other strides."""
+    """Copies the tensor to other strides."""
     if how == "transposed" and tensor.dim() > 1:
         return tensor.transpose(0, -1).contiguous().transpose(0, -1)
     if how == "sliced" and tensor.dim():
@@ -367,7 +368,7 @@ def test_same_bits_in_any_order(native: str, kernels: str, schedule: Callable[[i
 
 
 def memory_work(tokens: int) -> Callable[[], object]:
-    """For `peak_memory`, in its fresh process: forward and backward on the native kernel."""
+    """Makes the work that `peak_memory` measures in a fresh process: forward and backward on the native kernel."""
     case = hdim_case(fresh_generator(0), sizes=(1, tokens, tokens, 24, 96, 16), dtype=torch.float32)
     return lambda: evaluate_functional(case)
 

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.cpu_kernels
 
 
 def run(case: HdimCase, namespace: str, tf32: bool = False) -> Results:
-    """Output and gradients by the operators of one library, called directly."""
+    """Calls the operators of one library directly; returns output and gradients."""
     operators: Any = getattr(torch.ops, namespace)
     floats = [case.floats[name] for name in FLOATS[:6]]
     masks = (case.masks["key_mask"], case.masks["pair_mask"])
@@ -119,14 +119,14 @@ def test_two_schedules_give_the_same_bits(dtype: torch.dtype) -> None:
 
 
 def rounded(x: Tensor) -> Tensor:
-    """To tf32, ten bits after the point; the gradient passes through."""
+    """Rounds to tf32, ten bits after the point; the gradient passes through."""
     bits = (x.detach().float().view(torch.int32) + 0x1000) & ~0x1FFF
     return x + (bits.view(torch.float32).to(x.dtype) - x).detach()
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_tf32_rounds_as_much_as_the_formula_would(activation: str) -> None:
-    """Against the formula with the factors of its first product rounded, as tf32 multiplies them."""
+    """The error is that of the formula with the factors of its first product rounded, as tf32 multiplies them."""
     emulation.library()
     generator, draws = fresh_generator(), []
 
@@ -153,12 +153,12 @@ BEHIND_THE_KINK = ("grad_query", "grad_key", "grad_weight1", "grad_bias1")
 
 
 def as_rows(tensor: Tensor) -> Tensor:
-    """The last dimension in rows; numbers of one dimension are a row each."""
+    """Reshapes a tensor to rows of its last dimension; numbers of one dimension are a row each."""
     return tensor.unsqueeze(-1) if tensor.dim() == 1 else tensor.flatten(0, -2)
 
 
 def error_of_most_rows(actual: Tensor, exact: Tensor) -> float:
-    """The median of the rows' errors, over the rms of the rows."""
+    """Returns the median of the rows' errors, over the rms of the rows."""
     rows = (actual - exact).square().mean(-1).sqrt()
     return float(rows.median() / exact.square().mean().sqrt())
 

@@ -19,7 +19,7 @@ H, D = 32, 8
 
 
 def evaluate(function: Any, floats: list[Tensor], cotangent: Tensor, dtype: torch.dtype, **options: Any) -> Results:
-    """The function's (first) output and the gradients of its inputs, all at ``dtype``."""
+    """Returns the function's (first) output and the gradients of its inputs, all at ``dtype``."""
     leaves = [tensor.to(dtype).requires_grad_() for tensor in floats]
     out = function(*leaves, **options)
     out = out if isinstance(out, Tensor) else out[0]

@@ -267,7 +267,7 @@ def test_other_bad_arguments_are_named(change: dict[str, Any], error: type[Excep
 
 
 def nonsense() -> dict[str, dict[int, Any]]:
-    """Position → replacement, for the forward operator's arguments."""
+    """Returns invalid replacements by position for the forward operator's arguments."""
     return {
         "query rank": {0: torch.zeros(3, 4)},
         "query batch": {0: torch.zeros(9, 3, 4)},

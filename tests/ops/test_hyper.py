@@ -251,7 +251,7 @@ def test_small_arguments_of_tanh_keep_their_digits(native: str) -> None:
 
 
 def mixing(coefficients: Tensor, form: str) -> tuple[Tensor, Tensor]:
-    """Sums of M along the axis that is normalized last, and along the other; each minus 1."""
+    """Returns the sums of M along the axis that is normalized last, and along the other; each minus 1."""
     last, other = (-2, -1) if form == "sinkhorn_rows" else (-1, -2)  # [..., j, i] is M_ij
     m = coefficients[..., 1:-1]
     return (m.sum(last) - 1).abs().max(), (m.sum(other) - 1).abs().max()

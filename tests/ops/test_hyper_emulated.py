@@ -23,12 +23,12 @@ LOSSES = ("streams", "branch_input")
 
 
 def four(tensor: Tensor, lead: int) -> Tensor:
-    """[outer, inner, …] of a tensor with ``lead`` leading dimensions."""
+    """Reshapes a tensor with ``lead`` leading dimensions to [outer, inner, …]."""
     return tensor.reshape(1, -1, *tensor.shape[lead:])
 
 
 def run(case: HyperCase, namespace: str) -> Results:
-    """Outputs and gradients by the operators of one library, called directly."""
+    """Calls the operators of one library directly; returns outputs and gradients."""
     operators: Any = getattr(torch.ops, namespace)
     c, lead = case.connection, case.streams.dim() - 2
     norm = 0 if c.weight is None else NORMS.index(c.norm)
@@ -100,7 +100,7 @@ def test_schedules_give_the_same_bits(part: str, kind: str, n: int) -> None:
 
 @pytest.mark.parametrize(("kind", "n", "d"), [("dhc", 4, 7000), ("mhc", 2, 5000), ("mhc-per-stream", 16, 20)])
 def test_what_does_not_fit_into_shared_memory(kind: str, n: int, d: int) -> None:
-    """Rows, or the matrices of Sinkhorn's iterations: read again from global memory."""
+    """Rows, or the matrices of Sinkhorn's iterations, are read again from global memory."""
     emulation.library()
     generator = fresh_generator()
 
@@ -117,7 +117,7 @@ def test_what_does_not_fit_into_shared_memory(kind: str, n: int, d: int) -> None
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("kind", ["shc", "dhc", "mhc-per-stream"])
 def test_blocks_with_several_tokens(kind: str, shared: bool) -> None:
-    """More tokens than the forward has blocks; each is copied to the chip while the one before it is worked on."""
+    """A block that has several tokens copies the next one to shared memory while it computes the current one."""
     emulation.library()
     case = hyper_case(fresh_generator(), "post_pre", kind, lead=(560,), d=8, shared=shared, eps=0.1)
     assert_near(run(case, "xlayer_emulated"), run(case, "xlayer"), 1e-10)

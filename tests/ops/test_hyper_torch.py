@@ -47,7 +47,7 @@ def leaves(case: HyperCase) -> list[Tensor]:
 
 
 def operator_calls(case: HyperCase) -> dict[str, tuple[Any, ...]]:
-    """Good arguments for each of the six operators."""
+    """Returns valid arguments for each of the six operators."""
     post = _post_arguments(case.streams, case.branch_output, case.coefficients)
     connection = _operator_arguments(case.connection)
     streams = post[0]
@@ -186,7 +186,7 @@ def test_second_derivative_raises_one_clear_line(native: str, part: str) -> None
 
 
 def test_what_is_kept_for_the_backward(native: str) -> None:
-    """(n+1)·d and O(n²) numbers per token; parameters are there anyway."""
+    """The forward saves (n+1)·d and O(n²) numbers per token, beside the parameters."""
     n, d, tokens = 4, 256, 32
     case = hyper_case(fresh_generator(), lead=(tokens,), n=n, d=d, device=native).to(torch.float32)
     parameters = {t.data_ptr() for t in leaves(case)[3:]}

@@ -107,7 +107,7 @@ def test_variance_diversity_loss() -> None:
 def calls(
     generator: torch.Generator, dtype: torch.dtype = torch.float64
 ) -> dict[str, tuple[Callable[..., Any], Tensor]]:
-    """Each loss as a function of its first argument."""
+    """Returns each loss as a function of its first argument."""
     soft, anchor = draw(generator, 3, 2, 4, dtype=dtype), draw(generator, 3, 5, 4, dtype=dtype)
     ids = torch.randint(2, (3, 2), generator=generator)
     return {
@@ -164,7 +164,7 @@ def test_autocast_changes_nothing(name: str) -> None:
 
 
 def empty_calls() -> dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]]:
-    """Each loss as a function of its floating-point tensors, and shapes in which nothing counts."""
+    """Returns each loss as a function of its floating-point tensors, and shapes in which no element counts."""
     ids = torch.zeros(0, 3, dtype=torch.int64)
     return {
         "lm": (lambda x: XF.language_modeling_loss(x, ids, first_k=1), [(0, 3, 4)]),

@@ -38,7 +38,7 @@ def accumulation(dtype: torch.dtype) -> torch.dtype:
 
 
 def all_distances(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
-    """Every distance ``[..., N, K]`` in float64, from the differences themselves."""
+    """Computes every distance ``[..., N, K]`` in float64, from the differences themselves."""
     x, codebook = x.double(), codebook.double()
     if metric == "euclidean":
         return (x.unsqueeze(-2) - codebook.unsqueeze(-3)).square().sum(-1)
@@ -47,7 +47,7 @@ def all_distances(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
 
 
 def check_nearest(x: Tensor, codebook: Tensor, metric: str, indices: Tensor, distance: Tensor) -> None:
-    """The chosen code is a nearest one; another may be nearer by no more than what scores are rounded by."""
+    """Asserts that no other code is nearer by more than the rounding of the scores."""
     every = all_distances(x, codebook, metric)
     assert indices.dtype == torch.int64 and indices.shape == x.shape[:-1] == distance.shape
     assert distance.dtype == accumulation(x.dtype) and (distance >= 0).all()
@@ -95,7 +95,7 @@ def test_distances_obey_the_oracle_rule(native: str, metric: str, dtype: torch.d
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("metric", METRICS)
 def test_the_first_of_equal_codes_wins(native: str, metric: str, dtype: torch.dtype) -> None:
-    """Wherever the copies stand: in one tile, across tiles, across what threads or blocks take."""
+    """The first copy of a code is chosen wherever the copies lie: in one tile, across tiles, threads or blocks."""
     generator = fresh_generator()
     different = draw(generator, 7, 18, dtype=dtype)
     which = torch.randint(7, (400,), generator=generator)

@@ -38,7 +38,7 @@ def statistics(x: Tensor, indices: Tensor, codes: int) -> tuple[Tensor, Tensor]:
 
 
 def misaligned(tensor: Tensor) -> Tensor:
-    """The same numbers one element past a boundary of 16 bytes."""
+    """Copies the tensor to one element past a boundary of 16 bytes."""
     base = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
     copy = base[1:].view(tensor.shape)
     copy.copy_(tensor)
@@ -46,7 +46,7 @@ def misaligned(tensor: Tensor) -> Tensor:
 
 
 def check_nearest(x: Tensor, codebook: Tensor, metric: str, tf32: bool, found: tuple[Tensor, Tensor]) -> None:
-    """Against float64: no other code is nearer by more than the rounding of the scores."""
+    """Asserts against float64 that no other code is nearer by more than the rounding of the scores."""
     indices, distance = found
     wide_x, wide = x.double(), codebook.double()
     if metric == "euclidean":
@@ -111,7 +111,7 @@ def test_rows_that_stay_in_shared_memory_and_that_do_not(dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize(("dtype", "tf32"), ELEMENTS)
 def test_pointers_and_strides_do_not_matter(dtype: torch.dtype, tf32: bool) -> None:
-    """Loaded as vectors, or element by element: the scores are the same, and so are the indices."""
+    """Scores and indices are the same whether rows are loaded as vectors or element by element."""
     generator = fresh_generator()
     x, codebook = (draw(generator, 3, rows, 40, dtype=dtype) for rows in (33, 70))
     plain = nearest(x, codebook, "euclidean", tf32)
@@ -242,7 +242,7 @@ def test_fsq_over_tiles(width: int, offset: bool, dtype: torch.dtype) -> None:
 
 
 def edges(z: Tensor, levels: list[int], columns: list[list[float]], offset: bool) -> Tensor:
-    """How far each bounded number is from where its digit changes, in digits."""
+    """Returns the distance of each bounded number from the nearest change of its digit, in digits."""
     z, count = z.double(), torch.tensor(levels, dtype=torch.float64)
     if offset:
         shift, half, middle = (torch.tensor(column, dtype=torch.float64) for column in columns)
@@ -255,7 +255,8 @@ def edges(z: Tensor, levels: list[int], columns: list[list[float]], offset: bool
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("offset", [False, True])
 def test_digits_of_saturated_numbers_stay_in_range(offset: bool, dtype: torch.dtype) -> None:
-    """With many levels the offset bound reaches past the last digit."""
+    """Digits of saturated numbers stay in range although with many levels the offset bound reaches past the last
+    digit."""
     levels = [4001, 2**20]
     columns: list[list[float]] = [[], [], []]
     if offset:

@@ -39,7 +39,7 @@ def choice(request: pytest.FixtureRequest, device: str) -> str:
 
 
 def operator_calls(device: str, dtype: torch.dtype, bound: str = "offset") -> dict[str, tuple[Any, ...]]:
-    """Good arguments for each of the three operators."""
+    """Returns valid arguments for each of the three operators."""
     generator = fresh_generator()
     x, codebook = (draw(generator, 2, rows, 12, dtype=dtype).to(device) for rows in (9, 7))
     z = draw(generator, 4, 6, len(LEVELS), dtype=dtype).to(device)
@@ -53,7 +53,7 @@ def operator_calls(device: str, dtype: torch.dtype, bound: str = "offset") -> di
 
 
 def everything(x: Tensor, codebook: Tensor, z: Tensor) -> tuple[Tensor, ...]:
-    """All operators in one function, with a gradient to z."""
+    """Calls all operators in one function, with a gradient to z."""
     indices, distance = XF.vq_nearest(x, codebook)
     counts, sums = XF.vq_statistics(x, indices, codebook.shape[-2])
     codes, numbers = XF.fsq(z, LEVELS, bound="offset")
@@ -206,7 +206,7 @@ def test_keeping_the_slope_changes_no_code(native: str, width: int, bound: str, 
 @pytest.mark.parametrize("bound", BOUNDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_slope_of_extremes(choice: str, device: str, dtype: torch.dtype, bound: str) -> None:
-    """Of saturated numbers 0, not inf·0; of a NaN, NaN."""
+    """The gradient of saturated numbers is 0, not inf·0; that of a NaN is NaN."""
     infinity = float("inf")
     z = torch.tensor([[float("nan"), infinity], [-infinity, 1e30], [-1e30, -100.0], [100.0, 0.0]], dtype=dtype)
     z = z.to(device).requires_grad_()

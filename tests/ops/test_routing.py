@@ -35,7 +35,7 @@ def choice(request: pytest.FixtureRequest, device: str) -> str:
 
 
 def tokens(generator: torch.Generator, device: str, *shape: int, dtype: torch.dtype = torch.float64) -> Any:
-    """Hidden states and a mask whose last row allows nothing."""
+    """Draws hidden states and a mask whose last row allows no token."""
     x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
     mask = torch.rand(shape[:2], generator=generator) < 0.7
     mask[-1:] = False

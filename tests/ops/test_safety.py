@@ -25,7 +25,7 @@ def op(name: str) -> Callable[..., object]:
 
 
 def expanded(*shape: int, device: str, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A tensor of any shape in the memory of one element."""
+    """Makes a tensor of any shape in the memory of one element."""
     return torch.ones((), dtype=dtype, device=device).expand(shape)
 
 
@@ -137,7 +137,7 @@ def dirtied(device: str) -> None:
 
 @pytest.mark.parametrize("layers", [0, 2])
 def test_gradients_of_nothing_are_zeros(layers: int, device: str) -> None:
-    """No layers, or layers of no tokens: what gradients there are is 0, not what lay in memory."""
+    """Without layers or without tokens, gradients that have elements are 0, not uninitialized memory."""
     need_native("ema_scan", device)
     tokens = 3 if layers == 0 else 0
     x, e = torch.ones(layers, tokens, 8, device=device), torch.ones(8, 8, device=device)
@@ -163,7 +163,7 @@ def test_gradients_of_nothing_are_zeros(layers: int, device: str) -> None:
 
 
 def byte_mask(generator: torch.Generator, *shape: int, device: str) -> tuple[Tensor, Tensor]:
-    """A mask whose true bytes are anything but 0, and the same mask of 0 and 1."""
+    """Returns a mask whose true bytes are anything but 0, and the same mask of 0 and 1."""
     kinds = torch.tensor([0, 1, 2, 4, 128, 254, 255], dtype=torch.uint8)
     bytes_ = kinds[torch.randint(len(kinds), shape, generator=generator)]
     return bytes_.view(torch.bool).to(device), (bytes_ != 0).to(device)
@@ -249,7 +249,7 @@ def test_torchs_own_message_when_memory_is_full(device: str) -> None:
 
 
 def test_a_full_device_is_an_out_of_memory_error(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    """What is done to the operators in CUDA builds of torch, done to one here, called, and compiled."""
+    """The wrapper that CUDA builds of torch put around the operators raises OutOfMemoryError, called and compiled."""
     need_native("masked_mean", device)
 
     def full(*_: object) -> None:

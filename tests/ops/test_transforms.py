@@ -29,7 +29,7 @@ def loss(case: Case) -> Callable[..., Tensor]:
 
 
 def every(case: Case) -> tuple[int, ...]:
-    """The positions of all arguments."""
+    """Returns the positions of all arguments."""
     return tuple(range(len(case.arguments)))
 
 
@@ -167,7 +167,8 @@ def test_operators_called_inside_of_torch_func_say_where_it_works(device: str) -
 
 @pytest.mark.parametrize("op", NATIVE_GRADIENTS)
 def test_derivatives_of_kernels_gradients_raise_one_clear_line(device: str, op: str) -> None:
-    """However they are reached: by autograd from inside of torch.func, by a cotangent, by a cotangent's tangent."""
+    """Second derivatives raise one clear line by every way to ask for them: autograd inside torch.func, a cotangent, a
+    cotangent's tangent."""
     need_native(op, device)
     case = make_case(op, device)
     leaves = [argument.clone().requires_grad_() for argument in case.arguments]

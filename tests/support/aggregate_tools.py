@@ -26,7 +26,7 @@ class AggregateCase:
     options: dict[str, Any] = field(default_factory=dict)
 
     def to(self, dtype: torch.dtype) -> AggregateCase:
-        """Taps, states and matrices in ``dtype``."""
+        """Converts taps, states and matrices to ``dtype``."""
         wide = torch.promote_types(dtype, torch.float32)
         tensors = {name: t.to(wide if name in WIDE else dtype) for name, t in self.tensors.items()}
         return replace(self, tensors=tensors, grad=self.grad.to(dtype))
@@ -47,7 +47,8 @@ def aggregate_case(
     scale: float = 1.0,
     **options: Any,
 ) -> AggregateCase:
-    """``size`` is (L, N, d); ``inputs`` the width of the taps, d by default; ``norm``: none, weight, affine."""
+    """Draws a case; ``size`` is (L, N, d), ``inputs`` the width of the taps, d by default; ``norm``: none, weight,
+    affine."""
     layers, tokens, width = size
     inputs = width if inputs is None or op == "ema_scan" else inputs
     tensors = {"x": scale * draw(generator, layers, tokens, inputs)}
@@ -81,7 +82,7 @@ def aggregate_case(
 
 
 def evaluate(case: AggregateCase, choice: str = "native") -> Results:
-    """States and every gradient, by name."""
+    """Returns the states and every gradient, by name."""
     leaves = {name: t.detach().requires_grad_() for name, t in case.tensors.items()}
     with backend(choice):
         states = getattr(XF, case.op)(**leaves, **case.options)
@@ -90,5 +91,5 @@ def evaluate(case: AggregateCase, choice: str = "native") -> Results:
 
 
 def draw_of(case: AggregateCase) -> Draw:
-    """The case on the kernels, in float64 and by the plain formula."""
+    """Evaluates the case on the kernels, in float64 and by the plain formula."""
     return Draw(evaluate(case), evaluate(case.to(torch.float64), "reference"), evaluate(case, "reference"))

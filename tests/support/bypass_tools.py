@@ -19,7 +19,7 @@ DECODERS, ENCODER = ("llama", "gpt2"), "bert"
 
 
 def make_model(kind: str, seed: int = 0, width: int = WIDTH) -> Any:
-    """A random model whose logits differ from token to token, in evaluation mode."""
+    """Makes a random model whose logits differ from token to token, in evaluation mode."""
     torch.manual_seed(seed)
     wide: dict[str, Any] = {"vocab_size": VOCABULARY, "initializer_range": 0.3, "pad_token_id": PAD}
     if kind == "gpt2":
@@ -40,7 +40,7 @@ def make_ids(batch: int = 2, tokens: int = 10, seed: int = 1) -> Tensor:
 
 
 def make_bypass(model: Any, *, scale: float = 1.0, **settings: Any) -> Bypass:
-    """A bypass with random projectors and statistics."""
+    """Makes a bypass with random projectors and statistics."""
     bypass = attach(model, BypassConfig(latent=6), **settings)
     draw = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -52,7 +52,7 @@ def make_bypass(model: Any, *, scale: float = 1.0, **settings: Any) -> Bypass:
 
 
 def output(model: Any, ids: Tensor, **inputs: Any) -> Tensor:
-    """Logits, or the states of a model without a head."""
+    """Returns the logits, or the states of a model without a head."""
     made = model(input_ids=ids, **inputs)
     found: Tensor = made.logits if hasattr(made, "logits") else made.last_hidden_state
     return found
@@ -60,7 +60,7 @@ def output(model: Any, ids: Tensor, **inputs: Any) -> Tensor:
 
 @functools.lru_cache
 def save_decoder(folder: Path) -> tuple[str, str]:
-    """A random decoder of three layers with its tokenizer, and a folder of text that it can read: their paths."""
+    """Saves a random decoder of three layers with its tokenizer, and a folder of text for it; returns both paths."""
     text = save_text(folder / "text")
     tokenizer = train_tokenizer([(text / "train.txt").read_text()], vocabulary=320, max_length=64, keep_text=True)
     torch.manual_seed(0)

@@ -26,7 +26,7 @@ _overrides: torch.library.Library | None = None
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The library, loaded, and its operators registered."""
+    """Loads the library and registers its operators."""
     if not LIBRARY.exists():
         raise FileNotFoundError(f"{LIBRARY} is missing: make emulator")
     torch.ops.load_library(str(LIBRARY))
@@ -38,7 +38,7 @@ def library() -> ctypes.CDLL:
 
 
 def launches() -> int:
-    """How many kernels have been launched."""
+    """Counts the kernels that have been launched."""
     return int(library().xlayer_emulator_launches())
 
 
@@ -48,7 +48,7 @@ def set_seed(seed: int) -> None:
 
 
 class LaunchedBlock(NamedTuple):
-    """What launches of a kernel asked for: threads of a block, and the most shared memory with that many."""
+    """Threads of a block in launches of a kernel, and the most shared memory that a launch with so many asked for."""
 
     kernel: str
     threads: int
@@ -57,14 +57,14 @@ class LaunchedBlock(NamedTuple):
 
 @functools.cache
 def functions() -> dict[int, str]:
-    """The library's functions, with parameters and all, by where they are in it."""
+    """Returns the names of the library's functions, with parameters, by their addresses in it."""
     run = subprocess.run(["nm", "-C", "--defined-only", LIBRARY], capture_output=True, text=True, check=True)
     symbols = (line.split(maxsplit=2) for line in run.stdout.splitlines())
     return {int(address, 16): name for address, kind, name in symbols if kind in "tTwW"}
 
 
 def launched_blocks() -> list[LaunchedBlock]:
-    """Of all launches since ``forget_launched_blocks()``."""
+    """Returns the blocks of all launches since ``forget_launched_blocks()``."""
     lines = library().xlayer_emulator_launched_blocks().decode().splitlines()
     blocks = (map(int, line.split()) for line in lines)
     return [LaunchedBlock(functions()[kernel], threads, shared_bytes) for kernel, threads, shared_bytes in blocks]
@@ -92,12 +92,12 @@ def operators() -> frozenset[str]:
 
 
 def active() -> bool:
-    """Whether the emulator serves ``torch.ops.xlayer.*``."""
+    """Tells whether the emulator serves ``torch.ops.xlayer.*``."""
     return _overrides is not None
 
 
 def take_over() -> None:
-    """From now on the emulator serves ``torch.ops.xlayer.*``; an operator that it lacks raises."""
+    """Makes the emulator serve ``torch.ops.xlayer.*`` from now on; an operator that it lacks raises."""
     global _overrides
 
     def lacking(name: str) -> Callable[..., Any]:

@@ -23,7 +23,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def make_model(kind: str, *, random: bool = True, seed: int = 0, **changes: Any) -> HyperTransformer:
-    """A model of one of `KINDS`; ``random``: every parameter moved away from where it begins."""
+    """Makes a model of one of `KINDS`; ``random``: every parameter is moved away from its initial value."""
     torch.manual_seed(seed)
     sizes = {"num_layers": LAYERS, "num_heads": HEADS, "expansion_rate": STREAMS}
     model = HyperTransformer(VOCABULARY, HIDDEN, **{**sizes, **KINDS[kind], **changes})
@@ -39,13 +39,13 @@ def make_ids(batch: int = 2, tokens: int = 9, seed: int = 1) -> Tensor:
 
 
 def make_batch(batch: int = 4, tokens: int = 9) -> dict[str, Tensor]:
-    """What the loop hands to a `LanguageModel`."""
+    """Makes a batch as the training loop gives it to a `LanguageModel`."""
     ids = make_ids(batch, tokens + 1)
     return {"input_ids": ids[:, :-1], "labels": ids[:, 1:].contiguous()}
 
 
 def gradients(model: HyperTransformer, batch: dict[str, Tensor], seed: int = 3) -> dict[str, Tensor]:
-    """Gradients of one step; every parameter has one."""
+    """Computes the gradients of one step; every parameter has one."""
     torch.manual_seed(seed)
     model.zero_grad()
     LanguageModel(model)(**batch).loss.backward()
@@ -55,7 +55,7 @@ def gradients(model: HyperTransformer, batch: dict[str, Tensor], seed: int = 3) 
 
 
 def save_text(folder: Path, documents: int = 12) -> Path:
-    """A folder with train.txt and validation.txt, some code that repeats itself."""
+    """Saves a folder with train.txt and validation.txt, some code that repeats itself."""
     folder.mkdir(parents=True)
     for split, first in (("train", 0), ("validation", 100)):
         functions = [

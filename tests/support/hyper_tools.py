@@ -42,7 +42,7 @@ class HyperCase:
     packed: bool = False
 
     def to(self, dtype: torch.dtype, branch_dtype: torch.dtype | None = None) -> HyperCase:
-        """The streams in ``dtype``; parameters and coefficients in what is accumulated in."""
+        """Converts streams to ``dtype``, parameters and coefficients to the accumulation type."""
         wide = torch.promote_types(dtype, torch.float32)
         tensors = (None if t is None else t.to(wide) for t in self.connection[:4])
         return replace(
@@ -70,7 +70,7 @@ def hyper_case(
     eps: float = 1e-5,
     offset: float = 0.5,
 ) -> HyperCase:
-    """Normal inputs with coefficients that are far from the identity; streams have a mean of ``offset``.
+    """Draws normal inputs with coefficients that are far from the identity; streams have a mean of ``offset``.
 
     ``shared``: one set of coefficients for post, for all tokens. ``packed``: n lies in the batch, ``[(b n), s, d]``.
     """
@@ -98,12 +98,12 @@ def hyper_case(
 
 
 def pack(streams: Tensor) -> Tensor:
-    """The same streams ``[..., S, n, d]``, with n outside of S in memory."""
+    """Moves n outside of S in memory; the shape ``[..., S, n, d]`` stays the same."""
     return streams.transpose(-2, -3).contiguous().transpose(-2, -3)
 
 
 def evaluate(case: HyperCase, functions: Any) -> Results:
-    """Outputs and the gradients of every tensor of the case, from the hyper_* of ``functions``."""
+    """Returns the outputs and the gradients of every tensor of the case, from the hyper_* of ``functions``."""
     leaves: dict[str, Tensor] = {}
 
     def leaf(name: str, tensor: Tensor | None) -> Tensor | None:
@@ -149,5 +149,5 @@ def evaluate_formula(case: HyperCase) -> Results:
 
 
 def all_cases(filter_: Callable[[str, str], bool] = lambda part, kind: True) -> list[tuple[str, str]]:
-    """Every (part, kind); post alone has no kind of its own."""
+    """Lists every (part, kind); post alone has no kind of its own."""
     return [(p, k) for p, k in itertools.product(PARTS, KINDS) if (p != "post" or k == "shc") and filter_(p, k)]

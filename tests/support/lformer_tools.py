@@ -26,7 +26,7 @@ OPTIONS: dict[str, Any] = {"d_side": 8, "heads": 2, "memory": 2, "dropout": 0.0}
 
 
 def make_base(kind: str = "llama", seed: int = 0, vocabulary: int = VOCABULARY, spread: float = 0.3) -> Any:
-    """A random causal language model of four layers in evaluation mode, without dropout.
+    """Makes a random causal language model of four layers in evaluation mode, without dropout.
 
     With little ``spread`` of its weights the words stay apart, with more every token matters to those behind it.
     """
@@ -47,7 +47,7 @@ def make_base(kind: str = "llama", seed: int = 0, vocabulary: int = VOCABULARY, 
 
 
 def make_model(kind: str = "llama", moved: bool = True, base: Any = None, **options: Any) -> LFormer:
-    """Attached, in evaluation mode; with ``moved`` the gate of the blending is open."""
+    """Attaches an L-Former, in evaluation mode; with ``moved`` the gate of the blending is open."""
     base = make_base(kind) if base is None else base
     torch.manual_seed(1)
     model = attach(base, ModelConfig(**{**OPTIONS, **options})).eval()
@@ -61,7 +61,7 @@ def tokens(batch: int = 3, length: int = 10, seed: int = 2) -> torch.Tensor:
 
 
 def toy_examples(count: int, seed: int) -> tuple[ToolExample, ...]:
-    """Requests in which one word says the tool; the value is 10 times its number, and the plan names it."""
+    """Makes requests in which one word determines the tool; the value is 10 times its number, and the plan names it."""
     draw = random.Random(seed)
     made: dict[str, ToolExample] = {}
     while len(made) < count:
@@ -94,7 +94,7 @@ def toy_data(**sizes: int) -> ToolData:
 
 
 def make_trainee(data: ToolData, phase_a_steps: int = 1, **options: Any) -> LFormerForTraining:
-    """The toy task's L-Former on a Llama of its vocabulary."""
+    """Makes the toy task's L-Former on a Llama of its vocabulary."""
     given = {"n_tools": 3, "n_steps": len(STEPS), "plan_length": 3, "plan_decoder": True, "last_k_unfreeze": 1}
     base = make_base(vocabulary=len(data.tokenizer))
     model = make_model(base=base, **{**given, **options})
@@ -103,20 +103,20 @@ def make_trainee(data: ToolData, phase_a_steps: int = 1, **options: Any) -> LFor
 
 
 def toy_base(seed: int = 0) -> Any:
-    """A Llama that can learn the toy task."""
+    """Makes a Llama that can learn the toy task."""
     return make_base(seed=seed, vocabulary=len(toy_tokenizer()), spread=0.05)
 
 
 @functools.lru_cache
 def save_base(folder: Path) -> str:
-    """`toy_base` and its tokenizer as ``save_pretrained`` writes them."""
+    """Saves `toy_base` and its tokenizer as ``save_pretrained`` writes them."""
     toy_base().save_pretrained(folder)
     toy_tokenizer().save_pretrained(folder)
     return str(folder)
 
 
 def use_toy_task(patch: pytest.MonkeyPatch, **sizes: int) -> None:
-    """Let the command find the toy task under every name."""
+    """Makes the command find the toy task under every name."""
     from xlayer_systems.lformer import system
 
     system._prepare.cache_clear()

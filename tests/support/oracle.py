@@ -42,7 +42,8 @@ def draw(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.flo
 def draw_layers(
     generator: torch.Generator, width: int, device: str, dtype: torch.dtype = torch.float64
 ) -> dict[str, Tensor]:
-    """Target, source and masks of a module's call; the last element's first target token has no allowed source."""
+    """Draws target, source and masks of a module's call; the last element's first target token has no allowed
+    source."""
     arguments = {
         "target": draw(generator, 2, 5, width, dtype=dtype),
         "source": draw(generator, 2, 7, width, dtype=dtype),
@@ -93,8 +94,8 @@ def hdim_case(
     sharpness: float = 1.0,
     **options: Any,
 ) -> HdimCase:
-    """Normal inputs of sizes (B, Sq, Sk, D, M, H). Some dimensions of some queries equal those of a key (ties), and
-    with masks the last batch element's first row has no allowed pair. ``sharpness`` multiplies the logits."""
+    """Draws normal inputs of sizes (B, Sq, Sk, D, M, H). Some dimensions of some queries equal those of a key (ties),
+    and with masks the last batch element's first row has no allowed pair. ``sharpness`` multiplies the logits."""
     b, sq, sk, d, m, h = sizes
 
     def draw(*shape: int, gain: float = 1.0) -> Tensor:
@@ -123,7 +124,8 @@ def without_kinks(case: HdimCase) -> HdimCase:
 
 
 def evaluate(case: HdimCase, call: Callable[..., Any]) -> Results:
-    """Outputs of ``call(**floats, **masks, **options)`` → (context, entropy) and every gradient, by name."""
+    """Returns the outputs of ``call(**floats, **masks, **options)`` → (context, entropy) and every gradient, by
+    name."""
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in case.floats.items()}
     context, entropy = call(**leaves, **case.masks, **case.options)
     outputs, cotangents = [context], [case.grad_context]
@@ -136,7 +138,7 @@ def evaluate(case: HdimCase, call: Callable[..., Any]) -> Results:
 
 
 def evaluate_functional(case: HdimCase, choice: str = "native") -> Results:
-    """The case through the functional API, on one backend."""
+    """Evaluates the case through the functional API, on one backend."""
     wanted = case.grad_entropy is not None
 
     def call(**arguments: Any) -> Any:
@@ -148,7 +150,7 @@ def evaluate_functional(case: HdimCase, choice: str = "native") -> Results:
 
 
 def evaluate_formula(case: HdimCase) -> Results:
-    """The case through the plain formula, at the dtype that it has."""
+    """Evaluates the case through the plain formula, at the dtype that it has."""
 
     def call(*, bias2: Tensor, **arguments: Any) -> Any:
         context, entropy = reference.hdim_attention(**arguments)
@@ -193,7 +195,8 @@ def assert_same_bits(actual: Results, expected: Results) -> None:
 
 
 def assert_near(actual: Results, expected: Results, tolerance: float) -> None:
-    """Every result within ``tolerance`` of the expected one, relative to the largest magnitude (at least 1)."""
+    """Asserts that every result is within ``tolerance`` of the expected one, relative to the largest magnitude (at
+    least 1)."""
     assert actual.keys() == expected.keys()
     for name, tensor in actual.items():
         wanted = expected[name]

@@ -11,7 +11,7 @@ from xlayer_ext import reference
 
 
 def edge_distance(z: Tensor, levels: Sequence[int], bound: str, variant: str) -> Tensor:
-    """How far each bounded number is from where its digit changes, in digits, in float64."""
+    """Returns the distance of each bounded number from the nearest change of its digit, in digits, in float64."""
     z, count = z.double(), torch.tensor(levels, dtype=torch.float64, device=z.device)
     if bound == "tanh":
         place = (count - 1) * (torch.tanh(z) + 1) / 2

@@ -44,7 +44,7 @@ class Net(TrainingModel):
 
 
 def make_trainer(path: Path, resume: bool = False, rate: float = 1e-2, data: Numbers | None = None) -> Trainer:
-    """12 steps in 2 epochs, logged after every 4, with checkpoints after steps 5, 6, 10 and 12."""
+    """Makes a trainer of 12 steps in 2 epochs, logged after every 4, with checkpoints after steps 5, 6, 10 and 12."""
     options = TrainOptions(epochs=2, batch_size=4, tensorboard=False, log_every=4, checkpoint_every=5)
     run, model = RunDirectory(path), Net()
     groups = [{"params": list(model.parameters()), "lr": rate}]
@@ -62,7 +62,7 @@ def make_trainer(path: Path, resume: bool = False, rate: float = 1e-2, data: Num
 
 
 def train(path: Path, **options) -> dict:
-    """The parameters and buffers after all steps."""
+    """Trains all steps; returns the parameters and buffers."""
     trainer = make_trainer(path, **options)
     try:
         trainer.train()
@@ -72,7 +72,7 @@ def train(path: Path, **options) -> dict:
 
 
 def fail_at(step: int):
-    """A hook for `Net.on_step`, as a crash in that step."""
+    """Makes a hook for `Net.on_step` that raises as a crash in that step."""
 
     def hook(now: int) -> None:
         if now == step:
@@ -82,7 +82,7 @@ def fail_at(step: int):
 
 
 def crash(path: Path, step: int = 8) -> Path:
-    """A run that was ended inside ``step``, and its checkpoint."""
+    """Ends a run inside ``step``; returns its checkpoint."""
     trainer = make_trainer(path)
     trainer.model.on_step = fail_at(step)
     with pytest.raises(RuntimeError, match="crash"):
@@ -94,7 +94,7 @@ def crash(path: Path, step: int = 8) -> Path:
 
 
 def save_as_before(self: TrainingState, folder: Path, progress: dict) -> None:
-    """As earlier versions did."""
+    """Saves a checkpoint in the format of earlier versions."""
 
     class Kept:
         def state_dict(self):

@@ -17,7 +17,7 @@ import torch
 
 @dataclass
 class _Running:
-    """The test that runs now; outside of pytest, for example in a child process of a test, there is none."""
+    """State of the test that runs now; outside of pytest, for example in a child process of a test, it stays empty."""
 
     test: str = ""
     number: int = 0
@@ -39,13 +39,13 @@ def begin(test: str, number: int) -> None:
 
 
 def next_seed() -> int:
-    """The running test's next seed, in [0, 2³¹)."""
+    """Returns the running test's next seed, in [0, 2³¹)."""
     _running.taken += 1
     return _seed(_running.taken)
 
 
 def drew() -> bool:
-    """Whether the running test has taken a seed, or numbers of torch's global generator as `begin` left it."""
+    """Tells whether the running test has taken a seed, or numbers of torch's global generator as `begin` left it."""
     seed = _seed(-1)
     untouched = torch.Generator().manual_seed(seed).get_state()
     return _running.taken > 0 or (torch.initial_seed() == seed and not torch.equal(torch.get_rng_state(), untouched))

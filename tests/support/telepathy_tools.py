@@ -23,7 +23,7 @@ SMALL = TelepathyConfig(soft_tokens=3, depth=1, heads=2, calibration_examples=20
 
 
 def toy_examples(count: int, seed: int) -> tuple[AnswerExample, ...]:
-    """Texts in which one word says the answer."""
+    """Makes texts in which one word determines the answer."""
     draw = random.Random(seed)
     rows = []
     for _ in range(count):
@@ -35,14 +35,14 @@ def toy_examples(count: int, seed: int) -> tuple[AnswerExample, ...]:
 
 
 def toy_task(name: str = "toy", train: int = 96, validation: int = 23) -> AnswerTask:
-    """Three answers."""
+    """Makes a task of three answers."""
     return AnswerTask(
         name, toy_examples(train, 0), toy_examples(validation, 1), tuple(WORDS), "What is in it?", f"toy-{train}"
     )
 
 
 def teach(model: LlamaForCausalLM, tokenizer: Any, steps: int = 80) -> None:
-    """Let a model answer about texts that it reads: no message can make a random one speak."""
+    """Trains a model to answer about texts that it reads, since a random one answers nothing whatever the message."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(steps):
         examples = toy_examples(16, 100 + step)
@@ -59,7 +59,7 @@ def teach(model: LlamaForCausalLM, tokenizer: Any, steps: int = 80) -> None:
 
 @functools.lru_cache
 def save_pair(folder: Path) -> tuple[str, str]:
-    """Decoders of two layers, as ``save_pretrained`` writes them: a random sender, a receiver that can answer.
+    """Saves decoders of two layers as ``save_pretrained`` writes them: a random sender, and a receiver that can answer.
 
     Made once per folder: of several processes that ask for them, none may write what another reads.
     """
@@ -93,17 +93,17 @@ def save_pair(folder: Path) -> tuple[str, str]:
 
 
 def load_pair(folder: Path) -> Pair:
-    """The saved pair, frozen."""
+    """Loads the saved pair, frozen."""
     return Pair.load(*save_pair(folder))
 
 
 def make_data(pair: Pair, task: AnswerTask | None = None, target: str = "answer") -> TelepathyData:
-    """The toy task under the pair's tokenizers."""
+    """Encodes the toy task with the pair's tokenizers."""
     return TelepathyData(task or toy_task(), pair.sender_tokenizer, pair.receiver_tokenizer, 32, target)
 
 
 def make_model(pair: Pair, config: TelepathyConfig = SMALL, data: TelepathyData | None = None) -> TelepathyModel:
-    """A calibrated bridge with the parameters of seed 0."""
+    """Makes a calibrated bridge with the parameters of seed 0."""
     torch.manual_seed(0)
     model = TelepathyModel.build(pair, config)
     batch = (data or make_data(pair)).collate((data or make_data(pair)).train[:20])
@@ -114,7 +114,7 @@ def make_model(pair: Pair, config: TelepathyConfig = SMALL, data: TelepathyData 
 
 
 def use_toy_task(patch: pytest.MonkeyPatch, **sizes: int) -> None:
-    """Let the command find the toy task under the name ``toy``."""
+    """Makes the command find the toy task under the name ``toy``."""
     from xlayer_systems.telepathy import system
 
     def load(name: str) -> Any:

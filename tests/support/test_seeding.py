@@ -36,7 +36,7 @@ def test_without():
 
 
 def run(folder: Path, *options: str, body: str = DRAWS) -> tuple[list[str], str]:
-    """What the tests of ``body`` printed, and all that pytest said."""
+    """Runs the tests of ``body``; returns the lines that they printed, and the whole output of pytest."""
     (folder / "test_it.py").write_text(body)
     command = [sys.executable, "-m", "pytest", "-rA", "-p", "conftest", "-p", "no:cacheprovider", "-c", "/dev/null"]
     environment = os.environ | {

@@ -29,7 +29,7 @@ VERBS = ("eats", "sees", "hears", "likes", "finds", "draws")
 
 
 def save_backbone(folder: Path, dropout: float = 0.1) -> Path:
-    """A random RoBERTa of four layers with its tokenizer."""
+    """Saves a random RoBERTa of four layers with its tokenizer."""
     torch.manual_seed(0)
     texts = [f"the {noun} {verb} the {other}" for noun in NOUNS for verb in VERBS for other in NOUNS]
     tokenizer = train_tokenizer(texts, vocabulary=320, max_length=64)
@@ -53,7 +53,7 @@ def save_backbone(folder: Path, dropout: float = 0.1) -> Path:
 
 
 def rte_rows(count: int, seed: int) -> list[dict[str, Any]]:
-    """Sentence pairs with label 0 where both name the same animal first."""
+    """Makes sentence pairs with label 0 where both name the same animal first."""
     draw = random.Random(seed)
     rows = []
     for index in range(count):
@@ -71,7 +71,7 @@ def rte_rows(count: int, seed: int) -> list[dict[str, Any]]:
 
 
 def save_rte(folder: Path, train: int = 64, validation: int = 23) -> Path:
-    """A folder with train.jsonl and validation.jsonl."""
+    """Saves a folder with train.jsonl and validation.jsonl."""
     folder.mkdir(parents=True)
     for name, count, seed in (("train", train, 0), ("validation", validation, 1)):
         lines = [json.dumps(row) for row in rte_rows(count, seed)]
@@ -80,28 +80,28 @@ def save_rte(folder: Path, train: int = 64, validation: int = 23) -> Path:
 
 
 def make_spec(system: str, *names: str, **settings: Any) -> RunSpec:
-    """`System.make_spec` of a system by name."""
+    """Calls `System.make_spec` of a system by name."""
     return get_system(system).make_spec(*names, **settings)
 
 
 def train_run(spec: RunSpec, path: Path, resume: bool = False) -> dict[str, Any]:
-    """`execute.train_run` by the system that the spec names."""
+    """Calls `execute.train_run` with the system that the spec names."""
     return execute.train_run(get_system(spec.system), spec, path, resume)
 
 
 def evaluate_run(path: Path) -> dict[str, Any]:
-    """`execute.evaluate_run` of whatever ran in a directory."""
+    """Calls `execute.evaluate_run` with the system of the run in a directory."""
     system, spec = open_run(path)
     return execute.evaluate_run(system, spec, path)
 
 
 def format_result(result: dict[str, Any]) -> str:
-    """`execute.format_result` by the system that the result names."""
+    """Calls `execute.format_result` with the system that the result names."""
     return execute.format_result(get_system(result["system"]), result)
 
 
 def run_xlayer(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
-    """The command inside this process; returns its exit code."""
+    """Runs the command inside this process; returns its exit code."""
     monkeypatch.setattr(sys, "argv", ["xlayer", *map(str, arguments)])
     with pytest.raises(SystemExit) as exit_:
         cli.main()
@@ -110,7 +110,7 @@ def run_xlayer(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
 
 
 def start_xlayer(*arguments: str | Path, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    """The command in a process of its own, on one thread per process."""
+    """Starts the command in a process of its own, on one thread per process."""
     paths = os.pathsep.join(path for path in sys.path if path)
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launcher, "-m", "xlayer_systems.cli", *map(str, arguments)]
@@ -120,19 +120,19 @@ def start_xlayer(*arguments: str | Path, launcher: tuple[str, ...] = ()) -> subp
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    """Wait for success and return what was printed."""
+    """Waits for success and returns the printed text."""
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     return output
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The records of a run's metrics.jsonl."""
+    """Returns the records of a run's metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
+    """Returns every file below a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 

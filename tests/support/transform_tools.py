@@ -28,7 +28,8 @@ OPERATORS = (*NATIVE_GRADIENTS, "fsq")
 
 
 class Case(NamedTuple):
-    """A function of one tensor for each differentiable argument that returns one tensor, and where to take it."""
+    """A function of one tensor for each differentiable argument that returns one tensor, and the point to evaluate it
+    at."""
 
     op: str
     function: Callable[..., Tensor]
@@ -36,7 +37,7 @@ class Case(NamedTuple):
 
 
 def make_case(op: str, device: str) -> Case:
-    """Small, float64, and away from kinks."""
+    """Draws small float64 arguments away from kinks."""
     generator = fresh_generator()
     if op == "masked_mean":
         mask = torch.tensor([[True, True, False], [True, True, True]], device=device)

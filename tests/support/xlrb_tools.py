@@ -26,7 +26,7 @@ SIZES = {
 
 
 def make_encoder(kind: str = "roberta", dropout: float = 0.0, seed: int = 0, **changes: int) -> nn.Module:
-    """A random RoBERTa or BERT whose layers differ enough for routing to matter."""
+    """Makes a random RoBERTa or BERT whose layers differ enough for routing to matter."""
     torch.manual_seed(seed)
     options = SIZES | {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout} | changes
     encoder = RobertaModel(RobertaConfig(**options)) if kind == "roberta" else BertModel(BertConfig(**options))
@@ -38,14 +38,15 @@ def make_encoder(kind: str = "roberta", dropout: float = 0.0, seed: int = 0, **c
 
 
 def make_classifier(config: XLRBConfig | None, *, seed: int = 0, dropout: float = 0.0, **options) -> XLRBClassifier:
-    """A classifier with two labels on a fresh RoBERTa, without dropout outside the bridge unless asked for."""
+    """Makes a classifier with two labels on a fresh RoBERTa, without dropout outside the bridge unless asked for."""
     encoder = make_encoder(dropout=dropout, seed=seed)
     torch.manual_seed(seed + 1)
     return XLRBClassifier(encoder, config, 2, dropout=dropout, **options)
 
 
 def make_batch(size: int = 6, tokens: int = TOKENS, seed: int = 3) -> dict[str, Tensor]:
-    """Sentence pairs `<s> a a </s> b … </s>` (pad id 1), of two lengths; the first sentence has two or three tokens."""
+    """Draws sentence pairs `<s> a a </s> b … </s>` (pad id 1), of two lengths; the first sentence has two or three
+    tokens."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(5, VOCABULARY, (size, tokens), generator=generator)
     segments = torch.full((size, tokens), -1)
@@ -65,7 +66,7 @@ def make_batch(size: int = 6, tokens: int = TOKENS, seed: int = 3) -> dict[str, 
 
 
 def gradients(model: nn.Module, batch: dict[str, Tensor], seed: int = 5) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and gradients of one step from a fixed random state; every parameter must get one."""
+    """Computes loss and gradients of one step from a fixed random state; every parameter must get one."""
     model.zero_grad()
     torch.manual_seed(seed)
     loss = model(**batch).loss
@@ -77,7 +78,7 @@ def gradients(model: nn.Module, batch: dict[str, Tensor], seed: int = 5) -> tupl
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Tiny tensors on one thread: waking a second one costs more than it computes."""
+    """Limits torch to one thread: for tiny tensors, waking a second one costs more than it computes."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

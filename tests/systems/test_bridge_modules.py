@@ -18,7 +18,7 @@ SOURCE, TARGET, TOKENS = 12, 16, 3
 
 
 def states(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Hidden states ``[4, 6, 12]`` and a mask with padding; every row may read something."""
+    """Draws hidden states ``[4, 6, 12]`` and a mask with padding; every row has a token that is not masked."""
     generator = fresh_generator()
     mask = torch.rand(4, 6, generator=generator) < 0.6
     mask[:, 2] = True
@@ -31,7 +31,7 @@ def resampler(**options: Any) -> PerceiverResampler:
 
 
 def diffusion(conditioning: str = "hybrid", moved: bool = True) -> DiffusionBridge:
-    """With ``moved`` all that starts as zero is random, so that every path matters."""
+    """Makes a diffusion bridge; with ``moved`` all that starts as zero is random, so that every path matters."""
     torch.manual_seed(0)
     bridge = DiffusionBridge(SOURCE, TARGET, TOKENS, dim=16, depth=2, heads=2, conditioning=conditioning)
     if moved:
@@ -214,7 +214,8 @@ def test_euler_steps_follow_the_velocity() -> None:
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 def test_the_flow_learns_which_of_two_points(conditioning: str) -> None:
-    """The source says which: far below what the velocity costs without it, and samples land on the right point."""
+    """Trained on two points that the source tells apart, the velocity costs far less than without the source, and
+    samples land on the right point."""
     torch.manual_seed(0)
     points = torch.randn(2, 1, 4).repeat(1, 2, 1)
     bridge = DiffusionBridge(3, 4, 2, dim=32, depth=2, heads=2, conditioning=conditioning, target_scale=0.5)

@@ -69,7 +69,7 @@ def layer_list(model: Any) -> Any:
 
 
 def collected(bypass: Bypass, model: Any, ids: Tensor) -> Tensor:
-    """Outputs of the layers of the unmodified model, by hooks of the test's own; the same as `collect`."""
+    """Collects the outputs of the unmodified model's layers by hooks of the test's own, as `collect` does."""
     found: list[Tensor] = []
     projectors = bypass.projectors.detach().clone()
     with torch.no_grad():
@@ -88,7 +88,7 @@ def collected(bypass: Bypass, model: Any, ids: Tensor) -> Tensor:
 
 
 def naive_biases(bypass: Bypass, states: Tensor) -> Tensor:
-    """The formula of the module's docstring, one layer and one token after the other."""
+    """Computes the formula of the module's docstring, one layer and one token after the other."""
     states, encoder, projectors = states.double(), bypass.encoder.double(), bypass.projectors.double()
     mean, scale, offset = bypass.mean.double(), bypass.scale.double(), bypass.config.offset
     read = bypass.input_scale.double()

@@ -162,7 +162,7 @@ _WHOLE: dict[str, Path] = {}
 
 
 def whole_run(spec: RunSpec, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nothing interrupted, made once."""
+    """Makes, once, the run that nothing interrupts."""
     if "run" not in _WHOLE:
         path = tmp_path_factory.mktemp("whole") / "run"
         train_run(spec, path)
@@ -213,7 +213,7 @@ CASES = [(wrapper, stage, variant) for wrapper in ("ddp", "fsdp") for stage in (
 
 
 def trainee(stage: Any, variant: Any) -> nn.Module:
-    """A stage's model in float64, its projectors away from 0."""
+    """Makes a stage's model in float64, its projectors away from 0."""
     base = make_model("llama").double()
     bypass = attach(base, BypassConfig(latent=6, stage=stage, variant=variant))
     bypass.calibrate([{"input_ids": make_ids(4)}])

@@ -14,14 +14,14 @@ FAST = ["--set", "encoder_lr=1e-3", "--set", "batch_size=8", "--epochs", "1"]
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory):
-    """Command-line options for the tiny backbone and data set."""
+    """Returns command-line options for the tiny backbone and data set."""
     folder = tmp_path_factory.mktemp("places")
     return ["--dataset", save_rte(folder / "rte"), "--backbone", save_backbone(folder / "backbone"), *FAST]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, options):
-    """A run directory made by the command in a process of its own, and what was printed."""
+    """Makes a run directory by the command in a process of its own; returns it and the printed text."""
     run = tmp_path_factory.mktemp("runs") / "run"
     return run, finish(start_xlayer("train", "xlrb", "--preset", "A12", *options, "--run-dir", run))
 

@@ -42,7 +42,7 @@ def corpus():
 def pretrain(
     out: Path, corpus: Corpus, *, seed: int = 0, resume: bool = False, overrides: dict[str, str] | None = None
 ):
-    """A run of the decoder of `SHAPE`."""
+    """Runs the pretraining of the decoder of `SHAPE`."""
     system = pretraining.DecoderPretraining(corpus)
     spec = system.make_spec(seed=seed, overrides=overrides or SETTINGS)
     return train_run(system, dataclasses.replace(spec, config=SHAPE), out, resume)

@@ -100,7 +100,7 @@ def build(name: str) -> nn.Module:
 
 
 def batch() -> tuple[Tensor, Tensor, Tensor]:
-    """Layers [L, B, S, H], mask [B, S] and target [B, S, H] of the global batch, the same in every process."""
+    """Draws the global batch, the same in every process: layers [L, B, S, H], mask [B, S] and target [B, S, H]."""
     generator = torch.Generator().manual_seed(11)
     layers = torch.randn(4, BATCH, TOKENS, H, generator=generator)
     mask = torch.ones(BATCH, TOKENS, dtype=torch.bool)
@@ -109,7 +109,7 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def gradients(net: nn.Module, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
-    """Gradients of the mean loss, from this rank's share of the global batch."""
+    """Computes the gradients of the mean loss from this rank's share of the global batch."""
     layers, mask, target = batch()
     share = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
     out, entropy = net(layers[:, share], mask[share])
@@ -131,7 +131,7 @@ def distributed_gradients(name: str, wrapper: str, rank: int) -> dict[str, Tenso
 
 
 def worker(rank: int, folder: str) -> None:
-    """Every net under every wrapper in one pair of processes: starting them costs more than all the rest."""
+    """Runs every net under every wrapper in one pair of processes: starting them costs more than all the rest."""
     torch.set_num_threads(1)
     join_processes(rank, folder, WORLD)
     results = {key: distributed_gradients(*key, rank) for key in itertools.product(NETS, ("ddp", "fsdp2"))}

@@ -68,7 +68,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def make_model(kind: str, seed: int = 0) -> Any:
-    """A random decoder whose sublayers matter: weights are wider than Hugging Face draws them."""
+    """Makes a random decoder whose sublayers matter: weights are wider than Hugging Face draws them."""
     torch.manual_seed(seed)
     made: dict[str, Any] = {
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
@@ -91,7 +91,7 @@ def make_tokens(batch: int = 2, tokens: int = TOKENS, seed: int = 3) -> Tensor:
 
 
 def randomize(handle: nn.Module, seed: int = 5) -> None:
-    """Coefficients far from the identity, different in every stream, layer and token."""
+    """Draws coefficients far from the identity, different in every stream, layer and token."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in handle.named_parameters():
@@ -137,7 +137,8 @@ def test_greedy_generation_starts_as_it_was(kind: str, residual: str) -> None:
 
 @pytest.mark.parametrize("residual", RESIDUALS)
 def test_sublayers_and_streams_part_in_training(residual: str) -> None:
-    """Were the streams alike to every sublayer, they would get the same gradients and stay copies for ever."""
+    """Streams get different gradients in training; were they alike to every sublayer, they would stay copies of each
+    other."""
     model, tokens = make_model("llama"), make_tokens()
     handle = attach(model, residual)
     seen: list[Tensor] = []
@@ -157,7 +158,7 @@ def test_sublayers_and_streams_part_in_training(residual: str) -> None:
 
 
 def written_out(model: Any, handle: Any, tokens: Tensor) -> Tensor:
-    """The Llama model's logits with hyper-connections, one sublayer after another."""
+    """Computes the Llama model's logits with hyper-connections, one sublayer after another."""
     decoder = model.model
     h = decoder.embed_tokens(tokens).unsqueeze(2).repeat(1, 1, handle.config.expansion_rate, 1)
     positions = torch.arange(tokens.shape[1]).unsqueeze(0)

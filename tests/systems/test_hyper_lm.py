@@ -28,7 +28,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def written_out_rotation(x: Tensor, base: float) -> Tensor:
-    """``x [B, S, heads, size]``, each pair of features (i, i + size/2) as one complex number, turned."""
+    """Rotates ``x [B, S, heads, size]``, each pair of features (i, i + size/2) as one complex number."""
     size = x.shape[-1]
     turned = torch.empty_like(x)
     for s in range(x.shape[1]):
@@ -55,7 +55,7 @@ def written_out_mlp(mlp: Any, x: Tensor) -> Tensor:
 
 
 def written_out(model: HyperTransformer, ids: Tensor) -> Tensor:
-    """The model's logits, one sublayer after the other, with the unfused reference functions."""
+    """Computes the model's logits, one sublayer after the other, with the unfused reference functions."""
 
     def norm(x: Tensor, module: Any) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], module.weight)
@@ -97,7 +97,8 @@ def test_the_model_is_the_one_written_out(kind):
 @pytest.mark.parametrize("reduce", ["sum", "mean"])
 @pytest.mark.parametrize("kind", ["shc", "dhc", "mhc"])
 def test_every_kind_begins_as_the_plain_model(kind, reduce):
-    """The same weights at the same seed; streams that stay equal, so that their sum is n times the plain stream."""
+    """With the same seed all kinds have the same weights, and streams that are equal, so that their sum is n times the
+    plain stream."""
     plain = make_model("plain", random=False).double()
     model = make_model(kind, random=False, reduce=reduce).double()
     for name, parameter in plain.named_parameters():

@@ -20,7 +20,7 @@ CASES = [(wrapper, kind, recompute) for wrapper in ("ddp", "fsdp") for kind in K
 
 
 def wrapped(wrapper: str, model: HyperTransformer) -> nn.Module:
-    """As users do: DDP around all, or FSDP2 on every block by itself, then the rest."""
+    """Wraps the model as users do: DDP around all, or FSDP2 on every block by itself, then the rest."""
     from torch.distributed.fsdp import fully_shard
 
     if wrapper == "ddp":

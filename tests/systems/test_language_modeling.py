@@ -163,7 +163,7 @@ def test_text_that_cannot_be_used_is_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, text):
-    """The run directory of a dhc model."""
+    """Makes the run directory of a dhc model."""
     path = tmp_path_factory.mktemp("runs") / "run"
     overrides = {key: str(value) for key, value in TINY.items()}
     train_run(make_spec("hyper_lm", "dhc", dataset=str(text), overrides=overrides), path)

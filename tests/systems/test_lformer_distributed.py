@@ -23,7 +23,7 @@ def batch(rank: int = 0, world: int = 1) -> tuple[Any, dict[str, Tensor]]:
 
 
 def gradients(kind: str, step: int, wrapper: str | None = None, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
-    """Of step 0, which is phase A, or of step 1, which is phase B, after one of phase A."""
+    """Computes the gradients of step 0 in phase A, or of step 1 in phase B after a step of phase A."""
     data, inputs = batch(rank, world)
     trainee = make_trainee(data, aggregator=kind, blend_into_lm=kind == "ema").double().train()
     inputs = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}

@@ -59,7 +59,7 @@ def toy_spec(base: str, preset: str = "ema", **overrides: str) -> Any:
 
 
 def save_rows(folder: Path) -> str:
-    """The toy task as files, without values and plans."""
+    """Saves the toy task as files, without values and plans."""
     names = tuple(WORDS)
     for name, count, seed in (("train", 64, 0), ("validation", 9, 7)):
         rows = [{"text": e.text, "tool": names[e.tool]} for e in toy_examples(count, seed)]

@@ -52,7 +52,7 @@ def fits(value: Any, schema: dict[str, Any]) -> bool:
 
 
 def keywords(schema: dict[str, Any]) -> set[str]:
-    """The keywords of a schema and of those inside it."""
+    """Returns the keywords of a schema and of those inside it."""
     found = set(schema)
     for inner in [*schema.get("properties", {}).values(), *([schema["items"]] if "items" in schema else [])]:
         found |= keywords(inner)

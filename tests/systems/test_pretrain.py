@@ -29,7 +29,7 @@ def corpus():
 
 
 def pretrain(out: Path, corpus: Corpus, *, seed: int = 0, resume: bool = False):
-    """A run of the encoder of `SHAPE`."""
+    """Runs the pretraining of the encoder of `SHAPE`."""
     system = EncoderPretraining(corpus)
     spec = system.make_spec(seed=seed, overrides=SETTINGS)
     return train_run(system, dataclasses.replace(spec, config=SHAPE), out, resume)

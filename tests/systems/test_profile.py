@@ -200,14 +200,14 @@ def test_layers_are_joined_by_their_numbers_alone():
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory):
-    """A tiny backbone and data set; the least steps."""
+    """Returns options for a tiny backbone and data set and the fewest steps."""
     folder = tmp_path_factory.mktemp("places")
     return ["--dataset", save_rte(folder / "rte"), "--backbone", save_backbone(folder / "backbone"), "--quick", *FEW]
 
 
 @pytest.fixture(scope="module")
 def profiled(tmp_path_factory, options):
-    """A run directory and what was printed."""
+    """Profiles a run; returns its directory and the printed text."""
     run = tmp_path_factory.mktemp("runs") / "run"
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
         assert run_xlayer(patch, "profile", "xlrb", "--preset", "H9", *options, "--run-dir", run) == 0
@@ -320,7 +320,7 @@ def test_numbers_of_nsight_by_hand():
 
 @pytest.fixture
 def fake_gpu(tmp_path, monkeypatch):
-    """A machine with a GPU, nvtx, nsys and ncu, as far as can be asked; the tools print the tables above."""
+    """Fakes a machine with a GPU, nvtx, nsys and ncu; the tools print the tables above."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     module = types.ModuleType("nvtx")
     module.__spec__ = importlib.machinery.ModuleSpec("nvtx", None)
@@ -418,7 +418,7 @@ needs_headers = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def listener(tmp_path_factory) -> Path:
-    """A library that NVTX loads in the place of a profiler."""
+    """Builds a library that NVTX loads in the place of a profiler."""
     library = tmp_path_factory.mktemp("nvtx") / "listener.so"
     source = ROOT / "tests" / "support" / "nvtx_listener.c"
     subprocess.run(["gcc", "-shared", "-fPIC", f"-I{HEADERS}", source, "-o", library], check=True)

@@ -66,7 +66,7 @@ def test_a_metric_that_is_not_finite_ends_the_run(tmp_path, data, message):
 
 @pytest.fixture
 def sigint_is_heard():
-    """A suite that a shell runs in the background has SIGINT ignored, and so would what it starts."""
+    """Restores SIGINT, which a shell ignores in background jobs and their children, such as this suite's processes."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

@@ -70,7 +70,7 @@ def test_a_checkpoint_of_an_earlier_version_gives_the_same_bits(tmp_path, monkey
 
 
 class Hostile:
-    """Unpickled, it makes a directory."""
+    """An object that makes a directory when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -233,7 +233,7 @@ def test_of_two_that_make_one_run_the_second_is_refused(tmp_path, monkeypatch):
 
 @contextmanager
 def small_files(size: int):
-    """No file grows beyond ``size`` bytes, as on a disk that is full."""
+    """Lets no file grow beyond ``size`` bytes, as on a disk that is full."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -270,7 +270,7 @@ def whole_state(state: TrainingState) -> dict[str, torch.Tensor]:
 
 
 def sharded_state(accelerator, steps: int) -> TrainingState:
-    """Under FSDP2, after some steps."""
+    """Returns a training state under FSDP2, after some steps."""
     from torch.distributed.fsdp import fully_shard
 
     model = fully_shard(Net(), mesh=dist.init_device_mesh("cpu", (2,)))
@@ -367,7 +367,7 @@ def command(tmp_path_factory) -> list:
 
 @pytest.fixture
 def unfinished(tmp_path, command, monkeypatch, capsys) -> Path:
-    """A run with its model and its checkpoint, but without its result."""
+    """Makes a run with its model and its checkpoint, but without its result."""
     assert run_xlayer(monkeypatch, *command, tmp_path / "run") == 0
     capsys.readouterr()
     return tmp_path / "run"

@@ -68,13 +68,13 @@ def test_no_word_gives_the_tool_away(task) -> None:
 
 
 def matches(text: str, wording: str) -> list[tuple[int, int]]:
-    """The operands a, b wherever ``wording`` stands in ``text``."""
+    """Finds the operands a, b wherever ``wording`` occurs in ``text``."""
     pattern = re.escape(wording).replace(r"\{a\}", r"(?P<a>\d+)").replace(r"\{b\}", r"(?P<b>\d+)")
     return [(int(m["a"]), int(m["b"])) for m in re.finditer(rf"(?<![\w%]){pattern}(?![\w%])", text)]
 
 
 def test_values_and_plans_follow_from_the_text(task) -> None:
-    """The text is parsed again: some wording of the tool stands there with operands that give value and plan."""
+    """Parsed again, every text contains a wording of its tool with operands that give its value and plan."""
     for split, examples in ((0, task.train[::7]), (1, task.validation[::2])):
         for example in examples:
             tool = task.tools[example.tool]

@@ -32,7 +32,7 @@ QUIET = {"tensorboard": "false", "encoder_lr": "1e-3", "batch_size": "8", "log_e
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """Paths of a backbone without dropout, one with it, and a data set."""
+    """Returns the paths of a backbone without dropout, of one with it, and of a data set."""
     folder = tmp_path_factory.mktemp("places")
     return {
         "plain": save_backbone(folder / "plain", dropout=0.0),

@@ -37,7 +37,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def written_out_route(model: XLRBClassifier, states: list[Tensor], b: int, real: list[int]) -> list[tuple[int, float]]:
-    """Chosen source layers of example b with their weights, for the last layer."""
+    """Returns the chosen source layers of example b with their weights, for the last layer."""
     router, config = model.bridge.router, model.config
     summaries = [sum(states[i][b, t] for t in real) / len(real) for i in range(LAST)]
     query = router.query.weight @ summaries[-1] + router.query.bias
@@ -48,7 +48,7 @@ def written_out_route(model: XLRBClassifier, states: list[Tensor], b: int, real:
 
 
 def written_out_hdim(hdim: nn.Module, hadamard: bool, target: Tensor, source: Tensor, real: list[int]) -> Tensor:
-    """HDIM message to one token: `target` `[H]`, `source` `[S, H]`."""
+    """Computes the HDIM message to one token: `target` `[H]`, `source` `[S, H]`."""
     z = hdim.target_proj.weight @ target
     logits = []
     for t in real:
@@ -64,7 +64,7 @@ def written_out_hdim(hdim: nn.Module, hadamard: bool, target: Tensor, source: Te
 
 
 def written_out_qkv(layers: nn.ModuleList, i: int, target: Tensor, source: Tensor, real: list[int]) -> Tensor:
-    """QKV message from layer i to one token of the last layer, head by head."""
+    """Computes the QKV message from layer i to one token of the last layer, head by head."""
     query = layers[LAST].attention.self.query(target)
     keys, values = layers[i].attention.self.key(source), layers[i].attention.self.value(source)
     heads = []
@@ -228,7 +228,7 @@ def test_cross_sentence_masks() -> None:
 
 
 def test_without_a_partner_the_context_is_zero() -> None:
-    """On single sentences the cross-sentence presets see nothing: the message depends on the target token alone."""
+    """On single sentences the cross-sentence presets have no source: the message depends on the target token alone."""
     model = make_classifier(config_without_dropout("H21")).eval()
     batch = make_batch()
     batch["segment_ids"].zero_()

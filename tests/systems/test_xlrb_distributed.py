@@ -23,7 +23,7 @@ CASES = [(wrapper, id, recompute) for wrapper in ("ddp", "fsdp") for id in CONFI
 
 
 def shard(model: XLRBClassifier) -> nn.Module:
-    """FSDP2 as users apply it: every encoder layer by itself, then the rest."""
+    """Applies FSDP2 as users do: every encoder layer by itself, then the rest."""
     from torch.distributed.fsdp import fully_shard
 
     for layer in model.encoder.encoder.layer:

@@ -117,7 +117,8 @@ def test_a_second_bridge_and_a_single_layer_are_refused() -> None:
 
 @pytest.mark.parametrize("id", ["H9", "H16", "A12", "A2"])
 def test_gradient_checkpointing_changes_nothing(id: str) -> None:
-    """With dropout everywhere, and with two passes open at once; the usage counts each pass once."""
+    """Checkpointing changes no result with dropout everywhere and two passes open at once; the usage counts each pass
+    once."""
     config = replace(PRESETS[id], router_weight="full_softmax")
     batches = make_batch(seed=3), make_batch(seed=4)
     results = []
@@ -138,7 +139,8 @@ def test_gradient_checkpointing_changes_nothing(id: str) -> None:
 
 @pytest.mark.parametrize("id", ["H16", "A12"])
 def test_a_dropped_pass_is_freed_at_once(id: str) -> None:
-    """Recomputation keeps what a layer was given; were that to lead back to later layers, its graph would never go."""
+    """A dropped pass is freed at once: a recomputation's inputs must not refer to later layers, or its graph would
+    never go."""
     model = make_classifier(PRESETS[id]).train()
     model.gradient_checkpointing_enable()
     outputs: list[weakref.ref] = []

@@ -26,7 +26,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def step(config: XLRBConfig, base: XLRBConfig) -> tuple[Tensor, dict[str, Tensor]]:
-    """One float64 training step of `config`, its weights those of `base` wherever name and shape agree.
+    """Runs one float64 training step of `config`, its weights those of `base` wherever name and shape agree.
 
     Only the initial scalars (gates, HDIM's α and β) stay its own. So nothing can differ by the luck of the draw.
     """
@@ -38,7 +38,7 @@ def step(config: XLRBConfig, base: XLRBConfig) -> tuple[Tensor, dict[str, Tensor
 
 
 def without_dropout(ablation: Ablation) -> tuple[XLRBConfig, XLRBConfig]:
-    """Preset and base; without dropout, unless that is what the preset changes."""
+    """Returns preset and base without dropout, unless that is what the preset changes."""
     if "dropout" in ablation.changes:
         return ablation.config, ablation.base
     return replace(ablation.config, dropout=0.0), replace(ablation.base, dropout=0.0)

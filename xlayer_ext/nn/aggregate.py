@@ -156,7 +156,7 @@ class _Aggregator(nn.Module):
 
     @property
     def gates(self) -> Tensor | None:
-        """Gates of the layers' taps, ``[L]`` in (0, 1); None where every token has its own."""
+        """Returns the gates of the layers' taps, ``[L]`` in (0, 1); None where every token has its own."""
         return None
 
     def gate_penalty(self, l1: float = 0.0, l2: float = 0.0) -> Tensor:

@@ -75,7 +75,7 @@ class FSQ(nn.Module):
 
     @property
     def codebook_size(self) -> int:
-        """Number of codes of the grid."""
+        """Returns the number of codes of the grid."""
         return math.prod(self.levels)
 
     def forward(self, z: Tensor) -> FSQOutput:

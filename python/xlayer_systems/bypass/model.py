@@ -124,7 +124,7 @@ class Bypass(Attachment):
     def forward(
         self, states: Tensor, mask: Tensor | None = None, before: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Latents of tokens, and what they are projected to.
+        """Computes the latents of tokens, and their projections.
 
         Args:
             states: hidden states of the unmodified model ``[B, T, L, d]``.

@@ -1,4 +1,5 @@
-"""Question answering sets of the hub that are no plain classification, and names of labels that a model can say."""
+"""Question answering sets of the hub that are no plain classification, and labels as words that a model can
+generate."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ LABEL_WORDS = {
 
 
 def readable(name: str, labels: Iterable[str]) -> tuple[str, ...]:
-    """Labels as words: abbreviations written out, underscores as spaces; two that become the same are refused."""
+    """Turns labels into words: abbreviations written out, underscores as spaces; two that become the same are
+    refused."""
     found = tuple(LABEL_WORDS.get(label, label.replace("_", " ").strip()) for label in labels)
     if len(set(found)) < len(found):
         raise UserError(f"data set {name!r}: expected labels that differ as words, got {', '.join(found)}")
@@ -42,7 +44,7 @@ def gsm8k() -> Read:
 
 
 def boolq() -> Read:
-    """Yes or no, from a question and the passage that answers it."""
+    """Loads questions about a passage; the answer is yes or no."""
 
     def read(row: Mapping[str, Any]) -> tuple[str, str] | None:
         return f"{row['passage']}\nQuestion: {row['question']}?", "yes" if row["answer"] else "no"

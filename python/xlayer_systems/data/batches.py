@@ -1,4 +1,4 @@
-"""From text to batches: tokenization, padding, and the order in which examples are visited."""
+"""Batches of text: tokenization, padding, and the order in which examples are visited."""
 
 from __future__ import annotations
 

@@ -106,14 +106,16 @@ class DecoderData(LanguageModelingData):
 
 
 def encode_text(tokenizer: Any, texts: Iterable[str]) -> list[list[int]]:
-    """Ids of each text and nothing else; a text that spells a special token, such as ``</s>``, is still text."""
+    """Returns the ids of each text and nothing else; a text that spells a special token, such as ``</s>``, is still
+    text."""
     backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = True
     return [row.ids for row in backend.encode_batch(list(texts), add_special_tokens=False)]
 
 
 def token_bytes(tokenizer: Any) -> Tensor:
-    """Bytes of text that each token of a byte-level tokenizer stands for, ``[vocabulary]``; 0 for special tokens."""
+    """Counts the bytes of text that each token of a byte-level tokenizer stands for, ``[vocabulary]``; 0 for special
+    tokens."""
     names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     special = set(tokenizer.all_special_ids)
     # Byte-level BPE writes every byte as one character.

@@ -44,7 +44,7 @@ def stdlib_topics(corpus: Corpus | None = None) -> TextTask:
 
 @lru_cache(maxsize=2)
 def stdlib_pairs(corpus: Corpus | None = None) -> TextTask:
-    """Does this docstring describe this function body? A sentence pair in the shape of RTE.
+    """Makes sentence pairs in the shape of RTE: does this docstring describe this function body?
 
     Each documented function gives one true pair (label 0, "entailment") and one false pair (label 1) whose body belongs
     to the next documented function of the same file, so the file's vocabulary does not give the answer away.

@@ -1,4 +1,4 @@
-"""Text from a language model, token by token, with what every layer has seen kept."""
+"""Generation of text, token by token, with a key-value cache."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ class HyperTransformer(nn.Module):
         return cls(**asdict(config))
 
     def forward(self, input_ids: Tensor, past: list[KeyValues] | None = None) -> Tensor:
-        """Logits ``[B, S, V]`` of the token after each of ``input_ids [B, S]``.
+        """Computes the logits ``[B, S, V]`` of the token after each of ``input_ids [B, S]``.
 
         ``past``, from `empty_past`, holds what every layer has seen of the tokens before; it grows by these.
         """

@@ -164,7 +164,8 @@ def mean_curve(curves: Sequence[Curve]) -> list[tuple[float, float]]:
 
 
 def tokens_to_reach(curve: Curve, loss: float) -> float | None:
-    """Tokens at which ``curve`` first comes down to ``loss``, by linear interpolation; None where it never does.
+    """Returns the tokens at which ``curve`` first comes down to ``loss``, by linear interpolation; None where it never
+    does.
 
     Where already the first evaluation is that low, its tokens.
     """

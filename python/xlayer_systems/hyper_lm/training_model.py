@@ -1,4 +1,4 @@
-"""The model as the training loop wants it: with a loss, and with what is watched of its layers."""
+"""The training form of the model: its loss, and the metrics of its layers."""
 
 from __future__ import annotations
 

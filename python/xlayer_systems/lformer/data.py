@@ -99,7 +99,8 @@ class ToolData:
         return rows
 
     def summarize(self, sums: Tensor) -> dict[str, Any]:
-        """Metrics from the sum of `score`; errors of values are roots of mean squares, in standard deviations."""
+        """Computes metrics from the sum of `score`; errors of values are roots of mean squares, in standard
+        deviations."""
         rights, totals = sums[7:].round().long().reshape(2, -1).tolist()
         plans, valued, square, of_mean, loss, nats, tokens = sums[:7].tolist()
         correct, total = sum(rights), sum(totals)

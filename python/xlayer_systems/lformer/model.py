@@ -173,7 +173,7 @@ class LFormer(Attachment):
         logits: bool = True,
         reason: bool = True,
     ) -> LFormerOutput:
-        """Predictions, and the losses of the targets that are given.
+        """Computes the predictions, and the losses of the targets that are given.
 
         Args:
             input_ids: ``[B, S]``.

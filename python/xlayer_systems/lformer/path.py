@@ -108,7 +108,7 @@ class Heads(nn.Module):
 
 
 class PlanDecoder(nn.Module):
-    """Says a plan step by step: a recurrent unit that starts from the state and reads its own last step.
+    """Predicts a plan step by step: a recurrent unit that starts from the state and reads its own last step.
 
     Args:
         d_side: width of the state and of the unit.
@@ -124,7 +124,8 @@ class PlanDecoder(nn.Module):
         self.out = nn.Linear(d_side, n_steps + 1)
 
     def forward(self, state: Tensor, plan: Tensor) -> Tensor:
-        """Logits ``[B, P + 1, n_steps + 1]`` of every step of ``plan [B, P]``, and of the end behind it."""
+        """Computes the logits ``[B, P + 1, n_steps + 1]`` of every step of ``plan [B, P]``, and of the end behind
+        it."""
         before = F.pad(plan.masked_fill(plan == IGNORED, self.end), (1, 0), value=self.end)
         said, _ = self.unit(self.embedding(before), state.unsqueeze(0).contiguous())
         logits: Tensor = self.out(said)

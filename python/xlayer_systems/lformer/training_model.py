@@ -1,4 +1,4 @@
-"""An L-Former as the training loop wants it: phase A, then phase B, and what is watched of the side path."""
+"""The training form of an L-Former: phase A, then phase B, and the metrics of the side path."""
 
 from __future__ import annotations
 

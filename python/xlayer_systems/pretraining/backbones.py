@@ -1,4 +1,4 @@
-"""A pretrained backbone on disk: half precision, its tokenizer, and the recipe that it was made by."""
+"""Saves pretrained backbones: half precision, the tokenizer, and the recipe of the pretraining."""
 
 from __future__ import annotations
 

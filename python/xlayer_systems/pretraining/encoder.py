@@ -165,7 +165,7 @@ class PretrainModel(TrainingModel):
         self.log_scale = nn.Parameter(torch.tensor(math.log(FIRST_SCALE)))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> PretrainOutput:
-        """Losses for a batch of pairs ``[2 B, S]``; in evaluation the mask is the same every time."""
+        """Computes the losses of a batch of pairs ``[2 B, S]``; in evaluation the mask is the same every time."""
         masked, targets = self._mask(input_ids)
         hidden = self.encoder(input_ids=masked, attention_mask=attention_mask).last_hidden_state
         chosen = targets != IGNORED

@@ -1,4 +1,4 @@
-"""Where the time of a system's steps goes: `xlayer profile`.
+"""Profiles of a system's training steps: `xlayer profile`.
 
 ``capture``  a few steps and an evaluation of the shared loop, with regions, under a profiler
 ``summary``  what a trace or the tables of Nsight say, as one table

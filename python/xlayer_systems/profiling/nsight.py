@@ -1,4 +1,4 @@
-"""Nsight Systems and Nsight Compute: the command lines, what their tables say, and the process that they watch.
+"""Nsight Systems and Nsight Compute: the command lines, their tables, and the process that they profile.
 
 Run as ``python -m xlayer_systems.profiling.nsight RUN STEPS WARMUP`` it takes the steps of the run directory RUN.
 """

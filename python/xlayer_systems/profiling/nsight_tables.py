@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a kernel as Nsight Compute saw it: its short name, and every metric that is a number."""
+    """One launch of a kernel as Nsight Compute measured it: its short name, and every metric that is a number."""
 
     kernel: str
     metrics: dict[str, float]
@@ -21,7 +21,7 @@ class Launch:
 
 
 def number(text: str) -> float | None:
-    """A cell as a number, or None."""
+    """Parses a cell as a number; returns None if it is none."""
     try:
         return float(text.replace(",", ""))
     except ValueError:
@@ -29,13 +29,13 @@ def number(text: str) -> float | None:
 
 
 def kernel_name(full: str) -> str:
-    """`score` of `void xlayer::cuda::(anonymous namespace)::score<bfloat16>(Args)`."""
+    """Shortens a kernel's name: `score` of `void xlayer::cuda::(anonymous namespace)::score<bfloat16>(Args)`."""
     plain = full.replace("(anonymous namespace)::", "").replace("<unnamed>::", "").split("(")[0]
     return plain.split("<")[0].split("::")[-1].split(" ")[-1]
 
 
 def read_ncu(lines: Iterable[str]) -> list[Launch]:
-    """The launches in the output of `ncu --page raw --csv --print-units base`; [] where there is no table."""
+    """Reads the launches from the output of `ncu --page raw --csv --print-units base`; [] where there is no table."""
     rows = _rows(lines, '"ID"')
     launches = []
     for row in rows[1:]:  # the first has the units
@@ -45,12 +45,12 @@ def read_ncu(lines: Iterable[str]) -> list[Launch]:
 
 
 def read_nsys(lines: Iterable[str]) -> list[dict[str, str]]:
-    """The rows of a table by `nsys stats --format csv`, by their columns; [] where there is no table."""
+    """Reads the rows of a table by `nsys stats --format csv`, by their columns; [] where there is no table."""
     return _rows(lines, "Time (%)")
 
 
 def _rows(lines: Iterable[str], header: str) -> list[dict[str, str]]:
-    """The table that begins with ``header``, after whatever the tool says before."""
+    """Reads the table that begins with ``header``, after any lines that the tool prints before it."""
     text = list(lines)
     start = next((at for at, line in enumerate(text) if line.startswith(header)), len(text))
     end = next((at for at, line in enumerate(text[start:], start) if not line.strip()), len(text))

@@ -79,14 +79,14 @@ def from_trace(trace: Mapping[str, Any]) -> Summary:
 
 
 def split_regions(named: Mapping[str, tuple[int, float]]) -> tuple[list[Row], list[Row]]:
-    """Calls and seconds by region, as phases in the order of the loop and modules, longest first."""
+    """Splits calls and seconds by region into phases, in the order of the loop, and modules, longest first."""
     phases = [Row(name, *named[name]) for name in PHASES if name in named]
     modules = [Row(name.removeprefix(MODULE), *times) for name, times in named.items() if name.startswith(MODULE)]
     return phases, longest_first(modules)
 
 
 def over_layers(modules: Iterable[Row]) -> list[Row]:
-    """Modules that differ only in the numbers of their layers as one row, ``layers.*.attention``."""
+    """Merges modules that differ only in the numbers of their layers into one row, ``layers.*.attention``."""
     groups = defaultdict(list)
     for row in modules:
         groups[re.sub(r"(?<![^.])\d+(?![^.])", "*", row.name)].append(row)
@@ -94,7 +94,7 @@ def over_layers(modules: Iterable[Row]) -> list[Row]:
 
 
 def longest_first(rows: Iterable[Row]) -> list[Row]:
-    """Rows by their time; equal ones by name."""
+    """Sorts rows by their time, equal ones by name."""
     return sorted(rows, key=lambda row: (-row.seconds, row.name))
 
 
@@ -146,7 +146,7 @@ def _percent(share: float | None) -> str:
 
 
 def _kernels(events: Sequence[Event]) -> list[Row]:
-    """Kernels, copies and fills of the GPU; occupancy is weighted by time, the bandwidth of a copy is its own."""
+    """Lists kernels, copies and fills of the GPU; occupancy is weighted by time, the bandwidth of a copy is its own."""
     groups = defaultdict(list)
     for event in events:
         groups[kernel_name(event["name"]) if event["cat"] == "kernel" else event["name"]].append(event)
@@ -162,7 +162,8 @@ def _kernels(events: Sequence[Event]) -> list[Row]:
 
 
 def _operators(events: Sequence[Event]) -> list[Row]:
-    """Operators by their own time; bandwidth: bytes of their inputs over their whole time, so at most what they move.
+    """Lists operators by their own time; bandwidth: bytes of their inputs over their whole time, so at most what they
+    move.
 
     Not where most of the time is in other operators, which read the same inputs.
     """
@@ -203,7 +204,7 @@ def with_own_time(events: Iterable[Event]) -> list[tuple[Event, float]]:
 
 
 def input_bytes(event: Event) -> int:
-    """Bytes of the tensors that an operator was given, where the trace has their shapes."""
+    """Counts the bytes of an operator's input tensors, where the trace has their shapes."""
     arguments = event.get("args", {})
     total = 0
     for shape, kind in zip(arguments.get("Input Dims", []), arguments.get("Input type", []), strict=False):

@@ -1,1 +1,1 @@
-"""Runs: what one is made of, how it is carried out, and many of them in one table."""
+"""Runs: their description, their execution, and sweeps of many."""

@@ -1,4 +1,4 @@
-"""Latent telepathy: a frozen language model speaks to another frozen one in soft tokens, through a trained bridge."""
+"""Latent telepathy: a frozen language model sends soft tokens to another frozen one through a trained bridge."""
 
 from __future__ import annotations
 

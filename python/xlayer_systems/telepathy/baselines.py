@@ -208,7 +208,7 @@ class _Run:
         return self._answers(draw, None), {"rms": rms}
 
     def sender_batch(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Ids and mask ``[B, T]`` of texts as the bridge's sender gets them: its first token, then the text."""
+        """Encodes texts as the bridge's sender gets them, its first token, then the text: ids and mask ``[B, T]``."""
         model, tokenizer = self.sender
         rows = [[tokenizer.bos_token_id, *encode(tokenizer, text, self.options.max_length - 1)] for text in texts]
         width = max(map(len, rows))

@@ -189,7 +189,8 @@ class DiTBlock(nn.Module):
 
 
 def timestep_embedding(t: Tensor, dim: int, longest: float = 10_000.0) -> Tensor:
-    """Sines and cosines of ``t [B]`` in [0, 1] at dim/2 frequencies from 1000 down to 1000 / longest: ``[B, dim]``."""
+    """Computes sines and cosines of ``t [B]`` in [0, 1] at dim/2 frequencies from 1000 down to 1000 / longest: ``[B,
+    dim]``."""
     half = dim // 2
     frequencies = torch.exp(-math.log(longest) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
     angles = 1000 * t.float().unsqueeze(1) * frequencies

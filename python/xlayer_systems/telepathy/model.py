@@ -1,4 +1,4 @@
-"""Two frozen language models and the bridge between them, as the training loop wants them."""
+"""The training form of a bridge: two frozen language models and the bridge between them."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ class TelepathyModel(TrainingModel):
         example: Tensor | None = None,
         states: Tensor | None = None,
     ) -> TelepathyOutput:
-        """Loss of a batch; in evaluation the answers too.
+        """Computes the loss of a batch; in evaluation the answers too.
 
         Args:
             input_ids, attention_mask: ``[B, T]``, the text for the sender.

@@ -1,4 +1,5 @@
-"""Prompt tuning (Lester, Al-Rfou and Constant, EMNLP 2021, arXiv 2104.08691): soft tokens that know no text.
+"""Prompt tuning (Lester, Al-Rfou and Constant, EMNLP 2021, arXiv 2104.08691): soft tokens that are the same for every
+text.
 
 The receiver's input is laid out as for a bridge; only the soft tokens are parameters, the same for every example.
 """

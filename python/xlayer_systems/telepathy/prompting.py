@@ -35,7 +35,8 @@ def answer_tokens(task: AnswerTask, tokenizer: Any) -> int:
 
 
 def few_shots(task: AnswerTask, shots: int, seed: int) -> list[AnswerExample]:
-    """Examples from training, their labels as evenly spread as ``shots`` allows; no text is in validation as well."""
+    """Draws examples from training, their labels as evenly spread as ``shots`` allows; no text is in validation as
+    well."""
     draw = random.Random(f"few-shot/{task.name}/{seed}")
     hidden = {example.text for example in task.validation}
     pools: dict[str, list[AnswerExample]] = defaultdict(list)
@@ -137,7 +138,7 @@ def complete(
 
 
 def _left_padded(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask ``[B, T]``."""
+    """Pads token lists on the left; returns ids and mask ``[B, T]``."""
     width = max(map(len, rows))
     ids = torch.full((len(rows), width), fill, device=device)
     mask = torch.zeros_like(ids)

@@ -83,7 +83,8 @@ def receiver_input(
 
 
 def receiver_logits(receiver: Any, given: ReceiverInput, last: int = 0) -> Tensor:
-    """Logits ``[B, T, V]`` of the receiver for its input, at the positions that generation would give the tokens.
+    """Computes the logits ``[B, T, V]`` of the receiver for its input, at the positions that generation would give the
+    tokens.
 
     With ``last``, those of the last so many tokens only: a vocabulary is wide, and answers are short.
     """
@@ -138,6 +139,6 @@ def _padded(rows: Sequence[list[int]], fill: int, device: torch.device, left: bo
 
 
 def _push_padding_left(embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows with the padding between their parts moved to the front."""
+    """Moves the padding between the parts of each row to its front."""
     order = mask.argsort(dim=1, stable=True)  # the zeros first, the ones in their order
     return embeds.gather(1, order[:, :, None].expand_as(embeds)), mask.gather(1, order)

@@ -155,7 +155,7 @@ class PerceiverResampler(nn.Module):
         draw_normal(self.queries, self.queries.shape[1] ** -0.5)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """States ``[B, T, source_dim]`` and bool ``[B, T]``, True = may be read, to ``[B, K, target_dim]``.
+        """Maps states ``[B, T, source_dim]`` and bool ``[B, T]``, True = may be read, to ``[B, K, target_dim]``.
 
         A row whose mask allows nothing reads nothing: its soft tokens are the same for all inputs.
         """
@@ -264,7 +264,7 @@ class TanhScale(nn.Module):
 
 
 def check_states(x: Tensor, mask: Tensor | None, width: int) -> None:
-    """States ``[B, T, width]`` and a bool mask ``[B, T]`` or None."""
+    """Refuses anything but states ``[B, T, width]`` and a bool mask ``[B, T]`` or None."""
     check_floats(x=x)
     check_mask("mask", mask, x)
     check_shapes({"x": "B T source_dim", "mask": "B T"}, x=x, mask=mask)

@@ -1,4 +1,4 @@
-"""Have the messages collapsed? What they were in an evaluation: how alike, how wide, and which codes."""
+"""Metrics of the messages in an evaluation, which show a collapse: similarity, spread and use of codes."""
 
 from __future__ import annotations
 

@@ -218,7 +218,7 @@ class RunDirectory:
         return self._parse(path.read_bytes()) if path.exists() else []
 
     def metrics_size(self) -> int:
-        """Bytes of metrics.jsonl, all of them on disk."""
+        """Flushes metrics.jsonl to disk; returns its size in bytes."""
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return 0

@@ -10,7 +10,7 @@ from torch import nn
 
 
 def linear_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: float) -> torch.optim.lr_scheduler.LambdaLR:
-    """Rates that rise linearly over the share ``warmup`` of all ``steps`` and then fall linearly to 0."""
+    """Makes a schedule that rises linearly over the share ``warmup`` of all ``steps`` and then falls linearly to 0."""
     rising = round(steps * warmup)
 
     def factor(step: int) -> float:

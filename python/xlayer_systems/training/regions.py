@@ -1,4 +1,4 @@
-"""Named regions of a run, for profilers. Nobody listens unless `xlayer profile` asked: then a region costs one `if`.
+"""Named regions of a run, for profilers. Outside of `xlayer profile` none is recorded, and a region costs one `if`.
 
 The shared loop names its phases (``PHASES``); the modules of a model are named by hooks that exist only for the length
 of `module_regions`, so a model carries nothing for profilers.
@@ -30,7 +30,7 @@ def region(name: str) -> AbstractContextManager[Any]:
 
 @contextmanager
 def listening(opener: Opener) -> Iterator[None]:
-    """Regions are opened by ``opener`` until its end."""
+    """Opens regions by ``opener`` until the end of a ``with`` block."""
     global _opener
     before, _opener = _opener, opener
     try:

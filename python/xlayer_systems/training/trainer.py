@@ -428,7 +428,8 @@ def evaluate_alone(model: nn.Module, data: TrainingData, batch_size: int) -> dic
 
 
 def evaluate(accelerator: Any, model: nn.Module, data: TrainingData, batch_size: int) -> dict[str, float | int]:
-    """Metrics of ``model`` over the whole validation set, divided among the processes; each example counts once."""
+    """Computes the metrics of ``model`` over the whole validation set, divided among the processes; each example counts
+    once."""
     total = len(data.validation)
     was_training = model.training
     model.eval()

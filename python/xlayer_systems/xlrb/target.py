@@ -46,7 +46,7 @@ class Routing:
         return cls(indices, weights, logits, groups, torch.argsort(order))
 
     def slots(self, grouped: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Tensors computed per group, `[rows, ...]` each, put back in order: k tensors `[B, ...]`, one per slot."""
+        """Puts tensors computed per group, `[rows, ...]` each, back in order: k tensors `[B, ...]`, one per slot."""
         return torch.cat(list(grouped))[self.position].chunk(self.indices.shape[1])
 
     def blend(self, messages: Sequence[Tensor]) -> Tensor:
