@@ -10,7 +10,7 @@ from typing import Any
 from xlayer_systems.bypass.plots import plot_reconstruction
 from xlayer_systems.reporting.plots import plot_losses
 from xlayer_systems.reporting.stats import student_interval
-from xlayer_systems.reporting.tables import Records, table
+from xlayer_systems.reporting.tables import Records, evaluations_of, table
 from xlayer_systems.runs.spec import RunSpec
 from xlayer_systems.runs.system import PLAIN, System
 from xlayer_systems.training.directory import Record, RunDirectory
@@ -136,11 +136,6 @@ def format_compared(compared: Mapping[str, Any]) -> list[str]:
         names = " - ".join(between["names"])
         lines.append(f"  {names}: {between['mean']:+.4f} {_range(between, '+.4f')}")
     return [*lines, f"  Student's t over {compared['blocks']} blocks of validation, differences paired"]
-
-
-def evaluations_of(records: Records) -> list[Mapping[str, Any]]:
-    """Returns the evaluations among a run's records."""
-    return [record for record in records if record["event"] == "eval"]
 
 
 def loss_curve(evaluations: Records, spec: RunSpec) -> list[tuple[float, float]]:

@@ -16,7 +16,7 @@ from xlayer_systems.errors import UserError
 from xlayer_systems.hf.encoders import load_quietly
 from xlayer_systems.reporting.plots import plot_depth, plot_losses
 from xlayer_systems.reporting.stats import Interval, student_interval
-from xlayer_systems.reporting.tables import Records, table
+from xlayer_systems.reporting.tables import Records, evaluations_of, table
 from xlayer_systems.runs.spec import RunSpec
 from xlayer_systems.runs.system import System
 from xlayer_systems.training.directory import Record, RunDirectory
@@ -119,7 +119,8 @@ class LanguageModelReport(System):
         curves = {name: [validation_curve(r, per_step[name]) for r in seeds] for name, seeds in records.items()}
         target = mean_curve(curves[BASELINE])[-1][1] if BASELINE in curves else None
         plot_losses(curves, out / "curves.png", target)
-        plot_depth({name: [_evaluations(r)[-1] for r in seeds] for name, seeds in records.items()}, out / "layers.png")
+        last = {name: [evaluations_of(r)[-1] for r in seeds] for name, seeds in records.items()}
+        plot_depth(last, out / "layers.png")
         lines = ["![validation loss](curves.png)"]
         if target is not None:
             lines += [
@@ -155,7 +156,7 @@ class LanguageModelReport(System):
 
 def validation_curve(records: Records, tokens_per_step: int) -> list[tuple[float, float]]:
     """Returns (training tokens, validation loss) of each evaluation of a run."""
-    return [(record["step"] * tokens_per_step, record["loss"]) for record in _evaluations(records)]
+    return [(record["step"] * tokens_per_step, record["loss"]) for record in evaluations_of(records)]
 
 
 def mean_curve(curves: Sequence[Curve]) -> list[tuple[float, float]]:
@@ -219,7 +220,3 @@ def _interval(values: Sequence[float]) -> Interval:
 
 def _range(low: float, high: float, style: str = ".4f") -> str:
     return "" if math.isnan(low) else f"[{low:{style}}, {high:{style}}]"
-
-
-def _evaluations(records: Records) -> list[Mapping[str, Any]]:
-    return [record for record in records if record["event"] == "eval"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -10,8 +9,8 @@ from typing import Any
 
 from xlayer_systems.lformer.data import ToolData
 from xlayer_systems.lformer.plots import plot_paths
-from xlayer_systems.reporting.stats import Interval, student_interval, wilson_interval
-from xlayer_systems.reporting.tables import Records, table
+from xlayer_systems.reporting.stats import counted, kind_over_seeds, over_seeds
+from xlayer_systems.reporting.tables import Records, evaluations_of, number, percent, percent_range, table
 from xlayer_systems.runs.spec import RunSpec
 from xlayer_systems.runs.system import System
 from xlayer_systems.training.directory import Record, RunDirectory
@@ -25,8 +24,8 @@ class ToolUseReport(System):
 
     def result(self, spec: RunSpec, data: ToolData, metrics: Mapping[str, Any]) -> Record:
         return {
-            "majority": _counted(*data.task.majority()),
-            "keyword": _counted(*data.task.keyword()),
+            "majority": counted(*data.task.majority()),
+            "keyword": counted(*data.task.keyword()),
             **measured(metrics),
             "phase_a_steps": spec.options.phase_a_steps,
         }
@@ -36,7 +35,7 @@ class ToolUseReport(System):
         if "baseline" in result:
             rows.append(_cells("head only", result["baseline"]))
         for name, key in (("one keyword", "keyword"), ("majority", "majority")):
-            rows.append((name, _percent(result[key]), _range(result[key]), *[""] * (len(HEAD) - 3)))
+            rows.append((name, percent(result[key]), percent_range(result[key]), *[""] * (len(HEAD) - 3)))
         total = result["accuracy"]["total"]
         lines = [f"{result['dataset']}: tools on {total} validation requests (Wilson 95 % interval)"]
         lines += [f"  {line}" for line in table(rows)]
@@ -63,11 +62,11 @@ class ToolUseReport(System):
             "| step | phase | training loss | tool | plan | value error | LM loss |",
             "|---|---|---|---|---|---|---|",
         ]
-        for r in evaluations(records):
+        for r in evaluations_of(records):
             phase = "A" if r["step"] <= spec.options.phase_a_steps else "B"
             lines.append(
                 f"| {r['step']} | {phase} | {r.get('train_loss', float('nan')):.4f} | {r['accuracy']:.4f} "
-                f"| {_number(r.get('plan_accuracy'), 4)} | {_number(r.get('value_error'), 4)} | {r['lm_loss']:.4f} |"
+                f"| {number(r.get('plan_accuracy'), 4)} | {number(r.get('value_error'), 4)} | {r['lm_loss']:.4f} |"
             )
         lines += _after_phase_a(spec, result, records)
         lines += ["", "| tool | right | of |", "|---|---|---|"]
@@ -76,14 +75,13 @@ class ToolUseReport(System):
 
     def summarize(self, results: Mapping[str, list[Record]], records: Mapping[str, Sequence[Records]]) -> Record:
         first = next(iter(results.values()))[0]
-        seeds = len(next(iter(results.values())))
-        kind = f"Student's t over {seeds} seeds" if seeds > 1 else "Wilson, one seed"
+        kind = kind_over_seeds(len(next(iter(results.values()))))
         rows: list[Record] = [
-            {"name": name, **_interval([first[key]])}
+            {"name": name, **vars(over_seeds([first[key]]))}
             for name, key in (("majority", "majority"), ("one keyword", "keyword"))
         ]
         for name, runs in results.items():
-            row: Record = {"name": name, **_interval([run["accuracy"] for run in runs])}
+            row: Record = {"name": name, **vars(over_seeds([run["accuracy"] for run in runs]))}
             row["per_seed"] = [run["accuracy"]["mean"] for run in runs]
             row["plan"] = fmean(run["plan"]["mean"] for run in runs) if "plan" in first else None
             row["value_error"] = fmean(run["value_error"] for run in runs) if "value_error" in first else None
@@ -95,66 +93,39 @@ class ToolUseReport(System):
     def format_sweep(self, summary: Mapping[str, Any]) -> str:
         rows = [(*HEAD, "seconds")]
         for row in summary["rows"]:
-            cells = [row["name"], _percent(row), _range(row)]
+            cells = [row["name"], percent(row), percent_range(row)]
             if "lm_loss" in row:
                 plan = "" if row["plan"] is None else f"{100 * row['plan']:.1f} %"
-                cells += [plan, _number(row["value_error"], 3), f"{row['lm_loss']:.4f}"]
+                cells += [plan, number(row["value_error"], 3), f"{row['lm_loss']:.4f}"]
                 cells += [f"{row['path_parameters']:,}", f"{row['seconds']:.0f}"]
             rows.append((*cells, *[""] * (len(rows[0]) - len(cells))))
         return "\n".join([summary["title"], *table(rows)])
 
     def plot_sweep(self, summary: Mapping[str, Any], records: Mapping[str, Sequence[Records]], out: Path) -> list[str]:
-        plot_paths({name: [evaluations(r) for r in seeds] for name, seeds in records.items()}, out / "curves.png")
+        plot_paths({name: [evaluations_of(r) for r in seeds] for name, seeds in records.items()}, out / "curves.png")
         return ["![accuracy, gates and movement](curves.png)"]
-
-
-def evaluations(records: Records) -> list[Mapping[str, Any]]:
-    """Returns the evaluations among a run's records."""
-    return [record for record in records if record["event"] == "eval"]
 
 
 def _after_phase_a(spec: RunSpec, result: Mapping[str, Any], records: Records) -> list[str]:
     """Returns a line about the frozen base, where both the run and its baseline were evaluated then."""
-    mine = [record for record in evaluations(records) if record["step"] == spec.options.phase_a_steps]
+    mine = [record for record in evaluations_of(records) if record["step"] == spec.options.phase_a_steps]
     theirs = result.get("baseline", {}).get("phase_a")
     if not mine or theirs is None:
         return []
     rows = ((spec.preset, measured(mine[0])["accuracy"]), ("head only", theirs["accuracy"]))
-    told = ", ".join(f"{name} {_percent(row)} {_range(row)}" for name, row in rows)
+    told = ", ".join(f"{name} {percent(row)} {percent_range(row)}" for name, row in rows)
     return ["", f"Tools at the end of phase A: {told}."]
 
 
 def measured(metrics: Mapping[str, Any]) -> Record:
-    row: Record = {"accuracy": _counted(metrics["correct"], metrics["total"])}
+    row: Record = {"accuracy": counted(metrics["correct"], metrics["total"])}
     if "plans_correct" in metrics:
-        row["plan"] = _counted(metrics["plans_correct"], metrics["total"])
+        row["plan"] = counted(metrics["plans_correct"], metrics["total"])
     return row | {key: metrics[key] for key in KEPT if key in metrics}
 
 
-def _counted(correct: int, total: int) -> Record:
-    return {**dataclasses.asdict(wilson_interval(correct, total)), "correct": correct, "total": total}
-
-
 def _cells(name: str, row: Mapping[str, Any]) -> tuple[str, ...]:
-    plan = _percent(row["plan"]) if "plan" in row else ""
-    measured = (_percent(row["accuracy"]), _range(row["accuracy"]), plan, _number(row.get("value_error"), 3))
+    plan = percent(row["plan"]) if "plan" in row else ""
+    measured = (percent(row["accuracy"]), percent_range(row["accuracy"]), plan, number(row.get("value_error"), 3))
     parameters = f"{row['path_parameters']:,}" if "path_parameters" in row else ""
     return (name, *measured, f"{row['lm_loss']:.4f}", parameters)
-
-
-def _interval(accuracies: Sequence[Record]) -> Record:
-    if len(accuracies) > 1:
-        return dataclasses.asdict(student_interval([accuracy["mean"] for accuracy in accuracies]))
-    return dataclasses.asdict(Interval(*(accuracies[0][key] for key in ("mean", "low", "high"))))
-
-
-def _percent(row: Mapping[str, Any]) -> str:
-    return f"{100 * row['mean']:.1f} %"
-
-
-def _range(row: Mapping[str, Any]) -> str:
-    return f"[{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"

@@ -21,7 +21,7 @@ from xlayer_systems.lformer.path import count
 from xlayer_systems.lformer.plots import plot_paths
 from xlayer_systems.lformer.report import KEPT, ToolUseReport, measured
 from xlayer_systems.lformer.training_model import LFormerForTraining
-from xlayer_systems.reporting.tables import Records
+from xlayer_systems.reporting.tables import Records, evaluations_of
 from xlayer_systems.runs.spec import RunSpec
 from xlayer_systems.runs.system import Part
 from xlayer_systems.training.directory import Record, RunDirectory
@@ -131,7 +131,7 @@ class LFormerSystem(ToolUseReport):
         part = parts[HEAD_ONLY]
         row = {key: part.result[key] for key in part.result if key in BASELINE_KEYS}
         records = RunDirectory(part.path).metrics()
-        phase_a = [r for r in records if r["event"] == "eval" and r["step"] == spec.options.phase_a_steps]
+        phase_a = [r for r in evaluations_of(records) if r["step"] == spec.options.phase_a_steps]
         if phase_a:
             row["phase_a"] = {key: value for key, value in measured(phase_a[-1]).items() if key in BASELINE_KEYS}
         base = self.build(self.load_backbone(spec.backbone), part.spec.config, data, spec.options).to(device)

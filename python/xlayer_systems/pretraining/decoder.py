@@ -26,10 +26,10 @@ from xlayer_systems.errors import UserError
 from xlayer_systems.hf.causal_lm import DecoderModel
 from xlayer_systems.hf.decoders import load_decoder
 from xlayer_systems.hf.tokenizer import train_tokenizer
-from xlayer_systems.pretraining.backbones import save_backbone, write_recipe
+from xlayer_systems.pretraining.backbones import BackbonePretraining, save_backbone, write_recipe
 from xlayer_systems.reporting.plots import plot_losses
+from xlayer_systems.reporting.tables import evaluations_of
 from xlayer_systems.runs.spec import RunSpec
-from xlayer_systems.runs.system import System
 from xlayer_systems.training.directory import Record, RunDirectory
 from xlayer_systems.training.optim import decay_groups
 from xlayer_systems.training.options import LanguageModelOptions, check_fields, option
@@ -105,25 +105,14 @@ def make_decoder(shape: DecoderShape, tokenizer: Any) -> Any:
     return decoder
 
 
-class DecoderPretraining(System):
-    """Pretrains a small decoder and keeps it, in half precision, in the folder decoder of the run directory.
-
-    Args:
-        corpus: the embedded one by default; only its training files reach tokenizer and parameters.
-    """
+class DecoderPretraining(BackbonePretraining):
+    """Pretrains a small decoder and keeps it, in half precision, in the folder decoder of the run directory."""
 
     name = "decoder"
     summary = "pretraining of a small decoder"
     preset_help = "sender or receiver: they differ in tokenizer and width"
-    dataset_help = "stdlib, the embedded corpus"
-    backbone_help = "scratch"
     default_preset = "sender"
-    default_dataset = "stdlib"
-    default_backbone = "scratch"
     model_folder = "decoder"
-
-    def __init__(self, corpus: Corpus | None = None) -> None:
-        self.corpus = corpus
 
     def presets(self) -> Sequence[str]:
         return tuple(SHAPES)
@@ -141,10 +130,7 @@ class DecoderPretraining(System):
         if "shape" not in stored:
             return stored
         known = {name for name, shape in SHAPES.items() if dataclasses.asdict(shape) == stored["shape"]}
-        preset = known.pop() if known else self.default_preset
-        names = {"preset": preset, "dataset": self.default_dataset, "backbone": self.default_backbone}
-        kept = {name: stored[name] for name in ("system", "seed", "options")}
-        return {**kept, **names, "config": stored["shape"], "backbone_weights": self.default_backbone}
+        return self.upgraded(stored, known.pop() if known else self.default_preset, stored["shape"])
 
     def prepare(self, spec: RunSpec, whole: bool = False) -> DecoderData:
         options, shape = spec.options, spec.config
@@ -181,7 +167,7 @@ class DecoderPretraining(System):
     def report(self, spec: RunSpec, data: DecoderData, result: Mapping[str, Any], run: RunDirectory) -> list[str]:
         write_recipe(spec, data, result, run.path / self.model_folder)
         per_step = spec.options.batch_size * spec.options.max_length
-        curve = [(r["step"] * per_step, r["loss"]) for r in run.metrics() if r["event"] == "eval"]
+        curve = [(r["step"] * per_step, r["loss"]) for r in evaluations_of(run.metrics())]
         plot_losses({"decoder": [curve]}, run.path / "plots" / "curves.png", None)
         return [self.format(result), "", "![curves](plots/curves.png)"]
 

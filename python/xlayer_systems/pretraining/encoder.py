@@ -25,10 +25,9 @@ from xlayer_systems.data.tasks import words
 from xlayer_systems.errors import UserError
 from xlayer_systems.hf.encoders import start_as_average
 from xlayer_systems.hf.tokenizer import SPECIAL_TOKENS, train_tokenizer
-from xlayer_systems.pretraining.backbones import save_backbone, write_recipe
+from xlayer_systems.pretraining.backbones import BackbonePretraining, save_backbone, write_recipe
 from xlayer_systems.reporting.plots import plot_curves
 from xlayer_systems.runs.spec import RunSpec
-from xlayer_systems.runs.system import System
 from xlayer_systems.training.directory import Record, RunDirectory
 from xlayer_systems.training.model import TrainingModel
 from xlayer_systems.training.optim import decay_groups
@@ -197,25 +196,14 @@ class PretrainModel(TrainingModel):
         return masked, torch.where(chosen, ids, torch.full_like(ids, IGNORED))
 
 
-class EncoderPretraining(System):
-    """Pretrains the small encoder and keeps it, in half precision, in the folder encoder of the run directory.
-
-    Args:
-        corpus: the embedded one by default; only its training files reach tokenizer and parameters.
-    """
+class EncoderPretraining(BackbonePretraining):
+    """Pretrains the small encoder and keeps it, in half precision, in the folder encoder of the run directory."""
 
     name = "encoder"
     summary = "pretraining of the small encoder"
     preset_help = "small"
-    dataset_help = "stdlib, the embedded corpus"
-    backbone_help = "scratch"
     default_preset = "small"
-    default_dataset = "stdlib"
-    default_backbone = "scratch"
     model_folder = "encoder"
-
-    def __init__(self, corpus: Corpus | None = None) -> None:
-        self.corpus = corpus
 
     def presets(self) -> Sequence[str]:
         return (self.default_preset,)
@@ -232,10 +220,7 @@ class EncoderPretraining(System):
         """Translates the description of a run before pretraining was one like all others."""
         if "shape" not in stored:
             return stored
-        config = {**stored["shape"], "contrast": stored["contrast"]}
-        names = {"preset": self.default_preset, "dataset": self.default_dataset, "backbone": self.default_backbone}
-        kept = {name: stored[name] for name in ("system", "seed", "options")}
-        return {**kept, **names, "config": config, "backbone_weights": self.default_backbone}
+        return self.upgraded(stored, self.default_preset, {**stored["shape"], "contrast": stored["contrast"]})
 
     def prepare(self, spec: RunSpec, whole: bool = False) -> PassagePairs:
         corpus, shape = self.corpus or load_corpus(), spec.config

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from statistics import NormalDist, fmean, stdev
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,23 @@ def student_interval(values: Sequence[float], confidence: float = 0.95) -> Inter
     mean = fmean(values)
     half = student_quantile(confidence, len(values) - 1) * stdev(values) / math.sqrt(len(values))
     return Interval(mean, mean - half, mean + half)
+
+
+def counted(correct: int, total: int) -> dict[str, Any]:
+    """Returns a proportion with its Wilson interval, as ``{"mean", "low", "high", "correct", "total"}``."""
+    return {**asdict(wilson_interval(correct, total)), "correct": correct, "total": total}
+
+
+def over_seeds(proportions: Sequence[Mapping[str, Any]]) -> Interval:
+    """Returns Student's interval over the means of several runs, or the own interval of a single one."""
+    if len(proportions) > 1:
+        return student_interval([proportion["mean"] for proportion in proportions])
+    return Interval(*(proportions[0][key] for key in ("mean", "low", "high")))
+
+
+def kind_over_seeds(seeds: int) -> str:
+    """Names the kind of interval that `over_seeds` returns for so many runs."""
+    return f"Student's t over {seeds} seeds" if seeds > 1 else "Wilson, one seed"
 
 
 def student_quantile(confidence: float, degrees: int) -> float:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from xlayer_systems.errors import UserError
+from xlayer_systems.reporting.tables import evaluations_of
 from xlayer_systems.runs import run_file
 from xlayer_systems.runs.spec import RunSpec
 from xlayer_systems.runs.system import Part, System
@@ -163,7 +164,7 @@ def _result(
 def _write_report(system: System, spec: RunSpec, data: Any, run: RunDirectory, result: Record) -> None:
     lines = [f"# {spec.system} {spec.preset} on {spec.dataset}", ""]
     lines += system.report(spec, data, result, run)
-    evaluations = [record for record in run.metrics() if record["event"] == "eval"]
+    evaluations = evaluations_of(run.metrics())
     if system.plot_usage(evaluations, run.path / "plots" / "usage.png"):
         lines += ["", f"![{system.usage_title}](plots/usage.png)"]
     run.write_text("report.md", "\n".join(lines) + "\n")

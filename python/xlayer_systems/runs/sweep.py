@@ -7,9 +7,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from xlayer_systems.errors import UserError
+from xlayer_systems.reporting.tables import evaluations_of
 from xlayer_systems.runs.execute import train_run
 from xlayer_systems.runs.spec import RunSpec
 from xlayer_systems.runs.system import System
@@ -109,7 +109,7 @@ def _write(
     pictures = system.plot_sweep(summary, records, out)
     for name, variants in specs.items():
         picture = f"usage-{Variant(name, '', {}).folder}.png"
-        evaluations: list[Any] = [record for record in records[name][0] if record["event"] == "eval"]
+        evaluations = evaluations_of(records[name][0])
         if system.plot_usage(evaluations, out / picture):
             title = f"{system.usage_title[0].upper()}{system.usage_title[1:]}"
             pictures.append(f"{title} of {name}, seed {variants[0].seed}:\n\n![usage]({picture})")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from xlayer_systems.reporting.stats import Interval, student_interval, wilson_interval
-from xlayer_systems.reporting.tables import Records, table
+from xlayer_systems.reporting.stats import counted, kind_over_seeds, over_seeds
+from xlayer_systems.reporting.tables import Records, evaluations_of, number, percent, percent_range, table
 from xlayer_systems.runs.spec import RunSpec
 from xlayer_systems.runs.system import System
 from xlayer_systems.telepathy.data import TelepathyData
@@ -44,7 +43,7 @@ class TelepathyReport(System):
         body = [("", "accuracy", "95 % interval", "no answer", "")]
         for label, row, invalid in rows:
             other = "" if row["total"] == total else f"of {row['total']}"
-            body.append((label, f"{100 * row['mean']:.1f} %", _range(row), f"{100 * invalid:.1f} %", other))
+            body.append((label, percent(row), percent_range(row), f"{100 * invalid:.1f} %", other))
         lines = [title, *(f"  {line}" for line in table(body))]
         usage = result.get("usage", {})
         if usage:
@@ -73,12 +72,12 @@ class TelepathyReport(System):
             "| step | training loss | LM loss | accuracy | no answer | similarity | code perplexity |",
             "|---|---|---|---|---|---|---|",
         ]
-        for r in evaluations(records):
+        for r in evaluations_of(records):
             usage = r.get("usage", {})
             lines.append(
                 f"| {r['step']} | {r.get('train_loss', float('nan')):.4f} | {r['loss']:.4f} | {r['accuracy']:.4f} "
                 f"| {r['invalid']:.4f} | {usage.get('similarity', float('nan')):.4f} "
-                f"| {_number(usage.get('perplexity'))} |"
+                f"| {number(usage.get('perplexity'))} |"
             )
         if "per_class" in result:
             lines += ["", "| answer | right | of |", "|---|---|---|"]
@@ -87,11 +86,10 @@ class TelepathyReport(System):
 
     def summarize(self, results: Mapping[str, list[Record]], records: Mapping[str, Sequence[Records]]) -> Record:
         first = next(iter(results.values()))[0]
-        seeds = len(next(iter(results.values())))
-        kind = f"Student's t over {seeds} seeds" if seeds > 1 else "Wilson, one seed"
-        rows = [{"name": "majority", **_interval([first["majority"]])}]
+        kind = kind_over_seeds(len(next(iter(results.values()))))
+        rows = [{"name": "majority", **vars(over_seeds([first["majority"]]))}]
         for name, runs in results.items():
-            row = {"name": name, **_interval([run["accuracy"] for run in runs])}
+            row = {"name": name, **vars(over_seeds([run["accuracy"] for run in runs]))}
             row.update({key: fmean(run[key] for run in runs) for key in ("invalid", "diversity", "seconds")})
             for key in USAGE:
                 values = [run["usage"][key] for run in runs if key in run.get("usage", {})]
@@ -105,10 +103,10 @@ class TelepathyReport(System):
         head = ("", "accuracy", "95 % interval", "no answer", "similarity", "code perplexity", "parameters", "seconds")
         rows = [head]
         for row in summary["rows"]:
-            cells = [row["name"], f"{100 * row['mean']:.1f} %", _range(row)]
+            cells = [row["name"], percent(row), percent_range(row)]
             if "invalid" in row:
                 cells += [
-                    f"{100 * row['invalid']:.1f} %", _number(row["similarity"], 3), _number(row["perplexity"]),
+                    f"{100 * row['invalid']:.1f} %", number(row["similarity"], 3), number(row["perplexity"]),
                     f"{row['parameters']:,}", f"{row['seconds']:.0f}",
                 ]  # fmt: skip
             rows.append((*cells, *[""] * (len(head) - len(cells))))
@@ -116,33 +114,9 @@ class TelepathyReport(System):
 
     def plot_sweep(self, summary: Mapping[str, Any], records: Mapping[str, Sequence[Records]], out: Path) -> list[str]:
         majority, rows = summary["rows"][0], summary["rows"][1:]
-        plot_bridges({name: [evaluations(r) for r in seeds] for name, seeds in records.items()}, out / "curves.png")
+        plot_bridges({name: [evaluations_of(r) for r in seeds] for name, seeds in records.items()}, out / "curves.png")
         lines = ["![accuracy, similarity and code perplexity](curves.png)"]
         if len({row["soft_tokens"] for row in rows}) > 1:
             plot_soft_tokens(rows, majority["mean"], out / "soft_tokens.png")
             lines.append("![accuracy over soft tokens](soft_tokens.png)")
         return lines
-
-
-def counted(correct: int, total: int) -> Record:
-    """Returns a proportion with its Wilson interval and what it was counted from."""
-    return {**dataclasses.asdict(wilson_interval(correct, total)), "correct": correct, "total": total}
-
-
-def evaluations(records: Records) -> list[Mapping[str, Any]]:
-    """Returns the evaluations among a run's records."""
-    return [record for record in records if record["event"] == "eval"]
-
-
-def _interval(accuracies: Sequence[Record]) -> Record:
-    if len(accuracies) > 1:
-        return dataclasses.asdict(student_interval([accuracy["mean"] for accuracy in accuracies]))
-    return dataclasses.asdict(Interval(*(accuracies[0][key] for key in ("mean", "low", "high"))))
-
-
-def _range(row: Mapping[str, Any]) -> str:
-    return f"[{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
-
-
-def _number(value: float | None, digits: int = 1) -> str:
-    return "" if value is None else f"{value:.{digits}f}"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from xlayer_systems.data.answers import load_answer_task
 from xlayer_systems.errors import UserError
 from xlayer_systems.hf.decoders import RECEIVER, SENDER, fingerprint_decoder, load_decoder
+from xlayer_systems.reporting.stats import counted
 from xlayer_systems.reporting.tables import Records
 from xlayer_systems.runs.spec import RunSpec
 from xlayer_systems.telepathy.baselines import run_baselines
@@ -24,7 +25,7 @@ from xlayer_systems.telepathy.model import Pair, TelepathyModel
 from xlayer_systems.telepathy.plots import plot_bridges
 from xlayer_systems.telepathy.presets import PRESETS
 from xlayer_systems.telepathy.presets import preset as find_preset
-from xlayer_systems.telepathy.report import TelepathyReport, counted
+from xlayer_systems.telepathy.report import TelepathyReport
 from xlayer_systems.training.directory import Record
 from xlayer_systems.training.model import TrainingModel
 from xlayer_systems.training.optim import decay_groups, is_matrix

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from xlayer_systems.data.batches import ClassificationData
 from xlayer_systems.reporting.plots import plot_curves
-from xlayer_systems.reporting.stats import Interval, student_interval, wilson_interval
+from xlayer_systems.reporting.stats import counted, kind_over_seeds, over_seeds
 from xlayer_systems.reporting.tables import Records, table
 from xlayer_systems.runs.spec import RunSpec
 from xlayer_systems.runs.system import System
@@ -22,9 +21,9 @@ class ClassificationReport(System):
     def result(self, spec: RunSpec, data: ClassificationData, metrics: Mapping[str, Any]) -> Record:
         lexical = data.task.lexical()
         return {
-            "majority": _counted(*data.task.majority()),
-            "lexical": None if lexical is None else _counted(*lexical),
-            "accuracy": _counted(metrics["correct"], metrics["total"]),
+            "majority": counted(*data.task.majority()),
+            "lexical": None if lexical is None else counted(*lexical),
+            "accuracy": counted(metrics["correct"], metrics["total"]),
             "macro_f1": metrics["macro_f1"],
             "loss": metrics["loss"],
         }
@@ -67,8 +66,7 @@ class ClassificationReport(System):
 
     def summarize(self, results: Mapping[str, list[Record]], records: Mapping[str, Sequence[Records]]) -> Record:
         first = next(iter(results.values()))[0]
-        seeds = len(next(iter(results.values())))
-        kind = f"Student's t over {seeds} seeds" if seeds > 1 else "Wilson, one seed"
+        kind = kind_over_seeds(len(next(iter(results.values()))))
         rows = [_row("majority", [first["majority"]])]
         if first["lexical"] is not None:
             rows.append(_row("lexical overlap", [first["lexical"]]))
@@ -95,19 +93,12 @@ class ClassificationReport(System):
         return ["![curves](curves.png)"]
 
 
-def _counted(correct: int, total: int) -> Record:
-    return {**dataclasses.asdict(wilson_interval(correct, total)), "correct": correct, "total": total}
-
-
 def _percent(row: Mapping[str, Any]) -> str:
     return f"{100 * row['mean']:5.1f} %  [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
 
 
 def _row(name: str, accuracies: Sequence[Record]) -> Record:
-    if len(accuracies) > 1:
-        interval = student_interval([accuracy["mean"] for accuracy in accuracies])
-    else:
-        interval = Interval(*(accuracies[0][key] for key in ("mean", "low", "high")))
+    interval = over_seeds(accuracies)
     return {
         "name": name,
         "accuracy": interval.mean,
