@@ -486,7 +486,7 @@ def _run_of(
 ) -> tuple[Any, RunSpec, dict[str, Any]]:
     """Returns the system, the run, and what was given for it, by the command line and the run file together."""
     from xlayer_systems.registry import get_system
-    from xlayer_systems.runs.run_file import NAMES, SECTIONS, as_text, check_run_file, read_run_file
+    from xlayer_systems.runs.run_file import NAMES, SECTIONS, as_text, check_run_file, chosen_values, read_run_file
 
     stored = {} if file is None else read_run_file(file)
     given = {name: stored.get(name) if value is None else value for name, value in command.items()}
@@ -504,17 +504,21 @@ def _run_of(
             raise UserError(f"{name} in {file} must be true or false, got {given[name]!r}")
     sections: dict[str, dict[str, str]] = {name: {} for name in SECTIONS}
     if file is not None:
-        kinds = chosen.make_spec(**names, quick=quick)
-        options = [field.name for field in dataclasses.fields(kinds.options)]
-        config = [] if kinds.config is None else [field.name for field in dataclasses.fields(kinds.config)]
+        of_run = chosen.defaults(**names, quick=quick)
+        of_file = of_run if stored.get("system", chosen.name) != chosen.name else _defaults_of(chosen, stored)
+        config, options = (_field_names(*kinds) for kinds in zip(of_file, of_run, strict=True))
         own = {name.replace("-", "_"): key for name, key in chosen.flags.items()}
         check_run_file(file, stored, options, config, own)
-        sections = {name: as_text(stored.get(name) or {}) for name in SECTIONS}
+        sections = {"set": as_text(stored.get("set") or {}), **chosen_values(of_file, of_run, stored)}
         plain = {own.get(key, key): value for key, value in stored.items() if key not in {*NAMES, *SECTIONS}}
         sections["set"] = {**as_text(plain), **sections["set"]}
     by_command = {**_as_overrides(epochs=given["epochs"]), **_own_flags(chosen, flags), **overrides}
     for section in ("options", "config"):
         sections[section] = {key: value for key, value in sections[section].items() if key not in by_command}
+    if file is not None:
+        for key in sorted(sections["config"].keys() - _field_names(of_run[0])):
+            preset = names["preset"] or chosen.default_preset
+            raise UserError(f"the preset {preset} has no {key}, which {file} sets in config: remove it there")
     spec = chosen.make_spec(
         **names,
         seed=seed,
@@ -524,6 +528,18 @@ def _run_of(
         config=sections["config"],
     )
     return chosen, spec, given
+
+
+def _defaults_of(system: Any, stored: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Returns config and options by default of the names in a run file."""
+    names = {name: str(stored[name]) for name in ("preset", "dataset", "backbone") if stored.get(name) is not None}
+    found: tuple[Any, Any] = system.defaults(**names, quick=stored.get("quick") is True)
+    return found
+
+
+def _field_names(*settings: Any) -> set[str]:
+    """Returns the names of the fields of dataclasses, any of which may be None."""
+    return {field.name for one in settings if one is not None for field in dataclasses.fields(one)}
 
 
 def _own_flags(system: Any, flags: Mapping[str, str | None]) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from xlayer_systems import cli
 from xlayer_systems.errors import UserError
 from xlayer_systems.registry import PRETRAINING, SYSTEMS, get_system
 from xlayer_systems.runs.run_file import as_text, read_run_file, write_run_file
+from xlayer_systems.runs.spec import RunSpec
 from xlayer_systems.training.options import LoopOptions, TrainOptions, check_fields, json_schema, nearest
 
 ALL = {**SYSTEMS, **PRETRAINING}
@@ -178,6 +180,56 @@ def test_the_command_line_wins_over_a_run_file(places, tmp_path, monkeypatch, ca
     assert (config["preset"], config["seed"], config["options"]["max_steps"]) == ("plain", 4, 2)
     assert read_metrics(tmp_path / "run")[-1]["step"] == 2 and not (tmp_path / "unused").exists()
     capsys.readouterr()
+
+
+def of_command_line(file: Path, **command: Any) -> RunSpec:
+    """Returns the run of a run file and the options of a command."""
+    names = ("system", "preset", "dataset", "backbone", "seed", "epochs", "quick", "run_dir", "resume")
+    return cli._run_of({**dict.fromkeys(names), **command}, {}, {}, file)[1]
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Callable[..., Path]:
+    """Returns a function that writes the run file of a run."""
+
+    def write(system: str, *given: str, **changes: Any) -> Path:
+        file = tmp_path / "run.yaml"
+        file.write_text(write_run_file(get_system(system).make_spec(*given, **changes)))
+        return file
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("system", "changed"),
+    [
+        ("xlrb", {"preset": "A12"}),
+        ("xlrb", {"preset": "plain"}),
+        ("xlrb", {"quick": True}),
+        ("hyper_lm", {"preset": "plain"}),
+        ("hyper_lm", {"preset": "mhc", "backbone": "small"}),
+        ("bypass", {"preset": "lora"}),
+        ("telepathy", {"backbone": "gpt2,gpt2"}),
+        ("lformer", {"preset": "gru", "quick": True}),
+    ],
+)
+def test_another_name_on_the_command_line_brings_its_own_defaults(run_file, monkeypatch, system, changed) -> None:
+    """Another preset, backbone or quick settings than a run's give the same as with these names alone."""
+    monkeypatch.setattr(type(get_system(system)), "fingerprint", lambda self, backbone: backbone)
+    assert of_command_line(run_file(system), **changed) == get_system(system).make_spec(**changed)
+
+
+def test_values_that_a_run_file_changes_stay_under_another_preset(run_file) -> None:
+    file = run_file("hyper_lm", "dhc", quick=True, overrides={"expansion_rate": "2", "learning_rate": "0.5"})
+    spec = of_command_line(file, preset="mhc")
+    assert (spec.preset, spec.config.residual, spec.config.expansion_rate) == ("mhc", "mhc", 2)
+    assert (spec.options.learning_rate, spec.options.max_steps) == (0.5, 600)
+
+
+def test_a_value_that_another_preset_does_not_have_is_refused(run_file) -> None:
+    file = run_file("xlrb", "H9", overrides={"proj_dim": "8"})
+    with pytest.raises(UserError, match=r"^the preset plain has no proj_dim, which .*run.yaml sets in config: remove"):
+        of_command_line(file, preset="plain")
 
 
 def test_a_flag_of_a_system_may_stand_in_a_run_file(tmp_path) -> None:

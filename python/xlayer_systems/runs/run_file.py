@@ -13,7 +13,9 @@
     options: {clip: 0.5}     # the same as --set, of the training options alone
     config: {dropout: 0.1}   # or of the config alone
 
-Every run directory holds the run file that reproduces it, with all options and the whole config.
+Every run directory holds the run file that reproduces it, with all options and the whole config. Where the command line
+names another preset, data set or backbone, or asks for quick settings, only those values of ``options`` and ``config``
+count that differ from the defaults of the file's own names.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ from xlayer_systems.training.options import nearest, plain
 NAME = "run.yaml"
 NAMES = ("system", "preset", "dataset", "backbone", "seed", "quick", "epochs", "run_dir", "resume", "set")
 SECTIONS = ("options", "config", "set")
+
+Defaults = tuple[Any, Any]  # a system's config (None: a backbone alone) and its training options
 
 
 def read_run_file(path: Path) -> dict[str, Any]:
@@ -75,6 +79,26 @@ def check_run_file(
             if key not in known:
                 at = f" in {section}" if section else ""
                 raise UserError(f"unknown key {key!r}{at} of the run file {path}{nearest(str(key), sorted(known))}")
+
+
+def chosen_values(file: Defaults, run: Defaults, stored: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Returns, as text, the values of ``options`` and ``config`` that count.
+
+    Args:
+        file: config and options by default of the names in the file.
+        run: those of the names that the run has.
+        stored: content of the file.
+
+    Where both are the same, all values count; else only those that are not merely defaults of the file's names.
+    """
+    found = {name: as_text(stored.get(name) or {}) for name in ("options", "config")}
+    if file == run:
+        return found
+    defaults = {"config": {} if file[0] is None else plain(file[0]), "options": plain(file[1])}
+    return {
+        name: {key: value for key, value in values.items() if (key, value) not in as_text(defaults[name]).items()}
+        for name, values in found.items()
+    }
 
 
 def as_text(values: Mapping[str, Any]) -> dict[str, str]:

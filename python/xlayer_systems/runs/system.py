@@ -141,11 +141,7 @@ class System(ABC):
         check_seed(seed)
         preset, dataset = preset or self.default_preset, dataset or self.default_dataset
         backbone = backbone or self.default_backbone
-        try:
-            made_config = self.config(preset, backbone)
-            made_options = self.options(preset, dataset, backbone, quick)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        made_config, made_options = self.defaults(preset, dataset, backbone, quick)
         for_options, for_config = split_overrides(overrides or {}, made_options, made_config)
         for_options |= split_overrides(options or {}, made_options)[0]
         for_config |= split_overrides(config or {}, made_config)[0]
@@ -154,6 +150,21 @@ class System(ABC):
             made_config = apply_overrides(made_config, for_config)
         weights = self.fingerprint(backbone)
         return RunSpec(self.name, preset, dataset, backbone, seed, made_config, made_options, weights)
+
+    def defaults(
+        self, preset: str | None = None, dataset: str | None = None, backbone: str | None = None, quick: bool = False
+    ) -> tuple[Any, LoopOptions]:
+        """Returns the config and the training options of these names; None stands for the system's default name.
+
+        Raises:
+            UserError: a name is unknown.
+        """
+        preset, dataset = preset or self.default_preset, dataset or self.default_dataset
+        backbone = backbone or self.default_backbone
+        try:
+            return self.config(preset, backbone), self.options(preset, dataset, backbone, quick)
+        except ValueError as error:
+            raise UserError(str(error)) from error
 
     def read_spec(self, stored: Mapping[str, Any]) -> RunSpec:
         """Reads a run from ``run`` of a run directory's config.json, also one that an earlier version wrote.
@@ -183,7 +194,7 @@ class System(ABC):
         ``presets`` says what each preset changes of them, and ``quick`` what quick settings change.
         """
         preset = preset or self.default_preset
-        config, options = self._defaults(preset, quick)
+        defaults = config, options = self.defaults(preset, quick=quick)
         names = {
             "preset": {"enum": list(self.presets()), "default": preset, "description": self.preset_help},
             "dataset": {"type": "string", "default": self.default_dataset, "description": self.dataset_help},
@@ -199,13 +210,9 @@ class System(ABC):
             "type": "object",
             "additionalProperties": False,
             "properties": {**names, "seed": seed, "quick": short, **parts},
-            "presets": {name: self._changes((config, options), self._defaults(name, quick)) for name in self.presets()},
-            "quick": self._changes(self._defaults(preset, False), self._defaults(preset, True)),
+            "presets": {name: self._changes(defaults, self.defaults(name, quick=quick)) for name in self.presets()},
+            "quick": self._changes(self.defaults(preset), self.defaults(preset, quick=True)),
         }
-
-    def _defaults(self, preset: str, quick: bool) -> tuple[Any, LoopOptions]:
-        backbone = self.default_backbone
-        return self.config(preset, backbone), self.options(preset, self.default_dataset, backbone, quick)
 
     def _changes(self, base: tuple[Any, LoopOptions], other: tuple[Any, LoopOptions]) -> Record:
         """Returns the fields of config and options in which ``other`` differs; a config of another kind is whole."""
