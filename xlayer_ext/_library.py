@@ -57,7 +57,7 @@ def _try_load() -> str | None:
     return None
 
 
-# How torch, and libxlayer where torch keeps its message to itself, say that a device is full.
+# Messages of torch, and of libxlayer where torch passes none on, for a device without free memory.
 _FULL = re.compile(r"(CUDA|HIP) out of memory|not enough memory for ")
 
 

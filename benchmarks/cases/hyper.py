@@ -109,7 +109,7 @@ def least_bytes(op: str, pass_: str, kind: str, size: Sequence[int], element: in
         rows, columns = KINDS[kind].weight_shape(n, d)
         parameters += (rows * columns + (n + 2) * (1 + KINDS[kind].biased)) * wide
         coefficients *= b * s
-    made = coefficients if KINDS[kind].norm else 0  # static ones are a parameter, and nobody makes them
+    made = coefficients if KINDS[kind].norm else 0  # static ones are a parameter and need no computation
     inputs, outputs = {
         "pre": (streams + parameters, row + made),
         "post": (streams + row + coefficients, streams),
@@ -390,8 +390,8 @@ def _draws(operator: Operator, op: str, api: Any, given: Inputs, pieces: int = 1
 
 
 def _wholes(given: Inputs) -> int:
-    """Draws of a whole case: a sum over its tokens may cancel, so that a single one says little. Of a large case, where
-    each takes its time, there is one."""
+    """Returns the number of draws of a whole case: several, as a sum over its tokens may cancel; one for a large case,
+    where each takes long."""
     return 6 if given.streams[..., 0].numel() <= 2**12 else 1
 
 
@@ -402,7 +402,7 @@ def _tokens(given: Inputs, start: int, end: int) -> Inputs:
 
 
 def _few(draws: list[Results]) -> list[str]:
-    """Names the gradients with so few elements that the error of a single draw says little."""
+    """Names the gradients with so few elements that the error of a single draw shows little."""
     return [name for name, value in draws[0].items() if name.startswith("grad") and value.numel() < 1000]
 
 

@@ -231,7 +231,7 @@ def cuvs_nearest(how: str, x: Tensor, codebook: Tensor) -> Call:
         if x.dtype not in (torch.float32, torch.float16):
             raise TypeError(f"it takes float32 and float16, not {x.dtype}")
         brute_force: Any = importlib.import_module("cuvs.neighbors.brute_force")
-        # The null stream is 0 to torch, which the package takes for none given; CUDA's own name for it is 1.
+        # torch's handle of the null stream is 0, which the package takes for None; CUDA's own handle of it is 1.
         stream = torch.cuda.current_stream(x.device).cuda_stream or 1
         resources = importlib.import_module("cuvs.common").Resources(stream=stream)
         metric = {"euclidean": "sqeuclidean", "cosine": "cosine"}[how]

@@ -42,8 +42,8 @@ PAPER: dict[str, Size] = {
     },
 }
 # Smaller so that the kernels' share of the step stays near the paper's, and the activations are larger than the
-# gradients, or memory would tell nothing: XLRB keeps one target in six layers, and its pairs of tokens, which grow with
-# S, about their weight beside the encoder, which grows with d; codes shrink with the width of the receiver.
+# gradients, or peak memory would show nothing: XLRB keeps one target in six layers, and its pairs of tokens, which grow
+# with S, about their weight beside the encoder, which grows with d; codes shrink with the width of the receiver.
 CPU: dict[str, Size] = {
     "xlrb": PAPER["xlrb"] | {"layers": 6, "targets": 1, "d": 768, "heads": 12, "vocabulary": 8192, "B": 4, "S": 128},
     "lformer": PAPER["lformer"] | {"B": 4, "S": 128},
@@ -64,9 +64,9 @@ TOY: dict[str, Size] = {
         **{"soft tokens": 8, "codes": 16, "S": 16},
     },
 }
-# The kernel that a system cannot do without; the bypass has none: both of its backends are the same products.
+# The kernel that a system needs; the bypass has none: both of its backends are the same products.
 KERNELS = {"xlrb": "hdim_attention", "lformer": "ema_scan", "bypass": None, "telepathy": "vq_nearest"}
-ANSWER = 16  # tokens that the receiver has to say
+ANSWER = 16  # tokens of the receiver's answer
 
 
 class Part(NamedTuple):
@@ -199,7 +199,7 @@ def telepathy(size: Size, element: torch.dtype) -> Step:
     model = TelepathyModel(pair, bridge)
     answers = _tokens(len(tokenizer), b, ANSWER)
     batch = {"input_ids": _tokens(shapes[0][4], b, s), "attention_mask": _ones(b, s), "target_ids": answers}
-    batch |= {"answer_ids": answers, "question_ids": answers}  # of losses that this preset has not
+    batch |= {"answer_ids": answers, "question_ids": answers}  # of losses that this preset does not have
     primer = len(tokenizer(config.primer, add_special_tokens=False)["input_ids"])
     resampler: Any = bridge.resampler
     heard, d = primer + count + ANSWER + 2, shapes[1][1]

@@ -101,7 +101,7 @@ def counted(system: str, size: Size, dtype: str) -> tuple[tuple[int, int], dict[
     facts: dict[str, Any] = {"scale": training.scale(system_steps.PAPER[system], size)}
     try:
         step = make(system, size, dtype, "meta")
-    except Unavailable:  # `build` will say so again, where a note is made of it
+    except Unavailable:  # `build` raises the same error, which is then noted
         return (0, 0), facts
     facts |= {"parameters": step.parameters(), "trained_parameters": sum(p.numel() for p in step.trained())}
     return (step.least_bytes(getattr(torch, dtype).itemsize), step.least_flops()), facts

@@ -254,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         emulator.emulation().take_over()
         device = "cpu"
     torch.manual_seed(0)
-    with backend("native"):  # no falling back to plain PyTorch unseen
+    with backend("native"):  # an error instead of a silent fallback to plain PyTorch
         (run_large if options.large else run_small)(device)
     return 0
 

@@ -42,7 +42,7 @@ class Case:
 
     `bytes` and `flops` are the fewest that the work needs: each input read once, each output written once; `alu` is the
     fewest float32 operations outside GEMMs. `halve(arguments)` gives the arguments of the same case with half the work,
-    or None: where plain PyTorch does not fit into memory, a smaller case tells its speed. `peers` are implementations
+    or None: where plain PyTorch does not fit into memory, a smaller case shows its speed. `peers` are implementations
     beyond the usual ones that `build` knows by these names: other packages, or another way to do the same work.
     `tokens` are those of a training step, whose rows tell tokens per second; `facts` are further keys of the rows.
     """

@@ -253,7 +253,7 @@ def compare(
     """Times several implementations of one thing in turns, so that a slow minute of the machine hits all of them.
 
     Each round gives every implementation one turn, in a fresh random order; a turn repeats a short call until it fills
-    `turn_seconds`, so that what its neighbour left in the caches does not decide. Rounds go on for `seconds`, and for
+    `turn_seconds`, so that what its neighbour left in the caches does not decide. Rounds run for `seconds`, and for
     at least `min_rounds`. `cold` empties the caches before every call: the default on CUDA, where a sample is the time
     that the device takes, without the host's for launching.
     """
@@ -330,7 +330,7 @@ def peak_memory(build: Builder, arguments: Mapping[str, Any], *, timeout: float 
     Runs in a fresh process, which imports `build` by name (a function at the top of a module) and gets `arguments` as
     JSON. `build` makes the inputs and returns the work; the work returns every output and gradient that it makes.
     It reads the resident size's high-water mark (Linux); for CUDA there is `cuda_peak`, which needs no process.
-    Raises `Unavailable` when the child fails, with the last line that it said.
+    Raises `Unavailable` when the child fails, with the last line of its output.
     """
     request = json.dumps([*_importable_name(build), dict(arguments), torch.get_num_threads()])
     environment = os.environ | _PLAIN_ALLOCATOR | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

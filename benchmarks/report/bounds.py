@@ -19,7 +19,7 @@ from benchmarks.harness.measure import Row, read_rows
 
 ROWS = Path(__file__).parents[1] / "results/xeon-amx-avx512-2core.jsonl"
 LIMIT, SPEED, TIME, MEMORY = "fraction_of_limit", "speedup", "time", "memory"
-AT_LEAST = (LIMIT, SPEED)  # the others promise a most
+AT_LEAST = (LIMIT, SPEED)  # the others are upper bounds
 
 
 class Bound(NamedTuple):
@@ -159,7 +159,7 @@ def measured(bound: Bound, rows: Sequence[Row]) -> float | None:
 def possible(bound: Bound, rows: Sequence[Row]) -> float | None:
     """Returns the largest possible fraction, 1, or ratio of speeds: how far the other implementation is from the limit.
 
-    None where no row with a limit tells, and for bounds of other kinds.
+    None where no row has a limit, and for bounds of other kinds.
     """
     if bound.what == LIMIT:
         return 1.0

@@ -21,7 +21,7 @@ def browser() -> str | None:
 
 
 def take(report: Path, picture: Path, timeout: float = 120) -> None:
-    """Raises `RuntimeError` with what the browser said where it could not, or had something to complain of."""
+    """Raises `RuntimeError` with the browser's output where it fails or complains."""
     command = browser()
     if command is None:
         raise RuntimeError(f"none of {', '.join(NAMES)} is installed")

@@ -59,7 +59,7 @@ class Plan:
     memory_points: tuple[int, ...]
     buffer_bytes: int = 0
     gemm_sizes: tuple[int, int] | None = None  # of CPUs
-    shrink: int = 1  # points of curves are so many times smaller
+    shrink: int = 1  # divisor of the points of curves
     minutes: float | None = None  # none: until all is done
     everything: bool = False
 

@@ -1,4 +1,4 @@
-"""Names the source files that docs link to: a page says {source}`hyper/contract`, and this table says where that is."""
+"""Names the source files that docs link to: a page has {source}`hyper/contract`, which this table resolves."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from xlayer_systems.errors import CommandError, InterruptionError, UserError
 if TYPE_CHECKING:
     from xlayer_systems.runs.spec import RunSpec
 
-# typer has click under a name of its own: BadParameter is a UsageError is a ClickException.
+# typer may vendor click; of its classes, BadParameter is a UsageError is a ClickException.
 ClickException: type[Exception] = typer.BadParameter.__mro__[2]
 INTERRUPTED = 130
 SYSTEM_COMMANDS = {"train", "sweep", "profile", "options"}  # whose help and flags are those of the systems
@@ -80,11 +80,11 @@ Settings = Annotated[
         help="Override a training option or a field of the config; repeatable. `xlayer options SYSTEM` lists them.",
     ),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of an interrupted run.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run from its last checkpoint.")]
 
 
 def train(
-    system: Annotated[str | None, typer.Argument(help="What to train; a run file may say it instead.")] = None,
+    system: Annotated[str | None, typer.Argument(help="What to train; a run file may name it instead.")] = None,
     preset: Preset = None,
     dataset: Dataset = None,
     backbone: Backbone = None,
@@ -154,7 +154,7 @@ def sweep(
     epochs: Epochs = None,
     quick: Quick = False,
     out: Annotated[Path | None, typer.Option(help="A new directory; by default runs/sweep-<system>-<dataset>.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Keep finished runs and go on with the others.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep finished runs and continue the others.")] = False,
     settings: Settings = None,
     **flags: str | None,
 ) -> None:
@@ -213,10 +213,10 @@ def sweep(
 
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run directory of a finished run.")],
-    prompt: Annotated[str | None, typer.Option(help="Language models: go on with this text instead.")] = None,
-    tokens: Annotated[int, typer.Option(help="With --prompt: at most so many tokens.")] = 128,
-    temperature: Annotated[float, typer.Option(help="With --prompt: 0 takes the likeliest token every time.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(help="With --prompt: draw from so many of the likeliest tokens.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Language models: continue this text instead.")] = None,
+    tokens: Annotated[int, typer.Option(help="With --prompt: the maximum number of new tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="With --prompt: 0 always takes the most likely token.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="With --prompt: sample from the k most likely tokens.")] = None,
     seed: Annotated[int, typer.Option(help="With --prompt: of the draws.")] = 0,
 ) -> None:
     """Evaluate the model of a finished run on the whole validation set, or let a language model write.
@@ -270,7 +270,7 @@ def profile(
 
         xlayer profile hyper_lm --residual dhc --backbone small --set dtype=bfloat16 --tool nsys
     """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler says when it starts and stops
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler logs its start and stop
     from xlayer_systems.profiling.command import profile_run
     from xlayer_systems.registry import get_system
     from xlayer_systems.training.options import parse_overrides
@@ -309,7 +309,7 @@ def options(
 
 
 def info() -> None:
-    """Say what was built, what is in use on this machine and why (the same as `python -m xlayer_ext.info`)."""
+    """Print what was built, what is in use on this machine and why (the same as `python -m xlayer_ext.info`)."""
     from xlayer_ext.info import main as print_info
 
     print_info([])

@@ -119,7 +119,7 @@ def executed(step: system_steps.Step) -> int:
 def beside_the_least(system: str, step: system_steps.Step) -> int:
     """Counts the flops of the products that run and are not among the parts."""
     size = system_steps.TOY[system]
-    if system == "telepathy":  # the sender's upper layers, which nobody reads
+    if system == "telepathy":  # the sender's upper layers, whose states are not used
         model = step.model
         return 2 * size["B"] * size["S"] * system_steps.matrices(*model.sender.model.layers[model.layer :])
     if system in ("xlrb", "lformer"):  # with dropout, attention is products of matrices, causal or not

@@ -22,7 +22,7 @@ SOURCES = Path(__file__).parent / "faults"
 LIBRARY = emulation.FOLDER / "libemulator_faults.so"
 SEEDS = range(12)
 
-# What the emulator must say of each.
+# The emulator's message about each fault.
 RACES = {
     "missing_sync_block": r"race: .* shared memory here, and a (read|write) by thread \d+ .*\(missing sync_block\)",
     "missing_sync_warp": r"race: read by all lanes of 16 bytes .*, and a write by thread \d+ .*\(missing sync_warp\)",

@@ -40,10 +40,10 @@ from xlayer_ext import functional as XF
 SHARES = {"hostile": 640, "functional": 250, "valid": 65, "functional-valid": 35, "racing": 10}
 MODES = tuple(SHARES)
 THREADS = (1,) * 17 + (2, 3, 4)
-# What an operator may raise, and a function of the functional API.
+# Exceptions that an operator may raise, and a function of the functional API.
 OPERATOR_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, MemoryError)
 FUNCTION_ERRORS = (RuntimeError, ValueError, TypeError, MemoryError)
-# Messages that tell a user nothing.
+# Messages that do not help a user.
 SILENT = re.compile(
     r"INTERNAL ASSERT|API call failed|tuple index out of range|values to unpack|has no attribute|"
     r"object is not (callable|iterable|subscriptable)"
@@ -553,5 +553,5 @@ class Disturbance:
 
     def __exit__(self, *_: object) -> None:
         self._writer._start.clear()
-        with self._writer._lock:  # not before the last write has ended
+        with self._writer._lock:  # waits until the last write has ended
             self._writer._jobs = []

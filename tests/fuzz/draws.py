@@ -29,7 +29,7 @@ FILLS = ("normal", "zeros", "special", "nan", "large", "tiny")
 LAYOUTS = ("contiguous", "permuted", "gaps", "expanded", "overlapping", "offset")
 MOST_NUMBER = 2**63 - 1
 MOST_ELEMENTS = 2**14  # that a tensor holds in memory: dimensions beyond it have stride 0
-MANY_ELEMENTS = 2**22  # a call on so many may take its time: what was asked for is much
+MANY_ELEMENTS = 2**22  # a call on more elements may take long
 
 ARENA_BYTES = 2**18
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -201,7 +201,7 @@ class Draw:
     @classmethod
     def of(cls, rng: Random, hostile: bool) -> Draw:
         found = cls(rng, hostile, rng.choice(FLOATS if hostile or rng.random() < 0.4 else FLOATS[:2]))
-        found._plain = rng.random() < 0.3  # contiguous all along: the paths that are taken most
+        found._plain = rng.random() < 0.3  # all tensors contiguous: the most common paths
         if rng.random() < 0.1:
             found._room = 2**13
         return found

@@ -26,7 +26,7 @@ from fuzz.calls import MODES, Finding, Maker
 
 CHUNK = 2000  # calls of one process
 ISAS = ("avx512", "avx2", "baseline")  # of one chunk after another; one that the machine lacks falls back
-IMPATIENCE = 0.5  # seconds that a call may take which asked for very much: it is not a hang
+IMPATIENCE = 0.5  # seconds that a very large call may take before it counts as a hang
 MEMORY = 3 * 2**29  # bytes that a process may have beyond what it starts with
 CLEAN_EXIT, SANITIZER_EXIT = 0, 99
 # The fields of a process in shared memory.

@@ -396,5 +396,5 @@ def test_two_processes_give_the_gradients_of_one(
         assert results[rank][case].keys() == expected.keys()
         for name, grad in results[rank][case].items():
             torch.testing.assert_close(grad, expected[name], rtol=1e-5, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
-    # So that a lost share would show. The first state of attention is 0, and asks for nothing.
+    # Large enough for a lost share to show. The first state of attention is 0, and so is its query.
     assert all(grad.abs().max() > 1e-8 for grad in expected.values())

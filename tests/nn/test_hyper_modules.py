@@ -392,7 +392,7 @@ def test_weight_decay_is_for_dynamic_weights_alone() -> None:
         "dynamic_alpha",
         "dynamic_beta",
         "phi",
-        "branch.weight",  # what belongs to no hyper-connection is not told of
+        "branch.weight",  # parameters outside of hyper-connections are not listed
         "branch.bias",
     }
 

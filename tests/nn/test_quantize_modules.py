@@ -219,7 +219,7 @@ def test_a_dead_code_becomes_a_row_and_survives_twenty_misses() -> None:
     module.set_codebook(far)
     near = rows(8).mul(0.01)
     steps = 0
-    while not (module.sizes[0, 1:] > 1).any():  # nobody uses codes 1 and up: their averages fall below 0.5
+    while not (module.sizes[0, 1:] > 1).any():  # no row uses codes 1 and up: their averages fall below 0.5
         module(near)
         steps += 1
         assert steps < 10
@@ -228,7 +228,7 @@ def test_a_dead_code_becomes_a_row_and_survives_twenty_misses() -> None:
     revived = module.codebook.detach()[0, 1:9]  # as many as there were rows
     assert torch.cdist(revived, near).amin(1).max() == 0
     torch.testing.assert_close(module.sums[0, 1:9], revived * size, rtol=1e-4, atol=0.0)
-    # They stand far from what comes now, and are missed.
+    # They are far from the next rows, and none chooses them.
     survivors = module.sizes[0, 1:9].clone()
     away = torch.full((5, D), -3.0)
     module.set_codebook(torch.cat([away[:1], revived, far[9:]]))

@@ -296,7 +296,7 @@ def test_large_means_do_not_drown_the_norm(
             assert relative_error(drawn.actual[name], drawn.exact[name]) < 5 * 2**-23, name
         return drawn
 
-    # grad_gate_logits has a number per layer, which may cancel: many draws tell luck from a fault.
+    # grad_gate_logits has a number per layer, which may cancel: only many draws separate chance from a fault.
     check_oracle_rule(make, torch.float32, draws=4 if kernels == "emulated" else 24)
 
 

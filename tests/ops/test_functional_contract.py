@@ -170,7 +170,7 @@ def test_more_memory_than_layers_is_as_much_as_there_are(memory: int) -> None:
 
 # ---- nothing to compute ----------------------------------------------------------------------------------------------
 
-MANY = 2**40  # tokens, each of width 0: no memory, and no end if anything counts them
+MANY = 2**40  # tokens, each of width 0: they take no memory, and a loop over them would not end
 
 
 def gradients(out: Tensor, given: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -78,11 +78,12 @@ def test_oracle_rule(native: str, dtype: torch.dtype, masks: dict[str, bool], ac
     check_oracle_rule(make, dtype, draws=6)
 
 
-# What sharpens a softmax, and of how many draws the errors are pooled. The sharper it is, the fewer rows most of the
-# error comes from, and the more draws it takes for luck to even out: resampled from 160 draws, the rule says no by luck
-# with a probability below 0.004. With one column it takes no more sharpness than 1, and at 3 a handful of rows hold the
-# error of hundreds of draws. The settings are such that the rule was seen to hold. "few keys" with weights x 10, the
-# entropy alone, has 1.2 to 1.3 times the formula's error in grad_bias1 and grad_weight2, for a reason not yet found.
+# Cases of sharp softmaxes, and the number of draws that their errors are pooled over. The sharper a softmax is, the
+# fewer rows most of the error comes from, and the more draws the pool needs: resampled from 160 draws, the rule fails
+# by chance with a probability below 0.004. With one column it takes no more sharpness than 1, and at 3 a handful of
+# rows hold the error of hundreds of draws. The rule was seen to hold with these settings. "few keys" with weights x 10,
+# the entropy alone, has 1.2 to 1.3 times the formula's error in grad_bias1 and grad_weight2, for a reason not yet
+# found.
 SHARP: dict[str, tuple[int, dict[str, Any]]] = {
     "weights x 3": (16, {"sharpness": 3.0}),
     "weights x 10": (24, {"sharpness": 10.0}),
@@ -120,7 +121,7 @@ def test_oracle_rule_where_the_softmax_is_sharp(
             assert not actual.pop("grad_value").any()
         return Draw(actual, evaluate_formula(case.to(torch.float64)), evaluate_formula(case))
 
-    # At 16 bits the formula's own roundings are far larger than the kernels': a few draws say so.
+    # At 16 bits the formula's own roundings are far larger than the kernels': a few draws show it.
     check_oracle_rule(make, dtype, draws=draws if dtype == torch.float32 else 3)
 
 

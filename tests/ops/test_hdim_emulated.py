@@ -147,7 +147,7 @@ def test_tf32_rounds_as_much_as_the_formula_would(activation: str) -> None:
         assert 1e-5 < error <= 1.1 * error_of(plain, exact) + 2 * 2**-10, name
 
 
-# Factors rounded by 2⁻¹¹ let another hidden unit in a thousand through relu, or hold it back. The gradients that go
+# Factors rounded by 2⁻¹¹ switch one hidden unit in a thousand at relu on or off. The gradients that go
 # through such a unit are then others, neither wrong, and few rows may hold nearly all of the error: one had 96 % of it.
 BEHIND_THE_KINK = ("grad_query", "grad_key", "grad_weight1", "grad_bias1")
 

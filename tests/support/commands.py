@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PROGRAMS = ("make ", "xlayer ", "python ", "bash ", "pip ", "accelerate ", "git ", "XLAYER_NATIVE=0 ")
 
-# What no test runs as it stands, with the reason. A pattern must match the whole command.
+# Commands that no test runs as they are, with the reason. A pattern must match the whole command.
 EXCEPTIONS = {
     r"make (demo|test|build|emulator|format|lint|nightly|clean)( \w+=\S+)?": "minutes long; CI runs `make test`",
     r"make soak( SEEDS=\d+)?": "an hour long; a part of `make nightly`",

@@ -183,7 +183,7 @@ def test_phase_a_gives_no_gradient_to_the_base(base: str, name: str) -> None:
         assert not touched(model)
         own = {n: p for n, p in model.named_parameters() if not n.startswith("base.")}
         still = {n for n, p in own.items() if p.grad is None or not p.grad.abs().max() > 0}
-        # The first state of attention is 0 and asks for nothing; all taps have a part in what follows.
+        # The first state of attention is 0, and so is its query; all taps take part from the second on.
         assert not still, still
 
 
@@ -227,7 +227,7 @@ def test_a_closed_gate_changes_no_bit(base: str, name: str) -> None:
     assert torch.equal(plain(ids).logits, before)
     model.blend_gate.data.fill_(0.8)
     assert (model(ids).logits_lm - before).abs().max() > 1e-2
-    assert torch.equal(model(ids).logits_lm, plain(ids).logits)  # who calls the base itself sees the state too
+    assert torch.equal(model(ids).logits_lm, plain(ids).logits)  # a call of the base itself blends the state in too
     assert torch.equal(model.remove()(ids).logits, before)
 
 

@@ -245,7 +245,7 @@ def test_prompt_tuning_learns(model):
         model.receiver, tokenizer, 3, "", answers, None, schedule, 0, lambda _, loss: losses.append(loss)
     )
     assert soft.shape == (3, 32) and not soft.requires_grad
-    assert losses[-1] < losses[0] - 0.5  # nats; these random models cannot be talked into more
+    assert losses[-1] < losses[0] - 0.5  # nats; random models do not learn more
 
 
 def test_latency(task, model):

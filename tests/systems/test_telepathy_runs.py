@@ -157,7 +157,7 @@ def test_levels_from_the_command_line() -> None:
 
 
 def ddp_config(kind: str) -> TelepathyConfig:
-    # Losses that are means over examples: those between the examples of a batch see their process's alone.
+    # Losses that are means over examples: those between the examples of a batch cover their own process's alone.
     return dataclasses.replace(SMALL, bridge=kind, batch_diversity=0.0, scaling="rms", anchor=0.5)
 
 

@@ -45,7 +45,7 @@ def register(op: str, fake: Function, backward: Function, setup_context: Functio
     generated = make_autograd_impl(getattr(torch.ops.xlayer, op).default, Info(backward, setup_context))
 
     def autograd(keyset: Any, *arguments: Any) -> Any:
-        # Without these two, tangents are dropped without a word, and torch.func raises about a missing setup_context.
+        # Without these two, tangents are dropped silently, and torch.func raises about a missing setup_context.
         if forward_ad._current_level >= 0 and any(_has_tangent(argument) for argument in arguments):
             raise no_forward_derivative(op)
         if transforms() and torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
@@ -137,7 +137,7 @@ def _function(op: str, backward: Function, setup_context: Function) -> Any:
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
         """Makes one call after another: for the cotangents of a Jacobian, of which there are few."""
         size, pairs = info.batch_size, list(zip(arguments, in_dims, strict=True))
-        if size == 0:  # one call tells the shapes
+        if size == 0:  # one call gives the shapes
             pairs = [(a if d is None else a.new_zeros([*a.shape[:d], 1, *a.shape[d + 1 :]]), d) for a, d in pairs]
         samples = ([a if d is None else a.select(d, index) for a, d in pairs] for index in range(max(size, 1)))
         results = [_FUNCTIONS[op].apply(*sample) for sample in samples]

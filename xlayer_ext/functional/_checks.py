@@ -79,7 +79,7 @@ def check_choice(name: str, got: str, choices: Sequence[str]) -> None:
 def autocasts(tensor: Tensor) -> bool:
     """Whether autocast is on where the tensor lives."""
     device = tensor.device.type
-    # torch.amp.is_autocast_available would say so of meta, but torch.compile of torch 2.11 cannot trace it.
+    # torch.amp.is_autocast_available would tell this of meta, but torch.compile of torch 2.11 cannot trace it.
     return device != "meta" and torch.is_autocast_enabled(device)
 
 

@@ -129,7 +129,7 @@ class TapProjector(nn.Module):
         if self.pooling == "attention":
             score = torch.einsum("lbsd,ld->lbs", x, self.query.to(x.dtype)) / math.sqrt(self.d_model)
             if mask is not None:
-                # A row without a token that counts attends to all of its zeros: no NaN on the way back.
+                # A row without an unmasked token attends to all of its zeros: no NaN in the backward.
                 score = score.masked_fill(~(mask | ~mask.any(1, keepdim=True)), float("-inf"))
             return (score.softmax(-1).unsqueeze(-1).to(x.dtype) * x).sum(2)
         return x

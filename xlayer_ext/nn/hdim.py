@@ -129,7 +129,7 @@ class HDIMMessage(nn.Module):
         self._start()
 
     def _start(self) -> None:
-        # All layers are drawn for a second time, which no longer has a use, but seeds give the messages that they gave.
+        # All layers are drawn a second time, only so that a seed gives the same weights as in earlier versions.
         reset(*self.children())
         if self.scorer == "bilinear":
             nn.init.xavier_uniform_(self.pair_weight)

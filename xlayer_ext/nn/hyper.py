@@ -26,8 +26,8 @@ from xlayer_ext.types import Form, HyperCoefficients, Reduction, StreamNorm
 
 COEFFICIENTS = get_args(HyperCoefficients)
 NORMS = get_args(StreamNorm)
-START_READ = 0.75  # is what a manifold-constrained sublayer reads of its own stream at first; the others share the rest
-START_KEPT = 0.99  # of a stream stays in it, where manifold-constrained mixing begins
+START_READ = 0.75  # initial pre of a manifold-constrained sublayer's own stream; the others share the rest
+START_KEPT = 0.99  # initial diagonal of the manifold-constrained mixing
 PYPI_EPS = 1e-24  # the PyPI package divides by the larger of a row's norm and 1e-12
 
 
@@ -133,7 +133,7 @@ class HyperConnection(_StreamConnection):
         norm: ``"layer"`` (the paper) or ``"rms"``, with their affine parameters.
         eps: of the norm.
         branch: T; with it, calling the module gives the new streams. Where it returns more than one tensor, the first
-            is y and the others are handed through.
+            is y and the others are passed through.
         packed: streams lie in the batch, ``[(b n), ..., d]``, as in the PyPI package ``hyper-connections``, instead of
             ``[..., n, d]``. Nothing is copied for it.
         device, dtype: of the parameters; the coefficients are computed in float32 at least, whatever it is.

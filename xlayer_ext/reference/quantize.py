@@ -25,7 +25,7 @@ def vq_nearest(x: Tensor, codebook: Tensor, metric: str = "euclidean") -> tuple[
         score = codebook.square().sum(-1).unsqueeze(-2) / 2 - product
     else:
         score = -product * _inverse(codebook.norm(dim=-1)).unsqueeze(-2)
-    # A code that is not finite is never chosen, and a row that is not has no nearest code: 0 stands for it.
+    # A code that is not finite is never chosen, and a row that is not has no nearest code: its index is 0.
     unusable = ~codebook.isfinite().all(-1).unsqueeze(-2) | ~x.isfinite().all(-1).unsqueeze(-1) | score.isnan()
     indices = score.masked_fill(unusable, math.inf).argmin(-1)
     winner = codebook.gather(-2, indices.unsqueeze(-1).expand(x.shape))
@@ -40,7 +40,7 @@ def vq_statistics(x: Tensor, indices: Tensor, codes: int) -> tuple[Tensor, Tenso
     (float64 for float64). Rows whose index is outside of [0, K) count nowhere."""
     wide = torch.promote_types(x.dtype, torch.float32)
     counted = (indices >= 0) & (indices < codes)
-    index = torch.where(counted, indices, codes)  # one code more, for those that do not count
+    index = torch.where(counted, indices, codes)  # one code more, for masked rows
     counts = torch.zeros(*index.shape[:-1], codes + 1, dtype=wide, device=x.device)
     counts = counts.scatter_add(-1, index, counted.to(wide))
     sums = torch.zeros(*index.shape[:-1], codes + 1, x.shape[-1], dtype=wide, device=x.device)

@@ -133,7 +133,7 @@ class Bypass(Attachment):
 
         Returns:
             ``[targets, B, T, d]``: in the stage ``task`` the biases of the layers, in the stage ``reconstruct`` the
-            standardized hidden states that each token's own latent says; and the latents ``[B, T, …]``.
+            standardized hidden states decoded from each token's own latent; and the latents ``[B, T, …]``.
         """
         latents = self.encode(states)
         if mask is not None:

@@ -20,7 +20,7 @@ RECONSTRUCTION = "reconstruction"
 
 
 class BypassReport(System):
-    """Reports on both stages, told apart by the config's ``stage``, and on runs of both."""
+    """Reports on either stage, by the config's ``stage``, and on runs of both."""
 
     def result(self, spec: RunSpec, data: Any, metrics: Mapping[str, Any]) -> Record:
         names = ("loss", "r2", "r2_mean") if stage_of(spec) == "reconstruct" else ("loss", "perplexity")

@@ -91,7 +91,7 @@ class BypassSystem(BypassReport):
     def options(self, preset: str, dataset: str, backbone: str, quick: bool) -> BypassOptions:
         options = BypassOptions()
         if backbone == SENDER or quick:
-            # It is a tenth as wide as the models that the other rates are for.
+            # The small decoder is a tenth as wide as the models that the default rates are chosen for.
             options = dataclasses.replace(options, reconstruct_rate=1e-2, lora_rate=5e-3, max_length=128)
         if quick:
             options = dataclasses.replace(

@@ -72,7 +72,7 @@ def load_adapter(decoder: Any, folder: Path) -> Any:
 def _add_lora(decoder: Any, rank: int, alpha: int) -> Any:
     peft = _peft()
     settings = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear")
-    with warnings.catch_warnings():  # it asks transformers for an attribute under an old name
+    with warnings.catch_warnings():  # peft reads an attribute of transformers under a deprecated name
         warnings.simplefilter("ignore", FutureWarning)
         return peft.get_peft_model(decoder, settings)
 

@@ -1,4 +1,4 @@
-"""Tasks whose answer is a text: one model reads, another must say the answer."""
+"""Tasks whose answer is a text: one model reads, another must generate the answer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ INSTRUCTIONS = {
 
 @dataclass(frozen=True)
 class AnswerExample:
-    """Holds ``text``: what the sender reads; ``answer``: what the receiver must say."""
+    """Holds the sender's input ``text`` and the receiver's expected output ``answer``."""
 
     text: str
     answer: str

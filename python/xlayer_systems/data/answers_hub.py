@@ -12,7 +12,7 @@ from xlayer_systems.errors import UserError
 
 Read = tuple[Rows, Rows, tuple[str, ...] | None]
 LETTERS = ("A", "B", "C", "D", "E")
-# What the data sets call their labels, where that is an abbreviation.
+# Abbreviated labels of the data sets, written out.
 LABEL_WORDS = {
     "Sci/Tech": "Technology",
     "ABBR": "abbreviation",

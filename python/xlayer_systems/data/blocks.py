@@ -27,7 +27,7 @@ class LanguageModelingData:
         corpus: the documents.
         tokenizer: a byte-level Hugging Face tokenizer that keeps the text.
         length: tokens of a block.
-        eval_blocks: use only so many validation blocks, evenly spaced; None: all.
+        eval_blocks: number of validation blocks to use, evenly spaced; None: all.
     """
 
     def __init__(self, corpus: TextCorpus, tokenizer: Any, length: int, eval_blocks: int | None = None) -> None:
@@ -91,7 +91,7 @@ class LanguageModelingData:
 class DecoderData(LanguageModelingData):
     """Blocks in which every document stands between its own first and last special token.
 
-    A receiver hears a message, then its first token, then answers and ends; both tokens must have been learned.
+    A receiver reads a message, then its first token, then answers and ends; both tokens must have been learned.
     """
 
     def _blocks(self, texts: Iterable[str], drop_last: bool) -> Tensor:

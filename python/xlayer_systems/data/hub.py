@@ -67,7 +67,7 @@ def _load(name: str) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # the one line below says what went wrong
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # the error below reports the cause in one line
     path = Path(name)
     if (path.is_absolute() or name.startswith(".")) and not path.exists():
         # Not a name of the hub; `datasets` would look through everything in its first folder.

@@ -1,1 +1,1 @@
-"""Hugging Face models by name, and what every system asks of one: its layers, its weights, its files."""
+"""Hugging Face models by name, and the access of all systems to their layers, weights and files."""

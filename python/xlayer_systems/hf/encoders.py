@@ -92,11 +92,11 @@ def load_quietly(loader: Any, folder: Path, what: str, expected: str) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    getLogger("huggingface_hub").setLevel(ERROR)  # the one line below says what went wrong
+    getLogger("huggingface_hub").setLevel(ERROR)  # the error below reports the cause in one line
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # "newly initialized pooler": the classifier drops the pooler
     try:
-        # Code that comes with a model is not run, and not asked about.
+        # Code that comes with a model is not run, and transformers does not prompt for it.
         return loader.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

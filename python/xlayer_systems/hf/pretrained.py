@@ -115,7 +115,7 @@ def read_own(folder: Path, what: str, weights: str, config: str) -> tuple[dict[s
     try:
         settings = json.loads((folder / config).read_text())
         state = load_file(folder / weights)
-    except Exception as error:  # whatever a broken file makes its reader raise
+    except Exception as error:  # a reader may raise anything for a broken file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"the files in {folder} are damaged: {reason}") from error
     if not isinstance(settings, dict):

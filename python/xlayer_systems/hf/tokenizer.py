@@ -12,7 +12,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, max_length: int, *, k
     """Trains on ``texts`` and returns a `PreTrainedTokenizerFast` that wraps pairs as RoBERTa does.
 
     ``<s> a </s>`` and ``<s> a </s></s> b </s>``; ids 0 to 4 are `SPECIAL_TOKENS` in RoBERTa's order. For an encoder the
-    text is lower-cased: a small vocabulary then goes further, and case says little about what a docstring is about.
+    text is lower-cased: a small vocabulary then covers more, and case matters little for the topic of a docstring.
     With ``keep_text``, for language models, it stays what it is, byte for byte: decoding the tokens gives it back.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers

@@ -124,7 +124,7 @@ class _Kind:
 
     block: type[_HyperBlock]
     final_norm: str
-    parts: frozenset[str]  # of a layer: with any other, its forward would be another too
+    parts: frozenset[str]  # of a layer: one with other parts has another forward
 
 
 _LLAMA = _Kind(_LlamaBlock, "norm", frozenset({"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}))

@@ -24,10 +24,10 @@ def generate(
     Args:
         input_ids: at least one token per row, and no padding.
         max_new_tokens: at least 0.
-        temperature: the logits' divisor; 0 takes the likeliest token every time.
-        top_k: draw from so many of the likeliest tokens only.
+        temperature: divides the logits; 0 always takes the most likely token.
+        top_k: number of most likely tokens to sample from; None: all.
         generator: of the random numbers, on the device of the model.
-        end_id: a row that has made this token goes on with it; where all rows have, generation ends.
+        end_id: fills a row after its first occurrence; generation ends once all rows have it.
 
     Raises:
         ValueError: an argument out of range.

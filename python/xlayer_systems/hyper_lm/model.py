@@ -52,7 +52,7 @@ class Block(nn.Module):
         rotation: Tensor,
         past: KeyValues | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Takes over from the block before, and hands on: streams, branch output, coefficients (None: none before)."""
+        """Maps the previous block's streams, branch output and coefficients (None: no previous block) to its own."""
         first, second = cast(Any, self.attention_connection), cast(Any, self.mlp_connection)
         if branch_output is None:
             x, coefficients = first.pre(streams)

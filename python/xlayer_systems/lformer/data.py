@@ -15,8 +15,8 @@ from xlayer_systems.data.blocks import IGNORED, LanguageModelingData
 from xlayer_systems.data.text import TextCorpus
 from xlayer_systems.data.tools import ToolExample, ToolTask, signed_log
 
-BLOCK_EVERY = 8  # requests of a batch bring one block of text for the language-modelling loss
-DOCUMENTS_EVERY = 4  # of the corpus are cut into blocks: far more than a run reads
+BLOCK_EVERY = 8  # requests of a batch per block of text for the language-modelling loss
+DOCUMENTS_EVERY = 4  # one document in so many is cut into blocks: far more than a run reads
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class LFormerOutput:
         logits_lm: ``[B, S, V]``.
         logits_tools: ``[B, n_tools]``.
         values: ``[B]``, in the units of the targets.
-        plan: ``[B, plan_length]``, the likeliest steps, −100 behind the end.
+        plan: ``[B, plan_length]``, the most likely steps, −100 behind the end.
         states: of the side path, ``[L, B, d_side]``, per token ``[L, B, S, d_side]``; in training the last alone.
     """
 
@@ -239,7 +239,7 @@ class LFormer(Attachment):
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes the own parameters and the configuration into ``directory``, made if missing.
 
-        Of an attached base only the layers that phase B trains are written, and what tells it from another one.
+        Of an attached base only the layers that phase B trains are written, and an identification of the base.
         """
         settings = {"config": asdict(self.config), "base": None if self.owns_base else self.describe_base()}
         save_own(Path(directory), self.own_state(), WEIGHTS_FILE, settings, CONFIG_FILE)
@@ -293,7 +293,7 @@ class LFormer(Attachment):
         return seen, output.logits if logits else None
 
     def _request_states(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Asks the decoder, before it runs, for all its hidden states."""
+        """Makes the decoder return all its hidden states; a hook before its forward."""
         if not (self._reading or self.config.blend_into_lm):
             return None
         self._asked = bool(kwargs.get("output_hidden_states", decoder.config.output_hidden_states))

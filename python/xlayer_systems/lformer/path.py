@@ -142,7 +142,7 @@ class PlanDecoder(nn.Module):
 
     @torch.no_grad()
     def decode(self, state: Tensor) -> Tensor:
-        """Returns the plan ``[B, length]`` that takes the likeliest step every time, −100 behind its end."""
+        """Returns the plan ``[B, length]`` by greedy decoding, −100 behind its end."""
         hidden = state.unsqueeze(0).contiguous()
         step = torch.full((len(state), 1), self.end, device=state.device)
         ended, steps = torch.zeros_like(step, dtype=torch.bool), []

@@ -49,7 +49,7 @@ class LFormerForTraining(TrainingModel):
     def _set_phase(self, phase: str) -> None:
         self.model.set_phase(phase)
         for parameter in self.model.unfrozen():
-            # In phase A too, where no gradient reaches them: DDP asks once, when it is made.
+            # In phase A too, where no gradient reaches them: DDP checks requires_grad once, when it is made.
             parameter.requires_grad_(True)
 
     def forward(

@@ -23,7 +23,7 @@ def train_run(system: System, spec: RunSpec, path: Path, resume: bool = False) -
 
     With ``resume`` an interrupted run goes on from its checkpoint, a finished one only returns its result, and one that
     does not exist yet starts. Every part of a composite run is a run of its own in a folder of ``path``, so an
-    interrupted one goes on inside the part that it was in.
+    interrupted one continues inside the part that it was in.
 
     Raises:
         UserError: the directory exists, or what is in it cannot be resumed; data or model cannot be made.
@@ -71,7 +71,7 @@ def _train(system: System, spec: RunSpec, accelerator: Any, run: RunDirectory, r
         for name, part in specs.items()
     }
     if parts:
-        accelerator = make_accelerator(spec.options)  # the parts have made their own
+        accelerator = make_accelerator(spec.options)  # the parts' runs have replaced this process's accelerator
     if accelerator.is_main_process:
         if trainer is not None:
             result |= system.post_train(spec, data, accelerator.unwrap_model(trainer.model))

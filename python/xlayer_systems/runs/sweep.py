@@ -78,7 +78,7 @@ def parse_seeds(text: str) -> list[int]:
 def run_sweep(system: System, specs: dict[str, list[RunSpec]], out: Path, resume: bool) -> Record:
     """Trains every spec (per variant name, one per seed) and writes results.json, report.md and the plots into ``out``.
 
-    With ``resume`` finished runs are kept and an interrupted one goes on.
+    With ``resume`` finished runs are kept and an interrupted one continues.
     """
     with disk_errors(out):
         if out.exists() and not resume:

@@ -67,7 +67,7 @@ class System(ABC):
     which come after it, or consist of parts alone (`has_own_training`).
 
     Attributes:
-        name: by which the registry and the command line know it.
+        name: its name in the registry and on the command line.
         summary: a line about it, for the command line.
         preset_help, dataset_help, backbone_help: what the command line says about the three names of a run.
         default_preset, default_dataset, default_backbone: what a run has where nothing else is asked for.
@@ -239,7 +239,7 @@ class System(ABC):
         return True
 
     def combine(self, spec: RunSpec, data: Any, parts: Mapping[str, Part], run: RunDirectory, device: Any) -> Record:
-        """Returns what result.json says of the parts. Runs on the main process, after all of them."""
+        """Returns the entries of result.json about the parts. Runs on the main process, after all of them."""
         return {}
 
     def profiled(self, spec: RunSpec) -> RunSpec:
@@ -265,7 +265,7 @@ class System(ABC):
         """Makes the model to train.
 
         Raises:
-            ValueError: the config does not fit backbone or data; the user is told in one line.
+            ValueError: the config does not fit backbone or data; the message is shown in one line.
         """
 
     @abstractmethod
@@ -289,14 +289,14 @@ class System(ABC):
         backbone, folder = self.load_backbone(spec.backbone), path / self.model_folder
         try:
             return self.load(folder, backbone)
-        except Exception as error:  # whatever a broken file makes its reader raise
+        except Exception as error:  # a reader may raise anything for a broken file
             if isinstance(error, UserError | ValueError) and str(folder) in str(error):
                 raise UserError(str(error)) from error
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"cannot load the model in {folder}: {reason}") from error
 
     def post_train(self, spec: RunSpec, data: Any, model: Any) -> Record:
-        """Measures on the main process what result.json says beside the last evaluation, such as baselines."""
+        """Measures, on the main process, entries of result.json beside the last evaluation, such as baselines."""
         return {}
 
     def complete(
@@ -313,7 +313,7 @@ class System(ABC):
 
     @abstractmethod
     def result(self, spec: RunSpec, data: Any, metrics: Mapping[str, Any]) -> Record:
-        """Returns what result.json says of the last evaluation's ``metrics``."""
+        """Returns the entries of result.json about the last evaluation's ``metrics``."""
 
     @abstractmethod
     def format(self, result: Mapping[str, Any]) -> str:

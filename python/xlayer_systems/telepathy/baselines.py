@@ -7,8 +7,8 @@
 ``receiver_text``     the receiver does; ``receiver_text_5shot`` too
 ``text_relay``        the sender summarizes in words, the receiver answers from those; ``text_relay_5shot``: behind
                       five solved examples, whose texts are summaries of the sender's as well
-``…_ranked``           the likeliest label instead of what is said, for the three 0-shot ones; closed answers only
-``prompt_tuning``     learned soft tokens, as many as the bridge's and trained as long, which know no text
+``…_ranked``          the most likely label, nothing generated, for the three 0-shot ones; closed answers only
+``prompt_tuning``     learned soft tokens, as many as the bridge's and trained as long, the same for every text
 ``prompt_tuning_text``  the same before the text itself
 ``linear_probe``      logistic regression on the sender's states at the bridge's layer; closed answers only
 ``noise``             the bridge's soft tokens replaced by Gaussian noise of the same root mean square
@@ -233,7 +233,7 @@ class _Run:
         )
 
     def _answers(self, soft: Callable[[int], Tensor], prompts: Sequence[Sequence[int]] | None) -> list[str]:
-        """Returns what the receiver says to ``soft(rows)``, batch by batch."""
+        """Generates the receiver's answers to ``soft(rows)``, batch by batch."""
         said: list[str] = []
         for first in range(0, len(self.examples), BATCH):
             count = min(BATCH, len(self.examples) - first)

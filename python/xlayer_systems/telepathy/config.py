@@ -63,7 +63,7 @@ class TelepathyConfig:
     target: Literal["answer", "question_answer"] = option(
         "answer", "what the receiver must generate: the answer, or the text and then the answer"
     )
-    first_k: int | None = option(None, "so many tokens of the target, the first, weigh first_weight", minimum=1)
+    first_k: int | None = option(None, "number of first tokens of the target that weigh first_weight", minimum=1)
     first_weight: float = option(1.0, "their weight in the language-modelling loss", minimum=0)
     codebook_size: int = option(512, "codes of the vector quantizer", minimum=1)
     metric: Literal["euclidean", "cosine"] = option("cosine", "distance of the vector quantizer")

@@ -42,8 +42,8 @@ class TelepathyData:
         task: the examples.
         sender_tokenizer, receiver_tokenizer: of the two models.
         max_length: tokens of a text; longer ones are cut.
-        target: ``answer``, or ``question_answer``: the receiver says the text first.
-        eval_examples: evaluate on so many validation examples, evenly spaced; None: on all.
+        target: ``answer``, or ``question_answer``: the receiver generates the text first.
+        eval_examples: number of validation examples to evaluate on, evenly spaced; None: all.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class TelepathyData:
         return [len(example.input_ids) for example in self.train]
 
     def keep_states(self, encode: Callable[[Tensor, Tensor], Tensor], layer: int) -> None:
-        """Asks the sender once for the states of every text: it is frozen, and a run reads each text many times.
+        """Computes the frozen sender's states of every text once, as a run reads each text many times.
 
         Args:
             encode: from input_ids and attention_mask ``[B, T]`` to states ``[B, T, d]``.

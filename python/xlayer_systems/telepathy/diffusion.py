@@ -21,7 +21,7 @@ from xlayer_systems.telepathy.resampler import Attention, check_states, feed_for
 
 CONDITIONINGS = ("pooled", "cross", "hybrid")
 INIT_DEVIATION = 0.02  # of positions and of the query that pools
-MAX_STEPS = 1000  # of sampling: the embedding of times tells no more apart
+MAX_STEPS = 1000  # of sampling: the embedding of times resolves no more
 
 
 class DiffusionBridge(nn.Module):
@@ -35,7 +35,7 @@ class DiffusionBridge(nn.Module):
         depth: number of DiT blocks.
         heads: of every attention; must divide ``dim``.
         conditioning: ``"pooled"``: the mean state joins the timestep in every block's AdaLN; ``"cross"``: blocks attend
-            to all states, AdaLN knows the timestep alone; ``"hybrid"``: both, the states pooled by a learned query.
+            to all states, AdaLN gets the timestep alone; ``"hybrid"``: both, the states pooled by a learned query.
         target_scale: what targets are divided by, about their root mean square, so that noise of 1 fits them.
     """
 

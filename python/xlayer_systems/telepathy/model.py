@@ -146,7 +146,7 @@ class TelepathyModel(TrainingModel):
         return output
 
     def answer(self, soft: Tensor) -> list[str]:
-        """Returns what the receiver says to messages ``[B, K, d]``."""
+        """Generates the receiver's answers to messages ``[B, K, d]``."""
         given = self.receiver_input(soft, None)
         return generate_answers(self.receiver, self.pair.receiver_tokenizer, given, self.max_new_tokens)
 
@@ -170,7 +170,7 @@ class TelepathyModel(TrainingModel):
 
         Args:
             input_ids, attention_mask: ``[B, T]``, the text for the sender.
-            target_ids: ``[B, A]``, what the receiver must say, −100 behind its end.
+            target_ids: ``[B, A]``, the receiver's expected output, −100 behind its end.
             answer_ids: ``[B, C]`` and
             question_ids: ``[B, Q]``, answer and text in the receiver's tokens, −100 behind their end.
             example: of no use here; numbers of the examples, for scoring.

@@ -64,7 +64,7 @@ def fit_probe(pooled: Pooled, labels: Sequence[int], classes: int, seed: int) ->
         center, scale = _moments(features[rest])
         x = _standard(features, center, scale)
         weight = None
-        for penalty in reversed(PENALTIES):  # from the strongest on, each from the solution before
+        for penalty in reversed(PENALTIES):  # from the strongest penalty down, each started at the solution before
             weight = _fit(x[rest], target[rest], classes, penalty, weight)
             accuracy = ((x[held] @ weight).argmax(1) == target[held]).double().mean().item()
             if best is None or accuracy > best[0]:

@@ -42,7 +42,7 @@ def tune_prompt(
     seed: int,
     progress: Callable[[int, float], None] | None = None,
 ) -> Tensor:
-    """Learns ``soft_tokens`` vectors that make the frozen ``receiver`` say ``answers``, without or behind ``prompts``.
+    """Learns ``soft_tokens`` vectors that make the frozen ``receiver`` generate ``answers``, after ``prompts`` if any.
 
     They begin as embeddings of tokens drawn from the vocabulary, as the paper found best after class labels.
 

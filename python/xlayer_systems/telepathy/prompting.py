@@ -15,7 +15,7 @@ import torch
 from xlayer_systems.data.answers import AnswerExample, AnswerTask
 
 CONTEXT = 384  # tokens of a few-shot prompt
-SHORTEST = 12  # tokens that are left of a text, however many share the context
+SHORTEST = 12  # tokens that a text keeps at least, however many texts share the context
 OPEN_ANSWER_TOKENS = 16
 EXTRA_TOKENS = 2  # a space that is a token of its own, and the end
 
@@ -89,9 +89,9 @@ def summary_prompts(tokenizer: Any, texts: Sequence[str], max_length: int) -> li
 def rank_labels(
     model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], labels: Sequence[str], batch_size: int
 ) -> list[str]:
-    """Returns the label that ``model`` finds likeliest after each prompt, by the mean log-probability of its tokens.
+    """Returns the most likely label after each prompt under ``model``, by the mean log-probability of its tokens.
 
-    What a model knows and cannot say: a small one hardly ever answers in the words that it is asked for.
+    This scores labels without generating them: a small model hardly ever answers in the requested words.
     """
     tails = [encode(tokenizer, f" {label}") for label in labels]
     longest = max(map(len, tails))

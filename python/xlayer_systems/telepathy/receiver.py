@@ -48,7 +48,7 @@ def receiver_input(
         tokenizer: its tokenizer, with ids of BOS, EOS and padding.
         soft_tokens: ``[B, K, d]`` with d the receiver's width, or None where it only reads text.
         primer: text before the soft tokens; "" for none.
-        answers: token ids that it has to say, without EOS; None to let it say them (`generate_answers`).
+        answers: token ids that it has to generate, without EOS; None for generation (`generate_answers`).
         prompts: token ids of texts that it reads behind the soft tokens.
 
     Returns:
@@ -56,7 +56,7 @@ def receiver_input(
         and on the right where answers do.
 
     Raises:
-        ValueError: neither soft tokens nor prompts or answers say how many rows there are, or they disagree in it.
+        ValueError: soft tokens, prompts and answers are all absent, or differ in their number of rows.
     """
     counts = {len(rows) for rows in (soft_tokens, answers, prompts) if rows is not None}
     if len(counts) != 1:
@@ -86,7 +86,7 @@ def receiver_logits(receiver: Any, given: ReceiverInput, last: int = 0) -> Tenso
     """Computes the logits ``[B, T, V]`` of the receiver for its input, at the positions that generation would give the
     tokens.
 
-    With ``last``, those of the last so many tokens only: a vocabulary is wide, and answers are short.
+    With ``last``, the logits of the ``last`` tokens only: a vocabulary is wide, and answers are short.
     """
     positions = (given.attention_mask.cumsum(1) - 1).clamp(min=0)
     output = receiver(
@@ -102,7 +102,7 @@ def receiver_logits(receiver: Any, given: ReceiverInput, last: int = 0) -> Tenso
 
 @torch.no_grad()
 def generate_answers(receiver: Any, tokenizer: Any, given: ReceiverInput, max_new_tokens: int) -> list[str]:
-    """Returns what the receiver says, greedily, up to EOS or ``max_new_tokens`` tokens."""
+    """Generates the receiver's answers greedily, up to EOS or ``max_new_tokens`` tokens."""
     if given.labels is not None:
         raise ValueError("generation takes an input that ends in BOS, got one with answers")
     tokens = receiver.generate(

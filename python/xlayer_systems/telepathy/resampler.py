@@ -204,7 +204,7 @@ class Attention(nn.Module):
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.query(query), key, value))
         allowed = None
         if mask is not None:
-            # Rows without anything to read attend to everything, which is then thrown away: no NaN on the way back.
+            # Rows without an unmasked state attend to all, and their result is dropped: no NaN in the backward.
             reads = mask.any(1)
             allowed = (mask | ~reads.unsqueeze(1))[:, None, None, :]
         context = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)

@@ -34,7 +34,7 @@ from xlayer_systems.errors import UserError
 
 Record = dict[str, Any]
 Upgrade = Callable[[Mapping[str, Any]], Mapping[str, Any]]
-# What a disk or a path can do to a program that is right.
+# Errors of disks and paths, which are not errors of the program.
 DISK_ERRORS = (
     errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EIO, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG,
     errno.ENOENT, errno.ENOSPC, errno.ENOTDIR, errno.ENOTEMPTY, errno.EPERM, errno.EROFS, errno.ESTALE,
@@ -267,7 +267,7 @@ class RunDirectory:
             tensorboard.close()
 
     def close(self) -> None:
-        """Closes the event file and lets go of the lock."""
+        """Closes the event file and releases the lock."""
         locked, self._locked = self._locked, None
         if locked is not None:
             locked.close()

@@ -37,7 +37,7 @@ def option(
         help: one line about it.
         minimum, maximum: bounds that the value may reach.
         above, below: bounds that it may not reach.
-        choices: values of a string; a ``Literal`` annotation says the same.
+        choices: values of a string, as a ``Literal`` annotation has them.
     """
     bounds = {"minimum": minimum, "maximum": maximum, "above": above, "below": below}
     metadata: dict[str, Any] = {name: bound for name, bound in bounds.items() if bound is not None}
@@ -178,7 +178,7 @@ class LoopOptions:
     """
 
     epochs: int = option(3, "passes over the training set", minimum=0)
-    max_steps: int | None = option(None, "end after so many optimizer steps, if that comes first", minimum=1)
+    max_steps: int | None = option(None, "number of optimizer steps to end after, if that comes first", minimum=1)
     batch_size: int = option(
         8,
         "examples per optimizer step, over all processes and accumulation steps together, so that a run means the same "
@@ -208,7 +208,7 @@ class LoopOptions:
     )
     tensorboard: bool = option(True, "write event files for TensorBoard")
 
-    unused_parameters: ClassVar[bool] = False  # whether steps may leave parameters without a gradient; DDP must know
+    unused_parameters: ClassVar[bool] = False  # whether steps may leave parameters without a gradient, for DDP
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -24,7 +24,7 @@ _opener: Opener | None = None
 
 
 def region(name: str) -> AbstractContextManager[Any]:
-    """Opens a region ``name`` for ``with``, which the profiler shows that listens, if one does."""
+    """Opens a region ``name`` for ``with``, which a profiler records if one is attached."""
     return _NOTHING if _opener is None else _opener(name)
 
 

@@ -111,7 +111,7 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                # Ignored, as SIGINT is by background jobs, it stays so; None is a handler that is not Python's.
+                # An ignored signal, as SIGINT in background jobs, stays so; None is a handler that is not Python's.
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
                     self._before[number] = signal.signal(number, self._note)
         return self
@@ -274,7 +274,7 @@ class Trainer:
         self._save_checkpoint()
 
     def _stop_signal(self) -> int | None:
-        """Returns the signal that asks to stop now: processes that train together agree on it whenever they log."""
+        """Returns the signal to stop for now; processes that train together agree on it whenever they log."""
         return self._agreed_signal if self.accelerator.num_processes > 1 else self.signals.caught
 
     def _end_if_asked(self) -> None:
@@ -326,7 +326,7 @@ class Trainer:
         return torch.stack(losses).mean()
 
     def _log_window(self, window: list[Tensor]) -> None:
-        # Every process adds the signal that it saw: then all learn of it here, where they meet anyway.
+        # This reduction carries any process's signal to all of them, where they synchronize anyway.
         asked = torch.tensor(float(self.signals.caught or 0), dtype=torch.float64, device=self.accelerator.device)
         *losses, asked_by_any = self.accelerator.reduce(torch.stack([*window, asked]), "mean").tolist()
         if asked_by_any:

@@ -276,7 +276,7 @@ def _target_layers(num_layers: int, config: XLRBConfig) -> tuple[int, ...]:
 
 
 def _strip(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Keeps the bridge's keyword argument from the attention function, which would not know it."""
+    """Removes the bridge's keyword argument, which the attention function does not take."""
     return args, {name: value for name, value in kwargs.items() if name != _KEY}
 
 

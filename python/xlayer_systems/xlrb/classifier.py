@@ -226,6 +226,6 @@ def _check_same_config(saved: XLRBConfig | None, wanted: XLRBConfig | None) -> N
     if wanted is None or wanted == saved:
         return
     if saved is None:
-        raise ValueError("the checkpoint is of a plain encoder without a bridge, another config was asked for")
+        raise ValueError("the checkpoint holds an encoder without an XLRB bridge; leave config out to load it")
     listed = ", ".join(f"{name}={old!r} (asked for {new!r})" for name, (old, new) in saved.differences(wanted).items())
     raise ValueError(f"the checkpoint has another XLRB config: {listed}")
