@@ -120,7 +120,7 @@ def _beyond_kernels() -> str | None:
 
 
 def use_native(op: str, *tensors: Tensor, beyond: str | None = None) -> bool:
-    """Whether ``torch.ops.xlayer.<op>`` should serve these tensors; not if they are ``beyond`` what it can, in words.
+    """Whether ``torch.ops.xlayer.<op>`` should serve these tensors; not if they are ``beyond`` its support, in words.
 
     Raises:
         RuntimeError: the backend ``native`` was asked for by name and cannot serve them.

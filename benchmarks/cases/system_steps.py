@@ -70,7 +70,7 @@ ANSWER = 16  # tokens of the receiver's answer
 
 
 class Part(NamedTuple):
-    """Matrices of so many elements, and the rows that meet them in each of the passes."""
+    """Matrices by their number of elements, and the rows that they are multiplied with in each of the passes."""
 
     elements: int
     rows: int

@@ -250,7 +250,7 @@ def compare(
     cold: bool | None = None,
     seed: int = 0,
 ) -> dict[str, Timing]:
-    """Times several implementations of one thing in turns, so that a slow minute of the machine hits all of them.
+    """Times several implementations of one thing in turns, so that a slow minute of the machine affects all of them.
 
     Each round gives every implementation one turn, in a fresh random order; a turn repeats a short call until it fills
     `turn_seconds`, so that what its neighbour left in the caches does not decide. Rounds run for `seconds`, and for

@@ -18,7 +18,7 @@ LIMIT_HEAD = "of the limit"
 
 
 class Rows:
-    """The rows of one device; where several tell of the same thing, the last one counts."""
+    """The rows of one device; of several rows of the same case, the last one counts."""
 
     def __init__(self, device: str = "") -> None:
         self.all = measure.read_rows(text.RESULTS / f"{device or text.CPU}.jsonl")

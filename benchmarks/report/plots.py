@@ -58,7 +58,7 @@ def kernels(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def draw(folder: Path, rows: Sequence[Row], found: Mapping[str, Any]) -> dict[str, str]:
-    """Writes what there is data for; returns what each file shows, by name."""
+    """Writes the plots that there is data for; returns their titles by file name."""
     pictures: dict[str, str] = {}
 
     def add(name: str, shows: str, plot: Callable[[Any], None], size: Pair) -> None:

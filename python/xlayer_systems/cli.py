@@ -219,7 +219,7 @@ def evaluate(
     top_k: Annotated[int | None, typer.Option(help="With --prompt: sample from the k most likely tokens.")] = None,
     seed: Annotated[int, typer.Option(help="With --prompt: of the draws.")] = 0,
 ) -> None:
-    """Evaluate the model of a finished run on the whole validation set, or let a language model write.
+    """Evaluate the model of a finished run on the whole validation set, or let a language model continue a prompt.
 
     Examples:
 
@@ -433,7 +433,7 @@ def _with_systems(command: Callable[..., None], systems: Mapping[str, Any]) -> C
 
 
 def _flag_parameters(systems: Mapping[str, Any]) -> list[inspect.Parameter]:
-    """Returns a parameter for every flag of a system, with the help of the option that it stands for."""
+    """Returns a parameter for every flag of a system, with the help of the option that it sets."""
     found: dict[str, list[str]] = {}
     for name, system in systems.items():
         sections = system.schema()["properties"]
@@ -484,7 +484,7 @@ def _fail(error: CommandError) -> NoReturn:
 def _run_of(
     command: Mapping[str, Any], flags: Mapping[str, str | None], overrides: dict[str, str], file: Path | None
 ) -> tuple[Any, RunSpec, dict[str, Any]]:
-    """Returns the system, the run, and what was given for it, by the command line and the run file together."""
+    """Returns the system, the run, and the merged values of the command line and the run file."""
     from xlayer_systems.registry import get_system
     from xlayer_systems.runs.run_file import NAMES, SECTIONS, as_text, check_run_file, chosen_values, read_run_file
 
@@ -543,7 +543,7 @@ def _field_names(*settings: Any) -> set[str]:
 
 
 def _own_flags(system: Any, flags: Mapping[str, str | None]) -> dict[str, str]:
-    """Returns the overrides that the flags of systems stand for; those of another system are refused."""
+    """Returns the overrides that the flags of systems set; flags of another system are refused."""
     known = {name.replace("-", "_"): key for name, key in system.flags.items()}
     given = {name: value for name, value in flags.items() if value is not None}
     for name in given:

@@ -1,4 +1,4 @@
-"""The exceptions that a user of the command line is meant to see: one line each, and an exit code."""
+"""Exceptions that end a command with one line and an exit code."""
 
 
 class CommandError(Exception):

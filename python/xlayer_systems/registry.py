@@ -36,7 +36,7 @@ def get_system(name: str) -> System:
 
 
 def open_run(path: Path) -> tuple[System, RunSpec]:
-    """Reads which system ran in the run directory ``path``, and what was run.
+    """Returns the system and the spec of the run in the directory ``path``.
 
     Raises:
         UserError: ``path`` is no run directory, or one that this version cannot read.

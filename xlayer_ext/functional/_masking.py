@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class MaskedInputs(NamedTuple):
-    """Inputs that are safe to multiply by zero weights, and what has to be put back afterwards."""
+    """Inputs that are safe to multiply by zero weights, and the elements to restore afterwards."""
 
     query: Tensor  # [B, Sq, D]
     key: Tensor  # [B, Sk, D]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class MaskedInputs(NamedTuple):
-    """Inputs that are safe to multiply with zero weights, and what has to be put back afterwards."""
+    """Inputs that are safe to multiply with zero weights, and the elements to restore afterwards."""
 
     query: Tensor
     key: Tensor

@@ -206,7 +206,7 @@ class Bypass(Attachment):
     # ---- inside the model --------------------------------------------------------------------------------------------
 
     def _before_model(self, stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Runs the unmodified model, and keeps the biases that its latents give for the pass that comes now."""
+        """Runs the unmodified model, and keeps the biases of its latents for the pass that follows."""
         if not self.injects:
             return None
         if stack.training and any(getattr(m, "gradient_checkpointing", False) for m in stack.modules()):
@@ -222,7 +222,7 @@ class Bypass(Attachment):
         return (), inputs
 
     def _companion(self, inputs: dict[str, Any]) -> Companion | None:
-        """Returns what belongs to the cache among the inputs; where the model would make one, it is made here."""
+        """Returns the companion of the cache among the inputs; makes the cache where the model would."""
         settings, wanted = self._stack[0].config, inputs.get("use_cache")
         if wanted is None:
             wanted = getattr(settings, "use_cache", False)
@@ -264,7 +264,7 @@ class Bypass(Attachment):
     # ---- files -------------------------------------------------------------------------------------------------------
 
     def remove(self) -> None:
-        """Takes the hooks off: the model is then what it was (and still frozen)."""
+        """Removes the hooks: the model then computes what it did before (and stays frozen)."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -313,7 +313,7 @@ class Bypass(Attachment):
 
 
 def attach(model: Any, config: BypassConfig | str | None = None, **options: Any) -> Bypass:
-    """Gives a Hugging Face model a bypass, in place, by hooks; the model is frozen.
+    """Attaches a bypass to a Hugging Face model in place, by hooks; the model is frozen.
 
     In the stage ``task`` (and ``both``, the default) every forward pass of the model runs with biases, and so does
     ``generate``, beam search and padding included. In the stage ``reconstruct`` the model computes what it did, and the

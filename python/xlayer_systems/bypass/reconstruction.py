@@ -95,7 +95,7 @@ class ReconstructionData:
 
 
 def spread(blocks: Sequence[Tensor], tokens: int) -> list[Tensor]:
-    """Returns evenly spaced blocks with about so many tokens together, whatever the seed."""
+    """Returns evenly spaced blocks of about that many tokens in total, the same for every seed."""
     count = min(len(blocks), max(1, tokens // (len(blocks[0]) - 1)))
     return [blocks[index * len(blocks) // count] for index in range(count)]
 

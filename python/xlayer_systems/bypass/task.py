@@ -39,7 +39,7 @@ class BypassLanguageModel(FrozenModel):
         return output
 
     def usage(self, reset: bool = True) -> Record:
-        """Returns how strong the projectors are: root mean square of their elements, per layer with a bias."""
+        """Returns the root mean square of each projector's elements, per layer with a bias."""
         rms = self.bypass.projectors.detach().float().square().mean((1, 2)).sqrt().tolist()
         return {"projectors": dict(zip(map(str, self.bypass.targets), rms, strict=True))}
 

@@ -61,7 +61,7 @@ class AnswerTask:
         return sum(self.is_correct(answer, example.answer) for example in self.validation), len(self.validation)
 
     def parse(self, generated: str) -> str | None:
-        """Returns the answer that a generated text gives; None where it gives none.
+        """Returns the answer in a generated text, or None.
 
         One of ``labels``: the longest that the text begins with as whole words, in any case, after white space, quotes
         and opening brackets. A number: the last one in the text, without the commas between thousands.

@@ -50,7 +50,7 @@ class LanguageModelingData:
         return [self.length] * len(self.train)
 
     def collate(self, examples: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Returns ``input_ids`` and ``labels`` ``[B, S]``, int64: every label is the token after the one above it."""
+        """Returns ``input_ids`` and ``labels`` ``[B, S]``, int64: every label is the token that follows."""
         blocks = torch.stack(list(examples)).long()
         labels = blocks[:, 1:]
         inputs = blocks[:, :-1]
@@ -89,7 +89,7 @@ class LanguageModelingData:
 
 
 class DecoderData(LanguageModelingData):
-    """Blocks in which every document stands between its own first and last special token.
+    """Blocks of documents, each enclosed by its own first and last special token.
 
     A receiver reads a message, then its first token, then answers and ends; both tokens must have been learned.
     """

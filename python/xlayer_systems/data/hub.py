@@ -53,7 +53,7 @@ def load_named(name: str) -> TextTask:
 
 
 def load_splits(name: str) -> tuple[Any, Any, str]:
-    """Returns training rows, validation rows, and what the split of the latter is called."""
+    """Returns training rows, validation rows, and the name of the split of the latter."""
     splits = _load(name)
     if "train" not in splits:
         raise UserError(f"data set {name!r}: expected a split named train, found {', '.join(splits)}")

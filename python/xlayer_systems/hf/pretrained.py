@@ -66,7 +66,7 @@ def resolve_config(
 
 
 def read_config(kind: type[Config], values: Mapping[str, Any], folder: Path) -> Config:
-    """Makes a config dataclass of what a file in ``folder`` says.
+    """Makes a config dataclass from a file in ``folder``.
 
     Raises:
         ValueError: the file has options that this version does not know, or values out of range.

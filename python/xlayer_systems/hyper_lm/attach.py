@@ -165,7 +165,7 @@ class HyperAttachment(Attachment):
         self._hook: Any = getattr(decoder, kind.final_norm).register_forward_pre_hook(_merge_streams)
 
     def remove(self) -> None:
-        """Gives the decoder its residual connections back: it then computes exactly what it did before.
+        """Restores the decoder's residual connections: it then computes exactly what it did before.
 
         Raises:
             RuntimeError: something else, such as FSDP2, has changed the layers since.

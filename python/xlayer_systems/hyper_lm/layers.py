@@ -37,7 +37,7 @@ class Attention(nn.Module):
         self.output = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, rotation: Tensor, past: KeyValues | None = None) -> Tensor:
-        """Computes the output ``[B, S, d]`` for ``x``; ``past`` holds what came before, and grows."""
+        """Computes the output ``[B, S, d]`` for ``x``; ``past`` holds earlier keys and values, and grows."""
         queries_keys, values = self.input(x).unflatten(-1, (3, self.heads, self.head_size)).split([2, 1], dim=2)
         queries, keys = rotate(queries_keys, rotation).transpose(1, 3).unbind(2)  # [B, heads, S, head_size]
         values = values.squeeze(2).transpose(1, 2)
@@ -80,7 +80,7 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
 
 def _cached_mask(new: int, past: int, device: torch.device) -> Tensor | None:
-    """Returns which of ``past + new`` keys each of ``new`` queries may read; None where a flag says the same."""
+    """Returns which of ``past + new`` keys each of ``new`` queries may read; None where a flag of SDPA suffices."""
     if new == 1 or past == 0:
         return None
     return torch.ones(new, past + new, dtype=torch.bool, device=device).tril(past)

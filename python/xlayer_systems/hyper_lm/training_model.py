@@ -65,7 +65,7 @@ class LanguageModel(TrainingModel):
 
 
 class SublayerInputs:
-    """Cosines of what adjacent sublayers read, summed on the device over all tokens that pass while it watches."""
+    """Cosines of what adjacent sublayers read, summed on the device over all tokens while recording is on."""
 
     def __init__(self, model: HyperTransformer) -> None:
         self.active = False
@@ -84,7 +84,7 @@ class SublayerInputs:
         self.last: Tensor | None = None
 
     def watch(self, active: bool) -> SublayerInputs:
-        """Watches, or does not, until the end of a ``with`` block."""
+        """Turns recording on or off until the end of a ``with`` block."""
         self.active = active
         return self
 

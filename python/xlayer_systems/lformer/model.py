@@ -149,7 +149,7 @@ class LFormer(Attachment):
         return self.train(self.training)
 
     def train(self, mode: bool = True) -> LFormer:
-        """Sets the mode as of every module, but a frozen base stays in evaluation mode."""
+        """Sets the mode as every module does, except that a frozen base stays in evaluation mode."""
         super().train(mode)
         if self.phase == "a":
             self.base.eval()
@@ -203,7 +203,7 @@ class LFormer(Attachment):
         return output
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns the base's ``generate``, with the state blended in where the config says so."""
+        """Returns the base's ``generate``, with the state blended in if ``blend_into_lm`` is set."""
         return self.base.generate(*args, **kwargs)
 
     def remove(self) -> Any:
@@ -230,7 +230,7 @@ class LFormer(Attachment):
         return {name: tensor for name, tensor in state.items() if not name.startswith("base.") or name in names}
 
     def describe_base(self) -> dict[str, Any]:
-        """Returns what tells an attached base from another: kind, sizes, and a hash over its frozen parameters."""
+        """Identifies an attached base: kind, sizes, and a hash over its frozen parameters."""
         trained = {id(parameter) for parameter in self.unfrozen()}
         frozen = [(name, p) for name, p in self.base.named_parameters() if id(p) not in trained]
         sizes = describe_model(SimpleNamespace(config=self.base.config.get_text_config()), (*DESCRIBED, "vocab_size"))
@@ -364,7 +364,7 @@ class _Seen:
 
 
 def attach(model: Any, config: ModelConfig | str | None = None, **options: Any) -> LFormer:
-    """Gives a Hugging Face causal language model a side path and heads, in place; it starts frozen (phase ``a``).
+    """Attaches a side path and heads to a Hugging Face causal language model in place; it starts frozen (phase ``a``).
 
     With ``blend_into_lm`` the model itself, its ``generate`` too, then sees the state; as the gate starts at 0, its
     logits are at first what they were. Attach before DDP, FSDP2 or ``torch.compile``.

@@ -70,7 +70,7 @@ def make_aggregator(config: ModelConfig, layers: int) -> Aggregator:
 
 
 def make_path(config: ModelConfig, layers: int, d_model: int) -> SidePath | HeadOnlyPath:
-    """Returns the side path, or what stands in for it in ``head_only``."""
+    """Returns the side path, or its replacement in ``head_only``."""
     kind = HeadOnlyPath if config.aggregator == "head_only" else SidePath
     return kind(config, layers, d_model)
 

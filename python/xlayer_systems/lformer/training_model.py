@@ -86,7 +86,7 @@ class LFormerForTraining(TrainingModel):
 
     @property
     def reads_blocks(self) -> bool:
-        """Tells whether the language-modelling loss can teach anything in this phase."""
+        """Tells whether the language-modelling loss reaches a trained parameter in this phase."""
         config = self.model.config
         taught = config.blend_into_lm or (self.model.phase == "b" and config.last_k_unfreeze > 0)
         return taught and config.lambda_lm > 0

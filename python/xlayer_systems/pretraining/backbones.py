@@ -25,7 +25,7 @@ def save_backbone(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def write_recipe(spec: RunSpec, data: Any, result: Mapping[str, Any], folder: Path) -> None:
-    """Writes beside a backbone what it was trained by, where, and what came of it."""
+    """Writes the run, the environment and the result of a pretraining beside its backbone."""
     recipe = {"run": spec.to_dict(), "environment": environment(data.fingerprint), "result": dict(result)}
     (folder / RECIPE_FILE).write_text(json.dumps(recipe, indent=2) + "\n")
 

@@ -33,7 +33,7 @@ class Capture(Protocol):
         """Ends a step that does not count; the step after the last of them does."""
 
     def open(self, name: str) -> AbstractContextManager[Any]:
-        """Returns a region that it will show."""
+        """Returns a region that it records."""
 
 
 class TorchCapture:

@@ -61,7 +61,7 @@ def _missing(tool: str) -> str | None:
 def profile_run(
     system: System, spec: RunSpec, path: Path, *, steps: int = 5, warmup: int = 3, tool: str = AUTO
 ) -> list[str]:
-    """Profiles ``steps`` steps of ``spec`` and an evaluation into a new run directory; the lines of the summary."""
+    """Profiles ``steps`` steps of ``spec`` and an evaluation into a new run directory; returns the summary's lines."""
     for name, count in (("steps", steps), ("warmup", warmup)):
         if count < 1:
             raise UserError(f"{name} must be at least 1, got {count}")

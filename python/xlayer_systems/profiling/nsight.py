@@ -54,7 +54,7 @@ def ncu_commands(run: Path, warmup: int) -> list[Command]:
 
 
 def profile(tools: Sequence[str], run: Path, steps: int, warmup: int) -> tuple[Summary, list[Command]]:
-    """Runs the tools one after the other; what they found as one summary, and the commands."""
+    """Runs the tools one after the other; returns their findings as one summary, and the commands."""
     commands: list[Command] = []
     summary: Summary | None = None
     launches: list[Launch] = []

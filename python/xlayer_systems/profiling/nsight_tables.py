@@ -16,7 +16,7 @@ class Launch:
     metrics: dict[str, float]
 
     def largest(self, pattern: str) -> float | None:
-        """Names of metrics differ between GPUs and versions: the largest of those that ``pattern`` matches."""
+        """Returns the largest metric that ``pattern`` matches: names differ between GPUs and versions."""
         return max((value for name, value in self.metrics.items() if re.match(pattern, name)), default=None)
 
 

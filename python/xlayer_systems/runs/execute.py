@@ -110,7 +110,7 @@ def complete_text(
     top_k: int | None = None,
     seed: int = 0,
 ) -> str:
-    """Returns ``prompt`` with what the language model of the finished run in ``path`` continues it with."""
+    """Returns ``prompt`` with its continuation by the language model of the finished run in ``path``."""
     check_seed(seed)
     _check_finished(path)
     model = system.load_trained(spec, path)

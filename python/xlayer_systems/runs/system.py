@@ -243,7 +243,7 @@ class System(ABC):
         return {}
 
     def profiled(self, spec: RunSpec) -> RunSpec:
-        """Returns the run with training of its own that stands for ``spec`` in a profile."""
+        """Returns the run with training of its own that a profile of ``spec`` measures."""
         return spec
 
     # ---- training ----------------------------------------------------------------------------------------------------
@@ -324,7 +324,7 @@ class System(ABC):
         """Draws the plots of a run into its folder plots and returns the lines of its report below the title."""
 
     def plot_usage(self, evaluations: Records, path: Path) -> bool:
-        """Draws what the added modules did in each evaluation; returns False where there is nothing to draw."""
+        """Draws the usage of the added modules in each evaluation; returns False where there is none."""
         return False
 
     def summarize(self, results: Mapping[str, list[Record]], records: Mapping[str, Sequence[Records]]) -> Record:

@@ -87,7 +87,7 @@ Result = tuple[Sequence[str], dict[str, Any]]  # a text per example, and notes f
 
 
 class _Run:
-    """Runs the baselines of one task and pair; what two of them need is made once."""
+    """Runs the baselines of one task and pair; shared parts are computed once."""
 
     def __init__(
         self,
@@ -152,7 +152,7 @@ class _Run:
         return rank_labels(*reader, prompts, self.task.labels, BATCH), {}
 
     def summaries(self) -> tuple[list[str], list[str]]:
-        """Returns the sender's, of the texts that are read and of the solved examples."""
+        """Returns the sender's summaries of the texts that are read and of the solved examples."""
         if self._summaries is None:
             texts = [*self.read_texts, *(shot.text for shot in self.shots)]
             prompts = summary_prompts(self.sender[1], texts, self.options.max_length)

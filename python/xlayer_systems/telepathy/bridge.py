@@ -100,7 +100,7 @@ class TelepathyBridge(nn.Module):
 
     @property
     def samples(self) -> bool:
-        """Tells whether training makes soft tokens: a diffusion transformer alone can do without."""
+        """Tells whether training samples soft tokens: a diffusion transformer alone can train without them."""
         config = self.config
         others = (
             config.lm, config.anchor, config.info_nce, config.reconstruction, config.bag_of_words,
@@ -139,7 +139,7 @@ class TelepathyBridge(nn.Module):
             self.normalizer.calibrate(batches, target_embeddings)
 
     def save_pretrained(self, folder: Path, pair: Mapping[str, Any]) -> None:
-        """Writes the bridge alone, beside which models it is for: ``pair`` of `describe_pair`."""
+        """Writes the bridge alone, and the description ``pair`` of its models."""
         description = {
             "config": self.config.to_dict(),
             "dimensions": self.dimensions._asdict(),
@@ -171,7 +171,7 @@ class TelepathyBridge(nn.Module):
 
 
 def start_as_messages(resampler: PerceiverResampler) -> None:
-    """Lets the first messages depend on the texts.
+    """Initializes the resampler so that the first messages depend on the texts.
 
     Normalized states are as small as the receiver's embeddings, so a usual bias is as large as what it is added to, and
     projections that keep a third of the variance leave little of the source beside the queries: messages then start

@@ -138,7 +138,7 @@ class TelepathyData:
         return metrics
 
     def said(self, text: str) -> str:
-        """Returns the answer's part of a generated text: with ``question_answer`` what follows the mark."""
+        """Returns the answer's part of a generated text: with ``question_answer`` the text after the mark."""
         return text.rpartition(ANSWER_MARK)[2] if self.target == "question_answer" else text
 
 

@@ -44,7 +44,7 @@ class Pair:
         return cls(sender, receiver, *load_decoder(sender), *load_decoder(receiver), *prints)
 
     def describe(self) -> dict[str, dict[str, str]]:
-        """Returns what a saved bridge keeps of the models that it is for."""
+        """Returns the description of the models that a saved bridge keeps."""
         return {
             "sender": {"name": self.sender_name, "fingerprint": self.sender_fingerprint},
             "receiver": {"name": self.receiver_name, "fingerprint": self.receiver_fingerprint},
@@ -109,7 +109,7 @@ class TelepathyModel(TrainingModel):
 
     @property
     def layer(self) -> int:
-        """Returns which of the sender's hidden states the bridge reads; 0 are the embeddings."""
+        """Returns the index of the sender's hidden states that the bridge reads; 0 are the embeddings."""
         return self.config.layer(int(self.sender.config.num_hidden_layers))
 
     @property
@@ -151,7 +151,7 @@ class TelepathyModel(TrainingModel):
         return generate_answers(self.receiver, self.pair.receiver_tokenizer, given, self.max_new_tokens)
 
     def receiver_input(self, soft: Tensor | None, answers: list[list[int]] | None) -> ReceiverInput:
-        """Returns what the receiver gets with this config's primer."""
+        """Returns the receiver's input with this config's primer."""
         return receiver_input(
             self.receiver, self.pair.receiver_tokenizer, soft, primer=self.config.primer, answers=answers
         )
@@ -199,7 +199,7 @@ class TelepathyModel(TrainingModel):
         return TelepathyOutput(loss, {name: part.detach() for name, part in parts.items()}, generated)
 
     def usage(self, reset: bool = True) -> dict[str, Any]:
-        """Returns how the messages of an evaluation differ and which codes they used (`Messages.summary`)."""
+        """Returns the metrics of an evaluation's messages (`Messages.summary`)."""
         summary = self.messages.summary(self.config.codebook_size if self.config.bridge == "vq" else None)
         if reset:
             self.messages = Messages()

@@ -21,7 +21,7 @@ class Pooled(NamedTuple):
     last: Tensor
 
     def features(self) -> dict[str, Tensor]:
-        """Returns what a probe may read, by name."""
+        """Returns the features that a probe may read, by name."""
         return {"mean": self.mean, "last": self.last, "both": torch.cat(self, dim=1)}
 
 

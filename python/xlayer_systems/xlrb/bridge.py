@@ -49,7 +49,7 @@ class _Pass:
 
 @dataclass
 class _Routed:
-    """Holds what a target layer needs from the layers below it, handed in as a keyword argument of that layer.
+    """Holds what a target layer needs from the layers below it, passed in as a keyword argument of that layer.
 
     Activation checkpointing keeps the arguments of a layer and calls it again in backward, so it sees this very
     object again, whatever other passes ran in between. It holds earlier outputs only and never the `_Pass`: a
@@ -130,7 +130,7 @@ class XLRBBridge(Attachment):
         return entropy
 
     def usage(self, reset: bool = True) -> dict[str, Any]:
-        """Returns what this process's forward passes did since the last reset, as a JSON-able dict.
+        """Returns the usage metrics of this process's forward passes since the last reset, as a JSON-able dict.
 
         ``{"layers": {"20": {...}, ...}}`` with, per target layer: ``sources`` (how often each source layer was
         chosen), ``router_entropy`` (nats, mean over examples) and, for kind ``attn`` (the QKV message) and ``hdim``:
@@ -236,7 +236,7 @@ def attach(model: nn.Module, config: XLRBConfig | str | None = None, **options: 
 
 
 def check_masks(tokens: Tensor, **masks: Tensor | None) -> None:
-    """Raises ``ValueError`` naming the mask that has not the shape `[B, S]` of `tokens` `[B, S]` or `[B, S, H]`."""
+    """Raises ``ValueError`` naming the mask without the shape `[B, S]` of `tokens` `[B, S]` or `[B, S, H]`."""
     shape = tuple(tokens.shape[:2])
     for name, mask in masks.items():
         if mask is not None and tuple(mask.shape) != shape:

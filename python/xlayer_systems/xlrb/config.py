@@ -115,7 +115,7 @@ class XLRBConfig:
 
     @property
     def needs_pairs(self) -> bool:
-        """Tells whether this configuration means something only on sentence pairs (it reads ``segment_ids``)."""
+        """Tells whether this configuration applies to sentence pairs only (it reads ``segment_ids``)."""
         return self.pair_mask != "none" or self.router_query == "pair_mlp"
 
     def to_dict(self) -> dict[str, Any]:

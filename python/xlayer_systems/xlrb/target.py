@@ -139,7 +139,7 @@ def make_hdim(config: XLRBConfig, hidden_size: int) -> HDIMMessage:
 
 
 class TargetLayer(nn.Module):
-    """Holds the bridge's own parameters for one target layer (a shared HDIM module is handed in at each call).
+    """Holds the bridge's own parameters for one target layer (a shared HDIM module is passed in at each call).
 
     Args:
         config: the options.
