@@ -74,10 +74,10 @@ def test_fresh_seeds_run_what_draws_again_and_say_how_to_repeat_it(tmp_path: Pat
     printed, said = run(tmp_path, "--seeds", "3", "-n", "2", body=body)  # workers take the same seeds
     for case in "ab":
         values = [line for line in printed if line.startswith(f"DREW {case}")]
-        assert len(set(values)) == 3
-    assert printed.count("DREW nothing") == 1
+        assert len(set(values)) == 3, said
+    assert printed.count("DREW nothing") == 1, said
     failed = [int(line.split("--seed ")[1].split()[0]) for line in said.splitlines() if "--seed " in line]
-    assert max(failed) - min(failed) == 2
+    assert max(failed) - min(failed) == 2, said
     repeats = [line for line in said.splitlines() if line.startswith("python -m pytest") and "test_fails" in line]
     assert len(repeats) == 3 and "3 failed" in said
     seed = repeats[1].split("--seed ")[1].split()[0]
