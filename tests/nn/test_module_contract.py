@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import json
 import os
 import pickle
 import subprocess
@@ -407,6 +408,17 @@ def test_a_state_dict_is_the_whole_state(name: str, make: Make) -> None:
     module, other = after_seed(1, make), after_seed(2, make)
     other.load_state_dict(pickle.loads(pickle.dumps(module.state_dict())), strict=True)
     assert_same(other, module)
+
+
+def test_state_dicts_keep_their_keys() -> None:
+    """What was saved must load: names and shapes are those that state_dict_keys.json has kept."""
+    kept = json.loads((Path(__file__).parent / "state_dict_keys.json").read_text())
+    found = {
+        f"{name}-{i}": {key: list(tensor.shape) for key, tensor in make().state_dict().items()}
+        for name, makes in RECIPES.items()
+        for i, make in enumerate(makes)
+    }
+    assert found == kept
 
 
 @pytest.mark.parametrize("name", MODULES)
