@@ -211,7 +211,7 @@ def test_cross_sentence_masks() -> None:
     masks = []
     bridge = attach(encoder, PRESETS["H21"])
     bridge.hdim[0].register_forward_pre_hook(
-        lambda _, args, kwargs: masks.append(kwargs["pair_mask"]), with_kwargs=True
+        lambda _, args, kwargs: masks.append(kwargs["attn_mask"]), with_kwargs=True
     )
     ids, mask = torch.tensor([[0, 7, 2, 8, 2]]), torch.ones(1, 5)
     encoder(ids, mask, segment_ids=segments)
@@ -220,7 +220,7 @@ def test_cross_sentence_masks() -> None:
     bridge.remove()
     bridge = attach(encoder, PRESETS["H22"])
     bridge.hdim[0].register_forward_pre_hook(
-        lambda _, args, kwargs: masks.append(kwargs["pair_mask"]), with_kwargs=True
+        lambda _, args, kwargs: masks.append(kwargs["attn_mask"]), with_kwargs=True
     )
     encoder(ids, mask, segment_ids=segments)
     nothing = [0] * 5

@@ -63,7 +63,7 @@ class AttachConfig:
         place: dict[str, Any] = {"expansion_rate": self.expansion_rate, "layer_index": sublayer}
         place |= {"device": like.device, "dtype": like.dtype}
         if self.residual == "mhc":
-            return ManifoldHyperConnection(hidden_size, iterations=self.iterations, **place)
+            return ManifoldHyperConnection(hidden_size, sinkhorn_iters=self.iterations, **place)
         kind: dict[str, Any] = {"static_weights": self.residual == "shc", "use_tanh": self.use_tanh, "norm": self.norm}
         return HyperConnection(hidden_size, **kind, **place)
 

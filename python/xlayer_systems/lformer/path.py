@@ -65,7 +65,7 @@ def make_aggregator(config: ModelConfig, layers: int) -> Aggregator:
     if config.aggregator == "gru":
         return GRUAggregator(layers, config.d_side)
     if config.aggregator == "attn":
-        return DepthAttentionAggregator(layers, config.d_side, heads=config.heads, memory=config.memory)
+        return DepthAttentionAggregator(layers, config.d_side, num_heads=config.heads, window=config.memory)
     return EMAAggregator(layers, config.d_side, tree_checkpoint=config.tree_checkpoint)
 
 

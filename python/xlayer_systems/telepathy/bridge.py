@@ -84,7 +84,7 @@ class TelepathyBridge(nn.Module):
                 decay=config.decay,
                 commitment_weight=config.commitment,
                 entropy_weight=config.entropy,
-                threshold_dead=config.revive_below,
+                threshold_ema_dead_code=config.revive_below,
             )
         elif config.bridge == "fsq":
             # Projections of its own, so that the variance loss sees the codes themselves.

@@ -83,10 +83,10 @@ class XLRBBridge(Attachment):
         self.router = LayerRouter(
             hidden_size,
             route_dim=config.route_dim,
-            topk=config.topk,
+            top_k=config.topk,
             temperature=config.route_temp,
             weighting=config.router_weight,
-            pool=config.route_pool,
+            pooling=config.route_pool,
             query_mlp=config.router_query == "pair_mlp",
         )
         self.layers = nn.ModuleDict({str(j): TargetLayer(config, hidden_size, heads) for j in self.targets})
