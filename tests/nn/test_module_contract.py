@@ -34,9 +34,11 @@ INF, NAN = float("inf"), float("nan")
 RECIPES: dict[str, list[Make]] = {
     "DepthAttentionAggregator": [lambda: xnn.DepthAttentionAggregator(3, 8, num_heads=2)],
     "DiffusionBridge": [
-        lambda: DiffusionBridge(6, 8, 3, dim=8, depth=2, heads=2, conditioning="hybrid", target_scale=0.3),
-        lambda: DiffusionBridge(6, 8, 3, dim=8, depth=1, heads=2, conditioning="cross"),
-        lambda: DiffusionBridge(6, 8, 3, dim=8, depth=1, heads=2, conditioning="pooled"),
+        lambda: DiffusionBridge(
+            6, 8, 3, hidden_size=8, num_layers=2, num_heads=2, conditioning="hybrid", target_scale=0.3
+        ),
+        lambda: DiffusionBridge(6, 8, 3, hidden_size=8, num_layers=1, num_heads=2, conditioning="cross"),
+        lambda: DiffusionBridge(6, 8, 3, hidden_size=8, num_layers=1, num_heads=2, conditioning="pooled"),
     ],
     "EMAAggregator": [lambda: xnn.EMAAggregator(4, 8), lambda: xnn.EMAAggregator(5, 8, tree_checkpoint=2)],
     "FSQ": [lambda: xnn.FSQ([8, 5, 3]), lambda: xnn.FSQ([8, 5, 3], hidden_size=6)],
@@ -57,7 +59,7 @@ RECIPES: dict[str, list[Make]] = {
         lambda: xnn.ManifoldHyperConnection(8, coefficients="per_stream"),
         lambda: xnn.ManifoldHyperConnection(8, expansion_rate=1),
     ],
-    "PerceiverResampler": [lambda: PerceiverResampler(6, 8, 3, depth=2, heads=2)],
+    "PerceiverResampler": [lambda: PerceiverResampler(6, 8, 3, num_layers=2, num_heads=2)],
     "QKVMessage": [lambda: xnn.QKVMessage(2, 4), lambda: xnn.QKVMessage(2, 4, extra_value_projection=True)],
     "RMSScale": [lambda: RMSScale(0.3)],
     "StatisticalNormalizer": [
@@ -214,8 +216,8 @@ BAD: list[tuple[str, Callable[..., Any], dict[str, list[Any]]]] = [
     ("DepthAttentionAggregator", lambda **o: xnn.DepthAttentionAggregator(3, 8, **o),
      {"num_heads": [0, 3, HUGE, 2**64, "2"], "window": [0, 2**64, None]}),
     ("DiffusionBridge",
-     lambda **o: DiffusionBridge(6, 8, **{"soft_tokens": 3, "dim": 8, "depth": 1, "heads": 2, **o}),
-     {"heads": [0, 3, 2**64], "dim": [7, 0], "soft_tokens": [0, "3"], "conditioning": ["x"],
+     lambda **o: DiffusionBridge(6, 8, **{"soft_tokens": 3, "hidden_size": 8, "num_layers": 1, "num_heads": 2, **o}),
+     {"num_heads": [0, 3, 2**64], "hidden_size": [7, 0], "soft_tokens": [0, "3"], "conditioning": ["x"],
       "target_scale": [0.0, NAN]}),
     ("FSQ", xnn.FSQ, {"levels": [[], 5, [1], ["8"], [2**62], None]}),
     ("HDIMMessage", lambda **o: xnn.HDIMMessage(16, **o),
@@ -228,8 +230,8 @@ BAD: list[tuple[str, Callable[..., Any], dict[str, list[Any]]]] = [
     ("ManifoldHyperConnection", lambda **o: xnn.ManifoldHyperConnection(8, **o),
      {"sinkhorn_iters": [0, 1001, 2**32, 2**64, None], "eps": [NAN, -1.0], "layer_index": ["0"]}),
     ("PerceiverResampler",
-     lambda **o: PerceiverResampler(**{"source_dim": 6, "target_dim": 8, "soft_tokens": 3, "heads": 2, **o}),
-     {"heads": [0, 3, HUGE], "dim": [0], "soft_tokens": [0, None], "mlp_ratio": [NAN, 0.0]}),
+     lambda **o: PerceiverResampler(**{"source_dim": 6, "target_dim": 8, "soft_tokens": 3, "num_heads": 2, **o}),
+     {"num_heads": [0, 3, HUGE], "hidden_size": [0], "soft_tokens": [0, None], "mlp_ratio": [NAN, 0.0]}),
     ("QKVMessage", lambda **o: xnn.QKVMessage(**{"num_heads": 2, "head_dim": 4, **o}),
      {"num_heads": [0, "2"], "head_dim": [0, 2**64], "dropout": [NAN, 2.0]}),
     ("RMSScale", lambda **o: RMSScale(**{"target_rms": 1.0, **o}), {"target_rms": [NAN, None], "eps": [-1.0, NAN]}),

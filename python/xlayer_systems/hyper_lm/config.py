@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from xlayer_systems.training.options import check_fields, option
 
@@ -31,7 +32,7 @@ class HyperLMConfig:
     hidden_size: int = option(768, "width of the model", minimum=1)
     num_layers: int = option(12, "transformer blocks", minimum=1)
     num_heads: int = option(12, "attention heads of a block", minimum=1)
-    feed_forward: int | None = option(None, "width of the MLP; none: 4 · hidden_size", minimum=1)
+    intermediate_size: int | None = option(None, "width of the MLP; none: 4 · hidden_size", minimum=1)
     use_tanh: bool = option(True, "bound the dynamic coefficients of dhc by tanh")
     norm: Literal["layer", "rms"] = option("layer", "norm of the streams in dhc")
     coefficients: Literal["paper", "per_stream"] = option("paper", "coefficients of mhc, see ManifoldHyperConnection")
@@ -43,6 +44,8 @@ class HyperLMConfig:
     )
     dropout: float = option(0.0, "dropout of every sublayer's output", minimum=0, below=1)
     rope_base: float = option(10000.0, "base of the rotary position embedding", above=1)
+
+    RENAMED: ClassVar[Mapping[str, str]] = {"feed_forward": "intermediate_size"}
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -58,7 +61,7 @@ class HyperLMConfig:
     @property
     def inner_size(self) -> int:
         """Returns the width of the MLP."""
-        return self.feed_forward or 4 * self.hidden_size
+        return self.intermediate_size or 4 * self.hidden_size
 
     @property
     def weight_scale(self) -> float:

@@ -1,7 +1,8 @@
 """Options as dataclasses: `option` makes a field with its help and its bounds, `LoopOptions` are those of the loop.
 
 Metadata of the fields is the one source of what an option may be: `check_fields` checks it, `json_schema` tells it, and
-`apply_overrides` reads ``--set key=value``.
+`apply_overrides` reads ``--set key=value``. A dataclass whose fields had other names in an earlier version maps these
+to the present ones in ``RENAMED``, by which `with_current_names` reads what that version wrote.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from xlayer_systems.errors import UserError
 
+Settings = TypeVar("Settings")
+Value = TypeVar("Value")
 MAX_SEED = 2**32 - 1  # what every generator takes
 DTYPES = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # to Accelerate's names for mixed precision
 
@@ -87,6 +90,19 @@ def plain(settings: Any) -> dict[str, Any]:
     """Returns the fields of a dataclass as JSON and YAML hold them."""
     values = dataclasses.asdict(settings)
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def with_current_names(kind: type, values: Mapping[str, Value]) -> dict[str, Value]:
+    """Translates the names that fields of the dataclass ``kind`` had in earlier versions; others stay as they are.
+
+    Raises:
+        ValueError: a field is given by its earlier and by its present name.
+    """
+    values, renamed = dict(values), getattr(kind, "RENAMED", {})
+    for earlier, current in renamed.items():
+        if earlier in values and current in values:
+            raise ValueError(f"{current} is given twice, also by its earlier name {earlier}; expected one of them")
+    return {renamed.get(name, name): value for name, value in values.items()}
 
 
 _TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
@@ -260,9 +276,6 @@ class LanguageModelOptions(LoopOptions):
     eval_every: int | None = redefault(LoopOptions, "eval_every", 200)
 
 
-Settings = TypeVar("Settings")
-
-
 def check_seed(seed: int) -> None:
     """Refuses a seed that some random generator would not take."""
     if not 0 <= seed <= MAX_SEED:
@@ -288,8 +301,24 @@ def apply_overrides(settings: Settings, overrides: Mapping[str, str]) -> Setting
         raise UserError(str(error)) from error
 
 
+def current_overrides(overrides: Mapping[str, Value], *targets: Any) -> dict[str, Value]:
+    """Translates earlier names of fields of the dataclasses ``targets``; one of them may be None.
+
+    Raises:
+        UserError: a field is given by two names.
+    """
+    found = dict(overrides)
+    try:
+        for target in targets:
+            found = with_current_names(type(target), found)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return found
+
+
 def split_overrides(overrides: Mapping[str, str], *targets: Any) -> list[dict[str, str]]:
     """Divides keys among the dataclasses ``targets``; an unknown key is refused with the known ones."""
+    overrides = current_overrides(overrides, *targets)
     fields = [{f.name for f in dataclasses.fields(target)} if target is not None else set() for target in targets]
     for key in overrides:
         if not any(key in names for names in fields):
