@@ -326,7 +326,7 @@ def test_examples_in_the_docstrings() -> None:
         ),
         (lambda: EMAAggregator(L, 0), "hidden_size must be at least 1"),
         (lambda: EMAAggregator(L, D, expansion=0), "expansion must be at least 1"),
-        (lambda: EMAAggregator(L, D, tree_checkpoint=6), "tree_checkpoint must be between 0 and layers = 5, got 6"),
+        (lambda: EMAAggregator(L, D, tree_checkpoint=6), "tree_checkpoint must be between 0 and num_layers = 5, got 6"),
         (lambda: EMAAggregator(L, D)(torch.ones(L + 1, B, D)), r"taps must have shape \[5, ..., 8\], got \[6, 3, 8\]"),
         (lambda: GRUAggregator(L, D)(torch.ones(L, B, D + 1)), r"taps must have shape \[5, ..., 8\]"),
         (lambda: DepthAttentionAggregator(L, D, num_heads=3), "hidden_size must be a multiple of num_heads = 3, got 8"),

@@ -336,7 +336,7 @@ def test_router_state_and_reset(device: str) -> None:
     ("options", "told"),
     [
         ({"weighting": "softmax"}, "weighting must be one of topk_softmax, full_softmax; got 'softmax'"),
-        ({"pool": "max"}, "pool must be one of mean, cls"),
+        ({"pooling": "max"}, "pooling must be one of mean, cls"),
         ({"top_k": 0}, "top_k must be at least 1"),
         ({"temperature": 0.0}, "temperature must be positive"),
     ],

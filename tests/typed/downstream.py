@@ -23,7 +23,7 @@ def messages(activation: Activation) -> list[torch.nn.Module]:
 
 def routers() -> list[nn.LayerRouter]:
     return [
-        nn.LayerRouter(64, route_dim=16, weighting="full_softmax", pool="cls"),
+        nn.LayerRouter(64, route_dim=16, weighting="full_softmax", pooling="cls"),
         nn.LayerRouter(64, weighting="softmax"),  # wrong
         nn.LayerRouter(64, pooling="max"),  # wrong
     ]
@@ -45,7 +45,7 @@ def quantizers(metric: Metric) -> list[torch.nn.Module]:
     return [
         nn.VectorQuantizer(64, 512, metric=metric),
         nn.VectorQuantizer(64, 512, metric="dot"),  # wrong
-        nn.FSQ([8, 5, 5], dim=64, bound="offset", variant="paper"),
+        nn.FSQ([8, 5, 5], hidden_size=64, bound="offset", variant="paper"),
         nn.FSQ([8, 5, 5], bound="sigmoid"),  # wrong
         nn.FSQ([8, 5, 5], variant="listing"),  # wrong
     ]
