@@ -41,7 +41,7 @@ from xlayer_systems.runs.system import System
 from xlayer_systems.telepathy import TelepathyConfig
 from xlayer_systems.telepathy.bridge import TelepathyBridge
 from xlayer_systems.training.directory import RunDirectory
-from xlayer_systems.training.options import with_current_names
+from xlayer_systems.training.options import earlier_names, with_current_names
 from xlayer_systems.xlrb import XLRBClassifier, XLRBConfig
 
 KEPT = Path(__file__).parent / "earlier_names"
@@ -83,8 +83,8 @@ def stored_run(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", CONFIGS.values(), ids=CONFIGS)
 def test_earlier_names_are_of_fields_and_no_longer_fields(kind: Any) -> None:
     fields = {field.name for field in dataclasses.fields(kind)}
-    assert kind.RENAMED and set(kind.RENAMED.values()) <= fields and not set(kind.RENAMED) & fields
-    assert len(set(kind.RENAMED.values())) == len(kind.RENAMED)
+    assert earlier_names(kind) and set(earlier_names(kind).values()) <= fields and not set(earlier_names(kind)) & fields
+    assert len(set(earlier_names(kind).values())) == len(earlier_names(kind))
 
 
 def test_a_field_by_two_names_is_an_error_in_one_sentence() -> None:
@@ -109,7 +109,7 @@ def test_the_config_of_a_run_is_read(name: str) -> None:
     present = spec.to_dict()
     kind = type(spec.config)
     assert json.loads(json.dumps(present["config"])) == with_current_names(kind, stored["config"])
-    assert not set(present["config"]) & set(getattr(kind, "RENAMED", {}))
+    assert not set(present["config"]) & set(earlier_names(kind))
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name not in ("encoder", "decoder")])
@@ -281,7 +281,7 @@ def test_an_lformer_loads(tmp_path: Path) -> None:
     assert_holds(model, folder / "lformer.safetensors", model.own_state)
     model.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "lformer_config.json").read_text())["config"]
-    assert written == dataclasses.asdict(config) and not set(written) & set(ModelConfig.RENAMED)
+    assert written == dataclasses.asdict(config) and not set(written) & set(earlier_names(ModelConfig))
 
 
 @pytest.mark.parametrize("kind", ["vq", "dit"])
@@ -310,7 +310,7 @@ def test_a_classifier_loads(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     model.bridge.remove()
     written = json.loads((tmp_path / "xlrb_config.json").read_text())["config"]
-    assert not set(written) & set(XLRBConfig.RENAMED)
+    assert not set(written) & set(earlier_names(XLRBConfig))
     shutil.copy(kept, tmp_path)
     loaded = XLRBClassifier.from_pretrained(tmp_path, encoder, config)
     assert_holds(loaded, tmp_path / "xlrb.safetensors", lambda: _without_encoder(loaded))

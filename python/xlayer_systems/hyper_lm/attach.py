@@ -8,10 +8,10 @@ the layer that owns that pre: FSDP2 and recomputation layer by layer see a layer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -53,9 +53,7 @@ class AttachConfig:
     expansion_rate: int = option(4, "number of residual streams", minimum=1)
     use_tanh: bool = option(True, "bound the dynamic coefficients of dhc by tanh")
     norm: str = option("layer", "norm of the streams in dhc", choices=("layer", "rms"))
-    sinkhorn_iters: int = option(20, "iterations of Sinkhorn-Knopp in mhc", minimum=1)
-
-    RENAMED: ClassVar[Mapping[str, str]] = {"iterations": "sinkhorn_iters"}
+    sinkhorn_iters: int = option(20, "iterations of Sinkhorn-Knopp in mhc", minimum=1, earlier="iterations")
 
     def __post_init__(self) -> None:
         check_fields(self)

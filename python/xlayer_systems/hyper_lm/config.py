@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 from xlayer_systems.training.options import check_fields, option
 
@@ -32,7 +31,9 @@ class HyperLMConfig:
     hidden_size: int = option(768, "width of the model", minimum=1)
     num_layers: int = option(12, "transformer blocks", minimum=1)
     num_heads: int = option(12, "attention heads of a block", minimum=1)
-    intermediate_size: int | None = option(None, "width of the MLP; none: 4 · hidden_size", minimum=1)
+    intermediate_size: int | None = option(
+        None, "width of the MLP; none: 4 · hidden_size", minimum=1, earlier="feed_forward"
+    )
     use_tanh: bool = option(True, "bound the dynamic coefficients of dhc by tanh")
     norm: Literal["layer", "rms"] = option("layer", "norm of the streams in dhc")
     coefficients: Literal["paper", "per_stream"] = option("paper", "coefficients of mhc, see ManifoldHyperConnection")
@@ -44,8 +45,6 @@ class HyperLMConfig:
     )
     dropout: float = option(0.0, "dropout of every sublayer's output", minimum=0, below=1)
     rope_base: float = option(10000.0, "base of the rotary position embedding", above=1)
-
-    RENAMED: ClassVar[Mapping[str, str]] = {"feed_forward": "intermediate_size"}
 
     def __post_init__(self) -> None:
         check_fields(self)

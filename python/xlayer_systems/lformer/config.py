@@ -24,13 +24,13 @@ class ModelConfig:
     """
 
     vocab_size: int = option(5000, "vocabulary of a base made here", minimum=1)
-    hidden_size: int = option(512, "width of a base made here", minimum=1)
-    num_layers: int = option(8, "layers of a base made here", minimum=1)
-    num_heads: int = option(8, "attention heads of a base made here", minimum=1)
-    intermediate_size: int = option(2048, "inner width of a base made here", minimum=1)
+    hidden_size: int = option(512, "width of a base made here", minimum=1, earlier="d_model")
+    num_layers: int = option(8, "layers of a base made here", minimum=1, earlier="n_layers")
+    num_heads: int = option(8, "attention heads of a base made here", minimum=1, earlier="n_heads")
+    intermediate_size: int = option(2048, "inner width of a base made here", minimum=1, earlier="d_ff")
     dropout: float = option(0.1, "dropout of a base made here and of the side path", minimum=0, below=1)
     max_length: int = option(1024, "tokens that a base made here can read", minimum=1)
-    side_size: int = option(128, "width of the side path and its state", minimum=1)
+    side_size: int = option(128, "width of the side path and its state", minimum=1, earlier="d_side")
     tap_every: int = option(1, "read every so many layers, counted back from the last, which always is", minimum=1)
     sequence_wise: bool | None = option(
         None,
@@ -46,19 +46,19 @@ class ModelConfig:
         "parameters on the last hidden state",
         choices=AGGREGATORS,
     )
-    aggregator_heads: int = option(4, "attention heads of attn", minimum=1)
-    window: int = option(4, "earlier taps that attn reads", minimum=1)
+    aggregator_heads: int = option(4, "attention heads of attn", minimum=1, earlier="heads")
+    window: int = option(4, "earlier taps that attn reads", minimum=1, earlier="memory")
     equal_to: Literal["ema", "gru", "attn"] = option("ema", "whose number of parameters head_only has")
     detach_taps: bool = option(
         True, "no gradient goes from the side path to the base; phase A always detaches, phase B never"
     )
     lambda_lm: float = option(1.0, "weight of the loss of the next token", minimum=0)
     lambda_plan: float = option(0.2, "weight of the loss of the plan", minimum=0)
-    num_tools: int = option(5, "tools to choose from", minimum=1)
+    num_tools: int = option(5, "tools to choose from", minimum=1, earlier="n_tools")
     use_tool_head: bool = option(True, "choose a tool")
     use_value_head: bool = option(True, "predict a number")
     plan_decoder: bool = option(False, "generate a sequence of steps, in tokens of its own")
-    num_steps: int = option(16, "different steps that a plan may have", minimum=1)
+    num_steps: int = option(16, "different steps that a plan may have", minimum=1, earlier="n_steps")
     plan_length: int = option(8, "steps of a plan at most", minimum=1)
     tree_checkpoint: int = option(
         0, "with ema: keep the state after so many taps and aggregate the kept ones again; 0: never", minimum=0
@@ -69,18 +69,6 @@ class ModelConfig:
     gate_l1: float = option(0.0, "weight of the L1 penalty on the gates of ema", minimum=0)
     gate_l2: float = option(0.0, "weight of the L2 penalty on the gates of ema", minimum=0)
     last_k_unfreeze: int = option(0, "layers of the base that phase B trains, the last ones", minimum=0)
-
-    RENAMED: ClassVar[Mapping[str, str]] = {
-        "d_model": "hidden_size",
-        "n_layers": "num_layers",
-        "n_heads": "num_heads",
-        "d_ff": "intermediate_size",
-        "d_side": "side_size",
-        "heads": "aggregator_heads",
-        "memory": "window",
-        "n_tools": "num_tools",
-        "n_steps": "num_steps",
-    }
 
     def __post_init__(self) -> None:
         self._take_aggregator()

@@ -13,7 +13,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,20 +45,12 @@ EMBEDDING_SCALE, PROJECTION_GAIN = 0.06, 0.8
 class DecoderShape:
     """Defines a small decoder."""
 
-    vocab_size: int = option(4096, "tokens of the vocabulary", minimum=1)
+    vocab_size: int = option(4096, "tokens of the vocabulary", minimum=1, earlier="vocabulary")
     hidden_size: int = option(160, "width", minimum=1)
-    intermediate_size: int = option(448, "inner width", minimum=1)
-    num_layers: int = option(4, "layers", minimum=1)
-    num_heads: int = option(4, "attention heads; must divide the width", minimum=1)
-    max_position_embeddings: int = option(1024, "tokens of the longest input", minimum=1)
-
-    RENAMED: ClassVar[Mapping[str, str]] = {
-        "vocabulary": "vocab_size",
-        "layers": "num_layers",
-        "heads": "num_heads",
-        "feed_forward": "intermediate_size",
-        "positions": "max_position_embeddings",
-    }
+    intermediate_size: int = option(448, "inner width", minimum=1, earlier="feed_forward")
+    num_layers: int = option(4, "layers", minimum=1, earlier="layers")
+    num_heads: int = option(4, "attention heads; must divide the width", minimum=1, earlier="heads")
+    max_position_embeddings: int = option(1024, "tokens of the longest input", minimum=1, earlier="positions")
 
     def __post_init__(self) -> None:
         check_fields(self)

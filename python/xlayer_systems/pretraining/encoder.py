@@ -14,7 +14,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,21 +48,13 @@ FINE_TUNING_DROPOUT = 0.1
 class EncoderConfig:
     """Defines the small encoder (about 1.7 M parameters by default) and its objective."""
 
-    vocab_size: int = option(5000, "tokens of the vocabulary", minimum=1)
+    vocab_size: int = option(5000, "tokens of the vocabulary", minimum=1, earlier="vocabulary")
     hidden_size: int = option(128, "width", minimum=1)
-    num_layers: int = option(6, "layers", minimum=1)
-    num_heads: int = option(4, "attention heads; must divide the width", minimum=1)
-    intermediate_size: int = option(512, "inner width", minimum=1)
-    max_position_embeddings: int = option(130, "tokens of the longest input", minimum=1)
+    num_layers: int = option(6, "layers", minimum=1, earlier="layers")
+    num_heads: int = option(4, "attention heads; must divide the width", minimum=1, earlier="heads")
+    intermediate_size: int = option(512, "inner width", minimum=1, earlier="feed_forward")
+    max_position_embeddings: int = option(130, "tokens of the longest input", minimum=1, earlier="positions")
     contrast: float = option(1.0, "weight of the contrastive loss; 0 leaves masked tokens only", minimum=0)
-
-    RENAMED: ClassVar[Mapping[str, str]] = {
-        "vocabulary": "vocab_size",
-        "layers": "num_layers",
-        "heads": "num_heads",
-        "feed_forward": "intermediate_size",
-        "positions": "max_position_embeddings",
-    }
 
     def __post_init__(self) -> None:
         check_fields(self)

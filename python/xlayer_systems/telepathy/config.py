@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from xlayer_systems.training.options import LoopOptions, check_fields, option, redefault
 
@@ -35,9 +34,9 @@ class TelepathyConfig:
     conditioning: Literal["pooled", "cross", "hybrid"] = option(
         "hybrid", "how the diffusion transformer sees the source"
     )
-    num_layers: int = option(2, "blocks of the resampler or the diffusion transformer", minimum=1)
-    num_heads: int = option(8, "attention heads of a block; must divide the width", minimum=1)
-    hidden_size: int | None = option(None, "inner width; none takes the receiver's", minimum=1)
+    num_layers: int = option(2, "blocks of the resampler or the diffusion transformer", minimum=1, earlier="depth")
+    num_heads: int = option(8, "attention heads of a block; must divide the width", minimum=1, earlier="heads")
+    hidden_size: int | None = option(None, "inner width; none takes the receiver's", minimum=1, earlier="width")
     scaling: Literal["rms", "tanh", "none"] = option(
         "rms", "brings the output to the scale of the receiver's embeddings"
     )
@@ -73,19 +72,15 @@ class TelepathyConfig:
     commitment: float = option(0.25, "weight of the commitment loss", minimum=0)
     entropy: float = option(0.0, "weight of the entropy of the codes in use", minimum=0)
     threshold_ema_dead_code: float = option(
-        0.0, "codes whose moving average of uses falls below this are revived; 0 leaves them dead", minimum=0
+        0.0,
+        "codes whose moving average of uses falls below this are revived; 0 leaves them dead",
+        minimum=0,
+        earlier="revive_below",
     )
     levels: tuple[int, ...] = option(
         (8, 8, 8, 8, 8, 8, 8, 8), "levels of finite scalar quantization, one per dimension", minimum=2
     )
     dit_steps: int = option(10, "Euler steps from noise to soft tokens", minimum=1)
-
-    RENAMED: ClassVar[Mapping[str, str]] = {
-        "depth": "num_layers",
-        "heads": "num_heads",
-        "width": "hidden_size",
-        "revive_below": "threshold_ema_dead_code",
-    }
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "levels", tuple(self.levels))

@@ -1,8 +1,8 @@
 """Options as dataclasses: `option` makes a field with its help and its bounds, `LoopOptions` are those of the loop.
 
 Metadata of the fields is the one source of what an option may be: `check_fields` checks it, `json_schema` tells it, and
-`apply_overrides` reads ``--set key=value``. A dataclass whose fields had other names in an earlier version maps these
-to the present ones in ``RENAMED``, by which `with_current_names` reads what that version wrote.
+`apply_overrides` reads ``--set key=value``. It also keeps the name that a field had in an earlier version, by which
+`with_current_names` reads what that version wrote.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ def option(
     above: float | None = None,
     below: float | None = None,
     choices: Iterable[str] | None = None,
+    earlier: str | None = None,
 ) -> Any:
     """Makes a dataclass field for an option.
 
@@ -41,11 +42,14 @@ def option(
         minimum, maximum: bounds that the value may reach.
         above, below: bounds that it may not reach.
         choices: values of a string; a ``Literal`` annotation says the same.
+        earlier: the field's name in an earlier version, whose files are read.
     """
     bounds = {"minimum": minimum, "maximum": maximum, "above": above, "below": below}
     metadata: dict[str, Any] = {name: bound for name, bound in bounds.items() if bound is not None}
     if choices is not None:
         metadata["choices"] = tuple(choices)
+    if earlier is not None:
+        metadata["earlier"] = earlier
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
 
 
@@ -92,13 +96,19 @@ def plain(settings: Any) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
-def with_current_names(kind: type, values: Mapping[str, Value]) -> dict[str, Value]:
-    """Translates the names that fields of the dataclass ``kind`` had in earlier versions; others stay as they are.
+def earlier_names(kind: Any) -> dict[str, str]:
+    """Returns the names of fields of the dataclass ``kind`` by the names that they had in an earlier version."""
+    fields = dataclasses.fields(kind)
+    return {field.metadata["earlier"]: field.name for field in fields if "earlier" in field.metadata}
+
+
+def with_current_names(kind: Any, values: Mapping[str, Value]) -> dict[str, Value]:
+    """Translates the names that fields of the dataclass ``kind`` had in an earlier version; others stay as they are.
 
     Raises:
         ValueError: a field is given by its earlier and by its present name.
     """
-    values, renamed = dict(values), getattr(kind, "RENAMED", {})
+    values, renamed = dict(values), earlier_names(kind)
     for earlier, current in renamed.items():
         if earlier in values and current in values:
             raise ValueError(f"{current} is given twice, also by its earlier name {earlier}; expected one of them")
@@ -310,7 +320,7 @@ def current_overrides(overrides: Mapping[str, Value], *targets: Any) -> dict[str
     found = dict(overrides)
     try:
         for target in targets:
-            found = with_current_names(type(target), found)
+            found = found if target is None else with_current_names(target, found)
     except ValueError as error:
         raise UserError(str(error)) from error
     return found

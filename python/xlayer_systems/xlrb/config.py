@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from xlayer_ext.types import Activation, Fusion, RouterPooling, RouterWeighting, Scorer
 from xlayer_systems.training.options import check_fields, option, with_current_names
@@ -24,11 +23,16 @@ class XLRBConfig:
     use_qkv: bool = option(False, "add the QKV message, by the encoder's own projections")
     use_hdim: bool = option(True, "add the HDIM message")
     top_k: int = option(
-        1, "sources chosen per example and target layer (fewer where a layer has fewer sources)", minimum=1
+        1,
+        "sources chosen per example and target layer (fewer where a layer has fewer sources)",
+        minimum=1,
+        earlier="topk",
     )
     route_dim: int = option(128, "width of the two router projections", minimum=1)
     route_temp: float = option(0.7, "divisor of the router's logits", above=0)
-    route_pooling: RouterPooling = option("mean", "layer summary: the masked mean over tokens or the first token")
+    route_pooling: RouterPooling = option(
+        "mean", "layer summary: the masked mean over tokens or the first token", earlier="route_pool"
+    )
     router_weight: RouterWeighting = option(
         "topk_softmax",
         "topk_softmax (published): softmax over the chosen logits, constant 1 at top_k 1, so that router never learns; "
@@ -62,6 +66,7 @@ class XLRBConfig:
         "cross: a token sees only tokens of the other sentence (a special token counts to the sentence it opens or "
         "closes); cross_no_special also shuts out special tokens; a token without an allowed partner has zero context",
         choices=("none", "cross", "cross_no_special"),
+        earlier="pair_mask",
     )
     qkv_weights: str = option(
         "source", "key and value projections of the source or the target layer", choices=("source", "target")
@@ -94,8 +99,6 @@ class XLRBConfig:
         minimum=0,
         below=1,
     )
-
-    RENAMED: ClassVar[Mapping[str, str]] = {"topk": "top_k", "route_pool": "route_pooling", "pair_mask": "attn_mask"}
 
     def __post_init__(self) -> None:
         check_fields(self)
