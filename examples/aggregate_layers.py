@@ -21,8 +21,8 @@ def main() -> None:
         vocab_size=30, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=4, intermediate_size=128
     )
     encoder = BertModel(config).eval().requires_grad_(False)
-    taps = TapProjector(layers=LAYERS, d_model=WIDTH, d_side=SIDE, pooling="mean")
-    aggregate = EMAAggregator(layers=LAYERS, d_side=SIDE)
+    taps = TapProjector(num_layers=LAYERS, hidden_size=WIDTH, side_size=SIDE, pooling="mean")
+    aggregate = EMAAggregator(num_layers=LAYERS, hidden_size=SIDE)
     head = nn.Linear(SIDE, CLASSES)
     side_path = nn.ModuleList([taps, aggregate, head])
     optimizer = torch.optim.AdamW(side_path.parameters(), lr=1e-2)

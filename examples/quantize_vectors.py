@@ -20,7 +20,7 @@ def main() -> None:
     def batch(size: int) -> torch.Tensor:
         return centres[torch.randint(CLUSTERS, (size,))] + 0.1 * torch.randn(size, WIDTH)
 
-    quantizer = VectorQuantizer(WIDTH, codebook_size=32, decay=0.8, threshold_dead=0.5, kmeans_init=True)
+    quantizer = VectorQuantizer(WIDTH, codebook_size=32, decay=0.8, threshold_ema_dead_code=0.5, kmeans_init=True)
     for _ in range(50):
         out = quantizer(batch(512))
     quantizer.eval()
@@ -30,7 +30,7 @@ def main() -> None:
     print(f"codebook: relative error {error:.3f}, codes in use {out.indices.unique().numel()}")
     assert error < 0.2
 
-    grid = FSQ([8, 5, 5, 5], dim=WIDTH)  # nothing to learn but the linear maps in and out
+    grid = FSQ([8, 5, 5, 5], hidden_size=WIDTH)  # nothing to learn but the linear maps in and out
     z = x.requires_grad_()
     found = grid(z)
     found.quantized.square().mean().backward()  # the gradient goes straight through the rounding

@@ -104,7 +104,7 @@ def transforms() -> list[str]:
     return [name for name in names if name in ("Grad", "Jvp", "Vmap")]
 
 
-def _beyond_kernels() -> str | None:
+def _unsupported_transform() -> str | None:
     """Names the transform around this call that the kernels do not support; None if there is none."""
     around = transforms()
     if "Jvp" in around:
@@ -119,8 +119,11 @@ def _beyond_kernels() -> str | None:
     return "forward-mode differentiation" if forward_ad._current_level >= 0 else None
 
 
-def use_native(op: str, *tensors: Tensor, beyond: str | None = None) -> bool:
-    """Whether ``torch.ops.xlayer.<op>`` should serve these tensors; not if they are ``beyond`` its support, in words.
+def use_native(op: str, *tensors: Tensor, unsupported_reason: str | None = None) -> bool:
+    """Whether ``torch.ops.xlayer.<op>`` should serve these tensors.
+
+    Args:
+        unsupported_reason: what the kernels cannot serve, in words; None where they can.
 
     Raises:
         RuntimeError: the backend ``native`` was asked for by name and cannot serve them.
@@ -128,11 +131,13 @@ def use_native(op: str, *tensors: Tensor, beyond: str | None = None) -> bool:
     chosen = choice()
     if chosen == "reference":
         return False
-    beyond = beyond or _beyond_kernels()
-    supported = beyond is None and all(_has_kernel(op, t.device.type) and t.dtype in FLOATS for t in tensors)
+    unsupported_reason = unsupported_reason or _unsupported_transform()
+    supported = unsupported_reason is None and all(
+        _has_kernel(op, t.device.type) and t.dtype in FLOATS for t in tensors
+    )
     if not supported and chosen == "native":
-        got = beyond or ", ".join(f"{t.dtype} on {t.device}" for t in tensors)
-        hint = f"it needs {REFERENCE}" if beyond else "`python -m xlayer_ext.info` says what was built"
+        got = unsupported_reason or ", ".join(f"{t.dtype} on {t.device}" for t in tensors)
+        hint = f"it needs {REFERENCE}" if unsupported_reason else "`python -m xlayer_ext.info` says what was built"
         raise RuntimeError(f"backend 'native' was asked for, but there is no native {op} for {got}; {hint}")
     return supported
 

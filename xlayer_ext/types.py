@@ -41,8 +41,8 @@ class Connection(NamedTuple):
 
     * ``form="tanh"`` or ``"identity"``: c = base + scale ∘ act(z + bias). Hyper-connections.
     * ``form="sinkhorn_rows"`` or ``"sinkhorn_columns"``: a = base + scale ∘ z; the first column through σ, the last
-      through 2σ, and Mᵀ, those between, through exp and ``iterations`` rounds of normalizing both axes of M, the rows
-      last (:math:`\sum_j M_{ij} = 1`) or the columns last. Manifold-constrained hyper-connections.
+      through 2σ, and Mᵀ, those between, through exp and ``sinkhorn_iters`` rounds of normalizing both axes of M, the
+      rows last (:math:`\sum_j M_{ij} = 1`) or the columns last. Manifold-constrained hyper-connections.
 
     Without a weight the coefficients are the same for all tokens: ``base`` itself, or base put through σ and Sinkhorn.
     An affine norm folds into the weight: norm(h)·γ + b, times W, is ``weight = W∘γ`` and ``bias = W·b``.
@@ -55,7 +55,7 @@ class Connection(NamedTuple):
         scale: ``[n+2]``, wherever there is a weight.
         norm: ``"layer"`` or ``"rms"`` of each stream, ``"rms_all"`` of a token's streams together.
         form: see above.
-        iterations: of Sinkhorn's algorithm.
+        sinkhorn_iters: of Sinkhorn's algorithm.
         eps: added to the variance, or to the mean square.
     """
 
@@ -65,5 +65,5 @@ class Connection(NamedTuple):
     scale: Tensor | None = None
     norm: Norm = "layer"
     form: Form = "tanh"
-    iterations: int = 20
+    sinkhorn_iters: int = 20
     eps: float = 1e-5

@@ -28,7 +28,7 @@ from xlayer_ext.testing import check_oracle
 
 Outputs = tuple[Tensor, ...]
 Operator = Callable[..., Tensor]
-HEADS, MEMORY = 4, 4
+HEADS, WINDOW = 4, 4
 KERNELS = {"ema": "ema_scan", "ema-last": "ema_scan", "gru": "depth_gru", "attention": "depth_attention"}
 
 
@@ -109,7 +109,7 @@ def ema(last_only: bool, x: Tensor, gate_logits: Tensor, weight: Tensor, bias: T
 
 def attention(x: Tensor, *weights: Tensor) -> Tensor:
     query, key, value, out = weights
-    return functional.depth_attention(x, query, key, value, out, heads=HEADS, memory=MEMORY)
+    return functional.depth_attention(x, query, key, value, out, num_heads=HEADS, window=WINDOW)
 
 
 OPERATORS: dict[str, Operator] = {

@@ -96,7 +96,7 @@ class Liger:
         phi, base, pre, post, mixing = parameters
         h_pre, h_post, h_res = self.api.liger_mhc_coeffs(
             streams, phi, base, pre, post, mixing, allow_fp32=streams.dtype == torch.float32,
-            tmax=connection.iterations, rms_eps=connection.eps, pre_eps=0.0, sinkhorn_eps=0.0, post_mult=2.0,
+            tmax=connection.sinkhorn_iters, rms_eps=connection.eps, pre_eps=0.0, sinkhorn_eps=0.0, post_mult=2.0,
         )  # fmt: skip
         return self.api.liger_mhc_pre(streams, h_pre), h_post.unsqueeze(-1), h_res
 
@@ -132,7 +132,7 @@ class Tile:
         fn, base, scale = parameters
         x, (post, mixing) = self.pre_of(
             streams, fn, scale, base, norm_eps=connection.eps, mhc_mult=streams.shape[-2], post_mult_value=2.0,
-            pre_eps=0.0, sinkhorn_eps=0.0, sinkhorn_repeat=connection.iterations,
+            pre_eps=0.0, sinkhorn_eps=0.0, sinkhorn_repeat=connection.sinkhorn_iters,
         )  # fmt: skip
         return x, post, mixing
 

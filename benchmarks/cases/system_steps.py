@@ -145,10 +145,10 @@ def lformer(size: Size, element: torch.dtype) -> Step:
     """Makes the L-Former that creates its own base and trains with it; no gradient goes from the taps to the base."""
     from xlayer_systems.lformer import LFormer, ModelConfig
 
-    layers, d, heads, d_side, vocabulary, b, s = (size[name] for name in PAPER["lformer"])
-    model = LFormer(ModelConfig(vocabulary, d, layers, heads, 4 * d, d_side=d_side))
+    layers, d, heads, side, vocabulary, b, s = (size[name] for name in PAPER["lformer"])
+    model = LFormer(ModelConfig(vocabulary, d, layers, heads, 4 * d, side_size=side))
     ids = _tokens(vocabulary, b, s + 1)
-    targets = {"tools": torch.randint(model.config.n_tools, (b,)), "values": torch.randn(b)}
+    targets = {"tools": torch.randint(model.config.num_tools, (b,)), "values": torch.randn(b)}
     batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "attention_mask": _ones(b, s), **targets}
     base = model.base.transformer
     parts = [
@@ -216,7 +216,7 @@ def telepathy(size: Size, element: torch.dtype) -> Step:
     ]
     products = attention(model.layer, b, s, s, shapes[0][1]) // 2
     products += (
-        3 * attention(config.depth, b, count, s + count, d) + 3 * attention(shapes[1][0], b, heard, heard, d) // 2
+        3 * attention(config.num_layers, b, count, s + count, d) + 3 * attention(shapes[1][0], b, heard, heard, d) // 2
     )
     return Step(model, batch, parts, products)
 

@@ -69,9 +69,9 @@ def hdim_attention(dtype: torch.dtype, masked: bool, device: str) -> Iterator[st
             for shape, scale in zip(shapes, scales, strict=True)
         ]
         key_mask = draw_mask(b, sk, device=device) if masked else None
-        pair_mask = draw_mask(b, sq, sk, device=device) if masked else None
+        attn_mask = draw_mask(b, sq, sk, device=device) if masked else None
         out = functional.hdim_attention(
-            *inputs, key_mask=key_mask, pair_mask=pair_mask, activation=activation, return_entropy=True
+            *inputs, key_mask=key_mask, attn_mask=attn_mask, activation=activation, return_entropy=True
         )
         assert isinstance(out, tuple)
         finish(name, out[0] * (1 + out[1]), inputs)  # the entropy's gradient goes through the kernel too
@@ -200,7 +200,7 @@ def depth_attention(dtype: torch.dtype, masked: bool, device: str) -> Iterator[s
         e = heads * width
         shapes = [(layers, n, 8), (e, d), (e, 8), (e, 8), (d, e), *([(n, d)] if masked else [])]
         given = [draw(*shape, dtype=dtype, device=device, scale=0.3).requires_grad_() for shape in shapes]
-        finish(name, functional.depth_attention(*given, heads=heads), given)
+        finish(name, functional.depth_attention(*given, num_heads=heads), given)
         yield name
 
 

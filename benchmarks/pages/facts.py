@@ -79,7 +79,7 @@ def quick(system: str, preset: str | None = None) -> Any:
 def presets_of_one_source() -> str:
     from xlayer_systems.xlrb import PRESETS
 
-    return f"{sum(config.topk == 1 for config in PRESETS.values())} of {len(PRESETS)}"
+    return f"{sum(config.top_k == 1 for config in PRESETS.values())} of {len(PRESETS)}"
 
 
 def tool_decoys() -> str:

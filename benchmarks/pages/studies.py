@@ -324,7 +324,7 @@ loss was {found["base_lm_loss"]:.3f} nats.""",
         f"""Every kind is far above the majority class and above any one keyword, and none is above the MLP of equal
 size that reads the last hidden state alone: for this task the shipped sender holds in its last layer what its side
 path collects. Gates start at σ(−2) ≈ 0.119 and end at {span(gates, ".3f")}. The recurrent unit does best of the
-three aggregators, attention over {ModelConfig().memory} taps worst. Settings were chosen with EMA on this
+three aggregators, attention over {ModelConfig().window} taps worst. Settings were chosen with EMA on this
 validation set: of three ways to pool the tokens, attention was far ahead of the mean and of the last token.""",
     )
 

@@ -8,8 +8,8 @@ namespace {
 
 HdimOutputs hdim_attention_cpu(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& weight1,
                                const Tensor& bias1, const Tensor& weight2, const OptionalTensor& key_mask,
-                               const OptionalTensor& pair_mask, double temperature, bool gelu, bool tf32) {
-    const HdimArguments in(query, key, value, weight1, bias1, weight2, key_mask, pair_mask, temperature, gelu, tf32);
+                               const OptionalTensor& attn_mask, double temperature, bool gelu, bool tf32) {
+    const HdimArguments in(query, key, value, weight1, bias1, weight2, key_mask, attn_mask, temperature, gelu, tf32);
     const int64_t B = in.args.batch, Sq = in.args.queries;
     Tensor context = allocate(query, {B, Sq, in.args.value_dim}, "context");
     Tensor statistics = allocate(query, {B, Sq, kHdimStatistics}, in.accumulation(), "statistics");
@@ -24,10 +24,10 @@ HdimOutputs hdim_attention_cpu(const Tensor& query, const Tensor& key, const Ten
 HdimGradients hdim_attention_backward_cpu(const Tensor& grad_context, const OptionalTensor& grad_row_entropy,
                                           const Tensor& query, const Tensor& key, const Tensor& value,
                                           const Tensor& weight1, const Tensor& bias1, const Tensor& weight2,
-                                          const OptionalTensor& key_mask, const OptionalTensor& pair_mask,
+                                          const OptionalTensor& key_mask, const OptionalTensor& attn_mask,
                                           const Tensor& context, const Tensor& statistics, double temperature,
                                           bool gelu, bool tf32) {
-    const HdimArguments in(query, key, value, weight1, bias1, weight2, key_mask, pair_mask, temperature, gelu, tf32);
+    const HdimArguments in(query, key, value, weight1, bias1, weight2, key_mask, attn_mask, temperature, gelu, tf32);
     const HdimBackwardArguments saved(in, query, grad_context, grad_row_entropy, context, statistics);
     HdimGradTensors out(in, query);
     Tensor grad_value = allocate(query, {in.args.batch, in.args.keys, in.args.value_dim}, "grad_value");
@@ -54,11 +54,11 @@ HdimGradients hdim_attention_backward_cpu(const Tensor& grad_context, const Opti
 STABLE_TORCH_LIBRARY_FRAGMENT(XLAYER_OPS, m) {
     m.def(
         "hdim_attention(Tensor query, Tensor key, Tensor value, Tensor weight1, Tensor bias1, Tensor weight2, "
-        "Tensor? key_mask, Tensor? pair_mask, float temperature, bool gelu, bool tf32) "
+        "Tensor? key_mask, Tensor? attn_mask, float temperature, bool gelu, bool tf32) "
         "-> (Tensor context, Tensor statistics, Tensor row_entropy)");
     m.def(
         "hdim_attention_backward(Tensor grad_context, Tensor? grad_row_entropy, Tensor query, Tensor key, "
-        "Tensor value, Tensor weight1, Tensor bias1, Tensor weight2, Tensor? key_mask, Tensor? pair_mask, "
+        "Tensor value, Tensor weight1, Tensor bias1, Tensor weight2, Tensor? key_mask, Tensor? attn_mask, "
         "Tensor context, Tensor statistics, float temperature, bool gelu, bool tf32) "
         "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_weight1, Tensor grad_bias1, "
         "Tensor grad_weight2)");

@@ -15,7 +15,7 @@ struct HdimArguments {
 
     HdimArguments(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& weight1_,
                   const Tensor& bias1_, const Tensor& weight2_, const OptionalTensor& key_mask,
-                  const OptionalTensor& pair_mask, double temperature, bool gelu, bool tf32)
+                  const OptionalTensor& attn_mask, double temperature, bool gelu, bool tf32)
         : weight1(as_contiguous(weight1_)), bias1(as_contiguous(bias1_)), weight2(as_contiguous(weight2_)) {
         args.dtype = kernel_dtype(query, "query");
         args.gelu = gelu;
@@ -59,10 +59,10 @@ struct HdimArguments {
             args.key_mask = static_cast<const uint8_t*>(kernel_input(*key_mask, "key_mask"));
             for (int64_t d = 0; d < 2; ++d) args.key_mask_stride[d] = key_mask->stride(d);
         }
-        if (pair_mask) {
-            check_mask(*pair_mask, "pair_mask", query, {args.batch, args.queries, args.keys});
-            args.pair_mask = static_cast<const uint8_t*>(kernel_input(*pair_mask, "pair_mask"));
-            for (int64_t d = 0; d < 3; ++d) args.pair_mask_stride[d] = pair_mask->stride(d);
+        if (attn_mask) {
+            check_mask(*attn_mask, "attn_mask", query, {args.batch, args.queries, args.keys});
+            args.attn_mask = static_cast<const uint8_t*>(kernel_input(*attn_mask, "attn_mask"));
+            for (int64_t d = 0; d < 3; ++d) args.attn_mask_stride[d] = attn_mask->stride(d);
         }
     }
 

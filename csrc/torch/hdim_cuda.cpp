@@ -36,7 +36,7 @@ struct Scores {
         STD_TORCH_CHECK(a.proj_dim <= cuda::hdim::kHdimMaxProjDim, "the CUDA kernels of hdim take at most ",
                         cuda::hdim::kHdimMaxProjDim, " columns of query and key, got ", a.proj_dim);
         cuda::hdim::HdimScore args{a, nullptr, logits.mutable_data_ptr(), workspace};
-        if (a.key_mask != nullptr || a.pair_mask != nullptr) {
+        if (a.key_mask != nullptr || a.attn_mask != nullptr) {
             value = allocate(query, {a.batch, a.keys, a.value_dim}, "clean value");
             args.value = value.mutable_data_ptr();
         }
@@ -46,9 +46,9 @@ struct Scores {
 
 HdimOutputs hdim_attention_cuda(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& weight1,
                                 const Tensor& bias1, const Tensor& weight2, const OptionalTensor& key_mask,
-                                const OptionalTensor& pair_mask, double temperature, bool gelu, bool tf32) {
+                                const OptionalTensor& attn_mask, double temperature, bool gelu, bool tf32) {
     const CudaScope scope(query);
-    const HdimArguments in(query, key, value, weight1, bias1, weight2, key_mask, pair_mask, temperature, gelu, tf32);
+    const HdimArguments in(query, key, value, weight1, bias1, weight2, key_mask, attn_mask, temperature, gelu, tf32);
     const int64_t B = in.args.batch, Sq = in.args.queries;
     void* aligned = nullptr;
     const Tensor workspace = new_workspace(query, cuda::hdim::score_workspace(in.args), &aligned);
@@ -69,11 +69,11 @@ HdimOutputs hdim_attention_cuda(const Tensor& query, const Tensor& key, const Te
 HdimGradients hdim_attention_backward_cuda(const Tensor& grad_context, const OptionalTensor& grad_row_entropy,
                                            const Tensor& query, const Tensor& key, const Tensor& value,
                                            const Tensor& weight1, const Tensor& bias1, const Tensor& weight2,
-                                           const OptionalTensor& key_mask, const OptionalTensor& pair_mask,
+                                           const OptionalTensor& key_mask, const OptionalTensor& attn_mask,
                                            const Tensor& context, const Tensor& statistics, double temperature,
                                            bool gelu, bool tf32) {
     const CudaScope scope(query);
-    const HdimArguments in(query, key, value, weight1, bias1, weight2, key_mask, pair_mask, temperature, gelu, tf32);
+    const HdimArguments in(query, key, value, weight1, bias1, weight2, key_mask, attn_mask, temperature, gelu, tf32);
     const HdimBackwardArguments saved(in, query, grad_context, grad_row_entropy, context, statistics);
     HdimGradTensors out(in, query);
     cuda::hdim::HdimGradPairs args{};

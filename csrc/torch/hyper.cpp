@@ -25,7 +25,7 @@ HyperRows<const void*> rows_view(const Tensor& rows, const char* name) {
 struct Connection {
     const Tensor& base;
     const OptionalTensor &weight, &bias, &scale;
-    int64_t norm, form, iterations;
+    int64_t norm, form, sinkhorn_iters;
     double eps;
 };
 
@@ -68,12 +68,12 @@ class HyperArguments {
     void add_pre(const Connection& from) {
         STD_TORCH_CHECK(from.norm >= 0 && from.norm <= 3, "norm must be 0 to 3, got ", from.norm);
         STD_TORCH_CHECK(from.form >= 0 && from.form <= 3, "form must be 0 to 3, got ", from.form);
-        STD_TORCH_CHECK(from.form < 2 || (from.iterations >= 1 && from.iterations <= kHyperMaxIterations),
-                        "iterations must be 1 to ", kHyperMaxIterations, ", got ", from.iterations);
+        STD_TORCH_CHECK(from.form < 2 || (from.sinkhorn_iters >= 1 && from.sinkhorn_iters <= kHyperMaxIterations),
+                        "sinkhorn_iters must be 1 to ", kHyperMaxIterations, ", got ", from.sinkhorn_iters);
         STD_TORCH_CHECK(from.eps >= 0, "eps must not be negative, got ", from.eps);
         connection.norm = static_cast<HyperNorm>(from.norm);
         connection.form = static_cast<HyperForm>(from.form);
-        connection.iterations = from.iterations;
+        connection.iterations = from.sinkhorn_iters;
         connection.eps = from.eps;
         const int64_t n = size.streams, columns = size.columns();
         connection.base = parameter(from.base, "base", {n, columns}, base_);
@@ -191,10 +191,10 @@ struct Operators {
     }
 
     static Pre pre(const Tensor& streams, const Tensor& base, const OptionalTensor& weight, const OptionalTensor& bias,
-                   const OptionalTensor& scale, int64_t norm, int64_t form, int64_t iterations, double eps) {
+                   const OptionalTensor& scale, int64_t norm, int64_t form, int64_t sinkhorn_iters, double eps) {
         const Scope scope(streams);
         HyperArguments given(streams);
-        given.add_pre({base, weight, bias, scale, norm, form, iterations, eps});
+        given.add_pre({base, weight, bias, scale, norm, form, sinkhorn_iters, eps});
         HyperForward args = forward_arguments(given, true);
         Pre out = allocate_pre(given, args);
         run(scope, streams, args);
@@ -213,11 +213,12 @@ struct Operators {
 
     static PostPre post_pre(const Tensor& streams, const Tensor& branch_output, const Tensor& coefficients,
                             const Tensor& base, const OptionalTensor& weight, const OptionalTensor& bias,
-                            const OptionalTensor& scale, int64_t norm, int64_t form, int64_t iterations, double eps) {
+                            const OptionalTensor& scale, int64_t norm, int64_t form, int64_t sinkhorn_iters,
+                            double eps) {
         const Scope scope(streams);
         HyperArguments given(streams);
         given.add_post(branch_output, coefficients);
-        given.add_pre({base, weight, bias, scale, norm, form, iterations, eps});
+        given.add_pre({base, weight, bias, scale, norm, form, sinkhorn_iters, eps});
         HyperForward args = forward_arguments(given, true);
         Tensor out = given.new_streams("out", &args.out);
         Pre pre = allocate_pre(given, args);
@@ -299,10 +300,10 @@ struct Operators {
     static PreGrads pre_backward(const Tensor& grad_x, const OptionalTensor& grad_c, const Tensor& streams,
                                  const Tensor& c, const Tensor& z, const Tensor& statistics, const Tensor& base,
                                  const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& scale,
-                                 int64_t norm, int64_t form, int64_t iterations, double eps) {
+                                 int64_t norm, int64_t form, int64_t sinkhorn_iters, double eps) {
         const Scope scope(streams);
         HyperArguments given(streams);
-        given.add_pre({base, weight, bias, scale, norm, form, iterations, eps});
+        given.add_pre({base, weight, bias, scale, norm, form, sinkhorn_iters, eps});
         HyperBackward args = backward_arguments(given, true);
         Saved saved;
         saved.set_pre(given, grad_x, grad_c, streams, c, z, statistics, args);
@@ -331,12 +332,12 @@ struct Operators {
                                           const Tensor& branch_output, const Tensor& coefficients, const Tensor& c,
                                           const Tensor& z, const Tensor& statistics, const Tensor& base,
                                           const OptionalTensor& weight, const OptionalTensor& bias,
-                                          const OptionalTensor& scale, int64_t norm, int64_t form, int64_t iterations,
-                                          double eps) {
+                                          const OptionalTensor& scale, int64_t norm, int64_t form,
+                                          int64_t sinkhorn_iters, double eps) {
         const Scope scope(streams);
         HyperArguments given(streams);
         given.add_post(branch_output, coefficients);
-        given.add_pre({base, weight, bias, scale, norm, form, iterations, eps});
+        given.add_pre({base, weight, bias, scale, norm, form, sinkhorn_iters, eps});
         HyperBackward args = backward_arguments(given, true);
         Saved saved;
         if (grad_out) saved.set_grad_out(given, *grad_out, streams, args);
@@ -364,7 +365,7 @@ void register_kernels(Library& m) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(XLAYER_OPS, m) {
     const std::string connection =
-        "Tensor base, Tensor? weight, Tensor? bias, Tensor? scale, int norm, int form, int iterations, float eps";
+        "Tensor base, Tensor? weight, Tensor? bias, Tensor? scale, int norm, int form, int sinkhorn_iters, float eps";
     const std::string post = "Tensor streams, Tensor branch_output, Tensor coefficients";
     const std::string saved = "Tensor next_coefficients, Tensor logits, Tensor statistics";
     const std::string connection_grads = "Tensor grad_base, Tensor grad_weight, Tensor grad_bias, Tensor grad_scale";

@@ -58,7 +58,7 @@ class VqNearestArguments {
         check_dtype(codebook, "codebook", x.scalar_type());
         check_same_device(codebook, "codebook", x, "x");
         args.metric = cosine ? VqMetric::cosine : VqMetric::euclidean;
-        args.books = x.size(0), args.rows = x.size(1), args.codes = codebook.size(1), args.width = x.size(2);
+        args.num_codebooks = x.size(0), args.rows = x.size(1), args.codes = codebook.size(1), args.width = x.size(2);
         STD_TORCH_CHECK(args.codes > 0 && args.width > 0, "codebook must have at least one code and one column, got ",
                         shape_string(codebook));
         args.tf32 = tf32;
@@ -75,17 +75,17 @@ class VqStatisticsArguments {
   public:
     VqStatistics args{};
 
-    VqStatisticsArguments(const Tensor& x, const Tensor& indices, int64_t codes) {
+    VqStatisticsArguments(const Tensor& x, const Tensor& indices, int64_t codebook_size) {
         check_shape(x, "x", {-1, -1, -1});
         check_shape(indices, "indices", {x.size(0), x.size(1)});
         check_dtype(indices, "indices", ScalarType::Long);
         check_same_device(indices, "indices", x, "x");
-        STD_TORCH_CHECK(codes >= 1, "codes must be at least 1, got ", codes);
-        args.books = x.size(0), args.rows = x.size(1), args.codes = codes, args.width = x.size(2);
+        STD_TORCH_CHECK(codebook_size >= 1, "codebook_size must be at least 1, got ", codebook_size);
+        args.num_codebooks = x.size(0), args.rows = x.size(1), args.codes = codebook_size, args.width = x.size(2);
         x_ = unit_stride_last(x);
         args.x = rows_view(x_, "x");
         args.indices = static_cast<const int64_t*>(kernel_input(indices, "indices"));
-        args.index_book_stride = indices.stride(0), args.index_row_stride = indices.stride(1);
+        args.index_codebook_stride = indices.stride(0), args.index_row_stride = indices.stride(1);
         args.pool = torch_pool();
     }
 
@@ -138,8 +138,8 @@ Two vq_nearest(const Tensor& x, const Tensor& codebook, bool cosine, bool tf32) 
     const Scope scope(x);
     VqNearestArguments given(x, codebook, cosine, tf32);
     VqNearest& args = given.args;
-    Tensor indices = allocate(x, {args.books, args.rows}, ScalarType::Long, "indices");
-    Tensor distance = allocate(x, {args.books, args.rows}, accumulation_type(args.x.dtype), "distance");
+    Tensor indices = allocate(x, {args.num_codebooks, args.rows}, ScalarType::Long, "indices");
+    Tensor distance = allocate(x, {args.num_codebooks, args.rows}, accumulation_type(args.x.dtype), "distance");
     args.indices = static_cast<int64_t*>(indices.mutable_data_ptr());
     args.distance = distance.mutable_data_ptr();
     if (indices.numel() > 0) run(scope, x, args);
@@ -147,15 +147,15 @@ Two vq_nearest(const Tensor& x, const Tensor& codebook, bool cosine, bool tf32) 
 }
 
 template <class Scope>
-Two vq_statistics(const Tensor& x, const Tensor& indices, int64_t codes) {
+Two vq_statistics(const Tensor& x, const Tensor& indices, int64_t codebook_size) {
     const Scope scope(x);
-    VqStatisticsArguments given(x, indices, codes);
+    VqStatisticsArguments given(x, indices, codebook_size);
     VqStatistics& args = given.args;
     const ScalarType wide = accumulation_type(args.x.dtype);
-    Tensor counts = allocate(x, {args.books, codes}, wide, "counts");
-    Tensor sums = allocate(x, {args.books, codes, args.width}, wide, "sums");
+    Tensor counts = allocate(x, {args.num_codebooks, codebook_size}, wide, "counts");
+    Tensor sums = allocate(x, {args.num_codebooks, codebook_size, args.width}, wide, "sums");
     args.counts = counts.mutable_data_ptr(), args.sums = sums.mutable_data_ptr();
-    if (args.books > 0) run(scope, x, args);
+    if (args.num_codebooks > 0) run(scope, x, args);
     return {counts, sums};
 }
 
@@ -189,7 +189,7 @@ void register_kernels(Library& m) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(XLAYER_OPS, m) {
     m.def("vq_nearest(Tensor x, Tensor codebook, bool cosine, bool tf32) -> (Tensor indices, Tensor distance)");
-    m.def("vq_statistics(Tensor x, Tensor indices, SymInt codes) -> (Tensor counts, Tensor sums)");
+    m.def("vq_statistics(Tensor x, Tensor indices, SymInt codebook_size) -> (Tensor counts, Tensor sums)");
     m.def(
         "fsq(Tensor z, int[] levels, float[] shift, float[] half, float[] middle, bool offset, bool keep) "
         "-> (Tensor codes, Tensor indices, Tensor slope)");

@@ -111,7 +111,7 @@ def train(
 
         xlayer train xlrb --preset plain --quick
 
-        xlayer train xlrb --preset H9 --set topk=2 --set router_weight=full_softmax
+        xlayer train xlrb --preset H9 --set top_k=2 --set router_weight=full_softmax
 
         xlayer train xlrb --preset H9 --run-dir runs/mine --resume    (the same options as before)
 
@@ -144,7 +144,7 @@ def sweep(
         typer.Option(
             "--presets",
             "--residual",
-            help="Separated by commas; each may carry overrides: H9:router_weight=full_softmax:topk=2, "
+            help="Separated by commas; each may carry overrides: H9:router_weight=full_softmax:top_k=2, "
             "dhc:expansion_rate=2. By default plain, where the system has it, and the system's own default.",
         ),
     ] = None,
@@ -175,7 +175,7 @@ def sweep(
 
         xlayer sweep telepathy --bridge continuous,vq,fsq,dit --seeds 0,1,2 --quick
 
-        xlayer sweep telepathy --presets classification:bridge=vq,classification:bridge=vq:revive_below=1 --quick
+        xlayer sweep telepathy --presets classification,classification:threshold_ema_dead_code=1 --bridge vq --quick
     """
     from xlayer_systems.registry import get_system
     from xlayer_systems.runs.sweep import cross_variants, parse_seeds, parse_variants, run_sweep
@@ -487,6 +487,7 @@ def _run_of(
     """Returns the system, the run, and the merged values of the command line and the run file."""
     from xlayer_systems.registry import get_system
     from xlayer_systems.runs.run_file import NAMES, SECTIONS, as_text, check_run_file, chosen_values, read_run_file
+    from xlayer_systems.training.options import current_overrides
 
     stored = {} if file is None else read_run_file(file)
     given = {name: stored.get(name) if value is None else value for name, value in command.items()}
@@ -508,6 +509,11 @@ def _run_of(
         of_file = of_run if stored.get("system", chosen.name) != chosen.name else _defaults_of(chosen, stored)
         config, options = (_field_names(*kinds) for kinds in zip(of_file, of_run, strict=True))
         own = {name.replace("-", "_"): key for name, key in chosen.flags.items()}
+        targets = (*of_file, *of_run)
+        stored = current_overrides(stored, *targets)
+        for name in SECTIONS:
+            stored[name] = current_overrides(stored.get(name) or {}, *targets)
+        overrides = current_overrides(overrides, *targets)
         check_run_file(file, stored, options, config, own)
         sections = {"set": as_text(stored.get("set") or {}), **chosen_values(of_file, of_run, stored)}
         plain = {own.get(key, key): value for key, value in stored.items() if key not in {*NAMES, *SECTIONS}}

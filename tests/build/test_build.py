@@ -141,10 +141,10 @@ def test_an_old_torch_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         "masked_mean(Tensor x, Tensor? mask) -> Tensor",
         "masked_mean_backward(Tensor grad, Tensor? mask, SymInt tokens) -> Tensor",
         "hdim_attention(Tensor query, Tensor key, Tensor value, Tensor weight1, Tensor bias1, Tensor weight2, "
-        "Tensor? key_mask, Tensor? pair_mask, float temperature, bool gelu, bool tf32) "
+        "Tensor? key_mask, Tensor? attn_mask, float temperature, bool gelu, bool tf32) "
         "-> (Tensor context, Tensor statistics, Tensor row_entropy)",
         "hdim_attention_backward(Tensor grad_context, Tensor? grad_row_entropy, Tensor query, Tensor key, "
-        "Tensor value, Tensor weight1, Tensor bias1, Tensor weight2, Tensor? key_mask, Tensor? pair_mask, "
+        "Tensor value, Tensor weight1, Tensor bias1, Tensor weight2, Tensor? key_mask, Tensor? attn_mask, "
         "Tensor context, Tensor statistics, float temperature, bool gelu, bool tf32) "
         "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_weight1, Tensor grad_bias1, "
         "Tensor grad_weight2)",

@@ -26,7 +26,7 @@ from source_table import FAMILIES, LAYERS, SOURCES
 
 SYSTEMS = ("xlrb", "telepathy", "lformer", "bypass", "hyper_lm")
 PUBLIC = ("xlayer_ext", "xlayer_ext.functional", "xlayer_ext.nn", "xlayer_ext.reference")
-MOST_LINKS = 3
+MAX_LINKS = 3
 
 
 class Site:
@@ -212,7 +212,7 @@ def reached(site: Site, links: int) -> set[str]:
 def test_an_answer_is_found_from_the_readme_in_few_links(site, question: str, answer: str) -> None:
     name, _, anchor = answer.partition("#")
     assert name in site.pages and (not anchor or anchor in site.pages[name].anchors), question
-    assert answer in reached(site, MOST_LINKS), question
+    assert answer in reached(site, MAX_LINKS), question
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------

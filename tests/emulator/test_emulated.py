@@ -119,11 +119,11 @@ def launch_ema_scan(dtype: torch.dtype, layers: int, width: int, norm: bool) -> 
 def launch_depth(dtype: torch.dtype, width: int) -> None:
     """Launches the recurrent unit, and attention to 32 taps by a head of `width`."""
     weights = [torch.zeros(3 * width, width, dtype=dtype)] * 2
-    x, bias, initial = (torch.zeros(shape, dtype=dtype) for shape in ((2, 1, width), (3 * width,), (1, width)))
-    states, gates = torch.ops.xlayer_emulated.depth_gru(x, *weights, bias, bias, initial, True)
-    torch.ops.xlayer_emulated.depth_gru_backward(states, states, gates, x, *weights, initial)
+    x, bias, initial_state = (torch.zeros(shape, dtype=dtype) for shape in ((2, 1, width), (3 * width,), (1, width)))
+    states, gates = torch.ops.xlayer_emulated.depth_gru(x, *weights, bias, bias, initial_state, True)
+    torch.ops.xlayer_emulated.depth_gru_backward(states, states, gates, x, *weights, initial_state)
     taps, square = torch.zeros(32, 1, width, dtype=dtype), torch.zeros(width, width, dtype=dtype)
-    given = (taps, taps, square, square, initial, 1, 32, 1.0)
+    given = (taps, taps, square, square, initial_state, 1, 32, 1.0)
     states, attended = torch.ops.xlayer_emulated.depth_attention(*given, True)
     torch.ops.xlayer_emulated.depth_attention_backward(states, states, attended, *given)
 

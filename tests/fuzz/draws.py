@@ -27,8 +27,8 @@ INTS = (-(2**63), -1, 0, 1, 2, 3, 5, 2**12, 2**31 - 1, 2**31, 2**32, 2**40, 2**6
 NUMBERS = (float("nan"), float("inf"), float("-inf"), 0.0, -0.0, -1.0, 1e-320, 1e308, 1.0, 0.5)
 FILLS = ("normal", "zeros", "special", "nan", "large", "tiny")
 LAYOUTS = ("contiguous", "permuted", "gaps", "expanded", "overlapping", "offset")
-MOST_NUMBER = 2**63 - 1
-MOST_ELEMENTS = 2**14  # that a tensor holds in memory: dimensions beyond it have stride 0
+MAX_NUMBER = 2**63 - 1
+MAX_ELEMENTS = 2**14  # that a tensor holds in memory: dimensions beyond it have stride 0
 MANY_ELEMENTS = 2**22  # a call on more elements may take long
 
 ARENA_BYTES = 2**18
@@ -61,7 +61,7 @@ class Memory:
         self._arenas = [Arena() for _ in range(arenas)]
         self._used = 0
         generator = torch.Generator().manual_seed(0)
-        count = 2 * MOST_ELEMENTS
+        count = 2 * MAX_ELEMENTS
         normal = torch.randn(count, generator=generator, dtype=torch.float64)
         special = normal.clone()
         odd = torch.rand(count, generator=generator) < 0.1
@@ -106,7 +106,7 @@ class Spec:
     gain: float = 1.0  # of floating-point contents
 
     def build(self, memory: Memory, rng: Random) -> Tensor:
-        if math.prod(max(size, 1) for size in self.shape) > MOST_NUMBER:  # more than a tensor can have
+        if math.prod(max(size, 1) for size in self.shape) > MAX_NUMBER:  # more than a tensor can have
             self.shape = [min(size, 2) for size in self.shape]
         if self.device == "meta":
             return torch.empty(1, device="meta", dtype=self.dtype).as_strided(self.shape, [0] * len(self.shape))
@@ -124,7 +124,7 @@ class Spec:
     def _strides(self, rng: Random) -> list[int]:
         rank = len(self.shape)
         if self.layout == "overlapping":
-            return [1 if size <= MOST_ELEMENTS else 0 for size in self.shape]
+            return [1 if size <= MAX_ELEMENTS else 0 for size in self.shape]
         order = list(range(rank - 1, -1, -1))
         if self.layout == "permuted":
             rng.shuffle(order)
@@ -132,7 +132,7 @@ class Spec:
         strides = [0] * rank
         for axis in order:
             size = self.shape[axis]
-            if (self.layout == "expanded" and rng.random() < 0.5) or max(size, 1) * step > 2 * MOST_ELEMENTS - 2:
+            if (self.layout == "expanded" and rng.random() < 0.5) or max(size, 1) * step > 2 * MAX_ELEMENTS - 2:
                 continue
             strides[axis] = step
             step *= max(size, 1)
@@ -144,7 +144,7 @@ class Spec:
         count = flat.numel()
         if not count:
             return
-        start = rng.randrange(MOST_ELEMENTS)
+        start = rng.randrange(MAX_ELEMENTS)
         if self.dtype == torch.bool:
             source = memory.bytes.get(self.fill, memory.bytes["valid"])
             flat.view(torch.uint8).copy_(_cut(source, start, count))
@@ -158,9 +158,9 @@ class Spec:
     def _wrapped(self, tensor: Tensor) -> Any:
         if self.wrap == "negative" and tensor.is_floating_point():
             tensor = torch._neg_view(tensor)
-        elif self.wrap == "real" and tensor.is_floating_point() and 0 < tensor.numel() <= MOST_ELEMENTS:
+        elif self.wrap == "real" and tensor.is_floating_point() and 0 < tensor.numel() <= MAX_ELEMENTS:
             tensor = torch.stack((tensor, tensor), -1)[..., 0]
-        elif self.wrap == "sparse" and self.dtype in FLOATS and tensor.numel() <= MOST_ELEMENTS and tensor.dim() > 0:
+        elif self.wrap == "sparse" and self.dtype in FLOATS and tensor.numel() <= MAX_ELEMENTS and tensor.dim() > 0:
             tensor = tensor.to_sparse()
         elif self.wrap == "parameter" and tensor.is_floating_point():
             tensor = torch.nn.Parameter(tensor)

@@ -66,7 +66,7 @@ def _ema_scan(d: Draw) -> Arguments:
     return {
         "x": d.float(d.L, d.N, d.d),
         "gate_logits": d.wide(d.L),
-        "initial": d.maybe(d.float(d.N, d.d)),
+        "initial_state": d.maybe(d.float(d.N, d.d)),
         "norm_weight": norm,
         "norm_bias": d.maybe(d.wide(d.d)) if norm else None,
         "eps": _number(d, 1e-5, 1e-3),
@@ -85,7 +85,7 @@ def _depth_gru(d: Draw) -> Arguments:
         "weight_hh": d.float(3 * d.d, d.d),
         "bias_ih": d.float(3 * d.d),
         "bias_hh": d.float(3 * d.d),
-        "initial": d.maybe(d.float(d.N, d.d)),
+        "initial_state": d.maybe(d.float(d.N, d.d)),
         "keep": d.flag(),
     }
 
@@ -107,9 +107,9 @@ def _depth_attention(d: Draw) -> Arguments:
         "values": d.float(d.L, d.N, inner),
         "weight_query": d.weight(inner, d.d),
         "weight_out": d.weight(d.d, inner),
-        "initial": d.maybe(d.float(d.N, d.d)),
-        "heads": _integer(d, d.h),
-        "memory": _integer(d, d.choice(1, 2, 3, 4, 100)),
+        "initial_state": d.maybe(d.float(d.N, d.d)),
+        "num_heads": _integer(d, d.h),
+        "window": _integer(d, d.choice(1, 2, 3, 4, 100)),
         "scale": _number(d, 0.125, max(d.w, 1) ** -0.5),
         "keep": d.flag(),
     }
@@ -121,10 +121,10 @@ def _depth_attention_extras(d: Draw, forward: Arguments) -> Arguments:
 
 
 def _depth_attention_formula(
-    keys: Tensor, values: Tensor, weight_query: Tensor, weight_out: Tensor, initial: Tensor | None, keep: bool,
+    keys: Tensor, values: Tensor, weight_query: Tensor, weight_out: Tensor, initial_state: Tensor | None, keep: bool,
     **options: Any,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    return reference.depth_attention(keys, values, weight_query, weight_out, initial, **options), None
+    return reference.depth_attention(keys, values, weight_query, weight_out, initial_state, **options), None
 
 
 # ---- hdim ------------------------------------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ def _hdim_attention(d: Draw) -> Arguments:
         "bias1": d.float(d.M),
         "weight2": d.float(d.M),
         "key_mask": d.maybe(d.mask(d.B, d.Sk)),
-        "pair_mask": d.maybe(d.mask(d.B, d.Sq, d.Sk)),
+        "attn_mask": d.maybe(d.mask(d.B, d.Sq, d.Sk)),
         "temperature": _number(d, 1.0, 4.0, 0.5),
         "gelu": d.flag(),
         "tf32": False,
@@ -185,7 +185,7 @@ def _connection(d: Draw) -> Arguments:
         "scale": d.wide(n + 2) if norm else None,
         "norm": _integer(d, norm),
         "form": _integer(d, form),
-        "iterations": _integer(d, d.choice(1, 2, 5)),
+        "sinkhorn_iters": _integer(d, d.choice(1, 2, 5)),
         "eps": _number(d, 1e-5, 1e-3),
     }
 
@@ -247,7 +247,11 @@ def _vq_nearest_formula(x: Tensor, codebook: Tensor, cosine: bool, tf32: bool) -
 
 
 def _vq_statistics(d: Draw) -> Arguments:
-    return {"x": d.float(d.h, d.N, d.D), "indices": d.index(d.h, d.N), "codes": _integer(d, d.choice(1, 2, 3, 65))}
+    return {
+        "x": d.float(d.h, d.N, d.D),
+        "indices": d.index(d.h, d.N),
+        "codebook_size": _integer(d, d.choice(1, 2, 3, 65)),
+    }
 
 
 def _levels(d: Draw) -> list[int]:
@@ -282,14 +286,14 @@ OPERATORS = {
     "ema_scan": Recipe(
         _ema_scan,
         lambda **given: (reference.ema_scan(**given),),
-        gradients=("x", "gate_logits", "initial", "norm_weight", "norm_bias"),
+        gradients=("x", "gate_logits", "initial_state", "norm_weight", "norm_bias"),
         upstream=(("grad", 0),),
         extras=_ema_scan_extras,
     ),
     "depth_gru": Recipe(
         _depth_gru,
         lambda keep, **given: (reference.depth_gru(**given), None),
-        gradients=("x", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "initial"),
+        gradients=("x", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "initial_state"),
         upstream=(("grad", 0),),
         kept=(("states", 0), ("gates", 1)),
         extras=_depth_gru_extras,
@@ -297,7 +301,7 @@ OPERATORS = {
     "depth_attention": Recipe(
         _depth_attention,
         _depth_attention_formula,
-        gradients=("keys", "values", "weight_query", "weight_out", "initial"),
+        gradients=("keys", "values", "weight_query", "weight_out", "initial_state"),
         upstream=(("grad", 0),),
         kept=(("states", 0), ("attended", 1)),
         extras=_depth_attention_extras,
@@ -380,7 +384,7 @@ def _f_ema_scan(d: Draw) -> Arguments:
     return {
         "x": d.float(d.L, *lead, d.d),
         "gate_logits": d.float(d.L),
-        "initial": d.maybe(d.float(*lead, d.d)),
+        "initial_state": d.maybe(d.float(*lead, d.d)),
         "norm_weight": norm,
         "norm_bias": d.maybe(d.wide(d.d)) if norm else None,
         "eps": _number(d, 1e-5),
@@ -396,7 +400,7 @@ def _f_depth_gru(d: Draw) -> Arguments:
         "weight_hh": d.float(3 * d.d, d.d),
         "bias_ih": d.maybe(d.float(3 * d.d)),
         "bias_hh": d.maybe(d.float(3 * d.d)),
-        "initial": d.maybe(d.float(*lead, d.d)),
+        "initial_state": d.maybe(d.float(*lead, d.d)),
     }
 
 
@@ -408,16 +412,16 @@ def _f_depth_attention(d: Draw) -> Arguments:
         "weight_key": d.float(inner, d.i),
         "weight_value": d.float(inner, d.i),
         "weight_out": d.float(d.d, inner),
-        "initial": d.maybe(d.float(*lead, d.d)),
-        "heads": _integer(d, d.h),
-        "memory": _integer(d, d.choice(1, 2, 4)),
+        "initial_state": d.maybe(d.float(*lead, d.d)),
+        "num_heads": _integer(d, d.h),
+        "window": _integer(d, d.choice(1, 2, 4)),
     }
 
 
 def _attention_options(d: Draw) -> Arguments:
     return {
         "key_mask": d.maybe(d.mask(d.B, d.Sk)),
-        "pair_mask": d.maybe(d.mask(d.B, d.Sq, d.Sk)),
+        "attn_mask": d.maybe(d.mask(d.B, d.Sq, d.Sk)),
         "temperature": _number(d, 1.0, 2.0),
         "return_entropy": d.flag(),
     }
@@ -480,8 +484,8 @@ def _f_vq_nearest(d: Draw) -> Arguments:
 
 def _f_vq_statistics(d: Draw) -> Arguments:
     lead = [d.h] if d.flag() else []
-    codes = _integer(d, d.choice(1, 2, 3, 65))
-    return {"x": d.float(*lead, d.N, d.D), "indices": d.index(*lead, d.N), "codes": codes}
+    codebook_size = _integer(d, d.choice(1, 2, 3, 65))
+    return {"x": d.float(*lead, d.N, d.D), "indices": d.index(*lead, d.N), "codebook_size": codebook_size}
 
 
 def _f_fsq(d: Draw) -> Arguments:

@@ -31,7 +31,7 @@ KINDS: dict[str, Callable[..., Any]] = {
     "ema": EMAAggregator,
     "tree": lambda *a: EMAAggregator(*a, tree_checkpoint=2),
     "gru": GRUAggregator,
-    "attn": lambda *a: DepthAttentionAggregator(*a, heads=2, memory=3),
+    "attn": lambda *a: DepthAttentionAggregator(*a, num_heads=2, window=3),
 }
 
 
@@ -82,12 +82,12 @@ def gru_loop(module: GRUAggregator, taps: Tensor) -> Tensor:
 def attention_loop(module: DepthAttentionAggregator, taps: Tensor) -> Tensor:
     state, states = torch.zeros_like(taps[0]), []
     for layer in range(L):
-        window = taps[max(0, layer - module.memory + 1) : layer + 1]
-        q, k, v = state @ module.weight_query.T, window @ module.weight_key.T, window @ module.weight_value.T
+        last = taps[max(0, layer - module.window + 1) : layer + 1]
+        q, k, v = state @ module.weight_query.T, last @ module.weight_key.T, last @ module.weight_value.T
         parts = []
-        for head in range(module.heads):
-            of = slice(head * D // module.heads, (head + 1) * D // module.heads)
-            score = (q[..., of] * k[..., of]).sum(-1, keepdim=True) / (D / module.heads) ** 0.5
+        for head in range(module.num_heads):
+            of = slice(head * D // module.num_heads, (head + 1) * D // module.num_heads)
+            score = (q[..., of] * k[..., of]).sum(-1, keepdim=True) / (D / module.num_heads) ** 0.5
             parts.append((score.softmax(0) * v[..., of]).sum(0))
         state = state + torch.cat(parts, -1) @ module.weight_out.T
         states.append(state)
@@ -304,9 +304,9 @@ def test_compiled_gives_the_same(kind: str) -> None:
 
 
 def test_repr_tells_the_options() -> None:
-    assert "5, d_model=12, d_side=8, pooling='last'" in repr(TapProjector(L, MODEL, D, pooling="last"))
-    assert "5, d_side=8, tree_checkpoint=2" in repr(KINDS["tree"](L, D))
-    assert "heads=2, memory=3" in repr(KINDS["attn"](L, D))
+    assert "5, hidden_size=12, side_size=8, pooling='last'" in repr(TapProjector(L, MODEL, D, pooling="last"))
+    assert "5, hidden_size=8, tree_checkpoint=2" in repr(KINDS["tree"](L, D))
+    assert "num_heads=2, window=3" in repr(KINDS["attn"](L, D))
 
 
 def test_examples_in_the_docstrings() -> None:
@@ -324,13 +324,13 @@ def test_examples_in_the_docstrings() -> None:
             lambda: TapProjector(L, MODEL, D)(torch.ones(L, B, S, MODEL), torch.ones(B, 1).bool()),
             "mask must have shape",
         ),
-        (lambda: EMAAggregator(L, 0), "d_side must be at least 1"),
+        (lambda: EMAAggregator(L, 0), "hidden_size must be at least 1"),
         (lambda: EMAAggregator(L, D, expansion=0), "expansion must be at least 1"),
-        (lambda: EMAAggregator(L, D, tree_checkpoint=6), "tree_checkpoint must be between 0 and layers = 5, got 6"),
+        (lambda: EMAAggregator(L, D, tree_checkpoint=6), "tree_checkpoint must be between 0 and num_layers = 5, got 6"),
         (lambda: EMAAggregator(L, D)(torch.ones(L + 1, B, D)), r"taps must have shape \[5, ..., 8\], got \[6, 3, 8\]"),
         (lambda: GRUAggregator(L, D)(torch.ones(L, B, D + 1)), r"taps must have shape \[5, ..., 8\]"),
-        (lambda: DepthAttentionAggregator(L, D, heads=3), "d_side must be a multiple of heads = 3, got 8"),
-        (lambda: DepthAttentionAggregator(L, D, memory=0), "memory must be at least 1, got 0"),
+        (lambda: DepthAttentionAggregator(L, D, num_heads=3), "hidden_size must be a multiple of num_heads = 3, got 8"),
+        (lambda: DepthAttentionAggregator(L, D, window=0), "window must be at least 1, got 0"),
     ],
 )
 def test_bad_options_are_named(make_it: Callable[[], Any], told: str) -> None:

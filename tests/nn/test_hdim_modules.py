@@ -86,7 +86,7 @@ def test_message_is_its_formula(device: str, choice: str, scorer: str, fusion: s
     for parameter in module.parameters():  # norms and biases away from 1 and 0
         parameter.data += 0.1 * draw(generator, *parameter.shape).to(device)
     arguments = draw_layers(generator, H, device)
-    allowed = arguments["key_mask"].unsqueeze(1) & arguments["pair_mask"]
+    allowed = arguments["key_mask"].unsqueeze(1) & arguments["attn_mask"]
     with backend(choice):
         actual = module(**arguments)
     expected = formula(module, arguments["target"], arguments["source"], allowed, scorer, fusion)
@@ -219,7 +219,7 @@ def test_bad_options_are_named(options: dict[str, Any], told: str) -> None:
         ({"target": torch.ones(2, 5, H).long()}, TypeError, "target must be a floating-point tensor"),
         ({"key_mask": torch.ones(2, 8, dtype=torch.bool)}, ValueError, "key_mask must have shape"),
         ({"key_mask": torch.ones(2, 7)}, TypeError, "key_mask must be a bool tensor"),
-        ({"pair_mask": torch.ones(2, 7, 5, dtype=torch.bool)}, ValueError, "pair_mask must have shape"),
+        ({"attn_mask": torch.ones(2, 7, 5, dtype=torch.bool)}, ValueError, "attn_mask must have shape"),
     ],
 )
 def test_bad_calls_are_named(change: dict[str, Any], error: type[Exception], told: str) -> None:

@@ -99,14 +99,14 @@ def manifold_coefficients(p: dict[str, Tensor], module: Any, h: Tensor) -> tuple
         z = x @ p["phi"]
         m = torch.stack([p["residual_scale"] * z[2 * n + i * n : 2 * n + i * n + n] for i in range(n)]) + p["b_res"]
         pre, post = p["pre_scale"] * z[:n] + p["b_pre"], p["post_scale"] * z[n : 2 * n] + p["b_post"]
-        return pre.sigmoid(), sinkhorn(m, 0, 1, module.iterations).T, 2 * post.sigmoid()
+        return pre.sigmoid(), sinkhorn(m, 0, 1, module.sinkhorn_iters).T, 2 * post.sigmoid()
     rows = [normed(h_j, module.eps, False) * p["norm_weight"] for h_j in h]
     alpha = torch.stack([row @ p["dynamic_alpha"] for row in rows])
     beta = torch.stack([row @ p["dynamic_beta"] for row in rows])
     pre = p["pre_scale"] * alpha[:, 0] + p["static_alpha"][:, 0]
     mixing = p["residual_scale"] * alpha[:, 1:] + p["static_alpha"][:, 1:]
     post = p["post_scale"] * beta + p["static_beta"]
-    return pre.sigmoid(), sinkhorn(mixing, 0, 1, module.iterations), 2 * post.sigmoid()
+    return pre.sigmoid(), sinkhorn(mixing, 0, 1, module.sinkhorn_iters), 2 * post.sigmoid()
 
 
 def written_out(module: Any, streams: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
@@ -402,8 +402,8 @@ def test_repr_tells_the_options() -> None:
     for part in ("12, expansion_rate=3", "packed=True", "layer_index=2", "use_tanh=False", "norm='rms'"):
         assert part in text
     assert "static_weights=True" in repr(HyperConnection(D, static_weights=True))
-    assert "coefficients='per_stream', iterations=7" in repr(
-        ManifoldHyperConnection(D, coefficients="per_stream", iterations=7)
+    assert "coefficients='per_stream', sinkhorn_iters=7" in repr(
+        ManifoldHyperConnection(D, coefficients="per_stream", sinkhorn_iters=7)
     )
 
 
@@ -414,7 +414,7 @@ def test_repr_tells_the_options() -> None:
         (lambda: HyperConnection(D, expansion_rate=0), "expansion_rate must be at least 1, got 0"),
         (lambda: HyperConnection(D, norm="batch"), "norm must be one of layer, rms; got 'batch'"),
         (lambda: ManifoldHyperConnection(D, coefficients="x"), "coefficients must be one of paper, per_stream"),
-        (lambda: ManifoldHyperConnection(D, iterations=0), "iterations must be at least 1"),
+        (lambda: ManifoldHyperConnection(D, sinkhorn_iters=0), "sinkhorn_iters must be at least 1"),
         (lambda: reduce_streams(torch.ones(2, 4, D), reduce="max"), "reduce must be one of sum, mean"),
         (lambda: reduce_streams(torch.ones(8, D), packed=True), "expansion_rate must be given"),
         (lambda: HyperConnection(D, packed=True)(torch.ones(7, 3, D)), r"streams must have shape \[\(b n\), ..., d\]"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import json
 import os
 import pickle
 import subprocess
@@ -31,14 +32,16 @@ from xlayer_systems.telepathy.resampler import PerceiverResampler, RMSScale, Sta
 Make = Callable[[], Any]
 INF, NAN = float("inf"), float("nan")
 RECIPES: dict[str, list[Make]] = {
-    "DepthAttentionAggregator": [lambda: xnn.DepthAttentionAggregator(3, 8, heads=2)],
+    "DepthAttentionAggregator": [lambda: xnn.DepthAttentionAggregator(3, 8, num_heads=2)],
     "DiffusionBridge": [
-        lambda: DiffusionBridge(6, 8, 3, dim=8, depth=2, heads=2, conditioning="hybrid", target_scale=0.3),
-        lambda: DiffusionBridge(6, 8, 3, dim=8, depth=1, heads=2, conditioning="cross"),
-        lambda: DiffusionBridge(6, 8, 3, dim=8, depth=1, heads=2, conditioning="pooled"),
+        lambda: DiffusionBridge(
+            6, 8, 3, hidden_size=8, num_layers=2, num_heads=2, conditioning="hybrid", target_scale=0.3
+        ),
+        lambda: DiffusionBridge(6, 8, 3, hidden_size=8, num_layers=1, num_heads=2, conditioning="cross"),
+        lambda: DiffusionBridge(6, 8, 3, hidden_size=8, num_layers=1, num_heads=2, conditioning="pooled"),
     ],
     "EMAAggregator": [lambda: xnn.EMAAggregator(4, 8), lambda: xnn.EMAAggregator(5, 8, tree_checkpoint=2)],
-    "FSQ": [lambda: xnn.FSQ([8, 5, 3]), lambda: xnn.FSQ([8, 5, 3], dim=6)],
+    "FSQ": [lambda: xnn.FSQ([8, 5, 3]), lambda: xnn.FSQ([8, 5, 3], hidden_size=6)],
     "GRUAggregator": [lambda: xnn.GRUAggregator(3, 8)],
     "HDIMMessage": [
         lambda: xnn.HDIMMessage(16, proj_dim=4, mlp_dim=6, value_residual=True, alpha_init=0.1, norm_projections=True),
@@ -56,7 +59,7 @@ RECIPES: dict[str, list[Make]] = {
         lambda: xnn.ManifoldHyperConnection(8, coefficients="per_stream"),
         lambda: xnn.ManifoldHyperConnection(8, expansion_rate=1),
     ],
-    "PerceiverResampler": [lambda: PerceiverResampler(6, 8, 3, depth=2, heads=2)],
+    "PerceiverResampler": [lambda: PerceiverResampler(6, 8, 3, num_layers=2, num_heads=2)],
     "QKVMessage": [lambda: xnn.QKVMessage(2, 4), lambda: xnn.QKVMessage(2, 4, extra_value_projection=True)],
     "RMSScale": [lambda: RMSScale(0.3)],
     "StatisticalNormalizer": [
@@ -68,7 +71,7 @@ RECIPES: dict[str, list[Make]] = {
     "VectorQuantizer": [
         lambda: xnn.VectorQuantizer(8, 5),
         lambda: xnn.VectorQuantizer(8, 5, ema=False),
-        lambda: xnn.VectorQuantizer(8, 5, codebook_dim=3, codebooks=2, metric="cosine", kmeans_init=True, seed=3),
+        lambda: xnn.VectorQuantizer(8, 5, codebook_dim=3, num_codebooks=2, metric="cosine", kmeans_init=True, seed=3),
     ],
 }
 CASES = [pytest.param(make, id=f"{name}-{i}") for name, makes in RECIPES.items() for i, make in enumerate(makes)]
@@ -205,17 +208,17 @@ def test_sharded_on_meta_and_then_reset(mesh: Any, make: Make) -> None:
 
 HUGE = 2**62
 BAD: list[tuple[str, Callable[..., Any], dict[str, list[Any]]]] = [
-    ("TapProjector", lambda **o: xnn.TapProjector(**{"layers": 3, "d_model": 8, "d_side": 4, **o}),
-     {"layers": [0, 2**64, "3", None, 1.5], "d_model": [-1], "eps": [NAN, -1.0, "x"], "pooling": ["cls"]}),
+    ("TapProjector", lambda **o: xnn.TapProjector(**{"num_layers": 3, "hidden_size": 8, "side_size": 4, **o}),
+     {"num_layers": [0, 2**64, "3", None, 1.5], "hidden_size": [-1], "eps": [NAN, -1.0, "x"], "pooling": ["cls"]}),
     ("EMAAggregator", lambda **o: xnn.EMAAggregator(3, 8, **o),
      {"tree_checkpoint": [-1, 4, 1.0, 2**64], "expansion": [0, None], "eps": [INF, -1e-5, None]}),
-    ("GRUAggregator", lambda **o: xnn.GRUAggregator(**{"layers": 3, "d_side": 8, **o}),
-     {"layers": [0, 3.0, 2**64], "d_side": [0, True]}),
+    ("GRUAggregator", lambda **o: xnn.GRUAggregator(**{"num_layers": 3, "hidden_size": 8, **o}),
+     {"num_layers": [0, 3.0, 2**64], "hidden_size": [0, True]}),
     ("DepthAttentionAggregator", lambda **o: xnn.DepthAttentionAggregator(3, 8, **o),
-     {"heads": [0, 3, HUGE, 2**64, "2"], "memory": [0, 2**64, None]}),
+     {"num_heads": [0, 3, HUGE, 2**64, "2"], "window": [0, 2**64, None]}),
     ("DiffusionBridge",
-     lambda **o: DiffusionBridge(6, 8, **{"soft_tokens": 3, "dim": 8, "depth": 1, "heads": 2, **o}),
-     {"heads": [0, 3, 2**64], "dim": [7, 0], "soft_tokens": [0, "3"], "conditioning": ["x"],
+     lambda **o: DiffusionBridge(6, 8, **{"soft_tokens": 3, "hidden_size": 8, "num_layers": 1, "num_heads": 2, **o}),
+     {"num_heads": [0, 3, 2**64], "hidden_size": [7, 0], "soft_tokens": [0, "3"], "conditioning": ["x"],
       "target_scale": [0.0, NAN]}),
     ("FSQ", xnn.FSQ, {"levels": [[], 5, [1], ["8"], [2**62], None]}),
     ("HDIMMessage", lambda **o: xnn.HDIMMessage(16, **o),
@@ -224,22 +227,22 @@ BAD: list[tuple[str, Callable[..., Any], dict[str, list[Any]]]] = [
     ("HyperConnection", lambda **o: xnn.HyperConnection(8, **o),
      {"expansion_rate": [0, 2**64, 2.0], "eps": [NAN, -1.0], "layer_index": [None, 2**64], "norm": ["batch"]}),
     ("LayerRouter", lambda **o: xnn.LayerRouter(16, **o),
-     {"topk": [0, 2**64, "1"], "temperature": [NAN, 0.0, None], "route_dim": [0]}),
+     {"top_k": [0, 2**64, "1"], "temperature": [NAN, 0.0, None], "route_dim": [0]}),
     ("ManifoldHyperConnection", lambda **o: xnn.ManifoldHyperConnection(8, **o),
-     {"iterations": [0, 1001, 2**32, 2**64, None], "eps": [NAN, -1.0], "layer_index": ["0"]}),
+     {"sinkhorn_iters": [0, 1001, 2**32, 2**64, None], "eps": [NAN, -1.0], "layer_index": ["0"]}),
     ("PerceiverResampler",
-     lambda **o: PerceiverResampler(**{"source_dim": 6, "target_dim": 8, "soft_tokens": 3, "heads": 2, **o}),
-     {"heads": [0, 3, HUGE], "dim": [0], "soft_tokens": [0, None], "mlp_ratio": [NAN, 0.0]}),
+     lambda **o: PerceiverResampler(**{"source_dim": 6, "target_dim": 8, "soft_tokens": 3, "num_heads": 2, **o}),
+     {"num_heads": [0, 3, HUGE], "hidden_size": [0], "soft_tokens": [0, None], "mlp_ratio": [NAN, 0.0]}),
     ("QKVMessage", lambda **o: xnn.QKVMessage(**{"num_heads": 2, "head_dim": 4, **o}),
      {"num_heads": [0, "2"], "head_dim": [0, 2**64], "dropout": [NAN, 2.0]}),
     ("RMSScale", lambda **o: RMSScale(**{"target_rms": 1.0, **o}), {"target_rms": [NAN, None], "eps": [-1.0, NAN]}),
     ("StatisticalNormalizer", lambda **o: StatisticalNormalizer(**{"source_dim": 4, "target_dim": 4, **o}),
      {"source_dim": [0, "4"], "target_dim": [0, 2**64], "eps": [-1.0, NAN]}),
     ("TanhScale", TanhScale, {"target_rms": [NAN, "x", None]}),
-    ("VectorQuantizer", lambda **o: xnn.VectorQuantizer(**{"dim": 8, "codebook_size": 4, **o}),
-     {"codebook_size": [0, HUGE, 2**64, 4.0], "codebooks": [0, 3], "codebook_dim": [0], "decay": [NAN, 1.0, "x"],
-      "epsilon": [0.0, NAN], "entropy_temperature": [0.0, NAN], "commitment_weight": [NAN, -1.0],
-      "threshold_dead": [-1.0, NAN], "kmeans_iterations": [-1, 2**32], "seed": [2**64, 0.5]}),
+    ("VectorQuantizer", lambda **o: xnn.VectorQuantizer(**{"hidden_size": 8, "codebook_size": 4, **o}),
+     {"codebook_size": [0, HUGE, 2**64, 4.0], "num_codebooks": [0, 3], "codebook_dim": [0], "decay": [NAN, 1.0, "x"],
+      "eps": [0.0, NAN], "entropy_temperature": [0.0, NAN], "commitment_weight": [NAN, -1.0],
+      "threshold_ema_dead_code": [-1.0, NAN], "kmeans_iters": [-1, 2**32], "seed": [2**64, 0.5]}),
 ]  # fmt: skip
 
 
@@ -288,7 +291,7 @@ MODULE_CALLS: dict[str, tuple[Make, dict[str, Any], dict[str, list[Any]]]] = {
     "FSQ": (lambda: xnn.FSQ([4] * 8), {"z": X}, {"z": [*NOT_FLOATS, X[..., :7], X[0, 0, 0]]}),
     "HDIMMessage": (lambda: xnn.HDIMMessage(8), {"target": X, "source": X, "key_mask": MASK},
                     {"target": [*NOT_FLOATS, X[0]], "source": [*NOT_FLOATS, X[:1]], "key_mask": NOT_MASKS,
-                     "pair_mask": ["x", MASK]}),
+                     "attn_mask": ["x", MASK]}),
     "HyperConnection": (lambda: xnn.HyperConnection(8, expansion_rate=5), {"streams": X},
                         {"streams": [*NOT_FLOATS, X[:, :4], X[..., :7], X[0, 0]]}),
     "LayerRouter": (lambda: xnn.LayerRouter(8), {"target_summary": X[0], "source_summaries": X},
@@ -334,7 +337,7 @@ def test_bad_calls_are_named(module: str, name: str, value: Any) -> None:
 
 
 def test_codes_that_are_not_there_are_named() -> None:
-    quantizer = xnn.VectorQuantizer(8, 5, codebooks=2)
+    quantizer = xnn.VectorQuantizer(8, 5, num_codebooks=2)
     wrong = [torch.tensor([[0, 5]]), torch.tensor([[0, -2]]), torch.zeros(3, dtype=torch.int64), torch.zeros(1, 2), "x"]
     for indices in wrong:
         with pytest.raises((TypeError, ValueError), match="indices must"):
@@ -352,7 +355,7 @@ PUBLIC = {name: getattr(xnn, name) for name in xnn.__all__}
 MODULES: dict[str, Any] = {
     name: kind for name, kind in PUBLIC.items() if isinstance(kind, type) and issubclass(kind, nn.Module)
 }
-SMALL = {name: partial(make, levels=[8, 5, 3], dim=6) if name == "FSQ" else make for name, make, _ in BAD}
+SMALL = {name: partial(make, levels=[8, 5, 3], hidden_size=6) if name == "FSQ" else make for name, make, _ in BAD}
 OWN_CASES = [pytest.param(name, make, id=f"{name}-{i}") for name in MODULES for i, make in enumerate(RECIPES[name])]
 
 
@@ -408,6 +411,17 @@ def test_a_state_dict_is_the_whole_state(name: str, make: Make) -> None:
     module, other = after_seed(1, make), after_seed(2, make)
     other.load_state_dict(pickle.loads(pickle.dumps(module.state_dict())), strict=True)
     assert_same(other, module)
+
+
+def test_state_dicts_keep_their_keys() -> None:
+    """What was saved must load: names and shapes are those that state_dict_keys.json has kept."""
+    kept = json.loads((Path(__file__).parent / "state_dict_keys.json").read_text())
+    found = {
+        f"{name}-{i}": {key: list(tensor.shape) for key, tensor in make().state_dict().items()}
+        for name, makes in RECIPES.items()
+        for i, make in enumerate(makes)
+    }
+    assert found == kept
 
 
 @pytest.mark.parametrize("name", MODULES)

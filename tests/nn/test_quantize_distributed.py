@@ -18,7 +18,7 @@ WORLD, STEPS, ROWS, D, K = 2, 20, 48, 5, 24
 KINDS: dict[str, dict[str, Any]] = {
     "ema": {},
     "cosine": {"metric": "cosine"},
-    "learned": {"ema": False, "threshold_dead": 0.0},
+    "learned": {"ema": False, "threshold_ema_dead_code": 0.0},
     "kmeans": {"kmeans_init": True},
 }
 Result = tuple[list[dict[str, Tensor]], int]
@@ -30,7 +30,7 @@ class Net(nn.Module):
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.linear = nn.Linear(D, D)
-        options = {"threshold_dead": 0.6, **KINDS[kind]}
+        options = {"threshold_ema_dead_code": 0.6, **KINDS[kind]}
         self.quantizer = VectorQuantizer(D, K, decay=0.8, **options)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -66,9 +66,9 @@ def train(kind: str, rank: int = 0, world: int = 1) -> Result:
 
     def counting(*arguments: Tensor) -> None:
         nonlocal revived
-        before = quantizer.sizes < quantizer.threshold_dead
+        before = quantizer.sizes < quantizer.threshold_ema_dead_code
         revive(*arguments)
-        revived += int((before & (quantizer.sizes > quantizer.threshold_dead)).sum())
+        revived += int((before & (quantizer.sizes > quantizer.threshold_ema_dead_code)).sum())
 
     quantizer._revive = counting  # type: ignore[method-assign]
     for x, mask in batches():

@@ -21,8 +21,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "cosine": {"metric": "cosine"},
     "learned": {"ema": False},
     "learned-cosine": {"ema": False, "metric": "cosine"},
-    "two": {"codebooks": 2},
-    "projected": {"codebook_dim": 4, "codebooks": 2, "metric": "cosine"},
+    "two": {"num_codebooks": 2},
+    "projected": {"codebook_dim": 4, "num_codebooks": 2, "metric": "cosine"},
 }
 
 
@@ -55,7 +55,7 @@ def test_the_output_is_the_nearest_code_and_the_gradient_goes_straight_through(d
     x = rows(3, 7, device=device).requires_grad_()
     before = module.codebook.detach().clone()
     out = module(x)
-    books, width = module.codebooks, module.codebook_dim
+    books, width = module.num_codebooks, module.codebook_dim
     parts = module.project_in(x).reshape(-1, books, width)
     if module.metric == "cosine":
         parts = nn.functional.normalize(parts, dim=-1)
@@ -125,7 +125,7 @@ def test_padding_changes_nothing(kind: str, training: bool) -> None:
     x = rows(4, 6)
     mask = torch.rand(4, 6, generator=fresh_generator()) < 0.6
     mask[0, 0] = True
-    options = {"threshold_dead": 0.9 * KINDS[kind].get("ema", True), "entropy_weight": 0.1, **KINDS[kind]}
+    options = {"threshold_ema_dead_code": 0.9 * KINDS[kind].get("ema", True), "entropy_weight": 0.1, **KINDS[kind]}
     modules = [quantizer(**options).train(training) for _ in range(2)]
     masked = modules[0](x.masked_fill(~mask.unsqueeze(-1), float("nan")), mask)
     alone = modules[1](x[mask])
@@ -167,7 +167,7 @@ def test_compile_in_evaluation() -> None:
 
 def test_compile_in_training_goes_around_the_update() -> None:
     torch._dynamo.reset()
-    module = quantizer(threshold_dead=0.9)
+    module = quantizer(threshold_ema_dead_code=0.9)
     other = copy.deepcopy(module)
     compiled = torch.compile(module, backend="aot_eager")
     for _ in range(3):
@@ -213,7 +213,7 @@ def test_evaluation_moves_nothing(kind: str) -> None:
 
 
 def test_a_dead_code_becomes_a_row_and_survives_twenty_misses() -> None:
-    module = quantizer(threshold_dead=0.5, decay=0.8)
+    module = quantizer(threshold_ema_dead_code=0.5, decay=0.8)
     far = torch.full((K, D), 100.0) + torch.arange(K).unsqueeze(1)
     far[0] = 0
     module.set_codebook(far)
@@ -247,11 +247,11 @@ def test_kmeans_starts_at_the_clusters() -> None:
     generator = fresh_generator()
     centers = 10 * draw(generator, K, D, dtype=torch.float32)
     x = centers[torch.arange(K).repeat(60)] + 0.01 * draw(generator, 60 * K, D, dtype=torch.float32)
-    module = quantizer(kmeans_init=True, kmeans_iterations=20, threshold_dead=1.0, decay=0.99)
+    module = quantizer(kmeans_init=True, kmeans_iters=20, threshold_ema_dead_code=1.0, decay=0.99)
     assert not module.initialized
     spread = 0.25 * float((x - x.mean(0)).square().mean())
     assert float(module(x).loss) < 0.3 * spread and module.steps == 1 and module.initialized
-    again = quantizer(kmeans_init=True, kmeans_iterations=20, threshold_dead=1.0, decay=0.99)
+    again = quantizer(kmeans_init=True, kmeans_iters=20, threshold_ema_dead_code=1.0, decay=0.99)
     again(x)
     assert_same_state(module, again)
     # On the last of its rounds every code was the mean of its rows: with all of the batch once more, hardly moved.
@@ -262,12 +262,12 @@ def test_kmeans_starts_at_the_clusters() -> None:
 
 def test_resuming_is_exact() -> None:
     batches = [rows(20) for _ in range(8)]
-    whole, first = (quantizer(threshold_dead=1.2, decay=0.7, kmeans_init=True) for _ in range(2))
+    whole, first = (quantizer(threshold_ema_dead_code=1.2, decay=0.7, kmeans_init=True) for _ in range(2))
     for x in batches:
         whole(x)
     for x in batches[:4]:
         first(x)
-    second = quantizer(threshold_dead=1.2, decay=0.7, kmeans_init=True)
+    second = quantizer(threshold_ema_dead_code=1.2, decay=0.7, kmeans_init=True)
     second.load_state_dict(first.state_dict())
     for x in batches[4:]:
         second(x)
@@ -275,7 +275,7 @@ def test_resuming_is_exact() -> None:
 
 
 def test_a_batch_with_nothing_in_it() -> None:
-    module = quantizer(threshold_dead=0.5, kmeans_init=True)
+    module = quantizer(threshold_ema_dead_code=0.5, kmeans_init=True)
     out = module(torch.zeros(0, D))
     assert out.quantized.shape == (0, D) and out.loss == 0 and not module.initialized
     out = module(torch.full((2, D), float("nan")), torch.zeros(2, dtype=torch.bool))
@@ -320,7 +320,7 @@ class Net(nn.Module):
 @pytest.mark.parametrize("recompute", ["reentrant", "not reentrant"])
 @pytest.mark.parametrize("kind", ["ema", "cosine", "learned"])
 def test_under_checkpointing_the_codebook_moves_once_and_gradients_are_the_same(kind: str, recompute: str) -> None:
-    options = {"decay": 0.5, "threshold_dead": 0.9 * (kind != "learned"), "entropy_weight": 0.1, **KINDS[kind]}
+    options = {"decay": 0.5, "threshold_ema_dead_code": 0.9 * (kind != "learned"), "entropy_weight": 0.1, **KINDS[kind]}
     nets = []
     for how in ("none", recompute):
         torch.manual_seed(0)
@@ -362,7 +362,7 @@ def test_fsq_module(bound: str) -> None:
     codes, indices = XF.fsq(z, [8, 5, 3], bound=bound)
     assert torch.equal(out.quantized, codes) and torch.equal(out.indices, indices) and module.codebook_size == 120
     assert not list(module.parameters())
-    projected = FSQ([8, 5, 3], dim=D, bound=bound)
+    projected = FSQ([8, 5, 3], hidden_size=D, bound=bound)
     x = rows(2, 4).requires_grad_()
     out = projected(x)
     expected = projected.project_out(XF.fsq(projected.project_in(x), [8, 5, 3], bound=bound)[0])
@@ -376,9 +376,12 @@ def test_fsq_module(bound: str) -> None:
     [
         (lambda: VectorQuantizer(8, 4, metric="dot"), "metric must be one of euclidean, cosine"),
         (lambda: VectorQuantizer(8, 0), "codebook_size must be at least 1, got 0"),
-        (lambda: VectorQuantizer(8, 4, codebooks=3), "dim must be a multiple of codebooks, 3"),
+        (lambda: VectorQuantizer(8, 4, num_codebooks=3), "hidden_size must be a multiple of num_codebooks, 3"),
         (lambda: VectorQuantizer(8, 4, decay=1.0), "decay must be between 0 and 1, got 1.0"),
-        (lambda: VectorQuantizer(8, 4, ema=False, threshold_dead=1.0), "threshold_dead needs ema=True"),
+        (
+            lambda: VectorQuantizer(8, 4, ema=False, threshold_ema_dead_code=1.0),
+            "threshold_ema_dead_code needs ema=True",
+        ),
         (lambda: VectorQuantizer(8, 4)(torch.ones(2, 7)), r"x must have shape \[..., 8\], got \[2, 7\]"),
         (lambda: VectorQuantizer(8, 4)(torch.ones(2, 8), torch.ones(3).bool()), r"mask must have shape \[2\]"),
         (lambda: FSQ([1]), "levels must be between 2"),

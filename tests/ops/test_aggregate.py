@@ -71,18 +71,18 @@ def test_oracle_rule_of_recurrences(native: str, op: str, dtype: torch.dtype) ->
 @pytest.mark.parametrize("op", OPERATORS)
 @pytest.mark.parametrize("size", [(1, 1, 1), (3, 1, 7), (2, 70, 3), (4, 5, 130), (1, 9, 16), (13, 2, 48)], ids=str)
 def test_any_size(native: str, op: str, size: tuple[int, int, int]) -> None:
-    for initial in (False, True):
+    for initial_state in (False, True):
         # A single element has no variance: eps keeps its norm finite.
         options: dict[str, Any] = {"eps": 0.1} if op == "ema_scan" else {}
-        case = aggregate_case(fresh_generator(), op, size, device=native, initial=initial, **options)
+        case = aggregate_case(fresh_generator(), op, size, device=native, initial_state=initial_state, **options)
         assert_near(evaluate(case), evaluate(case, "reference"), 1e-11)
 
 
-@pytest.mark.parametrize("memory", [1, 2, 4, 9])
-@pytest.mark.parametrize("heads", [1, 3])
-def test_any_memory_and_heads(native: str, heads: int, memory: int) -> None:
+@pytest.mark.parametrize("window", [1, 2, 4, 9])
+@pytest.mark.parametrize("num_heads", [1, 3])
+def test_any_memory_and_heads(native: str, num_heads: int, window: int) -> None:
     size = (6, 7, 20)
-    case = aggregate_case(fresh_generator(), "depth_attention", size, device=native, heads=heads, memory=memory)
+    case = aggregate_case(fresh_generator(), "depth_attention", size, device=native, num_heads=num_heads, window=window)
     assert_near(evaluate(case), evaluate(case, "reference"), 1e-12)
 
 
@@ -91,17 +91,24 @@ def test_any_memory_and_heads(native: str, heads: int, memory: int) -> None:
     size=st.tuples(st.integers(0, 6), st.integers(0, 40), st.integers(1, 70)),
     inputs=st.integers(1, 40),
     norm=st.sampled_from(NORMS),
-    initial=st.booleans(),
+    initial_state=st.booleans(),
     last_only=st.booleans(),
     seed=st.integers(0, 2**31 - 1),
 )
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_shape(
-    native: str, op: str, size: tuple[int, int, int], inputs: int, norm: str, initial: bool, last_only: bool, seed: int
+    native: str,
+    op: str,
+    size: tuple[int, int, int],
+    inputs: int,
+    norm: str,
+    initial_state: bool,
+    last_only: bool,
+    seed: int,
 ) -> None:
     options: dict[str, Any] = {"last_only": last_only, "eps": 0.1} if op == "ema_scan" else {}
     case = aggregate_case(
-        fresh_generator(seed), op, size, inputs=inputs, device=native, norm=norm, initial=initial, **options
+        fresh_generator(seed), op, size, inputs=inputs, device=native, norm=norm, initial_state=initial_state, **options
     )
     assert_near(evaluate(case), evaluate(case, "reference"), 1e-10)
 
@@ -116,7 +123,7 @@ def test_ema_scan_is_the_written_out_loop(device: str, choice: str) -> None:
     case = aggregate_case(fresh_generator(), "ema_scan", (4, 3, 6), device=device)
     t = case.tensors
     gate = 1 / (1 + torch.exp(-t["gate_logits"]))
-    state, states = t["initial"], []
+    state, states = t["initial_state"], []
     for layer in range(4):
         x = t["x"][layer]
         centered = x - x.mean(-1, keepdim=True)
@@ -157,16 +164,16 @@ def test_depth_attention_is_scaled_dot_product_attention(device: str, choice: st
     if choice == "native":
         need_native("depth_attention", device)
     case = aggregate_case(fresh_generator(), "depth_attention", (5, 4, 12), device=device)
-    t, heads, memory = case.tensors, case.options["heads"], case.options["memory"]
+    t, num_heads, window = case.tensors, case.options["num_heads"], case.options["window"]
 
     def by_head(rows: torch.Tensor) -> torch.Tensor:  # [..., N, e] -> [N, heads, ..., e/heads]
-        return rows.unflatten(-1, (heads, -1)).movedim((-3, -2), (0, 1))
+        return rows.unflatten(-1, (num_heads, -1)).movedim((-3, -2), (0, 1))
 
-    state, states = t["initial"], []
+    state, states = t["initial_state"], []
     for layer in range(5):
-        window = t["x"][max(0, layer - memory + 1) : layer + 1]
+        last = t["x"][max(0, layer - window + 1) : layer + 1]
         query = by_head((state @ t["weight_query"].T)[None])
-        key, value = by_head(window @ t["weight_key"].T), by_head(window @ t["weight_value"].T)
+        key, value = by_head(last @ t["weight_key"].T), by_head(last @ t["weight_value"].T)
         out = torch.nn.functional.scaled_dot_product_attention(query, key, value)
         state = state + out.flatten(1) @ t["weight_out"].T
         states.append(state)
@@ -212,9 +219,11 @@ def test_strided_taps_and_gradients(native: str, op: str) -> None:
 def test_more_leading_dimensions(native: str, op: str) -> None:
     case = aggregate_case(fresh_generator(), op, (3, 12, 10), device=native)
     expected = getattr(XF, op)(**case.tensors, **case.options)
-    folded = {name: t.unflatten(-2, (3, 4)) if name in ("x", "initial") else t for name, t in case.tensors.items()}
+    folded = {
+        name: t.unflatten(-2, (3, 4)) if name in ("x", "initial_state") else t for name, t in case.tensors.items()
+    }
     assert torch.equal(getattr(XF, op)(**folded, **case.options), expected.unflatten(1, (3, 4)))
-    single = {name: t[..., 0, :] if name in ("x", "initial") else t for name, t in case.tensors.items()}
+    single = {name: t[..., 0, :] if name in ("x", "initial_state") else t for name, t in case.tensors.items()}
     actual = getattr(XF, op)(**single, **case.options)
     torch.testing.assert_close(actual, expected[:, 0], rtol=1e-12, atol=1e-12)
 
@@ -239,12 +248,12 @@ def test_no_layers_no_tokens(device: str, op: str, choice: str) -> None:
         results = evaluate(aggregate_case(fresh_generator(), op, size, device=device), choice)
         assert results["states"].shape == size
         for name, grad in results.items():
-            if name.startswith("grad_") and name not in ("grad_x", "grad_initial"):
+            if name.startswith("grad_") and name not in ("grad_x", "grad_initial_state"):
                 assert torch.equal(grad, torch.zeros_like(grad)), name
     case = aggregate_case(fresh_generator(), "ema_scan", (0, 3, 8), device=device, last_only=True)
     results = evaluate(case, choice)
-    assert torch.equal(results["states"], case.tensors["initial"])
-    assert torch.equal(results["grad_initial"], case.grad)
+    assert torch.equal(results["states"], case.tensors["initial_state"])
+    assert torch.equal(results["grad_initial_state"], case.grad)
 
 
 @pytest.mark.cpu_kernels
@@ -253,9 +262,9 @@ def test_results_that_are_written_past_the_caches(native: str) -> None:
     whole = evaluate(case)
     assert whole["states"].nbytes >= 32 << 20
     for half in (slice(0, 4100), slice(4100, None)):  # each is small enough for plain stores
-        given = {name: t[..., half, :] if name in ("x", "initial") else t for name, t in case.tensors.items()}
+        given = {name: t[..., half, :] if name in ("x", "initial_state") else t for name, t in case.tensors.items()}
         part = evaluate(type(case)(case.op, given, case.grad[:, half], case.options))
-        for name in ("states", "grad_x", "grad_initial"):
+        for name in ("states", "grad_x", "grad_initial_state"):
             assert torch.equal(part[name], whole[name][..., half, :]), name
 
 
@@ -307,7 +316,9 @@ def test_sums_over_long_rows_keep_their_digits(native: str, kernels: str) -> Non
     columns = 8192 if kernels == "emulated" else 65536
     case = aggregate_case(fresh_generator(), "ema_scan", (2, 3, columns), device=native, norm="none", last_only=True)
     larger = torch.tensor([1.0, 9.0], device=native).view(2, 1, 1)  # than the state before, so that x_l − S_{l−1} > 0
-    positive = case.with_tensors(x=(1 + case.tensors["x"].abs()) * larger, initial=0 * case.tensors["initial"])
+    positive = case.with_tensors(
+        x=(1 + case.tensors["x"].abs()) * larger, initial_state=0 * case.tensors["initial_state"]
+    )
     case = type(case)(case.op, positive.tensors, torch.ones_like(case.grad), case.options).to(torch.float32)
     actual, exact = evaluate(case), evaluate(case.to(torch.float64), "reference")
     assert relative_error(actual["grad_gate_logits"], exact["grad_gate_logits"]) < 3 * 2**-23
@@ -322,7 +333,7 @@ def test_constant_rows_normalize_to_the_bias(native: str) -> None:
 
 def test_open_and_shut_gates(native: str) -> None:
     case = aggregate_case(fresh_generator(), "ema_scan", (3, 5, 8), device=native, norm="none")
-    for logit, expected in ((-800.0, case.tensors["initial"].expand(3, 5, 8)), (800.0, case.tensors["x"])):
+    for logit, expected in ((-800.0, case.tensors["initial_state"].expand(3, 5, 8)), (800.0, case.tensors["x"])):
         gates = torch.full((3,), logit, dtype=torch.float64, device=native)
         results = evaluate(case.with_tensors(gate_logits=gates))
         assert torch.equal(results["states"], expected)
@@ -362,7 +373,7 @@ def test_same_bits_every_time(
             return evaluate(case)
         # Keys and values are torch's own products, which add up in another order for other numbers of threads.
         t, x = case.tensors, case.tensors["x"][..., :10].contiguous()
-        taps = (x, x, t["weight_query"], t["weight_out"], t["initial"])
+        taps = (x, x, t["weight_query"], t["weight_out"], t["initial_state"])
         states, attended = torch.ops.xlayer.depth_attention(*taps, 2, 3, 0.5, True)
         grads = torch.ops.xlayer.depth_attention_backward(case.grad, states, attended, *taps, 2, 3, 0.5)
         return {"states": states} | {f"grad_{index}": grad for index, grad in enumerate(grads)}

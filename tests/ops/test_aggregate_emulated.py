@@ -86,7 +86,7 @@ def ema_call(
     sizes: tuple[int, int, int],
     dtype: torch.dtype,
     *,
-    initial: bool = True,
+    initial_state: bool = True,
     norm: bool = True,
     bias: bool = True,
     last_only: bool = False,
@@ -97,7 +97,7 @@ def ema_call(
     given: Given = {
         "x": layout(2 + 3 * draw(generator, layers, tokens, width, dtype=dtype)),
         "gate_logits": draw(generator, layers, dtype=wide),
-        "initial": draw(generator, tokens, width, dtype=dtype) if initial else None,
+        "initial_state": draw(generator, tokens, width, dtype=dtype) if initial_state else None,
         "norm_weight": 1 + 0.3 * draw(generator, width, dtype=wide) if norm else None,
         "norm_bias": 1 + draw(generator, width, dtype=wide) if norm and bias else None,
     }
@@ -123,7 +123,7 @@ def gru_call(
     sizes: tuple[int, int, int, int],
     dtype: torch.dtype,
     *,
-    initial: bool = True,
+    initial_state: bool = True,
     layout: Callable[[Tensor], Tensor] = torch.clone,
 ) -> Call:
     layers, tokens, inputs, width = sizes
@@ -133,7 +133,7 @@ def gru_call(
         "weight_hh": draw(generator, 3 * width, width).div(max(width, 1) ** 0.5).to(dtype),
         "bias_ih": draw(generator, 3 * width, dtype=dtype),
         "bias_hh": draw(generator, 3 * width, dtype=dtype),
-        "initial": draw(generator, tokens, width, dtype=dtype) if initial else None,
+        "initial_state": draw(generator, tokens, width, dtype=dtype) if initial_state else None,
     }
 
     def native(given: Given, grad: Tensor) -> Results:
@@ -153,23 +153,23 @@ def attention_call(
     sizes: tuple[int, int, int, int, int],
     dtype: torch.dtype,
     *,
-    memory: int = 4,
-    initial: bool = True,
+    window: int = 4,
+    initial_state: bool = True,
     layout: Callable[[Tensor], Tensor] = torch.clone,
 ) -> Call:
-    layers, tokens, width, heads, head_width = sizes
-    inner = heads * head_width
+    layers, tokens, width, num_heads, head_width = sizes
+    inner = num_heads * head_width
     given: Given = {
         "keys": layout(draw(generator, layers, tokens, inner, dtype=dtype)),
         "values": layout(draw(generator, layers, tokens, inner, dtype=dtype)),
         "weight_query": draw(generator, inner, width).div(max(width, 1) ** 0.5).to(dtype),
         "weight_out": draw(generator, width, inner).div(max(inner, 1) ** 0.5).to(dtype),
-        "initial": draw(generator, tokens, width, dtype=dtype) if initial else None,
+        "initial_state": draw(generator, tokens, width, dtype=dtype) if initial_state else None,
     }
     scale = max(head_width, 1) ** -0.5
 
     def native(given: Given, grad: Tensor) -> Results:
-        options = (heads, memory, scale)
+        options = (num_heads, window, scale)
         states, attended = torch.ops.xlayer_emulated.depth_attention(*given.values(), *options, True)
         alone, nothing = torch.ops.xlayer_emulated.depth_attention(*given.values(), *options, False)
         torch.testing.assert_close(alone, states, equal_nan=True)
@@ -178,7 +178,7 @@ def attention_call(
         return {"states": states} | named_grads(given, grads)
 
     def formula(*tensors: Tensor) -> Tensor:
-        return reference.depth_attention(*tensors, heads=heads, memory=memory, scale=scale)
+        return reference.depth_attention(*tensors, num_heads=num_heads, window=window, scale=scale)
 
     return Call(given, layout(draw(generator, layers, tokens, width, dtype=dtype)), native, formula)
 
@@ -198,7 +198,7 @@ def check(make: Callable[[Generator], Call], dtype: torch.dtype, draws: int = 4)
 def test_ema_scan(sizes: tuple[int, int, int], dtype: torch.dtype, last_only: bool) -> None:
     check(partial(ema_call, sizes=sizes, dtype=dtype, last_only=last_only), dtype)
     check(partial(ema_call, sizes=sizes, dtype=dtype, last_only=last_only, norm=False), dtype)
-    check(partial(ema_call, sizes=sizes, dtype=dtype, last_only=last_only, initial=False, bias=False), dtype)
+    check(partial(ema_call, sizes=sizes, dtype=dtype, last_only=last_only, initial_state=False, bias=False), dtype)
 
 
 # On both sides of what a team's registers hold, 4096 forward and 2048 backward, and of what the emulator's 99 KB of
@@ -243,7 +243,7 @@ def with_misaligned(generator: Generator, name: str, width: int) -> Call:
 
 def test_parameters_on_addresses_that_take_no_vectors() -> None:
     for width in (24, 2056):
-        for name in ("initial", "norm_weight", "norm_bias"):
+        for name in ("initial_state", "norm_weight", "norm_bias"):
             check(partial(with_misaligned, name=name, width=width), torch.float32, draws=1)
 
 
@@ -274,9 +274,9 @@ def test_gates_that_are_shut_and_open() -> None:
     call = ema_call(generator, (3, 4, 8), torch.float32, norm=False)
     gates = torch.tensor([20.0, -90.0, math.inf])
     first, second, third = call.native(call.given | {"gate_logits": gates}, call.grad)["states"]
-    x, initial = call.given["x"], call.given["initial"]
-    assert x is not None and initial is not None
-    share = (initial.double() - x[0].double()) * math.exp(-20)
+    x, initial_state = call.given["x"], call.given["initial_state"]
+    assert x is not None and initial_state is not None
+    share = (initial_state.double() - x[0].double()) * math.exp(-20)
     torch.testing.assert_close(first.double(), x[0].double() + share, rtol=1e-7, atol=1e-7)
     assert torch.equal(second, first) and torch.equal(third, x[2])
 
@@ -291,25 +291,27 @@ def test_a_backward_of_more_layers_than_the_kernels_take_is_refused() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("initial", [False, True])
+@pytest.mark.parametrize("initial_state", [False, True])
 @pytest.mark.parametrize("sizes", [(5, 7, 12, 16), (4, 3, 5, 7), (1, 3, 8, 8), (2, 1, 3, 5), (2, 90, 3, 40)], ids=str)
-def test_depth_gru(sizes: tuple[int, int, int, int], initial: bool, dtype: torch.dtype) -> None:
-    check(partial(gru_call, sizes=sizes, dtype=dtype, initial=initial), dtype)
+def test_depth_gru(sizes: tuple[int, int, int, int], initial_state: bool, dtype: torch.dtype) -> None:
+    check(partial(gru_call, sizes=sizes, dtype=dtype, initial_state=initial_state), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("initial", [False, True])
-@pytest.mark.parametrize("memory", [1, 3, 9])
+@pytest.mark.parametrize("initial_state", [False, True])
+@pytest.mark.parametrize("window", [1, 3, 9])
 @pytest.mark.parametrize("sizes", [(6, 5, 12, 2, 16), (5, 3, 5, 3, 5), (1, 3, 8, 1, 8), (3, 7, 12, 1, 300)], ids=str)
-def test_depth_attention(sizes: tuple[int, int, int, int, int], memory: int, initial: bool, dtype: torch.dtype) -> None:
-    check(partial(attention_call, sizes=sizes, dtype=dtype, memory=memory, initial=initial), dtype)
+def test_depth_attention(
+    sizes: tuple[int, int, int, int, int], window: int, initial_state: bool, dtype: torch.dtype
+) -> None:
+    check(partial(attention_call, sizes=sizes, dtype=dtype, window=window, initial_state=initial_state), dtype)
 
 
 @pytest.mark.parametrize("sizes", [(70, 3, 4, 2, 2), (70, 2, 4, 1, 24)], ids=str)
 def test_attention_to_more_taps_than_lanes(sizes: tuple[int, int, int, int, int]) -> None:
     """Attention to more taps than a team of one lane holds in shared memory runs on fewer teams of more lanes. In
     float64, as rounding grows over so many layers."""
-    check(partial(attention_call, sizes=sizes, dtype=torch.float64, memory=65), torch.float64, draws=1)
+    check(partial(attention_call, sizes=sizes, dtype=torch.float64, window=65), torch.float64, draws=1)
 
 
 @pytest.mark.parametrize("layout", [misaligned, padded, layers_inside], ids=lambda layout: layout.__name__)
@@ -328,13 +330,13 @@ def test_nan_stays_with_its_token(make: Callable[..., Call]) -> None:
     poisoned = taps.clone()
     poisoned[1, 1, 3] = math.nan
     clean, found = call.native(call.given, call.grad), call.native(call.given | {name: poisoned}, call.grad)
-    for result in ("states", f"grad_{name}", "grad_initial"):
+    for result in ("states", f"grad_{name}", "grad_initial_state"):
         torch.testing.assert_close(found[result][..., ::2, :], clean[result][..., ::2, :])
     assert torch.equal(found["states"][0], clean["states"][0]) and found["states"][1:, 1].isnan().all()
 
 
 def test_attention_to_more_taps_than_the_kernels_take_is_refused() -> None:
-    call = attention_call(fresh_generator(), (257, 1, 1, 1, 1), torch.float32, memory=257)
+    call = attention_call(fresh_generator(), (257, 1, 1, 1, 1), torch.float32, window=257)
     with pytest.raises(RuntimeError, match="depth_attention attend to at most 256 taps, got 257"):
         call.native(call.given, call.grad)
 
@@ -373,9 +375,9 @@ def test_nothing_in_nothing_out(empty: tuple[int, int, int]) -> None:
             for name, tensor in exact.items():
                 assert torch.equal(found[name], tensor), name
             if not layers and last_only:
-                initial = call.given["initial"]
-                assert initial is not None and torch.equal(found["states"], initial)
-                assert torch.equal(found["grad_initial"], call.grad)
+                initial_state = call.given["initial_state"]
+                assert initial_state is not None and torch.equal(found["states"], initial_state)
+                assert torch.equal(found["grad_initial_state"], call.grad)
     calls = [
         gru_call(generator, (layers, tokens, 5, width), torch.float32),
         attention_call(generator, (layers, tokens, width, 2, 4), torch.float32),

@@ -37,7 +37,7 @@ def choice(request: pytest.FixtureRequest, device: str) -> str:
     return request.param
 
 
-def operator_calls(device: str, dtype: torch.dtype, initial: bool = True) -> dict[str, tuple[Any, ...]]:
+def operator_calls(device: str, dtype: torch.dtype, initial_state: bool = True) -> dict[str, tuple[Any, ...]]:
     """Returns valid arguments for each of the six operators."""
     generator, wide = fresh_generator(), torch.promote_types(dtype, torch.float32)
 
@@ -45,7 +45,7 @@ def operator_calls(device: str, dtype: torch.dtype, initial: bool = True) -> dic
         return draw(generator, *shape, dtype=dtype).to(device)
 
     rows = (LAYERS, 5, WIDTH)
-    start = make(*rows[1:]) if initial else None
+    start = make(*rows[1:]) if initial_state else None
     ema = (make(*rows), make(LAYERS, dtype=wide), start, make(WIDTH, dtype=wide), make(WIDTH, dtype=wide), 1e-5, False)
     square = (3 * WIDTH, WIDTH)
     gru = (make(*rows), make(*square), make(*square))
@@ -75,15 +75,15 @@ def everything(x: Tensor, ema: list[Tensor], gru: list[Tensor], attention: list[
     """Calls all operators in a row."""
     gates, weight, bias = ema
     states = XF.ema_scan(x, gates, norm_weight=weight, norm_bias=bias)
-    states = XF.depth_attention(XF.depth_gru(states, *gru), *attention, heads=2, memory=2)
+    states = XF.depth_attention(XF.depth_gru(states, *gru), *attention, num_heads=2, window=2)
     return states * XF.ema_scan(x, gates, last_only=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("initial", [True, False])
+@pytest.mark.parametrize("initial_state", [True, False])
 @pytest.mark.traced
-def test_opcheck(native: str, initial: bool, dtype: torch.dtype) -> None:
-    for name, arguments in operator_calls(native, dtype, initial).items():
+def test_opcheck(native: str, initial_state: bool, dtype: torch.dtype) -> None:
+    for name, arguments in operator_calls(native, dtype, initial_state).items():
         given = tuple(
             t.requires_grad_("backward" not in name) if isinstance(t, Tensor) and t.is_floating_point() else t
             for t in arguments
@@ -240,8 +240,8 @@ K = torch.ones(6, 8)
         (lambda: XF.ema_scan(X, [0.0]), TypeError, "gate_logits must be a torch.Tensor, got list"),
         (lambda: XF.ema_scan(X[0, 0], GATES), ValueError, r"x must have shape \[L, ..., d\], got \[8\]"),
         (lambda: XF.ema_scan(X, GATES[:2]), ValueError, r"gate_logits must have shape \[3\].* got \[2\]"),
-        (lambda: XF.ema_scan(X, GATES, X), ValueError, r"initial must have shape \[4, 8\]"),
-        (lambda: XF.ema_scan(X, GATES, X[0].double()), TypeError, "initial must have the dtype of x"),
+        (lambda: XF.ema_scan(X, GATES, X), ValueError, r"initial_state must have shape \[4, 8\]"),
+        (lambda: XF.ema_scan(X, GATES, X[0].double()), TypeError, "initial_state must have the dtype of x"),
         (lambda: XF.ema_scan(X, GATES.to("meta")), ValueError, "gate_logits must be on the device of x"),
         (lambda: XF.ema_scan(X, GATES, norm_weight=D[:3]), ValueError, r"norm_weight must have shape \[8\]"),
         (lambda: XF.ema_scan(X, GATES, norm_bias=D), ValueError, "norm_bias needs norm_weight"),
@@ -250,13 +250,13 @@ K = torch.ones(6, 8)
         (lambda: XF.depth_gru(X, torch.ones(21, 8), W), ValueError, "weight_ih must have shape"),
         (lambda: XF.depth_gru(X, W, W, torch.ones(8)), ValueError, "bias_ih must have shape"),
         (lambda: XF.depth_gru(X, W, W.double()), TypeError, "weight_hh must have the dtype of x"),
-        (lambda: XF.depth_gru(X, W, W, initial=X), ValueError, r"initial must have shape \[4, 8\]"),
+        (lambda: XF.depth_gru(X, W, W, initial_state=X), ValueError, r"initial_state must have shape \[4, 8\]"),
         (lambda: XF.depth_attention(X, K, K, K, K), ValueError, "weight_out must have shape"),
         (lambda: XF.depth_attention(X, K, K[:, :5], K[:, :5], K.T), ValueError, r"weight_key must have shape \[e, 8\]"),
-        (lambda: XF.depth_attention(X, K, K, K, K.T, heads=4), ValueError, "heads must divide e = 6, got 4"),
-        (lambda: XF.depth_attention(X, K, K, K, K.T, heads=0), ValueError, "heads must divide e = 6, got 0"),
-        (lambda: XF.depth_attention(X, K, K, K, K.T, memory=0), ValueError, "memory must be at least 1, got 0"),
-        (lambda: XF.depth_attention(X, K, K, K, K.T, X), ValueError, r"initial must have shape \[4, 8\]"),
+        (lambda: XF.depth_attention(X, K, K, K, K.T, num_heads=4), ValueError, "num_heads must divide e = 6, got 4"),
+        (lambda: XF.depth_attention(X, K, K, K, K.T, num_heads=0), ValueError, "num_heads must divide e = 6, got 0"),
+        (lambda: XF.depth_attention(X, K, K, K, K.T, window=0), ValueError, "window must be at least 1, got 0"),
+        (lambda: XF.depth_attention(X, K, K, K, K.T, X), ValueError, r"initial_state must have shape \[4, 8\]"),
     ],
 )
 def test_bad_arguments_are_named(call: Callable[[], Any], error: type[Exception], told: str) -> None:
@@ -284,8 +284,12 @@ def test_operators_called_with_nonsense_raise(native: str) -> None:
 
 def test_numbers_out_of_range_raise(native: str) -> None:
     calls = operator_calls(native, torch.float32)
-    *attention, heads, memory, scale, keep = calls["depth_attention"]
-    for wrong, told in (((0, memory), "heads must divide"), ((5, memory), "heads must"), ((heads, 0), "memory must")):
+    *attention, num_heads, window, scale, keep = calls["depth_attention"]
+    for wrong, told in (
+        ((0, window), "num_heads must divide"),
+        ((5, window), "num_heads must"),
+        ((num_heads, 0), "window must"),
+    ):
         with pytest.raises(RuntimeError, match=told):
             OPS.depth_attention(*attention, *wrong, scale, keep)
     x, gates, start, _, bias, eps, last = calls["ema_scan"]

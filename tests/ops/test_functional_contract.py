@@ -35,7 +35,7 @@ TEMPERATURES = [0.0, -1.0, NAN, INF, 10**400, "1", None]
 COUNTS = [0, -1, TOO_BIG, 1.5, "4", None]
 LEVELS = [[], 5, None, [8, 5, 1], [8, 5, HUGE], [8, 5, TOO_BIG], [8, 5, 2.0], "855", [8, 5]]
 ATTENTION = {"query": ones(2, 3, 4), "key": ones(2, 5, 4), "value": ones(2, 5, 6)}
-MASKS = {"key_mask": mask(2, 5), "pair_mask": mask(2, 3, 5)}
+MASKS = {"key_mask": mask(2, 5), "attn_mask": mask(2, 3, 5)}
 SCORER = {"weight1": ones(7, 16), "bias1": ones(7), "weight2": ones(7), "bias2": ones(1)}
 POST = {"streams": ones(2, 3, 4, 8), "branch_output": ones(2, 3, 8), "coefficients": ones(2, 3, 4, 6)}
 CONNECTION = Connection(ones(4, 6), ones(6, 8), ones(6), ones(6))
@@ -51,11 +51,11 @@ CALLS: dict[str, tuple[dict[str, Any], dict[str, list[Any]]]] = {
     "cosine_anchor_loss": ({"soft": ones(3, 2, 4), "anchor": ones(3, 5, 4), "anchor_mask": mask(3, 5)}, {}),
     "cosine_attention": (ATTENTION | MASKS, {"temperature": TEMPERATURES}),
     "depth_attention": ({"x": ones(3, 2, 5), "weight_query": ones(6, 8), "weight_key": ones(6, 5),
-                         "weight_value": ones(6, 5), "weight_out": ones(8, 6), "initial": ones(2, 8)},
-                        {"heads": [*COUNTS, 4, HUGE], "memory": COUNTS}),
+                         "weight_value": ones(6, 5), "weight_out": ones(8, 6), "initial_state": ones(2, 8)},
+                        {"num_heads": [*COUNTS, 4, HUGE], "window": COUNTS}),
     "depth_gru": ({"x": ones(3, 2, 5), "weight_ih": ones(24, 5), "weight_hh": ones(24, 8), "bias_ih": ones(24),
-                   "bias_hh": ones(24), "initial": ones(2, 8)}, {}),
-    "ema_scan": ({"x": ones(3, 2, 8), "gate_logits": ones(3), "initial": ones(2, 8), "norm_weight": ones(8),
+                   "bias_hh": ones(24), "initial_state": ones(2, 8)}, {}),
+    "ema_scan": ({"x": ones(3, 2, 8), "gate_logits": ones(3), "initial_state": ones(2, 8), "norm_weight": ones(8),
                   "norm_bias": ones(8)}, {"eps": [NAN, INF, -1.0, "x", None], "last_only": ["yes", None]}),
     "first_k_weights": ({"labels": ids(2, 3), "k": 1, "weight": 2.0},
                         {"k": [-1, TOO_BIG, 1.0, None], "weight": [NAN, INF, -1.0, "2", None]}),
@@ -78,7 +78,7 @@ CALLS: dict[str, tuple[dict[str, Any], dict[str, list[Any]]]] = {
     "variance_diversity_loss": ({"z": ones(4, 3, 2)}, {"eps": [0.0, -1.0, NAN, INF, "x"]}),
     "vq_nearest": ({"x": ones(4, 3), "codebook": ones(5, 3)},
                    {"metric": ["dot", None], "codebook": [ones(5, 2), ones(0, 3), ones(1, 3).expand(2**40, 3)]}),
-    "vq_statistics": ({"x": ones(4, 3), "indices": ids(4), "codes": 5}, {"codes": [*COUNTS, HUGE]}),
+    "vq_statistics": ({"x": ones(4, 3), "indices": ids(4), "codebook_size": 5}, {"codebook_size": [*COUNTS, HUGE]}),
 }  # fmt: skip
 RIGHT_SCALARS = {
     ("hdim_attention", "bias2"),
@@ -107,7 +107,16 @@ def bad_calls() -> list[Any]:
         for name, value in right.items():
             if isinstance(value, Tensor):
                 bad = bad_tensors(function, name, value, alone=len(given) == 1 and "connection" not in right)
-                optional = {"mask", "key_mask", "pair_mask", "anchor_mask", "initial", "positives", "bias", "norm_bias"}
+                optional = {
+                    "mask",
+                    "key_mask",
+                    "attn_mask",
+                    "anchor_mask",
+                    "initial_state",
+                    "positives",
+                    "bias",
+                    "norm_bias",
+                }
                 if name in optional | {"bias_ih", "bias_hh", "norm_weight"}:
                     del bad["None"]
                 cases += [(function, name, wrong, f"{function}-{name}-{kind}") for kind, wrong in bad.items()]
@@ -144,7 +153,7 @@ def test_bad_arguments_are_named(function: str, name: str, value: Any) -> None:
         *((name, getattr(CONNECTION, name).to("meta")) for name in ("base", "weight", "bias", "scale")),
         ("base", None), ("scale", None), ("norm", None), ("norm", "batch"), ("form", 3),
         *(("eps", wrong) for wrong in (NAN, INF, -1.0, "x", None)),
-        *(("iterations", wrong) for wrong in (-1, 1001, 2**32, TOO_BIG, 1.5, None)),
+        *(("sinkhorn_iters", wrong) for wrong in (-1, 1001, 2**32, TOO_BIG, 1.5, None)),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("function", ["hyper_pre", "hyper_post_pre"])
@@ -156,16 +165,16 @@ def test_parts_of_a_connection_are_named(function: str, name: str, value: Any) -
 
 def test_sinkhorn_iterations_end() -> None:
     streams = POST["streams"]
-    XF.hyper_pre(streams, MANIFOLD._replace(iterations=1000))
-    for iterations in (0, 1001, 2**32):
-        with pytest.raises(ValueError, match="iterations must be at"):
-            XF.hyper_pre(streams, MANIFOLD._replace(iterations=iterations))
+    XF.hyper_pre(streams, MANIFOLD._replace(sinkhorn_iters=1000))
+    for sinkhorn_iters in (0, 1001, 2**32):
+        with pytest.raises(ValueError, match="sinkhorn_iters must be at"):
+            XF.hyper_pre(streams, MANIFOLD._replace(sinkhorn_iters=sinkhorn_iters))
 
 
-@pytest.mark.parametrize("memory", [3, 4, HUGE, 2**63 - 1])
-def test_more_memory_than_layers_is_as_much_as_there_are(memory: int) -> None:
+@pytest.mark.parametrize("window", [3, 4, HUGE, 2**63 - 1])
+def test_more_memory_than_layers_is_as_much_as_there_are(window: int) -> None:
     given = CALLS["depth_attention"][0]
-    assert torch.equal(XF.depth_attention(**given, memory=memory), XF.depth_attention(**given, memory=3))
+    assert torch.equal(XF.depth_attention(**given, window=window), XF.depth_attention(**given, window=3))
 
 
 # ---- nothing to compute ----------------------------------------------------------------------------------------------
@@ -182,7 +191,7 @@ NOTHING: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {
     "ema_scan": lambda t: XF.ema_scan(t["x"], t["gate_logits"]),
     "ema_scan_last": lambda t: XF.ema_scan(t["x"], t["gate_logits"], last_only=True),
     "depth_gru": lambda t: XF.depth_gru(t["x"], t["weight_ih"], t["weight_hh"]),
-    "depth_attention": lambda t: XF.depth_attention(**t, memory=HUGE),
+    "depth_attention": lambda t: XF.depth_attention(**t, window=HUGE),
     "hdim_attention": lambda t: XF.hdim_attention(**t),
     "bilinear_attention": lambda t: XF.bilinear_attention(**t),
     "cosine_attention": lambda t: XF.cosine_attention(**t),
@@ -231,7 +240,7 @@ def depth_inputs(op: str, layers: int, tokens: int, d: int, dtype: torch.dtype) 
                       "bias_ih": (3 * d,), "bias_hh": (3 * d,)},
         "depth_attention": {"x": (layers, tokens, i), "weight_query": (e, d), "weight_key": (e, i),
                             "weight_value": (e, i), "weight_out": (d, e)},
-    }[op] | {"initial": (tokens, d)}  # fmt: skip
+    }[op] | {"initial_state": (tokens, d)}  # fmt: skip
     generator = fresh_generator()
     return {name: draw(generator, *shape, dtype=dtype).requires_grad_() for name, shape in shapes.items()}
 
@@ -254,11 +263,11 @@ def test_no_layers_no_tokens_no_width(op: str, sizes: tuple[int, ...], choice: s
 def test_the_operators_themselves_take_nothing(op: str, sizes: tuple[int, ...], device: str) -> None:
     need_native(op, device)
     given = {name: t.detach().to(device) for name, t in depth_inputs(op, *sizes, torch.float64).items()}
-    start = given.pop("initial")
+    start = given.pop("initial_state")
     if op == "depth_attention":
         taps, keys, values = given.pop("x"), given.pop("weight_key"), given.pop("weight_value")
         given = {"keys": taps @ keys.T, "values": taps @ values.T} | given
-    leaves = {name: t.requires_grad_() for name, t in (given | {"initial": start}).items()}
+    leaves = {name: t.requires_grad_() for name, t in (given | {"initial_state": start}).items()}
     x, *rest = leaves.values()
     if op == "ema_scan":
         gates, norm_weight, norm_bias, start = rest
@@ -277,10 +286,10 @@ def test_the_last_state_of_no_layers_is_the_initial_one(choice: str) -> None:
     given = depth_inputs("ema_scan", 0, 3, 8, torch.float64)
     with backend(choice):
         out = XF.ema_scan(**given, last_only=True)
-        assert torch.equal(out, given["initial"])
+        assert torch.equal(out, given["initial_state"])
         for name, grad in gradients(out, given).items():
-            assert torch.equal(grad, torch.ones_like(grad) if name == "initial" else torch.zeros_like(grad)), name
-        del given["initial"]
+            assert torch.equal(grad, torch.ones_like(grad) if name == "initial_state" else torch.zeros_like(grad)), name
+        del given["initial_state"]
         assert torch.equal(XF.ema_scan(**given, last_only=True), torch.zeros(3, 8, dtype=torch.float64))
 
 

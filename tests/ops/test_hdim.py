@@ -41,8 +41,8 @@ pytestmark = pytest.mark.operators
 MASKS = {
     "no mask": {},
     "key mask": {"key_mask": True},
-    "pair mask": {"pair_mask": True},
-    "both masks": {"key_mask": True, "pair_mask": True},
+    "pair mask": {"attn_mask": True},
+    "both masks": {"key_mask": True, "attn_mask": True},
 }
 
 
@@ -90,7 +90,7 @@ SHARP: dict[str, tuple[int, dict[str, Any]]] = {
     "weights x 30": (64, {"sharpness": 30.0}),
     "temperature 0.05": (
         24,
-        {"temperature": 0.05, "sharpness": 0.3, "activation": "gelu", "key_mask": True, "pair_mask": True},
+        {"temperature": 0.05, "sharpness": 0.3, "activation": "gelu", "key_mask": True, "attn_mask": True},
     ),
     "one column": (24, {"sizes": (2, 40, 37, 1, 33, 20)}),
     "few keys": (24, {"sharpness": 3.0, "sizes": (2, 40, 3, 24, 33, 20)}),
@@ -216,8 +216,8 @@ def test_masked_keys_change_nothing(choice: str, device: str, dtype: torch.dtype
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_keys_that_the_pair_mask_forbids_to_all_change_nothing(choice: str, device: str, poison: float) -> None:
-    case = hdim_case(fresh_generator(), dtype=torch.float32, device=device, pair_mask=True, grad_entropy=0.5)
-    case.masks["pair_mask"][:, :, 3] = False
+    case = hdim_case(fresh_generator(), dtype=torch.float32, device=device, attn_mask=True, grad_entropy=0.5)
+    case.masks["attn_mask"][:, :, 3] = False
     dirty = {name: case.floats[name].clone() for name in ("key", "value")}
     for tensor in dirty.values():
         tensor[:, 3] = poison
@@ -226,9 +226,9 @@ def test_keys_that_the_pair_mask_forbids_to_all_change_nothing(choice: str, devi
 
 @pytest.mark.parametrize("spoiled", ["key", "value"])
 def test_a_row_is_untouched_by_what_it_may_not_use(choice: str, device: str, spoiled: str) -> None:
-    case = hdim_case(fresh_generator(), dtype=torch.float32, device=device, pair_mask=True)
-    case.masks["pair_mask"][:, :, 3] = False
-    case.masks["pair_mask"][:, 5, 3] = True  # row 5 may use the bad key, no other
+    case = hdim_case(fresh_generator(), dtype=torch.float32, device=device, attn_mask=True)
+    case.masks["attn_mask"][:, :, 3] = False
+    case.masks["attn_mask"][:, 5, 3] = True  # row 5 may use the bad key, no other
     dirty = case.floats[spoiled].clone()
     dirty[:, 3] = float("nan")
     actual = evaluate_functional(case.with_floats(**{spoiled: dirty}), choice)
@@ -240,8 +240,8 @@ def test_a_row_is_untouched_by_what_it_may_not_use(choice: str, device: str, spo
 
 
 def test_rows_without_a_pair_are_zero(choice: str, device: str) -> None:
-    case = hdim_case(fresh_generator(), device=device, pair_mask=True, grad_entropy=0.5)
-    case.masks["pair_mask"][:, 4] = False
+    case = hdim_case(fresh_generator(), device=device, attn_mask=True, grad_entropy=0.5)
+    case.masks["attn_mask"][:, 4] = False
     bad_query = case.floats["query"].clone()
     bad_query[:, 4] = float("nan")
     actual = evaluate_functional(case.with_floats(query=bad_query), choice)
@@ -250,14 +250,14 @@ def test_rows_without_a_pair_are_zero(choice: str, device: str) -> None:
 
 
 def test_entropy_counts_only_rows_with_a_pair(choice: str, device: str) -> None:
-    case = hdim_case(fresh_generator(), device=device, sizes=(1, 3, 8, 4, 5, 2), pair_mask=True, grad_entropy=1.0)
+    case = hdim_case(fresh_generator(), device=device, sizes=(1, 3, 8, 4, 5, 2), attn_mask=True, grad_entropy=1.0)
     case = case.with_floats(weight2=torch.zeros_like(case.floats["weight2"]))  # uniform over what is allowed
     pairs = torch.zeros(1, 3, 8, dtype=torch.bool, device=device)
     pairs[0, 1, :2] = pairs[0, 2, :4] = True
-    case.masks["pair_mask"] = pairs
+    case.masks["attn_mask"] = pairs
     expected = (torch.tensor(2.0).log() + torch.tensor(4.0).log()) / 2
     torch.testing.assert_close(evaluate_functional(case, choice)["entropy"].cpu().float(), expected)
-    case.masks["pair_mask"] = torch.zeros_like(pairs)
+    case.masks["attn_mask"] = torch.zeros_like(pairs)
     empty = evaluate_functional(case, choice)
     assert empty["entropy"] == 0 and not any(tensor.any() for tensor in empty.values())
 
@@ -265,7 +265,7 @@ def test_entropy_counts_only_rows_with_a_pair(choice: str, device: str) -> None:
 @pytest.mark.parametrize(
     "sizes", [(0, 3, 4, 2, 3, 2), (2, 0, 4, 2, 3, 2), (2, 3, 0, 2, 3, 2), (2, 3, 4, 2, 3, 0)], ids=str
 )
-@pytest.mark.parametrize("masks", [{}, {"key_mask": True, "pair_mask": True}], ids=["no mask", "both masks"])
+@pytest.mark.parametrize("masks", [{}, {"key_mask": True, "attn_mask": True}], ids=["no mask", "both masks"])
 def test_empty_dimensions(choice: str, device: str, sizes: tuple[int, ...], masks: dict[str, bool]) -> None:
     case = hdim_case(fresh_generator(), sizes=sizes, device=device, grad_entropy=1.0 if sizes[-1] else 0.0, **masks)
     actual = evaluate_functional(case, choice)
@@ -329,7 +329,7 @@ def test_fuzz(native: str, data: st.DataObject) -> None:
         sizes=(size(3), size(40), size(70), size(40), size(70), size(40)),
         device=native,
         key_mask=data.draw(st.booleans()),
-        pair_mask=data.draw(st.booleans()),
+        attn_mask=data.draw(st.booleans()),
         grad_entropy=data.draw(st.sampled_from([None, 0.0, 1.0])),
         scale=data.draw(st.sampled_from([0.0, 1e-3, 1.0, 10.0])),
         temperature=data.draw(st.sampled_from([0.3, 1.0, 50.0])),
@@ -347,9 +347,9 @@ def test_fuzz(native: str, data: st.DataObject) -> None:
 def test_expanded_inputs(native: str) -> None:
     generator = fresh_generator()
     case = hdim_case(generator, device=native, sizes=(3, 5, 5, 8, 12, 4), key_mask=True)
-    one = hdim_case(generator, device=native, sizes=(1, 5, 5, 8, 12, 4), pair_mask=True)
+    one = hdim_case(generator, device=native, sizes=(1, 5, 5, 8, 12, 4), attn_mask=True)
     floats = {name: one.floats[name].expand_as(case.floats[name]) for name in ("query", "key", "value")}
-    masks = {"key_mask": case.masks["key_mask"], "pair_mask": one.masks["pair_mask"].expand(3, 5, 5)}
+    masks = {"key_mask": case.masks["key_mask"], "attn_mask": one.masks["attn_mask"].expand(3, 5, 5)}
     grad = torch.ones((), dtype=torch.float64, device=native).expand(3, 5, 4)
     case = HdimCase(case.floats | floats, masks, grad)
     assert_near(evaluate_functional(case), evaluate_functional(case, "reference"), 1e-12)

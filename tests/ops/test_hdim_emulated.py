@@ -36,7 +36,7 @@ def run(case: HdimCase, namespace: str, tf32: bool = False) -> Results:
     """Calls the operators of one library directly; returns output and gradients."""
     operators: Any = getattr(torch.ops, namespace)
     floats = [case.floats[name] for name in FLOATS[:6]]
-    masks = (case.masks["key_mask"], case.masks["pair_mask"])
+    masks = (case.masks["key_mask"], case.masks["attn_mask"])
     options = (case.options.get("temperature", 1.0), case.options.get("activation", "relu") == "gelu", tf32)
     context, statistics, row_entropy = operators.hdim_attention(*floats, *masks, *options)
     grad_entropy = None
@@ -63,7 +63,7 @@ def test_cuda_kernels_agree_with_the_cpu_kernels(data: st.DataObject) -> None:
     options: dict[str, Any] = {
         "sizes": (size(3), size(24), size(40), size(40), size(40), size(24)),
         "key_mask": data.draw(st.booleans()),
-        "pair_mask": data.draw(st.booleans()),
+        "attn_mask": data.draw(st.booleans()),
         "grad_entropy": data.draw(st.sampled_from([None, 1.0])),
         "temperature": data.draw(st.sampled_from([0.7, 1.0, 3.0])),
         "activation": data.draw(st.sampled_from(["relu", "gelu"])),
@@ -106,7 +106,7 @@ def test_oracle_rule_at_the_largest_sizes(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_two_schedules_give_the_same_bits(dtype: torch.dtype) -> None:
-    case = hdim_case(fresh_generator(), dtype=dtype, key_mask=True, pair_mask=True, grad_entropy=1.0)
+    case = hdim_case(fresh_generator(), dtype=dtype, key_mask=True, attn_mask=True, grad_entropy=1.0)
     try:
         results = []
         for seed in (1, 2, 3):

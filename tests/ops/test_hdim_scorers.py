@@ -30,7 +30,11 @@ def evaluate(function: Any, floats: list[Tensor], cotangent: Tensor, dtype: torc
 # ---- bilinear and cosine scorers -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("masks", [(), ("key_mask",), ("pair_mask",), ("key_mask", "pair_mask")], ids=str)
+@pytest.mark.parametrize(
+    "masks",
+    [(), ("key_mask",), ("attn_mask",), ("key_mask", "attn_mask")],
+    ids=["()", "('key_mask',)", "('pair_mask',)", "('key_mask', 'pair_mask')"],
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scorer", ["bilinear", "cosine"])
 def test_other_scorers_agree_with_their_formula(
@@ -58,8 +62,8 @@ def test_other_scorers_agree_with_their_formula(
 def test_other_scorers_ignore_what_is_masked(device: str, scorer: str, poison: float) -> None:
     generator = fresh_generator()
     masks = {name: mask for name, mask in draw_layers(generator, H, device).items() if name.endswith("mask")}
-    masks["pair_mask"][:, :, 2] = False
-    masks["pair_mask"][:, 3, 2] = True  # row 3 may use key 2, no other row may
+    masks["attn_mask"][:, :, 2] = False
+    masks["attn_mask"][:, 3, 2] = True  # row 3 may use key 2, no other row may
     masks["key_mask"][:] = True
     masks["key_mask"][:, 5] = False
     clean = [draw(generator, 2, 5, D), draw(generator, 2, 7, D), draw(generator, 2, 7, H), draw(generator, D, D)]

@@ -43,7 +43,7 @@ def operator_arguments(case: HdimCase) -> tuple[Any, ...]:
     return (
         *floats,
         case.masks["key_mask"],
-        case.masks["pair_mask"],
+        case.masks["attn_mask"],
         0.9,
         case.options.get("activation") == "gelu",
         False,
@@ -58,7 +58,7 @@ def backward_arguments(case: HdimCase, entropy: bool) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("masks", [{}, {"key_mask": True, "pair_mask": True}], ids=["no mask", "both masks"])
+@pytest.mark.parametrize("masks", [{}, {"key_mask": True, "attn_mask": True}], ids=["no mask", "both masks"])
 @pytest.mark.traced
 def test_opcheck(native: str, dtype: torch.dtype, masks: dict[str, bool]) -> None:
     case = hdim_case(fresh_generator(), sizes=(2, 3, 5, 4, 6, 3), dtype=dtype, device=native, **masks)
@@ -90,7 +90,7 @@ def test_compile_makes_one_graph_for_all_lengths(native: str) -> None:
     counter, generator = CountingBackend(), fresh_generator()
     compiled = torch.compile(XF.hdim_attention, fullgraph=True, dynamic=True, backend=counter)
     for b, sq, sk in [(2, 5, 7), (3, 9, 4), (4, 12, 31), (2, 6, 6)]:
-        case = hdim_case(generator, sizes=(b, sq, sk, 8, 12, 6), device=native, key_mask=True, pair_mask=True)
+        case = hdim_case(generator, sizes=(b, sq, sk, 8, 12, 6), device=native, key_mask=True, attn_mask=True)
         for name in FLOATS:
             case.floats[name].requires_grad_()
         context, entropy = compiled(**case.floats, **case.masks, return_entropy=True)
@@ -215,12 +215,12 @@ BAD_SHAPES = {
     "weight2": [(5,), (2, 6), (1, 5), ()],
     "bias2": [(2,), (0,)],
     "key_mask": [(2, 4), (5,), (3, 5), (2, 5, 1)],
-    "pair_mask": [(2, 3, 4), (3, 5), (2, 5, 3)],
+    "attn_mask": [(2, 3, 4), (3, 5), (2, 5, 3)],
 }
 
 
 def good_arguments() -> dict[str, Any]:
-    case = hdim_case(fresh_generator(), sizes=(2, 3, 5, 4, 6, 7), dtype=torch.float32, key_mask=True, pair_mask=True)
+    case = hdim_case(fresh_generator(), sizes=(2, 3, 5, 4, 6, 7), dtype=torch.float32, key_mask=True, attn_mask=True)
     return case.floats | case.masks
 
 
@@ -249,7 +249,7 @@ def test_wrong_dtypes_are_named(name: str, dtype: torch.dtype) -> None:
     ("change", "error", "told"),
     [
         ({"key_mask": torch.ones(2, 5)}, TypeError, "key_mask must be a bool tensor"),
-        ({"pair_mask": torch.ones(2, 3, 5, dtype=torch.uint8)}, TypeError, "pair_mask must be a bool tensor"),
+        ({"attn_mask": torch.ones(2, 3, 5, dtype=torch.uint8)}, TypeError, "attn_mask must be a bool tensor"),
         ({"key_mask": [True] * 5}, TypeError, "key_mask must be a torch.Tensor"),
         ({"value": None}, TypeError, "value must be a torch.Tensor"),
         ({"temperature": 0.0}, ValueError, "temperature must be positive"),
@@ -295,7 +295,7 @@ def nonsense() -> dict[str, dict[int, Any]]:
 @pytest.mark.parametrize("name", nonsense())
 def test_operator_called_with_nonsense_raises(name: str) -> None:
     need_native("hdim_attention")
-    case = hdim_case(fresh_generator(), sizes=(2, 3, 5, 4, 6, 7), dtype=torch.float32, key_mask=True, pair_mask=True)
+    case = hdim_case(fresh_generator(), sizes=(2, 3, 5, 4, 6, 7), dtype=torch.float32, key_mask=True, attn_mask=True)
     arguments = list(operator_arguments(case))
     for position, value in nonsense()[name].items():
         arguments[position] = value
@@ -306,7 +306,7 @@ def test_operator_called_with_nonsense_raises(name: str) -> None:
 
 def test_backward_operator_called_with_nonsense_raises() -> None:
     need_native("hdim_attention")
-    case = hdim_case(fresh_generator(), sizes=(2, 3, 5, 4, 6, 7), dtype=torch.float32, key_mask=True, pair_mask=True)
+    case = hdim_case(fresh_generator(), sizes=(2, 3, 5, 4, 6, 7), dtype=torch.float32, key_mask=True, attn_mask=True)
     good = backward_arguments(case, entropy=True)
     torch.ops.xlayer.hdim_attention_backward(*good)
     tensors = [index for index, value in enumerate(good) if isinstance(value, Tensor)]

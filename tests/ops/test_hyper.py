@@ -85,7 +85,7 @@ def test_branch_outputs_of_16_bits_beside_float32_streams(native: str, branch_dt
 @pytest.mark.parametrize(("part", "kind"), CASES)
 def test_gradcheck(native: str, part: str, kind: str) -> None:
     case = hyper_case(fresh_generator(), part, kind, lead=(2,), n=2, d=3, eps=0.1, device=native)
-    case = replace(case, connection=case.connection._replace(iterations=3))
+    case = replace(case, connection=case.connection._replace(sinkhorn_iters=3))
     tensors = [t for t in (case.streams, case.branch_output, case.coefficients, *case.connection[:4]) if t is not None]
 
     def call(streams: Tensor, branch: Tensor, coefficients: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:

@@ -32,7 +32,7 @@ def run(case: HyperCase, namespace: str) -> Results:
     operators: Any = getattr(torch.ops, namespace)
     c, lead = case.connection, case.streams.dim() - 2
     norm = 0 if c.weight is None else NORMS.index(c.norm)
-    connection = (c.base, c.weight, c.bias, c.scale, norm, FORMS.index(c.form) if norm else 0, c.iterations, c.eps)
+    connection = (c.base, c.weight, c.bias, c.scale, norm, FORMS.index(c.form) if norm else 0, c.sinkhorn_iters, c.eps)
     shared = case.coefficients.dim() == 2
     coefficients = case.coefficients if shared else four(case.coefficients, lead)
     post = (four(case.streams, lead), four(case.branch_output, lead), coefficients)

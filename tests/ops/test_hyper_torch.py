@@ -249,7 +249,7 @@ def good() -> HyperCase:
         ({"norm": "batch"}, ValueError, "norm must be one of layer, rms, rms_all; got 'batch'"),
         ({"form": "relu"}, ValueError, "form must be one of"),
         ({"form": "sinkhorn_rows"}, ValueError, "bias must be None for form sinkhorn_rows"),
-        ({"form": "sinkhorn_rows", "bias": None, "iterations": 0}, ValueError, "iterations must be at least 1"),
+        ({"form": "sinkhorn_rows", "bias": None, "sinkhorn_iters": 0}, ValueError, "sinkhorn_iters must be at least 1"),
         ({"eps": -1.0}, ValueError, "eps must not be negative"),
     ],
 )

@@ -111,7 +111,9 @@ def test_compiled_function_follows_the_backend(native: str) -> None:
     assert ["xlayer.vq_nearest" in code for code in codes] == [True, False]
 
 
-@pytest.mark.parametrize("module", [FSQ([5, 4, 3], dim=8), VectorQuantizer(8, 6, codebooks=2).eval()], ids=type)
+@pytest.mark.parametrize(
+    "module", [FSQ([5, 4, 3], hidden_size=8), VectorQuantizer(8, 6, num_codebooks=2).eval()], ids=type
+)
 @pytest.mark.traced
 def test_exported_modules_are_saved_and_loaded(device: str, module: torch.nn.Module) -> None:
     module, x = module.to(device), draw(fresh_generator(), 2, 5, 8, dtype=torch.float32).to(device)
@@ -260,7 +262,7 @@ X, BOOK, INDICES = torch.ones(4, 3), torch.ones(5, 3), torch.zeros(4, dtype=torc
         (lambda: XF.vq_statistics(X, [0], 5), TypeError, "indices must be an int64 tensor, got list"),
         (lambda: XF.vq_statistics(X, INDICES[:3], 5), ValueError, r"got \[4, 3\] and \[3\]"),
         (lambda: XF.vq_statistics(X, INDICES.to("meta"), 5), ValueError, "indices must be on the device of x"),
-        (lambda: XF.vq_statistics(X, INDICES, 0), ValueError, "codes must be at least 1, got 0"),
+        (lambda: XF.vq_statistics(X, INDICES, 0), ValueError, "codebook_size must be at least 1, got 0"),
         (lambda: XF.fsq(X.long(), LEVELS), TypeError, "z must be a floating-point tensor"),
         (lambda: XF.fsq(X, [8, 5]), ValueError, r"z must have shape \[..., 2\]"),
         (lambda: XF.fsq(X, []), ValueError, "levels must name at least one dimension"),
@@ -320,7 +322,7 @@ def test_levels_out_of_range_raise(native: str, levels: tuple[Any, ...], told: s
 
 
 def test_codes_below_one_are_refused_by_the_operators(native: str) -> None:
-    with pytest.raises(RuntimeError, match="codes must be at least 1"):
+    with pytest.raises(RuntimeError, match="codebook_size must be at least 1"):
         OPS.vq_statistics(torch.ones(1, 4, 3, device=native), torch.zeros(1, 4, dtype=torch.int64, device=native), 0)
     with pytest.raises(RuntimeError, match="at least one code"):
         OPS.vq_nearest(torch.ones(1, 4, 3, device=native), torch.ones(1, 0, 3, device=native), False, False)

@@ -228,16 +228,16 @@ def router(device: str, **options: Any) -> LayerRouter:
     return LayerRouter(H, route_dim=8, **options).to(device, torch.float64)
 
 
-@pytest.mark.parametrize("topk", [1, 2, 4])
+@pytest.mark.parametrize("top_k", [1, 2, 4])
 @pytest.mark.parametrize("weighting", ["topk_softmax", "full_softmax"])
-def test_router_is_its_formula(device: str, weighting: str, topk: int) -> None:
+def test_router_is_its_formula(device: str, weighting: str, top_k: int) -> None:
     target, sources = summaries(fresh_generator(), device)
-    module = router(device, topk=topk, weighting=weighting, temperature=0.6)
+    module = router(device, top_k=top_k, weighting=weighting, temperature=0.6)
     indices, weights = module(target, sources)
-    assert indices.dtype == torch.int64 and indices.shape == weights.shape == (5, topk)
+    assert indices.dtype == torch.int64 and indices.shape == weights.shape == (5, top_k)
     scores = torch.einsum("br,nbr->bn", module.query(target), module.key(sources)) / 0.6
     for row in range(5):
-        order = sorted(range(4), key=lambda n: -scores[row, n].item())[:topk]
+        order = sorted(range(4), key=lambda n: -scores[row, n].item())[:top_k]
         assert indices[row].tolist() == order
         every = scores[row] if weighting == "full_softmax" else scores[row, order]
         torch.testing.assert_close(weights[row], scores[row, order].exp() / every.exp().sum())
@@ -245,7 +245,7 @@ def test_router_is_its_formula(device: str, weighting: str, topk: int) -> None:
 
 def test_select_takes_all_sources_where_there_are_fewer_than_k(device: str) -> None:
     target, sources = summaries(fresh_generator(), device, sources=2)
-    module = router(device, topk=3)
+    module = router(device, top_k=3)
     indices, weights = module.select(module.logits(target, sources))
     assert indices.shape == (5, 2) and torch.allclose(weights.sum(1), torch.ones(5, dtype=torch.float64, device=device))
 
@@ -259,20 +259,20 @@ def gradients(module: LayerRouter, target: Tensor, sources: Tensor) -> list[Tens
 
 def test_a_top_1_router_as_published_gets_exactly_no_gradient(device: str) -> None:
     target, sources = summaries(fresh_generator(), device)
-    published = gradients(router(device, topk=1, weighting="topk_softmax"), target, sources)
+    published = gradients(router(device, top_k=1, weighting="topk_softmax"), target, sources)
     assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in published)
-    full = gradients(router(device, topk=1, weighting="full_softmax"), target, sources)
+    full = gradients(router(device, top_k=1, weighting="full_softmax"), target, sources)
     names = [name for name, _ in router(device).named_parameters()]
     for name, grad in zip(names, full, strict=True):
         # The key's bias moves every score of a row alike.
         assert grad.abs().max() < 1e-12 if name == "key.bias" else grad.abs().max() > 1e-6, name
-    two = gradients(router(device, topk=2, weighting="topk_softmax"), target, sources)
+    two = gradients(router(device, top_k=2, weighting="topk_softmax"), target, sources)
     assert two[0].any()
 
 
 def test_router_on_a_sentence_pair(device: str) -> None:
     generator = fresh_generator()
-    module = router(device, query_mlp=True, topk=2)
+    module = router(device, query_mlp=True, top_k=2)
     hidden = torch.randn(5, 6, H, generator=generator, dtype=torch.float64).to(device)
     first = torch.tensor([[1, 1, 0, 0, 0, 0]] * 5, dtype=torch.bool, device=device)
     second = torch.tensor([[0, 0, 1, 1, 1, 0]] * 5, dtype=torch.bool, device=device)
@@ -291,13 +291,13 @@ def test_summaries(device: str) -> None:
     )
     torch.testing.assert_close(router(device).summarize(hidden, mask), expected)
     torch.testing.assert_close(router(device).summarize(hidden), hidden.mean(1))
-    assert torch.equal(router(device, pool="cls").summarize(hidden, mask), hidden[:, 0])
+    assert torch.equal(router(device, pooling="cls").summarize(hidden, mask), hidden[:, 0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_router_scores_in_float32_under_autocast(device: str, dtype: torch.dtype) -> None:
     target, sources = (tensor.float() for tensor in summaries(fresh_generator(), device))
-    module = LayerRouter(H, route_dim=8, topk=2, weighting="full_softmax").to(device)
+    module = LayerRouter(H, route_dim=8, top_k=2, weighting="full_softmax").to(device)
     with torch.autocast(torch.device(device).type, dtype):
         _, weights = module(target, sources)
     assert weights.dtype == torch.float32
@@ -311,7 +311,7 @@ def test_router_scores_in_float32_under_autocast(device: str, dtype: torch.dtype
 def test_router_compiles_to_one_graph(device: str) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    module = router(device, topk=2, weighting="full_softmax")
+    module = router(device, top_k=2, weighting="full_softmax")
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
     generator = fresh_generator()
     for sources in (3, 4, 6):
@@ -329,15 +329,15 @@ def test_router_state_and_reset(device: str) -> None:
     first.reset_parameters()
     pairs = zip(first.parameters(), second.parameters(), strict=True)
     assert all(not torch.equal(a, b) for a, b in pairs)
-    assert "topk=1" in repr(first) and "query_mlp=True" in repr(first)
+    assert "top_k=1" in repr(first) and "query_mlp=True" in repr(first)
 
 
 @pytest.mark.parametrize(
     ("options", "told"),
     [
         ({"weighting": "softmax"}, "weighting must be one of topk_softmax, full_softmax; got 'softmax'"),
-        ({"pool": "max"}, "pool must be one of mean, cls"),
-        ({"topk": 0}, "topk must be at least 1"),
+        ({"pooling": "max"}, "pooling must be one of mean, cls"),
+        ({"top_k": 0}, "top_k must be at least 1"),
         ({"temperature": 0.0}, "temperature must be positive"),
     ],
 )
@@ -349,7 +349,7 @@ def test_bad_router_options_are_named(options: dict[str, Any], told: str) -> Non
 @pytest.mark.parametrize(
     ("target", "sources", "told"),
     [
-        (torch.ones(5, H), torch.ones(2, 5, H), "topk is 3, but there are only 2 source layers"),
+        (torch.ones(5, H), torch.ones(2, 5, H), "top_k is 3, but there are only 2 source layers"),
         (torch.ones(5, 4 * H), torch.ones(3, 5, H), "target_summary must have shape"),
         (torch.ones(4, H), torch.ones(3, 5, H), "target_summary must have shape"),
         (torch.ones(5, H), torch.ones(5, H), "source_summaries must have shape"),
@@ -357,4 +357,4 @@ def test_bad_router_options_are_named(options: dict[str, Any], told: str) -> Non
 )
 def test_bad_router_calls_are_named(target: Tensor, sources: Tensor, told: str) -> None:
     with pytest.raises(ValueError, match=told):
-        LayerRouter(H, topk=3)(target, sources)
+        LayerRouter(H, top_k=3)(target, sources)

@@ -36,10 +36,10 @@ def expanded(*shape: int, device: str, dtype: torch.dtype = torch.float32) -> Te
 def test_heads_of_no_width_are_one(heads: int, device: str) -> None:
     need_native("depth_attention", device)
     taps, query = torch.ones(2, 3, 0, device=device), torch.ones(0, 4, device=device)
-    with pytest.raises(RuntimeError, match=f"heads must divide the width of the keys, 0, got {heads}"):
+    with pytest.raises(RuntimeError, match=f"num_heads must divide the width of the keys, 0, got {heads}"):
         op("depth_attention")(taps, taps, query, query.T, None, heads, 1, 1.0, True)
-    with pytest.raises(ValueError, match=f"heads must divide e = 0, got {heads}"):
-        XF.depth_attention(taps, query, taps[0, :0], taps[0, :0], query.T, heads=heads)
+    with pytest.raises(ValueError, match=f"num_heads must divide e = 0, got {heads}"):
+        XF.depth_attention(taps, query, taps[0, :0], taps[0, :0], query.T, num_heads=heads)
 
 
 @pytest.mark.parametrize("shape", [(1, HUGE, 1), (1, 2**51, 1), (HUGE, 1, 1), (1, HUGE, 0), (2**31, 2**31, 0)])
@@ -85,13 +85,13 @@ def test_scratch_beyond_any_memory_is_refused(device: str) -> None:
         op("hdim_attention")(query, key, key, weight1, bias1, bias1, None, None, 1.0, False, False)
 
 
-@pytest.mark.parametrize("iterations", [0, -1, 1001, 2**32])
-def test_iterations_are_bounded(iterations: int, device: str) -> None:
+@pytest.mark.parametrize("sinkhorn_iters", [0, -1, 1001, 2**32])
+def test_iterations_are_bounded(sinkhorn_iters: int, device: str) -> None:
     need_native("hyper_pre", device)
     streams = torch.ones(1, 3, 2, 4, device=device)
     base, weight, scale = (torch.zeros(n, m, device=device) for n, m in ((2, 4), (4, 4), (1, 4)))
-    with pytest.raises(RuntimeError, match=f"iterations must be 1 to 1000, got {iterations}"):
-        op("hyper_pre")(streams, base, weight, None, scale[0], 2, 2, iterations, 1e-5)
+    with pytest.raises(RuntimeError, match=f"sinkhorn_iters must be 1 to 1000, got {sinkhorn_iters}"):
+        op("hyper_pre")(streams, base, weight, None, scale[0], 2, 2, sinkhorn_iters, 1e-5)
 
 
 # --- Nothing to do -------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ def aggregate_case(
     *,
     inputs: int | None = None,
     device: str = "cpu",
-    initial: bool = True,
+    initial_state: bool = True,
     norm: str = "affine",
     scale: float = 1.0,
     **options: Any,
@@ -66,16 +66,16 @@ def aggregate_case(
             "bias_hh": draw(generator, 3 * width),
         }
     else:
-        options = {"heads": 2, "memory": 3} | options
-        inner = options["heads"] * 5
+        options = {"num_heads": 2, "window": 3} | options
+        inner = options["num_heads"] * 5
         tensors |= {
             "weight_query": draw(generator, inner, width) / max(width, 1) ** 0.5,
             "weight_key": draw(generator, inner, inputs) / max(inputs, 1) ** 0.5,
             "weight_value": draw(generator, inner, inputs) / max(inputs, 1) ** 0.5,
             "weight_out": draw(generator, width, inner) / inner**0.5,
         }
-    if initial:
-        tensors["initial"] = draw(generator, tokens, width)
+    if initial_state:
+        tensors["initial_state"] = draw(generator, tokens, width)
     shape = (tokens, width) if options.get("last_only") else (layers, tokens, width)
     tensors = {name: t.to(device) for name, t in tensors.items()}
     return AggregateCase(op, tensors, draw(generator, *shape).to(device), options)

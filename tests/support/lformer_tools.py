@@ -22,7 +22,7 @@ VOCABULARY, LAYERS, WIDTH = 60, 4, 24
 WORDS = {"look": ("see", "watch", "find"), "move": ("walk", "run", "drive"), "talk": ("say", "ask", "call")}
 FILLERS = ("the", "old", "one", "near", "house", "Tom", "and", "42", "there")
 STEPS = ("start", *WORDS, "end")
-OPTIONS: dict[str, Any] = {"d_side": 8, "heads": 2, "memory": 2, "dropout": 0.0}
+OPTIONS: dict[str, Any] = {"side_size": 8, "aggregator_heads": 2, "window": 2, "dropout": 0.0}
 
 
 def make_base(kind: str = "llama", seed: int = 0, vocabulary: int = VOCABULARY, spread: float = 0.3) -> Any:
@@ -95,7 +95,7 @@ def toy_data(**sizes: int) -> ToolData:
 
 def make_trainee(data: ToolData, phase_a_steps: int = 1, **options: Any) -> LFormerForTraining:
     """Makes the toy task's L-Former on a Llama of its vocabulary."""
-    given = {"n_tools": 3, "n_steps": len(STEPS), "plan_length": 3, "plan_decoder": True, "last_k_unfreeze": 1}
+    given = {"num_tools": 3, "num_steps": len(STEPS), "plan_length": 3, "plan_decoder": True, "last_k_unfreeze": 1}
     base = make_base(vocabulary=len(data.tokenizer))
     model = make_model(base=base, **{**given, **options})
     model.heads.calibrate(data.values)

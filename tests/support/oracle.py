@@ -48,9 +48,9 @@ def draw_layers(
         "target": draw(generator, 2, 5, width, dtype=dtype),
         "source": draw(generator, 2, 7, width, dtype=dtype),
         "key_mask": torch.rand(2, 7, generator=generator) < 0.8,
-        "pair_mask": torch.rand(2, 5, 7, generator=generator) < 0.8,
+        "attn_mask": torch.rand(2, 5, 7, generator=generator) < 0.8,
     }
-    arguments["pair_mask"][-1, 0] = False
+    arguments["attn_mask"][-1, 0] = False
     return {name: tensor.to(device) for name, tensor in arguments.items()}
 
 
@@ -88,7 +88,7 @@ def hdim_case(
     dtype: torch.dtype = torch.float64,
     device: str = "cpu",
     key_mask: bool = False,
-    pair_mask: bool = False,
+    attn_mask: bool = False,
     grad_entropy: float | None = None,
     scale: float = 1.0,
     sharpness: float = 1.0,
@@ -110,11 +110,11 @@ def hdim_case(
     floats = {"query": query, "key": key, "value": draw(b, sk, h)}
     floats |= {"weight1": draw(m, 4 * d, gain=(4 * d) ** -0.5), "bias1": draw(m)}
     floats |= {"weight2": draw(m, gain=2 * sharpness * max(m, 1) ** -0.5), "bias2": draw(1)}
-    masks: dict[str, Tensor | None] = {"key_mask": mask(b, sk) if key_mask else None, "pair_mask": None}
-    if pair_mask:
-        masks["pair_mask"] = mask(b, sq, sk)
+    masks: dict[str, Tensor | None] = {"key_mask": mask(b, sk) if key_mask else None, "attn_mask": None}
+    if attn_mask:
+        masks["attn_mask"] = mask(b, sq, sk)
         if b and sq:
-            masks["pair_mask"][-1, 0] = False
+            masks["attn_mask"][-1, 0] = False
     return HdimCase(floats, masks, draw(b, sq, h), options, grad_entropy)
 
 

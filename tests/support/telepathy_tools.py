@@ -19,7 +19,9 @@ from xlayer_systems.telepathy.data import TelepathyData
 
 WORDS = {"fruit": ("apple", "pear", "plum", "fig"), "animal": ("cat", "dog", "cow", "hen"), "color": ("red", "blue")}
 FILLERS = ("the", "old", "one", "near", "house", "Tom", "saw", "42", "there")
-SMALL = TelepathyConfig(soft_tokens=3, depth=1, heads=2, calibration_examples=20, codebook_size=16, dit_steps=2)
+SMALL = TelepathyConfig(
+    soft_tokens=3, num_layers=1, num_heads=2, calibration_examples=20, codebook_size=16, dit_steps=2
+)
 
 
 def toy_examples(count: int, seed: int) -> tuple[AnswerExample, ...]:

@@ -34,7 +34,7 @@ CASES: dict[str, tuple[Any, Callable[[], Any], type, str, dict[str, Any]]] = {
     "xlrb": (xlrb.attach, encoder, XLRBConfig, "H9", {"proj_dim": 4}),
     "hyper_lm": (hyper_lm.attach, decoder, AttachConfig, "mhc", {"expansion_rate": 2}),
     "bypass": (bypass.attach, decoder, BypassConfig, "offset", {"latent": 4}),
-    "lformer": (lformer.attach, decoder, ModelConfig, "gru", {"d_side": 16}),
+    "lformer": (lformer.attach, decoder, ModelConfig, "gru", {"side_size": 16}),
 }
 
 

@@ -27,13 +27,15 @@ def states(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
 
 def resampler(**options: Any) -> PerceiverResampler:
     torch.manual_seed(0)
-    return PerceiverResampler(SOURCE, TARGET, TOKENS, **{"depth": 2, "heads": 2, **options})
+    return PerceiverResampler(SOURCE, TARGET, TOKENS, **{"num_layers": 2, "num_heads": 2, **options})
 
 
 def diffusion(conditioning: str = "hybrid", moved: bool = True) -> DiffusionBridge:
     """Makes a diffusion bridge; with ``moved`` all that starts as zero is random, so that every path matters."""
     torch.manual_seed(0)
-    bridge = DiffusionBridge(SOURCE, TARGET, TOKENS, dim=16, depth=2, heads=2, conditioning=conditioning)
+    bridge = DiffusionBridge(
+        SOURCE, TARGET, TOKENS, hidden_size=16, num_layers=2, num_heads=2, conditioning=conditioning
+    )
     if moved:
         for parameter in bridge.parameters():
             if not parameter.any():
@@ -128,8 +130,8 @@ def test_autocast_and_state(module: nn.Module) -> None:
 
 @pytest.mark.parametrize("module_class", [PerceiverResampler, DiffusionBridge])
 def test_heads_must_divide_the_width(module_class: Any) -> None:
-    arguments = {"depth": 1, "heads": 5, "dim": 16}
-    with pytest.raises(ValueError, match="heads"):
+    arguments = {"num_layers": 1, "num_heads": 5, "hidden_size": 16}
+    with pytest.raises(ValueError, match="num_heads"):
         module_class(SOURCE, TARGET, TOKENS, **arguments)
     with pytest.raises(ValueError, match="conditioning must be one of pooled, cross, hybrid; got 'none'"):
         DiffusionBridge(SOURCE, TARGET, TOKENS, 16, 1, 2, conditioning="none")
@@ -218,7 +220,9 @@ def test_the_flow_learns_which_of_two_points(conditioning: str) -> None:
     samples land on the right point."""
     torch.manual_seed(0)
     points = torch.randn(2, 1, 4).repeat(1, 2, 1)
-    bridge = DiffusionBridge(3, 4, 2, dim=32, depth=2, heads=2, conditioning=conditioning, target_scale=0.5)
+    bridge = DiffusionBridge(
+        3, 4, 2, hidden_size=32, num_layers=2, num_heads=2, conditioning=conditioning, target_scale=0.5
+    )
     optimizer = torch.optim.AdamW(bridge.parameters(), lr=3e-3)
     losses = []
     for _ in range(350):

@@ -36,7 +36,7 @@ def test_a_run_leaves_everything_that_its_directory_promises(finished):
     assert any(name.startswith("checkpoints/step-00000008/") for name in files)
     assert any(name.startswith("model/") and name.endswith(".safetensors") for name in files)
     config = json.loads(files["config.json"])
-    assert config["run"]["config"]["topk"] == 2 and config["run"]["options"]["encoder_lr"] == 1e-3
+    assert config["run"]["config"]["top_k"] == 2 and config["run"]["options"]["encoder_lr"] == 1e-3
     assert config["environment"]["python"].count(".") == 2 and config["environment"]["data_hash"]
     assert "| epoch |" in files["report.md"].decode()
 
@@ -79,9 +79,9 @@ def test_a_sweep_prints_its_table_and_goes_on_from_finished_runs(tmp_path, optio
 
 
 def test_variants_are_presets_with_overrides():
-    plain, variant = parse_variants("plain, H9:topk=2:router_weight=full_softmax")
+    plain, variant = parse_variants("plain, H9:top_k=2:router_weight=full_softmax")
     assert (plain.preset, plain.overrides) == ("plain", {})
-    assert (variant.preset, variant.overrides) == ("H9", {"topk": "2", "router_weight": "full_softmax"})
+    assert (variant.preset, variant.overrides) == ("H9", {"top_k": "2", "router_weight": "full_softmax"})
 
 
 BAD_TRAIN = [
@@ -92,8 +92,8 @@ BAD_TRAIN = [
     (["--backbone", "no-such-model"], "cannot load backbone 'no-such-model'; expected small, small-scratch"),
     (["--set", "dtype=float8"], "unknown dtype 'float8'; expected one of float32, bfloat16, float16"),
     (["--set", "colour=red"], "unknown setting 'colour'; expected one of accumulate, activation"),
-    (["--set", "topk"], "expected key=value, got 'topk'"),
-    (["--set", "topk=0"], "topk"),
+    (["--set", "top_k"], "expected key=value, got 'top_k'"),
+    (["--set", "top_k=0"], "top_k"),
     (["--set", "router_weight=hard"], "router_weight"),
     (["--set", "batch_size=0"], "batch_size must be at least 1, got 0"),
     (["--set", "accumulate=3"], "batch_size 8 must be a multiple of processes x accumulate = 1 x 3"),
@@ -190,7 +190,7 @@ def test_eval_of_what_is_no_finished_run(tmp_path, finished, monkeypatch, capsys
         (["--presets", "H9,H9"], "a preset is named twice"),
         (["--presets", "H9,,A3"], "expected presets separated by commas"),
         (["--presets", "plain,H31"], "unknown preset 'H31'"),
-        (["--presets", "plain:topk=2"], "unknown setting 'topk'"),
+        (["--presets", "plain:top_k=2"], "unknown setting 'top_k'"),
     ],
 )
 def test_bad_sweeps_are_refused_before_anything_runs(tmp_path, options, monkeypatch, capsys, arguments, message):

@@ -23,9 +23,12 @@ from xlayer_systems.pretraining import decoder as pretraining
 from xlayer_systems.pretraining.decoder import DecoderShape, decoder_text, make_decoder
 from xlayer_systems.runs.execute import train_run
 from xlayer_systems.training.directory import RunDirectory
+from xlayer_systems.training.options import with_current_names
 from xlayer_systems.training.trainer import Trainer
 
-SHAPE = DecoderShape(vocabulary=300, hidden_size=32, feed_forward=48, layers=2, heads=2, positions=64)
+SHAPE = DecoderShape(
+    vocab_size=300, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2, max_position_embeddings=64
+)
 SETTINGS = {
     "max_steps": "40", "batch_size": "8", "max_length": "32", "eval_blocks": "16", "eval_every": "20",
     "checkpoint_every": "10", "tensorboard": "false",
@@ -59,7 +62,7 @@ def test_pretraining_learns_and_leaves_a_decoder(pretrained):
     losses = [record["loss"] for record in RunDirectory(pretrained).metrics() if record["event"] == "eval"]
     assert losses[-1] < losses[0] and losses[-1] < 5.4  # the logarithm of the vocabulary is 5.7
     model, tokenizer = load_decoder(str(pretrained / "decoder"))
-    assert model.config.model_type == "llama" and len(tokenizer) == SHAPE.vocabulary
+    assert model.config.model_type == "llama" and len(tokenizer) == SHAPE.vocab_size
     recipe = json.loads((pretrained / "decoder" / "recipe.json").read_text())
     assert recipe["run"]["config"] == dataclasses.asdict(SHAPE) and recipe["result"]["loss"] == losses[-1]
     assert (pretrained / "plots" / "curves.png").exists()
@@ -120,7 +123,7 @@ def test_validation_files_reach_neither_tokenizer_nor_training(corpus, tmp_path,
 
 def test_documents_have_a_first_and_a_last_token(corpus):
     text = decoder_text(corpus, 0)
-    tokenizer = train_tokenizer(text.train, SHAPE.vocabulary, 64, keep_text=True)
+    tokenizer = train_tokenizer(text.train, SHAPE.vocab_size, 64, keep_text=True)
     data = DecoderData(text, tokenizer, 32)
     ids = torch.cat([data.train[:, :-1].flatten(), data.train[-1, -1:]])
     assert ids[0] == tokenizer.bos_token_id
@@ -131,10 +134,10 @@ def test_documents_have_a_first_and_a_last_token(corpus):
 
 def test_a_fresh_decoder_predicts_nearly_evenly(corpus):
     torch.manual_seed(0)
-    tokenizer = train_tokenizer(decoder_text(corpus, 0).train, SHAPE.vocabulary, 64, keep_text=True)
-    ids = torch.randint(5, SHAPE.vocabulary, (8, 32))
+    tokenizer = train_tokenizer(decoder_text(corpus, 0).train, SHAPE.vocab_size, 64, keep_text=True)
+    ids = torch.randint(5, SHAPE.vocab_size, (8, 32))
     loss = make_decoder(SHAPE, tokenizer)(input_ids=ids, labels=ids).loss
-    assert abs(loss.item() - math.log(SHAPE.vocabulary)) < 0.3
+    assert abs(loss.item() - math.log(SHAPE.vocab_size)) < 0.3
 
 
 def test_the_command_refuses_an_unknown_shape(tmp_path):
@@ -156,7 +159,8 @@ def test_the_shipped_decoders_are_small_frozen_and_whole(name):
     text = '    def f(self):\n        """Return the Naïve value."""\n'
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
     recipe = json.loads((ASSETS / name / "recipe.json").read_text())
-    assert recipe["run"]["shape"] == dataclasses.asdict(pretraining.SHAPES[name.removeprefix("decoder-")])
+    shape = with_current_names(pretraining.DecoderShape, recipe["run"]["shape"])
+    assert shape == dataclasses.asdict(pretraining.SHAPES[name.removeprefix("decoder-")])
     assert fingerprint_decoder(name) == fingerprint_decoder(str(ASSETS / name)) != name
 
 

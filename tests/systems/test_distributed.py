@@ -45,7 +45,7 @@ class QKVNet(nn.Module):
 class RouterNet(nn.Module):
     def __init__(self, weighting: str) -> None:
         super().__init__()
-        self.router = LayerRouter(H, route_dim=16, topk=2, weighting=weighting)
+        self.router = LayerRouter(H, route_dim=16, top_k=2, weighting=weighting)
 
     def forward(self, layers: Tensor, mask: Tensor) -> Output:
         summaries = torch.stack([self.router.summarize(layer, mask) for layer in layers])

@@ -147,8 +147,8 @@ def test_plans_are_learned_word_by_word() -> None:
 
 @pytest.mark.parametrize("like", AGGREGATORS[:3])
 def test_the_baseline_has_as_many_parameters(like: str) -> None:
-    side = make_model(aggregator=like, d_side=32)
-    head = make_model(aggregator="head_only", equal_to=like, d_side=32)
+    side = make_model(aggregator=like, side_size=32)
+    head = make_model(aggregator="head_only", equal_to=like, side_size=32)
     assert count(head.path) == pytest.approx(count(side.path), rel=0.02)
     ids = tokens()
     hidden = head.base(ids, output_hidden_states=True).hidden_states[-1]
@@ -313,11 +313,11 @@ def test_autocast_and_a_base_in_bfloat16() -> None:
         ({"blend_into_lm": True, "sequence_wise": True}, "blend_into_lm needs sequence_wise=False"),
         ({"blend_into_lm": True, "aggregator": "head_only"}, "blend_into_lm needs a side path"),
         ({"aggregator": "lstm"}, "aggregator must be one of ema, gru, attn, head_only, got 'lstm'"),
-        ({"aggregator": {"heads": 2}}, "aggregator must have a type"),
+        ({"aggregator": {"num_heads": 2}}, "aggregator must have a type"),
         ({"aggregator": "gru", "tree_checkpoint": 2}, "are for ema, got aggregator 'gru'"),
         ({"aggregator": "attn", "gate_l1": 0.1}, "are for ema, got aggregator 'attn'"),
         ({"pooling": "cls"}, "pooling must be one of mean, first, last, attention, got 'cls'"),
-        ({"d_side": 0}, "d_side must be at least 1, got 0"),
+        ({"side_size": 0}, "side_size must be at least 1, got 0"),
         ({"lambda_lm": -1.0}, "lambda_lm must be finite and not negative"),
         ({"dropout": 1.0}, "dropout must be at least 0 and less than 1"),
         ({"equal_to": "head_only"}, "equal_to must be one of ema, gru, attn"),
@@ -330,7 +330,7 @@ def test_bad_options_are_named_in_one_line(options: dict[str, Any], told: str) -
 
 
 def test_the_aggregator_may_be_a_mapping() -> None:
-    config = ModelConfig(aggregator={"type": "attn", "heads": 2, "memory": 3})
+    config = ModelConfig(aggregator={"type": "attn", "num_heads": 2, "window": 3})
     assert (config.aggregator, config.heads, config.memory) == ("attn", 2, 3)
     assert ModelConfig().is_sequence_wise and not ModelConfig(blend_into_lm=True).is_sequence_wise
 
@@ -344,8 +344,8 @@ def test_what_a_side_path_cannot_be_attached_to() -> None:
         attach(base, last_k_unfreeze=5)
     with pytest.raises(ValueError, match="attach has no option d_sied"):
         attach(base, d_sied=5)
-    with pytest.raises(ValueError, match="d_side must be at least 1, got 0"):
-        attach(base, ModelConfig(), d_side=0)
+    with pytest.raises(ValueError, match="side_size must be at least 1, got 0"):
+        attach(base, ModelConfig(), side_size=0)
     base.train().lm_head.requires_grad_(False)
     attach(base, **OPTIONS).eval().remove()
     assert base.training and [n for n, p in base.named_parameters() if not p.requires_grad] == ["lm_head.weight"]
@@ -390,7 +390,7 @@ def test_a_model_of_its_own_is_saved_whole(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no L-Former in .*: lformer_config.json, lformer.safetensors missing"):
         LFormer.from_pretrained(tmp_path)
     settings = json.loads((tmp_path / "saved" / "lformer_config.json").read_text())
-    settings["config"]["d_side"] = 16
+    settings["config"]["side_size"] = 16
     (tmp_path / "saved" / "lformer_config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match="do not fit their configuration"):
         LFormer.from_pretrained(tmp_path / "saved")

@@ -39,8 +39,8 @@ from xlayer_systems.training.trainer import Trainer
 
 FAST = {
     "max_steps": "8", "phase_a_steps": "4", "batch_size": "16", "max_length": "16", "lm_length": "12",
-    "eval_every": "4", "baseline": "false", "tensorboard": "false", "d_side": "8", "heads": "2", "log_every": "1",
-    "learning_rate": "1e-2", "last_k_unfreeze": "1", "base_lr": "1e-3",
+    "eval_every": "4", "baseline": "false", "tensorboard": "false", "side_size": "8", "aggregator_heads": "2",
+    "log_every": "1", "learning_rate": "1e-2", "last_k_unfreeze": "1", "base_lr": "1e-3",
 }  # fmt: skip
 
 
@@ -106,7 +106,7 @@ def test_phase_a_leaves_the_base_alone_and_phase_b_trains_its_end(base: str, tmp
     assert losses[4] != losses[8]
     assert len({r["lm_loss"] for r in evaluations(tmp_path / "a")}) == 1
     loaded = LFormer.from_pretrained(tmp_path / "b" / "model", toy_base())
-    assert loaded.config.n_tools == 3 and loaded.config.plan_length == 3
+    assert loaded.config.num_tools == 3 and loaded.config.plan_length == 3
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_it_learns_tool_value_and_plan_beside_a_baseline(
     base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_toy_task(monkeypatch, train=640, validation=60)
-    settings = {"max_steps": "200", "phase_a_steps": "120", "eval_every": "120", "epochs": "99", "d_side": "16"}
+    settings = {"max_steps": "200", "phase_a_steps": "120", "eval_every": "120", "epochs": "99", "side_size": "16"}
     result = train_run(toy_spec(base, **settings, baseline="true"), tmp_path / "run")
     assert result["accuracy"]["low"] > max(result["majority"]["high"], 0.7)
     assert result["value_error"] < 0.5 * result["value_error_of_mean"] and result["plan"]["low"] > 0.7
@@ -243,7 +243,10 @@ def test_wrong_input_ends_in_one_line(
         (("--set", "phase_a_steps=-1"), "phase_a_steps must be at least 0, got -1"),
         (("--set", "blend_into_lm=true", "--set", "sequence_wise=true"), "blend_into_lm needs sequence_wise=False"),
         ((*short, "--set", "last_k_unfreeze=9"), "last_k_unfreeze must be at most the base's 4 layers"),
-        ((*short, "--set", "heads=3", "--preset", "attn"), "d_side must be a multiple of heads = 3"),
+        (
+            (*short, "--set", "aggregator_heads=3", "--preset", "attn"),
+            "hidden_size must be a multiple of num_heads = 3",
+        ),
     ):
         assert run_xlayer(monkeypatch, "train", "lformer", *arguments, "--run-dir", tmp_path / "x") == 2
         error = capsys.readouterr().err

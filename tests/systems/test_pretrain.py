@@ -17,7 +17,9 @@ from xlayer_systems.pretraining.encoder import IGNORED, EncoderConfig, EncoderPr
 from xlayer_systems.runs.execute import train_run
 from xlayer_systems.training.directory import RunDirectory
 
-SHAPE = EncoderConfig(vocabulary=400, hidden_size=32, layers=2, heads=2, feed_forward=48, positions=64)
+SHAPE = EncoderConfig(
+    vocab_size=400, hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48, max_position_embeddings=64
+)
 SETTINGS = {"epochs": "4", "batch_size": "16", "max_length": "32", "tensorboard": "false", "encoder_lr": "3e-3"}
 
 
@@ -66,9 +68,9 @@ def test_pretraining_overwrites_nothing(pretrained, corpus):
 def test_masking_hides_words_only_and_is_fixed_in_evaluation(pretrained):
     tokenizer = load_tokenizer(str(pretrained / "encoder"))
     encoder = make_encoder(SHAPE, tokenizer, dropout=0.0)
-    frequencies = torch.zeros(SHAPE.vocabulary)
+    frequencies = torch.zeros(SHAPE.vocab_size)
     model = PretrainModel(encoder, 5, tokenizer.mask_token_id, frequencies, contrast=1.0)
-    ids = torch.randint(5, SHAPE.vocabulary, (64, 30))
+    ids = torch.randint(5, SHAPE.vocab_size, (64, 30))
     ids[:, 0], ids[:, -1] = tokenizer.cls_token_id, tokenizer.pad_token_id
     masked, targets = model._mask(ids)
     chosen = targets != IGNORED

@@ -262,7 +262,7 @@ def test_another_pair_is_refused(pair: Pair, folder: Path, data: TelepathyData, 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_makes_a_training_step(pair: Pair, name: str) -> None:
     # The width of the report's diffusion transformer is for models 256 times as wide; heads must divide these widths.
-    config = dataclasses.replace(PRESETS[name], width=None, heads=2, calibration_examples=20)
+    config = dataclasses.replace(PRESETS[name], hidden_size=None, num_heads=2, calibration_examples=20)
     data = make_data(pair, target=config.target)
     model = make_model(pair, config, data).train()
     output = model(**data.collate(data.train[:4]))
@@ -301,7 +301,7 @@ def test_wrong_settings_are_refused(change: dict, message: str) -> None:
 
 def test_heads_must_divide_the_width(pair: Pair) -> None:
     with pytest.raises(ValueError, match="heads must divide the bridge's width 16, got 3"):
-        TelepathyModel.build(pair, dataclasses.replace(SMALL, heads=3))
+        TelepathyModel.build(pair, dataclasses.replace(SMALL, num_heads=3))
 
 
 # ---- data and collapse -----------------------------------------------------------------------------------------------

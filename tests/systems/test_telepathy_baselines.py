@@ -23,7 +23,7 @@ from xlayer_systems.telepathy.prompting import answer_prompts, complete, encode,
 LABELS = ("red", "green", "blue")
 WORDS = {"red": "rose fire brick", "green": "leaf grass moss", "blue": "sky sea ink"}
 OPTIONS = TelepathyOptions(epochs=1, max_steps=6, batch_size=8, max_length=24, learning_rate=1e-2)
-CONFIG = TelepathyConfig(soft_tokens=3, depth=1, heads=2)
+CONFIG = TelepathyConfig(soft_tokens=3, num_layers=1, num_heads=2)
 NAMES = {
     "majority", "random", "sender_text", "sender_text_5shot", "receiver_text", "receiver_text_5shot", "text_relay",
     "text_relay_5shot", "prompt_tuning", "prompt_tuning_text", "linear_probe", "noise", *baselines.RANKED,
@@ -53,7 +53,9 @@ def model(task):
     for seed, (vocabulary, width) in enumerate([(300, 32), (280, 32)]):
         tokenizer = train_tokenizer(texts, vocabulary, 512, keep_text=True)
         torch.manual_seed(seed)
-        shape = DecoderShape(vocabulary, hidden_size=width, feed_forward=48, layers=2, heads=2, positions=512)
+        shape = DecoderShape(
+            vocabulary, hidden_size=width, intermediate_size=48, num_layers=2, num_heads=2, max_position_embeddings=512
+        )
         parts += [make_decoder(shape, tokenizer), tokenizer]
     torch.manual_seed(2)
     return TelepathyModel.build(Pair("a", "b", *parts, "1", "2"), CONFIG, max_new_tokens=3).eval()

@@ -26,8 +26,8 @@ from xlayer_systems.training.trainer import Trainer
 KINDS = ("continuous", "vq", "fsq", "dit")
 FAST = {
     "max_steps": "8", "batch_size": "8", "max_length": "32", "eval_every": "4", "baselines": "false",
-    "tensorboard": "false", "depth": "1", "heads": "2", "soft_tokens": "2", "dit_steps": "2", "codebook_size": "16",
-    "calibration_examples": "20", "learning_rate": "1e-2",
+    "tensorboard": "false", "num_layers": "1", "num_heads": "2", "soft_tokens": "2", "dit_steps": "2",
+    "codebook_size": "16", "calibration_examples": "20", "learning_rate": "1e-2",
 }  # fmt: skip
 
 
@@ -68,7 +68,7 @@ def test_a_run_of_every_kind(folder: Path, tmp_path: Path, kind: str) -> None:
 def test_an_interrupted_run_resumes_to_the_same_bits(
     folder: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = toy_spec(folder, bridge=kind, checkpoint_every="3", revive_below="0.5")
+    spec = toy_spec(folder, bridge=kind, checkpoint_every="3", threshold_ema_dead_code="0.5")
     train_run(spec, tmp_path / "whole")
     step = Trainer._step
     calls = iter(range(100))
@@ -98,7 +98,7 @@ def test_kept_states_change_nothing_but_the_time(folder: Path, tmp_path: Path) -
 
 def test_the_bridge_learns_to_say_the_answer(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_toy_task(monkeypatch, train=256, validation=60)
-    settings = {"max_steps": "300", "eval_every": "300", "epochs": "99", "soft_tokens": "4", "depth": "2"}
+    settings = {"max_steps": "300", "eval_every": "300", "epochs": "99", "soft_tokens": "4", "num_layers": "2"}
     result = train_run(toy_spec(folder, **settings), tmp_path / "run")
     assert result["accuracy"]["low"] > result["majority"]["high"]
     assert result["usage"]["similarity"] < 0.9 and result["invalid"] < 0.1

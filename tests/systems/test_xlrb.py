@@ -42,7 +42,7 @@ def written_out_route(model: XLRBClassifier, states: list[Tensor], b: int, real:
     summaries = [sum(states[i][b, t] for t in real) / len(real) for i in range(LAST)]
     query = router.query.weight @ summaries[-1] + router.query.bias
     logits = [float(query @ (router.key.weight @ s + router.key.bias)) / config.route_temp for s in summaries]
-    chosen = sorted(range(LAST), key=lambda i: -logits[i])[: config.topk]
+    chosen = sorted(range(LAST), key=lambda i: -logits[i])[: config.top_k]
     total = sum(math.exp(logits[i]) for i in chosen)
     return [(i, math.exp(logits[i]) / total) for i in chosen]
 
@@ -86,7 +86,7 @@ def test_the_message_is_the_published_formula(id: str) -> None:
         for b in range(3):
             real = [t for t in range(batch["attention_mask"].shape[1]) if batch["attention_mask"][b, t]]
             chosen = written_out_route(model, states, b, real)
-            assert len(chosen) == PRESETS[id].topk
+            assert len(chosen) == PRESETS[id].top_k
             for t in real:
                 target = states[LAST - 1][b, t]
                 arguments = [(i, weight, target, states[i][b], real) for i, weight in chosen]
@@ -182,7 +182,7 @@ def test_qkv_projects_the_chosen_sources_only(id: str) -> None:
         model(**make_batch())
     usage = model.usage()["layers"].values()
     chosen = [sum(layer["sources"][i] for layer in usage if i < len(layer["sources"])) for i in range(LAYERS)]
-    assert rows == [6 + count for count in chosen] and sum(chosen) == 6 * 4 * PRESETS[id].topk
+    assert rows == [6 + count for count in chosen] and sum(chosen) == 6 * 4 * PRESETS[id].top_k
 
 
 # ---- Masks ---------------------------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ def test_cross_sentence_masks() -> None:
     masks = []
     bridge = attach(encoder, PRESETS["H21"])
     bridge.hdim[0].register_forward_pre_hook(
-        lambda _, args, kwargs: masks.append(kwargs["pair_mask"]), with_kwargs=True
+        lambda _, args, kwargs: masks.append(kwargs["attn_mask"]), with_kwargs=True
     )
     ids, mask = torch.tensor([[0, 7, 2, 8, 2]]), torch.ones(1, 5)
     encoder(ids, mask, segment_ids=segments)
@@ -220,7 +220,7 @@ def test_cross_sentence_masks() -> None:
     bridge.remove()
     bridge = attach(encoder, PRESETS["H22"])
     bridge.hdim[0].register_forward_pre_hook(
-        lambda _, args, kwargs: masks.append(kwargs["pair_mask"]), with_kwargs=True
+        lambda _, args, kwargs: masks.append(kwargs["attn_mask"]), with_kwargs=True
     )
     encoder(ids, mask, segment_ids=segments)
     nothing = [0] * 5

@@ -55,7 +55,7 @@ def worker(rank: int, folder: str) -> None:
         grads = {n.removeprefix("module."): whole(p.grad).clone() for n, p in model.named_parameters()}
         results[wrapper, id, recompute] = grads
         usage = getattr(model, "module", model).usage()["layers"]["7"]  # rank 0 alone may ask
-        assert sum(usage["sources"]) == 8 * CONFIGS[id].topk and abs(usage["gate_hdim"] - 0.05) < 1e-6
+        assert sum(usage["sources"]) == 8 * CONFIGS[id].top_k and abs(usage["gate_hdim"] - 0.05) < 1e-6
     if rank == 0:
         torch.save(results, f"{folder}/gradients.pt")
     dist.destroy_process_group()

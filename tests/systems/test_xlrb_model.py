@@ -134,7 +134,7 @@ def test_gradient_checkpointing_changes_nothing(id: str) -> None:
     usages = [result.pop("usage") for result in results]
     for name, grad in results[0].items():
         torch.testing.assert_close(results[1][name], grad, rtol=1e-5, atol=1e-7, msg=name)
-    assert usages[0] == usages[1] and sum(usages[0]["layers"]["7"]["sources"]) == 12 * config.topk
+    assert usages[0] == usages[1] and sum(usages[0]["layers"]["7"]["sources"]) == 12 * config.top_k
 
 
 @pytest.mark.parametrize("id", ["H16", "A12"])

@@ -13,9 +13,9 @@ from xlayer_systems.xlrb import ABLATIONS, PRESETS, PUBLISHED_ACCURACY, XLRBConf
 from xlayer_systems.xlrb.presets import HDIM_BASE, HYBRID_BASE, LEAN_BASE, Ablation
 from xlrb_tools import gradients, make_batch, make_classifier, one_thread
 
-# At topk 1 the weight of the chosen source is softmax of one number, 1 at any temperature, and dividing all logits by
+# At top_k 1 the weight of the chosen source is softmax of one number, 1 at any temperature, and dividing all logits by
 # the same number does not change which is the largest: loss and all gradients are those of the base, to the bit.
-COLD = "the router's temperature cannot act at topk 1"
+COLD = "the router's temperature cannot act at top_k 1"
 INERT = {"H7": COLD, "A9": COLD, "A17": COLD, "A11": "is the hybrid base itself"}
 
 
@@ -77,7 +77,7 @@ def test_the_table_is_complete() -> None:
 
 
 def test_bases_are_the_published_ones() -> None:
-    published = {"topk": 1, "route_dim": 128, "route_temp": 0.7, "route_pool": "mean", "route_last_n": 4}
+    published = {"top_k": 1, "route_dim": 128, "route_temp": 0.7, "route_pooling": "mean", "route_last_n": 4}
     published |= {"dropout": 0.1, "gate_hdim": 0.05, "proj_dim": 24, "mlp_dim": 96, "scorer": "4term"}
     published |= {"activation": "relu", "fusion": "concat_hadam", "token_temp": 1.0}
     assert published.items() <= HDIM_BASE.to_dict().items()
@@ -100,8 +100,8 @@ def test_an_unknown_preset_is_refused(wrong: str, hint: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"topk": 0}, "topk must be at least 1"),
-        ({"topk": 1.5}, "topk must be an integer"),
+        ({"top_k": 0}, "top_k must be at least 1"),
+        ({"top_k": 1.5}, "top_k must be an integer"),
         ({"route_temp": 0.0}, "route_temp must be finite and more than 0"),
         ({"token_temp": float("nan")}, "token_temp must be finite and more than 0"),
         ({"dropout": 1.0}, "dropout must be at least 0 and less than 1"),
@@ -110,7 +110,7 @@ def test_an_unknown_preset_is_refused(wrong: str, hint: str) -> None:
         ({"use_hdim": False}, "use_hdim must be true"),
         ({"inject_last": 5}, "inject_last must be at most route_last_n"),
         ({"gate_activation": "softplus", "gate_hdim": 0.0}, "gate_hdim must be above 0"),
-        ({"use_qkv": True, "use_hdim": False, "pair_mask": "cross"}, "pair_mask must be none"),
+        ({"use_qkv": True, "use_hdim": False, "attn_mask": "cross"}, "attn_mask must be none"),
         ({"use_qkv": True, "use_hdim": False, "entropy_weight": 0.1}, "entropy_weight must be 0"),
     ],
 )
@@ -122,7 +122,7 @@ def test_a_wrong_field_is_named(changes: dict, message: str) -> None:
 def test_config_dict_round_trip_and_unknown_keys() -> None:
     config = PRESETS["H26"]
     assert XLRBConfig.from_dict(config.to_dict()) == config
-    assert XLRBConfig.from_dict({"topk": 2}) == replace(HDIM_BASE, topk=2)
+    assert XLRBConfig.from_dict({"top_k": 2}) == replace(HDIM_BASE, top_k=2)
     with pytest.raises(ValueError, match="no field gate_hidm;"):
         XLRBConfig.from_dict({"gate_hidm": 0.1})
 

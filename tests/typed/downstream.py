@@ -23,9 +23,9 @@ def messages(activation: Activation) -> list[torch.nn.Module]:
 
 def routers() -> list[nn.LayerRouter]:
     return [
-        nn.LayerRouter(64, route_dim=16, weighting="full_softmax", pool="cls"),
+        nn.LayerRouter(64, route_dim=16, weighting="full_softmax", pooling="cls"),
         nn.LayerRouter(64, weighting="softmax"),  # wrong
-        nn.LayerRouter(64, pool="max"),  # wrong
+        nn.LayerRouter(64, pooling="max"),  # wrong
     ]
 
 
@@ -45,7 +45,7 @@ def quantizers(metric: Metric) -> list[torch.nn.Module]:
     return [
         nn.VectorQuantizer(64, 512, metric=metric),
         nn.VectorQuantizer(64, 512, metric="dot"),  # wrong
-        nn.FSQ([8, 5, 5], dim=64, bound="offset", variant="paper"),
+        nn.FSQ([8, 5, 5], hidden_size=64, bound="offset", variant="paper"),
         nn.FSQ([8, 5, 5], bound="sigmoid"),  # wrong
         nn.FSQ([8, 5, 5], variant="listing"),  # wrong
     ]
@@ -58,7 +58,7 @@ def aggregators() -> list[torch.nn.Module]:
         nn.TapProjector(12, 64, 16, pooling="cls"),  # wrong
         nn.EMAAggregator(12, 16, tree_checkpoint=4),
         nn.GRUAggregator(12, 16, dtype=torch.float64),
-        nn.DepthAttentionAggregator(12, 16, heads=2, memory=3),
+        nn.DepthAttentionAggregator(12, 16, num_heads=2, window=3),
     ]
 
 

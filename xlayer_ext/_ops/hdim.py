@@ -21,9 +21,9 @@ from xlayer_ext._ops.registration import (
 
 def _fake(
     query: Tensor, key: Tensor, value: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor,
-    key_mask: Tensor | None, pair_mask: Tensor | None, temperature: float, gelu: bool, tf32: bool,
+    key_mask: Tensor | None, attn_mask: Tensor | None, temperature: float, gelu: bool, tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    check_one_device(query, key, value, weight1, bias1, weight2, key_mask, pair_mask)
+    check_one_device(query, key, value, weight1, bias1, weight2, key_mask, attn_mask)
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     check_fake(query, query=(query, (None, None, None)), bias1=(bias1, (None,)))
@@ -32,7 +32,7 @@ def _fake(
     keys = key.shape[1]
     check_fake(query, value=(value, (batch, keys, None)), weight1=(weight1, (hidden, 4 * width)))
     check_fake(query, weight2=(weight2, (hidden,)))
-    check_fake_as(torch.bool, key_mask=(key_mask, (batch, keys)), pair_mask=(pair_mask, (batch, queries, keys)))
+    check_fake_as(torch.bool, key_mask=(key_mask, (batch, keys)), attn_mask=(attn_mask, (batch, queries, keys)))
     statistics = accumulation(query)
     return (
         query.new_empty((batch, queries, value.shape[2])),

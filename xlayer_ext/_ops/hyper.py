@@ -21,7 +21,7 @@ from xlayer_ext._ops.registration import (
 
 NORMS = ("none", "layer", "rms", "rms_all")  # by their numbers in the operators
 FORMS = ("identity", "tanh", "sinkhorn_rows", "sinkhorn_columns")
-MOST_STREAMS = 16  # in the native kernels
+MAX_STREAMS = 16  # in the native kernels
 STATISTICS = 3  # numbers that a row's norm keeps for the backward: kHyperStatistics of xlayer/hyper.h
 
 
@@ -40,9 +40,9 @@ def _check_streams(streams: Tensor, **others: Tensor | None) -> None:
     check_one_device(streams, *others.values())
     check_fake(streams, streams=(streams, (None, None, None, None)))
     n, d = streams.shape[2:]
-    if not 1 <= n <= MOST_STREAMS or d < 1:
+    if not 1 <= n <= MAX_STREAMS or d < 1:
         raise ValueError(
-            f"streams must number 1 to {MOST_STREAMS} and have a width of at least 1, got {list(streams.shape)}"
+            f"streams must number 1 to {MAX_STREAMS} and have a width of at least 1, got {list(streams.shape)}"
         )
 
 
@@ -58,13 +58,13 @@ def _check_post(streams: Tensor, branch_output: Tensor, coefficients: Tensor) ->
 
 def _check_pre(
     streams: Tensor, base: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, norm: int,
-    form: int, iterations: int, eps: float,
+    form: int, sinkhorn_iters: int, eps: float,
 ) -> None:  # fmt: skip
     _check_streams(streams, base=base, weight=weight, bias=bias, scale=scale)
     if not 0 <= norm < len(NORMS) or not 0 <= form < len(FORMS):
         raise ValueError(f"norm and form must be 0 to 3, got {norm} and {form}")
-    if form >= 2 and iterations < 1:
-        raise ValueError(f"iterations must be at least 1, got {iterations}")
+    if form >= 2 and sinkhorn_iters < 1:
+        raise ValueError(f"sinkhorn_iters must be at least 1, got {sinkhorn_iters}")
     if not eps >= 0:
         raise ValueError(f"eps must not be negative, got {eps}")
     if (weight is None) != (norm == 0) or (scale is None) != (norm == 0):
@@ -160,7 +160,7 @@ class _Options(NamedTuple):
 
     norm: int
     form: int
-    iterations: int
+    sinkhorn_iters: int
     eps: float
 
 

@@ -21,7 +21,7 @@ from xlayer_ext._ops.registration import (
     register_fake,
 )
 
-MOST_DIMENSIONS, MOST_LEVELS = 64, 2**20
+MAX_DIMENSIONS, MAX_LEVELS = 64, 2**20
 FSQ_EPS = 1e-3
 LARGEST_INDEX = 2**63 - 1
 
@@ -53,22 +53,24 @@ def _fake_nearest(x: Tensor, codebook: Tensor, cosine: bool, tf32: bool) -> tupl
     return x.new_empty(x.shape[:2], dtype=torch.int64), x.new_empty(x.shape[:2], dtype=accumulation(x))
 
 
-def _fake_statistics(x: Tensor, indices: Tensor, codes: int) -> tuple[Tensor, Tensor]:
+def _fake_statistics(x: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
     check_one_device(x, indices)
     check_fake(x, x=(x, (None, None, None)))
     check_fake_as(torch.int64, indices=(indices, x.shape[:2]))
-    if codes < 1:
-        raise ValueError(f"codes must be at least 1, got {codes}")
-    books, _, width = x.shape
+    if codebook_size < 1:
+        raise ValueError(f"codebook_size must be at least 1, got {codebook_size}")
+    num_codebooks, _, width = x.shape
     wide = accumulation(x)
-    return x.new_empty((books, codes), dtype=wide), x.new_empty((books, codes, width), dtype=wide)
+    return x.new_empty((num_codebooks, codebook_size), dtype=wide), x.new_empty(
+        (num_codebooks, codebook_size, width), dtype=wide
+    )
 
 
 def _fake_fsq(
     z: Tensor, levels: list[int], shift: list[float], half: list[float], middle: list[float], offset: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not 1 <= len(levels) <= MOST_DIMENSIONS:
-        raise ValueError(f"levels must have 1 to {MOST_DIMENSIONS} entries, got {len(levels)}")
+    if not 1 <= len(levels) <= MAX_DIMENSIONS:
+        raise ValueError(f"levels must have 1 to {MAX_DIMENSIONS} entries, got {len(levels)}")
     if z.dim() < 1:
         raise ValueError("z must have at least one dimension")
     check_fake(z, z=(z, (*z.shape[:-1], len(levels))))
@@ -77,8 +79,8 @@ def _fake_fsq(
             raise ValueError(f"shift, half and middle must have an entry per level for offset, got {len(column)}")
     least = 3 if offset else 2
     for level in levels:
-        if not least <= level <= MOST_LEVELS:
-            raise ValueError(f"levels must be between {least} and {MOST_LEVELS}, got {level}")
+        if not least <= level <= MAX_LEVELS:
+            raise ValueError(f"levels must be between {least} and {MAX_LEVELS}, got {level}")
     shape = z.shape if fsq_basis(levels) is None else z.shape[:-1]
     return z.new_empty(z.shape), z.new_empty(shape, dtype=torch.int64), z.new_empty(z.shape if keep else 0)
 

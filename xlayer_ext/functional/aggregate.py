@@ -42,7 +42,7 @@ __all__ = ["depth_attention", "depth_gru", "ema_scan"]
 def ema_scan(
     x: Tensor,
     gate_logits: Tensor,
-    initial: Tensor | None = None,
+    initial_state: Tensor | None = None,
     *,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
@@ -60,7 +60,7 @@ def ema_scan(
         x: taps, ``[L, ..., d]``, float64, float32, bfloat16 or float16. Unit stride along d spares a copy; layers and
             tokens may lie anyhow, ``[N, L, d]`` transposed needs none.
         gate_logits: a, ``[L]``, any floating point dtype.
-        initial: :math:`S_{-1}`, ``[..., d]`` in the dtype of x; zeros by default.
+        initial_state: :math:`S_{-1}`, ``[..., d]`` in the dtype of x; zeros by default.
         norm_weight: ``[d]``: normalizes the taps.
         norm_bias: ``[d]``, with ``norm_weight`` only.
         eps: of the LayerNorm, added to the variance.
@@ -70,7 +70,7 @@ def ema_scan(
         States ``[L, ..., d]``, or ``[..., d]`` with ``last_only``, in the dtype of x.
 
     Raises:
-        TypeError: a tensor is not floating point, or ``initial`` has another dtype than x.
+        TypeError: a tensor is not floating point, or ``initial_state`` has another dtype than x.
         ValueError: shapes or devices disagree, or a norm_bias without norm_weight.
 
     Example::
@@ -80,11 +80,11 @@ def ema_scan(
         tensor([[[0.5000, 1.5000]],
                 [[1.2500, 2.7500]]])
     """
-    given = {"initial": initial, "norm_weight": norm_weight, "norm_bias": norm_bias}
+    given = {"initial_state": initial_state, "norm_weight": norm_weight, "norm_bias": norm_bias}
     check_floats(x=x, gate_logits=gate_logits, **{name: t for name, t in given.items() if t is not None})
     if autocasts(x) and x.dtype != torch.float64:
         x = x.float()
-        initial = None if initial is None else initial.float()
+        initial_state = None if initial_state is None else initial_state.float()
     if x.dim() < 2:
         raise ValueError(f"x must have shape [L, ..., d], got {list(x.shape)}")
     if norm_bias is not None and norm_weight is None:
@@ -97,7 +97,7 @@ def ema_scan(
                              f"{list(tensor.shape)}")  # fmt: skip
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} must be on the device of x, {x.device}; got {tensor.device}")
-    _check_initial(initial, x, x.shape[1:])
+    _check_initial_state(initial_state, x, x.shape[1:])
     check_not_negative(eps=eps)
     check_flag("last_only", last_only)
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -106,11 +106,11 @@ def ema_scan(
     norm_bias = None if norm_bias is None else norm_bias.to(wide)
     if is_empty(x.shape):
         shape = x.shape[1:] if last_only else x.shape
-        kept = initial if last_only and initial is not None else x.new_zeros(shape)
-        return with_zero_gradients(kept, x, gate_logits, initial, norm_weight, norm_bias)
+        kept = initial_state if last_only and initial_state is not None else x.new_zeros(shape)
+        return with_zero_gradients(kept, x, gate_logits, initial_state, norm_weight, norm_bias)
     if not use_native("ema_scan", x):
-        return reference.ema_scan(x, gate_logits, initial, norm_weight, norm_bias, eps, last_only)
-    taps, start = _flat(x, initial)
+        return reference.ema_scan(x, gate_logits, initial_state, norm_weight, norm_bias, eps, last_only)
+    taps, start = _flat(x, initial_state)
     states = call("ema_scan", taps, gate_logits, start, norm_weight, norm_bias, eps, last_only)
     return cast(Tensor, states.reshape(x.shape[1:] if last_only else x.shape))
 
@@ -121,7 +121,7 @@ def depth_gru(
     weight_hh: Tensor,
     bias_ih: Tensor | None = None,
     bias_hh: Tensor | None = None,
-    initial: Tensor | None = None,
+    initial_state: Tensor | None = None,
 ) -> Tensor:
     r"""Computes a gated recurrent unit over depth, with the parameters and results of :class:`torch.nn.GRUCell`:
 
@@ -139,7 +139,7 @@ def depth_gru(
         weight_ih: ``[3·d, i]``, gates in the order r, z, n.
         weight_hh: ``[3·d, d]``.
         bias_ih, bias_hh: ``[3·d]``; zeros by default.
-        initial: ``[..., d]``; zeros by default.
+        initial_state: ``[..., d]``; zeros by default.
 
     Returns:
         States h, ``[L, ..., d]``.
@@ -156,7 +156,7 @@ def depth_gru(
         torch.Size([12, 4, 16])
     """
     named = {"x": x, "weight_ih": weight_ih, "weight_hh": weight_hh}
-    optional = {"bias_ih": bias_ih, "bias_hh": bias_hh, "initial": initial}
+    optional = {"bias_ih": bias_ih, "bias_hh": bias_hh, "initial_state": initial_state}
     named = _cast_together({**named, **{name: t for name, t in optional.items() if t is not None}})
     x, weight_ih, weight_hh = named["x"], named["weight_ih"], named["weight_hh"]
     if x.dim() < 2:
@@ -167,11 +167,11 @@ def depth_gru(
     if weight_ih.shape[1] != x.shape[-1]:
         raise ValueError(f"weight_ih must have shape [3d, {x.shape[-1]}] for this x, got {list(weight_ih.shape)}")
     shape = (*x.shape[1:-1], weight_hh.shape[1])
-    initial = named.get("initial")
-    _check_initial(initial, x, torch.Size(shape))
+    initial_state = named.get("initial_state")
+    _check_initial_state(initial_state, x, torch.Size(shape))
     if is_empty((x.shape[0], *shape)):
         return with_zero_gradients(x.new_empty(x.shape[0], *shape), *named.values())
-    taps, start = _flat(x, initial)
+    taps, start = _flat(x, initial_state)
     bias_ih, bias_hh = (x.new_zeros(len(weight_ih)) if bias is None else bias for bias in biases.values())
     if use_native("depth_gru", x):
         keep = needs_grad(taps, weight_ih, weight_hh, bias_ih, bias_hh, start)
@@ -187,15 +187,15 @@ def depth_attention(
     weight_key: Tensor,
     weight_value: Tensor,
     weight_out: Tensor,
-    initial: Tensor | None = None,
+    initial_state: Tensor | None = None,
     *,
-    heads: int = 1,
-    memory: int = 4,
+    num_heads: int = 1,
+    window: int = 4,
 ) -> Tensor:
-    r"""Computes a state that attends, layer by layer, to its last ``memory`` taps, the present one included:
+    r"""Computes a state that attends, layer by layer, to its last ``window`` taps, the present one included:
 
     .. math::
-        S_l = S_{l-1} + W_o\, \mathrm{Attention}(W_q S_{l-1};\ W_k x_j,\ W_v x_j,\ l - \mathrm{memory} < j \le l)
+        S_l = S_{l-1} + W_o\, \mathrm{Attention}(W_q S_{l-1};\ W_k x_j,\ W_v x_j,\ l - \mathrm{window} < j \le l)
 
     with the usual scaled dot products, cut into heads. Keys and values of all layers are one product each. Where a
     gradient is needed, what the state attended to is kept beside the states; probabilities are computed again.
@@ -203,24 +203,24 @@ def depth_attention(
 
     Args:
         x: taps, ``[L, ..., i]``, float64, float32, bfloat16 or float16.
-        weight_query: ``[e, d]``; e is a multiple of ``heads``.
+        weight_query: ``[e, d]``; e is a multiple of ``num_heads``.
         weight_key, weight_value: ``[e, i]``.
         weight_out: ``[d, e]``.
-        initial: :math:`S_{-1}`, ``[..., d]``; zeros by default, which attend to all taps alike.
-        heads: number of heads.
-        memory: number of taps to attend to, at least 1; more than there are layers is as many as there are.
+        initial_state: :math:`S_{-1}`, ``[..., d]``; zeros by default, which attend to all taps alike.
+        num_heads: number of heads.
+        window: number of taps to attend to, at least 1; more than there are layers is as many as there are.
 
     Returns:
         States S, ``[L, ..., d]``.
 
     Raises:
         TypeError: a tensor is not floating point, or dtypes differ.
-        ValueError: shapes or devices disagree, ``heads`` does not divide e, or ``memory`` is below 1.
+        ValueError: shapes or devices disagree, ``num_heads`` does not divide e, or ``window`` is below 1.
     """
     named = {"x": x, "weight_query": weight_query, "weight_key": weight_key, "weight_value": weight_value}
-    named |= {"weight_out": weight_out, **({} if initial is None else {"initial": initial})}
+    named |= {"weight_out": weight_out, **({} if initial_state is None else {"initial_state": initial_state})}
     named = _cast_together(named)
-    x, initial = named.pop("x"), named.pop("initial", None)
+    x, initial_state = named.pop("x"), named.pop("initial_state", None)
     if x.dim() < 2:
         raise ValueError(f"x must have shape [L, ..., i], got {list(x.shape)}")
     check_shapes({"weight_query": "e d", "weight_key": "e i", "weight_value": "e i", "weight_out": "d e"}, **named)
@@ -228,25 +228,27 @@ def depth_attention(
     if weight_key.shape[1] != x.shape[-1]:
         raise ValueError(f"weight_key must have shape [e, {x.shape[-1]}] for this x, got {list(weight_key.shape)}")
     width = weight_query.shape[0]
-    check_integer("heads", heads)
-    if not 1 <= heads <= max(width, 1) or width % heads:
-        raise ValueError(f"heads must divide e = {width}, got {heads}")
-    check_integer("memory", memory, 1)
+    check_integer("num_heads", num_heads)
+    if not 1 <= num_heads <= max(width, 1) or width % num_heads:
+        raise ValueError(f"num_heads must divide e = {width}, got {num_heads}")
+    check_integer("window", window, 1)
     shape = (*x.shape[1:-1], weight_out.shape[0])
-    _check_initial(initial, x, torch.Size(shape))
+    _check_initial_state(initial_state, x, torch.Size(shape))
     if is_empty((x.shape[0], *shape)):
-        return with_zero_gradients(x.new_empty(x.shape[0], *shape), x, *named.values(), initial)
-    memory = min(memory, x.shape[0])
-    taps, start = _flat(x, initial)
+        return with_zero_gradients(x.new_empty(x.shape[0], *shape), x, *named.values(), initial_state)
+    window = min(window, x.shape[0])
+    taps, start = _flat(x, initial_state)
     keys, values = linear(taps, weight_key), linear(taps, weight_value)
-    head_width = width // heads
+    head_width = width // num_heads
     scale = head_width**-0.5 if head_width else 1.0
     if use_native("depth_attention", x):
         keep = needs_grad(keys, values, weight_query, weight_out, start)
-        states, _ = call("depth_attention", keys, values, weight_query, weight_out, start, heads, memory, scale, keep)
+        states, _ = call(
+            "depth_attention", keys, values, weight_query, weight_out, start, num_heads, window, scale, keep
+        )
     else:
         states = reference.depth_attention(
-            keys, values, weight_query, weight_out, start, heads=heads, memory=memory, scale=scale
+            keys, values, weight_query, weight_out, start, num_heads=num_heads, window=window, scale=scale
         )
     return states.reshape(x.shape[0], *shape)
 
@@ -262,16 +264,18 @@ def _cast_together(named: dict[str, Tensor]) -> dict[str, Tensor]:
     return named
 
 
-def _check_initial(initial: Tensor | None, x: Tensor, shape: torch.Size) -> None:
-    if initial is None:
+def _check_initial_state(initial_state: Tensor | None, x: Tensor, shape: torch.Size) -> None:
+    if initial_state is None:
         return
-    check_common(x=x, initial=initial)
-    if initial.shape != shape:
-        raise ValueError(f"initial must have shape {list(shape)}, a state per token; got {list(initial.shape)}")
+    check_common(x=x, initial_state=initial_state)
+    if initial_state.shape != shape:
+        raise ValueError(
+            f"initial_state must have shape {list(shape)}, a state per token; got {list(initial_state.shape)}"
+        )
 
 
-def _flat(x: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _flat(x: Tensor, initial_state: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Reshapes the taps to ``[L, N, d]`` and the initial state to ``[N, d]``."""
     tokens = math.prod(x.shape[1:-1])
-    start = None if initial is None else initial.reshape(tokens, initial.shape[-1])
+    start = None if initial_state is None else initial_state.reshape(tokens, initial_state.shape[-1])
     return x.reshape(x.shape[0], tokens, x.shape[-1]), start

@@ -28,7 +28,7 @@ from xlayer_ext.functional._masking import mask_inputs, unit
 from xlayer_ext.types import Activation, Fusion
 
 ACTIVATIONS = get_args(Activation)
-CUDA_MOST_COLUMNS = 64  # of query and key, in the CUDA kernels
+CUDA_MAX_COLUMNS = 64  # of query and key, in the CUDA kernels
 FUSIONS: dict[Fusion, int] = {"concat_hadam": 3, "concat_only": 2, "concat_diff_hadam": 4}  # mode → number of blocks
 
 _LAYOUTS = {
@@ -39,7 +39,7 @@ _LAYOUTS = {
     "bias1": "M",
     "weight2": "M",
     "key_mask": "B Sk",
-    "pair_mask": "B Sq Sk",
+    "attn_mask": "B Sq Sk",
     "weight": "D D",
 }
 
@@ -54,7 +54,7 @@ def hdim_attention(
     bias2: Tensor,
     *,
     key_mask: Tensor | None = None,
-    pair_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
     temperature: float = 1.0,
     activation: Activation = "relu",
     return_entropy: bool = False,
@@ -85,7 +85,7 @@ def hdim_attention(
         weight2: ``[M]`` or ``[1, M]``.
         bias2: one element.
         key_mask: bool ``[B, Sk]``, True = may be used.
-        pair_mask: bool ``[B, Sq, Sk]``, True = may be used; both masks must allow a pair. It may be expanded.
+        attn_mask: bool ``[B, Sq, Sk]``, True = may be used; both masks must allow a pair. It may be expanded.
         temperature: τ > 0.
         activation: ``"relu"`` or ``"gelu"`` (exact).
         return_entropy: also return the entropy.
@@ -111,7 +111,7 @@ def hdim_attention(
     if weight2.dim() == 2 and weight2.shape[0] == 1:
         weight2 = weight2.squeeze(0)
     floats = {"query": query, "key": key, "value": value, "weight1": weight1, "bias1": bias1, "weight2": weight2}
-    _check_attention(floats, key_mask, pair_mask, temperature)
+    _check_attention(floats, key_mask, attn_mask, temperature)
     check_common(query=query, bias2=bias2)
     check_choice("activation", activation, ACTIVATIONS)
     if bias2.numel() != 1:
@@ -122,10 +122,11 @@ def hdim_attention(
     shape = (*query.shape[:2], value.shape[2])
     if is_empty(shape) and not return_entropy:
         return with_zero_gradients(query.new_empty(shape), query, key, value, weight1, bias1, weight2)
-    wide = query.device.type == "cuda" and query.shape[-1] > CUDA_MOST_COLUMNS
-    if use_native("hdim_attention", query, beyond=f"D > {CUDA_MOST_COLUMNS} on {query.device}" if wide else None):
+    wide = query.device.type == "cuda" and query.shape[-1] > CUDA_MAX_COLUMNS
+    unsupported_reason = f"D > {CUDA_MAX_COLUMNS} on {query.device}" if wide else None
+    if use_native("hdim_attention", query, unsupported_reason=unsupported_reason):
         context, statistics, row_entropy = call(
-            "hdim_attention", query, key, value, weight1, bias1, weight2, key_mask, pair_mask,
+            "hdim_attention", query, key, value, weight1, bias1, weight2, key_mask, attn_mask,
             temperature, activation == "gelu", query.dtype == torch.float32 and tf32_allowed(),
         )  # fmt: skip
         if not return_entropy:
@@ -134,7 +135,7 @@ def hdim_attention(
         return context, row_entropy.sum(1).sum() / (statistics[..., 1] != 0).sum().clamp(min=1)
     context, entropy = reference.hdim_attention(
         query, key, value, weight1, bias1, weight2,
-        key_mask=key_mask, pair_mask=pair_mask, temperature=temperature, activation=activation,
+        key_mask=key_mask, attn_mask=attn_mask, temperature=temperature, activation=activation,
     )  # fmt: skip
     return (context, entropy) if return_entropy else context
 
@@ -146,7 +147,7 @@ def bilinear_attention(
     weight: Tensor,
     *,
     key_mask: Tensor | None = None,
-    pair_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
     temperature: float = 1.0,
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -158,7 +159,7 @@ def bilinear_attention(
     Args:
         query, key, value: ``[B, Sq, D]``, ``[B, Sk, D]``, ``[B, Sk, H]``.
         weight: ``[D, D]``.
-        key_mask, pair_mask, temperature, return_entropy: as in :func:`hdim_attention`.
+        key_mask, attn_mask, temperature, return_entropy: as in :func:`hdim_attention`.
 
     Returns:
         Context ``[B, Sq, H]``, or (context, entropy).
@@ -166,12 +167,12 @@ def bilinear_attention(
     check_floats(query=query, key=key, value=value, weight=weight)
     query, key, value, weight = autocast(query, key, value, weight)
     floats = {"query": query, "key": key, "value": value, "weight": weight}
-    _check_attention(floats, key_mask, pair_mask, temperature)
+    _check_attention(floats, key_mask, attn_mask, temperature)
     if return_entropy:
         return reference.bilinear_attention(
-            query, key, value, weight, key_mask=key_mask, pair_mask=pair_mask, temperature=temperature
+            query, key, value, weight, key_mask=key_mask, attn_mask=attn_mask, temperature=temperature
         )
-    return _dot_product_attention(query, key, value, weight, key_mask, pair_mask, 1 / temperature)
+    return _dot_product_attention(query, key, value, weight, key_mask, attn_mask, 1 / temperature)
 
 
 def cosine_attention(
@@ -180,7 +181,7 @@ def cosine_attention(
     value: Tensor,
     *,
     key_mask: Tensor | None = None,
-    pair_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
     temperature: float = 1.0,
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -190,19 +191,19 @@ def cosine_attention(
 
     Args:
         query, key, value: ``[B, Sq, D]``, ``[B, Sk, D]``, ``[B, Sk, H]``.
-        key_mask, pair_mask, temperature, return_entropy: as in :func:`hdim_attention`.
+        key_mask, attn_mask, temperature, return_entropy: as in :func:`hdim_attention`.
 
     Returns:
         Context ``[B, Sq, H]``, or (context, entropy).
     """
     check_floats(query=query, key=key, value=value)
     query, key, value = autocast(query, key, value)
-    _check_attention({"query": query, "key": key, "value": value}, key_mask, pair_mask, temperature)
+    _check_attention({"query": query, "key": key, "value": value}, key_mask, attn_mask, temperature)
     if return_entropy:
         return reference.cosine_attention(
-            query, key, value, key_mask=key_mask, pair_mask=pair_mask, temperature=temperature
+            query, key, value, key_mask=key_mask, attn_mask=attn_mask, temperature=temperature
         )
-    return _dot_product_attention(query, key, value, None, key_mask, pair_mask, 10 / temperature)
+    return _dot_product_attention(query, key, value, None, key_mask, attn_mask, 10 / temperature)
 
 
 def value_fusion(context: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, mode: Fusion) -> Tensor:
@@ -257,12 +258,12 @@ def value_fusion(context: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor |
 
 
 def _check_attention(
-    floats: dict[str, Tensor], key_mask: Tensor | None, pair_mask: Tensor | None, temperature: float
+    floats: dict[str, Tensor], key_mask: Tensor | None, attn_mask: Tensor | None, temperature: float
 ) -> None:
     check_common(**floats)
     check_mask("key_mask", key_mask, floats["query"])
-    check_mask("pair_mask", pair_mask, floats["query"])
-    check_shapes(_LAYOUTS, **floats, key_mask=key_mask, pair_mask=pair_mask)
+    check_mask("attn_mask", attn_mask, floats["query"])
+    check_shapes(_LAYOUTS, **floats, key_mask=key_mask, attn_mask=attn_mask)
     check_positive(temperature=temperature)
 
 
@@ -272,14 +273,14 @@ def _dot_product_attention(
     value: Tensor,
     weight: Tensor | None,
     key_mask: Tensor | None,
-    pair_mask: Tensor | None,
+    attn_mask: Tensor | None,
     scale: float,
 ) -> Tensor:
     """Computes fused attention with the mask rules of the family; by cosine where there is no bilinear weight."""
     shape = (*query.shape[:2], value.shape[2])
     if is_empty(shape):
         return with_zero_gradients(query.new_empty(shape), query, key, value, weight)
-    inputs = mask_inputs(query, key, value, key_mask, pair_mask)
+    inputs = mask_inputs(query, key, value, key_mask, attn_mask)
     query, key = (unit(inputs.query), unit(inputs.key)) if weight is None else (inputs.query @ weight, inputs.key)
     mask = inputs.allowed
     if mask is not None:

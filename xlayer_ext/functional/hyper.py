@@ -23,7 +23,7 @@ from torch import Tensor
 
 from xlayer_ext import reference
 from xlayer_ext._backend import use_native
-from xlayer_ext._ops.hyper import FORMS, MOST_STREAMS, NORMS
+from xlayer_ext._ops.hyper import FORMS, MAX_STREAMS, NORMS
 from xlayer_ext._ops.registration import accumulation, call
 from xlayer_ext.functional._checks import (
     MAX_ITERATIONS,
@@ -66,7 +66,7 @@ def hyper_pre(streams: Tensor, connection: Connection) -> tuple[Tensor, Tensor]:
         True
     """
     connection = _checked_connection(streams, connection)
-    if not use_native("hyper_pre", streams, beyond=_beyond(streams)):
+    if not use_native("hyper_pre", streams, unsupported_reason=_unsupported_reason(streams)):
         return reference.hyper_pre(streams, connection)
     grid = _grid(streams)
     x, c, _, _ = call("hyper_pre", grid, *_operator_arguments(connection))
@@ -90,7 +90,7 @@ def hyper_post(streams: Tensor, branch_output: Tensor, coefficients: Tensor) -> 
         ValueError: shapes or devices disagree.
     """
     branch_output, coefficients = _checked_post(streams, branch_output, coefficients)
-    if not use_native("hyper_post", streams, beyond=_beyond(streams)):
+    if not use_native("hyper_post", streams, unsupported_reason=_unsupported_reason(streams)):
         return reference.hyper_post(streams, branch_output, coefficients)
     out: Tensor = call("hyper_post", *_post_arguments(streams, branch_output, coefficients))
     return out.reshape(streams.shape)
@@ -112,7 +112,7 @@ def hyper_post_pre(
     """
     branch_output, coefficients = _checked_post(streams, branch_output, coefficients)
     connection = _checked_connection(streams, connection)
-    if not use_native("hyper_post_pre", streams, beyond=_beyond(streams)):
+    if not use_native("hyper_post_pre", streams, unsupported_reason=_unsupported_reason(streams)):
         return reference.hyper_post_pre(streams, branch_output, coefficients, connection)
     out, x, c, _, _ = call(
         "hyper_post_pre", *_post_arguments(streams, branch_output, coefficients), *_operator_arguments(connection)
@@ -130,11 +130,11 @@ def _checked_connection(streams: Tensor, connection: Connection) -> Connection:
     n, d = _streams_shape(streams)
     if not isinstance(connection, Connection):
         raise TypeError(f"connection must be a Connection, got {type(connection).__name__}")
-    base, weight, bias, scale, norm, form, iterations, eps = connection
+    base, weight, bias, scale, norm, form, sinkhorn_iters, eps = connection
     check_choice("norm", norm, NORMS[1:])
     check_choice("form", form, FORMS)
     constrained = form.startswith("sinkhorn")
-    check_integer("iterations", iterations, 1 if constrained else 0, MAX_ITERATIONS)
+    check_integer("sinkhorn_iters", sinkhorn_iters, 1 if constrained else 0, MAX_ITERATIONS)
     check_not_negative(eps=eps)
     if weight is None and (bias is not None or scale is not None):
         raise ValueError("bias and scale belong to a weight, and there is none")
@@ -150,7 +150,7 @@ def _checked_connection(streams: Tensor, connection: Connection) -> Connection:
     wide = accumulation(streams)
     base = base.to(wide)
     weight, bias, scale = (None if tensor is None else tensor.to(wide) for tensor in (weight, bias, scale))
-    connection = Connection(base, weight, bias, scale, norm, form, iterations, eps)
+    connection = Connection(base, weight, bias, scale, norm, form, sinkhorn_iters, eps)
     if weight is None and constrained:
         return Connection(reference.manifold(connection.base, connection), form="identity")
     return connection
@@ -186,8 +186,8 @@ def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], streams: Te
         raise ValueError(f"{name} must be on the device of streams, {streams.device}; got {tensor.device}")
 
 
-def _beyond(streams: Tensor) -> str | None:
-    return f"n > {MOST_STREAMS}" if streams.shape[-2] > MOST_STREAMS else None
+def _unsupported_reason(streams: Tensor) -> str | None:
+    return f"n > {MAX_STREAMS}" if streams.shape[-2] > MAX_STREAMS else None
 
 
 def _grid(tensor: Tensor, tail: int = 2) -> Tensor:
@@ -208,7 +208,7 @@ def _numbers(c: Tensor, streams: Tensor) -> Tensor:
 
 def _operator_arguments(connection: Connection) -> tuple[Any, ...]:
     norm = 0 if connection.weight is None else NORMS.index(connection.norm)
-    return (*connection[:4], norm, FORMS.index(connection.form), connection.iterations, connection.eps)
+    return (*connection[:4], norm, FORMS.index(connection.form), connection.sinkhorn_iters, connection.eps)
 
 
 def _post_arguments(streams: Tensor, branch_output: Tensor, coefficients: Tensor) -> tuple[Tensor, ...]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from xlayer_ext import reference
 from xlayer_ext._backend import transforms, use_native
-from xlayer_ext._ops.quantize import MOST_DIMENSIONS, MOST_LEVELS, fsq_basis, fsq_offsets
+from xlayer_ext._ops.quantize import MAX_DIMENSIONS, MAX_LEVELS, fsq_basis, fsq_offsets
 from xlayer_ext._ops.registration import accumulation
 from xlayer_ext.functional._checks import (
     FLOATS,
@@ -98,7 +98,7 @@ def vq_nearest(x: Tensor, codebook: Tensor, *, metric: Metric = "euclidean") -> 
     return (indices.squeeze(0), distance.squeeze(0)) if lead == 0 else (indices, distance)
 
 
-def vq_statistics(x: Tensor, indices: Tensor, codes: int) -> tuple[Tensor, Tensor]:
+def vq_statistics(x: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
     r"""Counts and sums the rows of each code.
 
     .. math:: \mathrm{counts}_k = |\{n: i_n = k\}|, \qquad \mathrm{sums}_k = \sum_{n: i_n = k} x_n
@@ -107,16 +107,16 @@ def vq_statistics(x: Tensor, indices: Tensor, codes: int) -> tuple[Tensor, Tenso
 
     Args:
         x: ``[N, D]`` or ``[h, N, D]``, float64, float32, bfloat16 or float16.
-        indices: int64 ``[N]`` or ``[h, N]``, of :func:`vq_nearest`. A row whose index is outside of [0, codes), such as
-            −1 for padding, counts nowhere and may hold NaN.
-        codes: K, the number of codes.
+        indices: int64 ``[N]`` or ``[h, N]``, of :func:`vq_nearest`. A row whose index is outside of
+            [0, codebook_size), such as −1 for padding, counts nowhere and may hold NaN.
+        codebook_size: K, the number of codes.
 
     Returns:
         counts ``[K]`` or ``[h, K]`` and sums ``[K, D]`` or ``[h, K, D]``, float32 (float64 for float64).
 
     Raises:
         TypeError: ``x`` is not floating point, or ``indices`` not int64.
-        ValueError: shapes or devices disagree, or ``codes`` is below 1 or above 2³¹ − 1.
+        ValueError: shapes or devices disagree, or ``codebook_size`` is below 1 or above 2³¹ − 1.
     """
     check_floats(x=x)
     check_int64(indices=indices)
@@ -126,13 +126,13 @@ def vq_statistics(x: Tensor, indices: Tensor, codes: int) -> tuple[Tensor, Tenso
             f"{list(indices.shape)}"
         )
     check_device(x=x, indices=indices)
-    check_integer("codes", codes, 1, MAX_CODES)
+    check_integer("codebook_size", codebook_size, 1, MAX_CODES)
     x = x.detach()
     if not use_native("vq_statistics", x):
-        return reference.vq_statistics(x, indices, codes)
+        return reference.vq_statistics(x, indices, codebook_size)
     lead = x.dim() - 2
     batched = (t.unsqueeze(0) if lead == 0 else t for t in (x, indices))
-    counts, sums = torch.ops.xlayer.vq_statistics(*batched, codes)
+    counts, sums = torch.ops.xlayer.vq_statistics(*batched, codebook_size)
     return (counts.squeeze(0), sums.squeeze(0)) if lead == 0 else (counts, sums)
 
 
@@ -180,7 +180,7 @@ def fsq(
         raise ValueError(f"z must have shape [..., {len(levels)}], a column for each of levels; got {list(z.shape)}")
     if autocasts(z) and z.dtype != torch.float64:
         z = z.float()
-    if not use_native("fsq", z, beyond=_beyond(levels)):
+    if not use_native("fsq", z, unsupported_reason=_unsupported_reason(levels)):
         return reference.fsq(z, levels, bound=bound, variant=variant)
     codes, indices, _ = torch.ops.xlayer.fsq(z, *_operator_levels(levels, bound, variant), needs_grad(z))
     return codes, indices
@@ -232,15 +232,15 @@ def checked_levels(levels: Sequence[int], bound: Bound, variant: Variant = "pack
     for count in found:
         if not isinstance(count, int) or isinstance(count, bool):
             raise TypeError(f"levels must be whole numbers, got {count!r}")
-        if not least <= count <= MOST_LEVELS:
-            raise ValueError(f"levels must be between {least} and {MOST_LEVELS} for bound {bound}, got {count}")
+        if not least <= count <= MAX_LEVELS:
+            raise ValueError(f"levels must be between {least} and {MAX_LEVELS} for bound {bound}, got {count}")
     return found
 
 
-def _beyond(levels: Sequence[int]) -> str | None:
+def _unsupported_reason(levels: Sequence[int]) -> str | None:
     if transforms():  # torch.func always keeps a graph of the backward, and this one must not be differentiated
         return "the transforms of torch.func"
-    return f"more than {MOST_DIMENSIONS} dimensions" if len(levels) > MOST_DIMENSIONS else None
+    return f"more than {MAX_DIMENSIONS} dimensions" if len(levels) > MAX_DIMENSIONS else None
 
 
 def _operator_levels(levels: list[int], bound: Bound, variant: Variant) -> tuple[Any, ...]:

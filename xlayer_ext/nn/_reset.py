@@ -26,12 +26,6 @@ def reset(*modules: nn.Module) -> None:
 
 
 @torch.no_grad()
-def draw_normal(parameter: Tensor, deviation: float) -> None:
-    """Fills with numbers of mean 0 and this standard deviation."""
-    parameter.normal_().mul_(deviation)
-
-
-@torch.no_grad()
 def assign(target: Tensor, value: Tensor) -> None:
     """Writes a whole value into a parameter or buffer; into one that FSDP2 has sharded, each process its shard."""
     whole: Any = value
@@ -42,14 +36,3 @@ def assign(target: Tensor, value: Tensor) -> None:
         whole = value.to(target.device, target.dtype)
         whole = distribute_tensor(whole, cut.device_mesh, cut.placements, src_data_rank=None)
     target.copy_(whole)
-
-
-class ZeroLinear(nn.Linear):
-    """Linear layer with zero initialization."""
-
-    def reset_parameters(self) -> None:
-        """Draws as every linear layer, so that layers after it start alike, and then sets weight and bias to 0."""
-        super().reset_parameters()
-        nn.init.zeros_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)

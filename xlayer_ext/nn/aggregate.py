@@ -23,7 +23,7 @@ from xlayer_ext.nn._reset import reset
 from xlayer_ext.types import TapPooling
 
 POOLINGS = get_args(TapPooling)
-START_LOGIT = -2.0  # of every gate: σ(−2) = 0.119
+INIT_LOGIT = -2.0  # of every gate: σ(−2) = 0.119
 
 
 class TapProjector(nn.Module):
@@ -35,9 +35,9 @@ class TapProjector(nn.Module):
     matrix product; pooling comes before it, because it is linear in the tokens.
 
     Args:
-        layers: L, the number of tapped layers.
-        d_model: their width.
-        d_side: width of the side path.
+        num_layers: L, the number of tapped layers.
+        hidden_size: their width.
+        side_size: width of the side path.
         pooling: one vector per sequence: ``"mean"`` of its tokens, the ``"first"`` or ``"last"`` of them, or
             ``"attention"``, whose learned query per layer starts as the mean. None: one vector per token. BERT's first
             token has seen the sequence; in a decoder the last one has, and the first sees nothing but itself.
@@ -46,10 +46,10 @@ class TapProjector(nn.Module):
         device, dtype: of the parameters.
 
     Shape:
-        - taps: L tensors ``[B, S, d_model]``, or one ``[L, B, S, d_model]``
+        - taps: L tensors ``[B, S, hidden_size]``, or one ``[L, B, S, hidden_size]``
         - mask: bool ``[B, S]``, True where a token counts; the others may hold NaN. A sequence without a token that
           counts gives b.
-        - the result is ``[L, B, d_side]``, or ``[L, B, S, d_side]`` without a pooling
+        - the result is ``[L, B, side_size]``, or ``[L, B, S, side_size]`` without a pooling
 
     Raises:
         ValueError: sizes, shapes or options that do not fit.
@@ -63,9 +63,9 @@ class TapProjector(nn.Module):
 
     def __init__(
         self,
-        layers: int,
-        d_model: int,
-        d_side: int,
+        num_layers: int,
+        hidden_size: int,
+        side_size: int,
         *,
         pooling: TapPooling | None = None,
         dropout: float = 0.0,
@@ -74,22 +74,28 @@ class TapProjector(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_sizes(layers=layers, d_model=d_model, d_side=d_side)
+        check_sizes(num_layers=num_layers, hidden_size=hidden_size, side_size=side_size)
         check_not_negative(eps=eps)
         if pooling is not None:
             check_choice("pooling", pooling, POOLINGS)
-        self.layers, self.d_model, self.d_side, self.pooling, self.eps = layers, d_model, d_side, pooling, eps
+        self.num_layers, self.hidden_size, self.side_size, self.pooling, self.eps = (
+            num_layers,
+            hidden_size,
+            side_size,
+            pooling,
+            eps,
+        )
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.empty(layers, d_side, d_model, **factory))
-        self.bias = nn.Parameter(torch.empty(layers, d_side, **factory))
+        self.weight = nn.Parameter(torch.empty(num_layers, side_size, hidden_size, **factory))
+        self.bias = nn.Parameter(torch.empty(num_layers, side_size, **factory))
         if pooling == "attention":
-            self.query = nn.Parameter(torch.empty(layers, d_model, **factory))
+            self.query = nn.Parameter(torch.empty(num_layers, hidden_size, **factory))
         self.dropout = nn.Dropout(dropout)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Starts every layer's projection as a fresh ``nn.Linear``, and the query of ``"attention"`` at 0."""
-        bound = 1 / math.sqrt(self.d_model)
+        bound = 1 / math.sqrt(self.hidden_size)
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
         if self.pooling == "attention":
@@ -99,8 +105,8 @@ class TapProjector(nn.Module):
         x = taps if isinstance(taps, Tensor) else self._stacked(taps)
         check_floats(taps=x)
         check_mask("mask", mask, x)
-        if x.dim() != 4 or x.shape[0] != self.layers or x.shape[3] != self.d_model:
-            raise ValueError(f"taps must have shape [{self.layers}, B, S, {self.d_model}], got {list(x.shape)}")
+        if x.dim() != 4 or x.shape[0] != self.num_layers or x.shape[3] != self.hidden_size:
+            raise ValueError(f"taps must have shape [{self.num_layers}, B, S, {self.hidden_size}], got {list(x.shape)}")
         if mask is not None:
             if mask.shape != x.shape[1:3]:
                 raise ValueError(f"mask must have shape {list(x.shape[1:3])}, got {list(mask.shape)}")
@@ -108,26 +114,28 @@ class TapProjector(nn.Module):
         rows = self._pool(x, mask).flatten(1, -2)
         z = torch.baddbmm(self.bias.unsqueeze(1), rows, self.weight.transpose(1, 2))
         pooled = x.shape[1:3] if self.pooling is None else x.shape[1:2]
-        return self.dropout(z.reshape(self.layers, *pooled, self.d_side))
+        return self.dropout(z.reshape(self.num_layers, *pooled, self.side_size))
 
     def _stacked(self, taps: Sequence[Tensor]) -> Tensor:
         if not isinstance(taps, Sequence) or not all(isinstance(tap, Tensor) for tap in taps):
             raise TypeError(f"taps must be a tensor or a sequence of tensors, got {type(taps).__name__}")
-        if len(taps) != self.layers or any(tap.shape != taps[0].shape for tap in taps):
+        if len(taps) != self.num_layers or any(tap.shape != taps[0].shape for tap in taps):
             shapes = ", ".join(str(list(tap.shape)) for tap in taps)
-            raise ValueError(f"taps must be {self.layers} tensors [B, S, {self.d_model}] of one shape, got {shapes}")
+            raise ValueError(
+                f"taps must be {self.num_layers} tensors [B, S, {self.hidden_size}] of one shape, got {shapes}"
+            )
         return torch.stack(list(taps))
 
     def _pool(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Normalizes and pools the taps to ``[L, B, d_model]``, or ``[L, B, S, d_model]`` without a pooling."""
+        """Normalizes and pools the taps to ``[L, B, hidden_size]``, or ``[L, B, S, hidden_size]`` without a pooling."""
         if self.pooling in ("first", "last"):
             x = self._edge(x, mask)
-        x = F.layer_norm(x, (self.d_model,), eps=self.eps)
+        x = F.layer_norm(x, (self.hidden_size,), eps=self.eps)
         if self.pooling == "mean":
-            every = None if mask is None else mask.repeat(self.layers, 1)
-            return XF.masked_mean(x.flatten(0, 1), every).unflatten(0, (self.layers, -1))
+            every = None if mask is None else mask.repeat(self.num_layers, 1)
+            return XF.masked_mean(x.flatten(0, 1), every).unflatten(0, (self.num_layers, -1))
         if self.pooling == "attention":
-            score = torch.einsum("lbsd,ld->lbs", x, self.query.to(x.dtype)) / math.sqrt(self.d_model)
+            score = torch.einsum("lbsd,ld->lbs", x, self.query.to(x.dtype)) / math.sqrt(self.hidden_size)
             if mask is not None:
                 # A row without an unmasked token attends to all of its zeros: no NaN in the backward.
                 score = score.masked_fill(~(mask | ~mask.any(1, keepdim=True)), float("-inf"))
@@ -145,14 +153,16 @@ class TapProjector(nn.Module):
         return x[:, torch.arange(len(mask), device=mask.device), position]
 
     def extra_repr(self) -> str:
-        return f"{self.layers}, d_model={self.d_model}, d_side={self.d_side}, pooling={self.pooling!r}"
+        return (
+            f"{self.num_layers}, hidden_size={self.hidden_size}, side_size={self.side_size}, pooling={self.pooling!r}"
+        )
 
 
 class _Aggregator(nn.Module):
     """Base of the kinds: maps taps ``[L, ..., d]`` to states ``[L, ..., d]``, or to the last one."""
 
-    layers: int
-    d_side: int
+    num_layers: int
+    hidden_size: int
 
     @property
     def gates(self) -> Tensor | None:
@@ -172,12 +182,14 @@ class _Aggregator(nn.Module):
 
     def forward(self, taps: Tensor, last_only: bool = False) -> Tensor:
         check_floats(taps=taps)
-        if taps.dim() < 2 or taps.shape[0] != self.layers or taps.shape[-1] != self.d_side:
-            raise ValueError(f"taps must have shape [{self.layers}, ..., {self.d_side}], got {list(taps.shape)}")
+        if taps.dim() < 2 or taps.shape[0] != self.num_layers or taps.shape[-1] != self.hidden_size:
+            raise ValueError(
+                f"taps must have shape [{self.num_layers}, ..., {self.hidden_size}], got {list(taps.shape)}"
+            )
         return self._aggregate(taps, last_only)
 
     def extra_repr(self) -> str:
-        return f"{self.layers}, d_side={self.d_side}"
+        return f"{self.num_layers}, hidden_size={self.hidden_size}"
 
     def _aggregate(self, taps: Tensor, last_only: bool) -> Tensor:
         raise NotImplementedError
@@ -200,8 +212,8 @@ class EMAAggregator(_Aggregator):
     :math:`S^l + T^{\lfloor l/k \rfloor}`: what is recent, and what was kept.
 
     Args:
-        layers: L.
-        d_side: d.
+        num_layers: L.
+        hidden_size: d.
         expansion: of φ.
         tree_checkpoint: k, 0 for none.
         eps: of the LayerNorms.
@@ -222,8 +234,8 @@ class EMAAggregator(_Aggregator):
 
     def __init__(
         self,
-        layers: int,
-        d_side: int,
+        num_layers: int,
+        hidden_size: int,
         *,
         expansion: int = 4,
         tree_checkpoint: int = 0,
@@ -232,25 +244,30 @@ class EMAAggregator(_Aggregator):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_sizes(layers=layers, d_side=d_side, expansion=expansion)
+        check_sizes(num_layers=num_layers, hidden_size=hidden_size, expansion=expansion)
         check_not_negative(eps=eps)
         check_integer("tree_checkpoint", tree_checkpoint)
-        if not 0 <= tree_checkpoint <= layers:
-            raise ValueError(f"tree_checkpoint must be between 0 and layers = {layers}, got {tree_checkpoint}")
-        self.layers, self.d_side, self.tree_checkpoint, self.eps = layers, d_side, tree_checkpoint, eps
-        self.expansion, inner = expansion, expansion * d_side
+        if not 0 <= tree_checkpoint <= num_layers:
+            raise ValueError(f"tree_checkpoint must be between 0 and num_layers = {num_layers}, got {tree_checkpoint}")
+        self.num_layers, self.hidden_size, self.tree_checkpoint, self.eps = (
+            num_layers,
+            hidden_size,
+            tree_checkpoint,
+            eps,
+        )
+        self.expansion, inner = expansion, expansion * hidden_size
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.phi = nn.Sequential(
-            nn.Linear(d_side, inner, **factory),
+            nn.Linear(hidden_size, inner, **factory),
             nn.GELU(),
             nn.LayerNorm(inner, eps, **factory),
-            nn.Linear(inner, d_side, **factory),
+            nn.Linear(inner, hidden_size, **factory),
         )
-        self.norm_weight = nn.Parameter(torch.empty(d_side, **factory))
-        self.norm_bias = nn.Parameter(torch.empty(d_side, **factory))
-        self.gate_logits = nn.Parameter(torch.empty(layers, **factory))
+        self.norm_weight = nn.Parameter(torch.empty(hidden_size, **factory))
+        self.norm_bias = nn.Parameter(torch.empty(hidden_size, **factory))
+        self.gate_logits = nn.Parameter(torch.empty(num_layers, **factory))
         if tree_checkpoint:
-            self.tree_gate_logits = nn.Parameter(torch.empty(layers // tree_checkpoint, **factory))
+            self.tree_gate_logits = nn.Parameter(torch.empty(num_layers // tree_checkpoint, **factory))
         self._reset_own()
 
     def reset_parameters(self) -> None:
@@ -261,9 +278,9 @@ class EMAAggregator(_Aggregator):
     def _reset_own(self) -> None:
         nn.init.ones_(self.norm_weight)
         nn.init.zeros_(self.norm_bias)
-        nn.init.constant_(self.gate_logits, START_LOGIT)
+        nn.init.constant_(self.gate_logits, INIT_LOGIT)
         if self.tree_checkpoint:
-            nn.init.constant_(self.tree_gate_logits, START_LOGIT)
+            nn.init.constant_(self.tree_gate_logits, INIT_LOGIT)
 
     @property
     def gates(self) -> Tensor:
@@ -284,7 +301,7 @@ class EMAAggregator(_Aggregator):
         if last_only:
             return states[-1] + kept
         kept = torch.cat([torch.zeros_like(kept[:1]), kept])
-        layer = torch.arange(1, self.layers + 1, device=states.device)
+        layer = torch.arange(1, self.num_layers + 1, device=states.device)
         return states + kept[layer // k]
 
     def _all_gates(self) -> Tensor:
@@ -300,8 +317,8 @@ class GRUAggregator(_Aggregator):
     one matrix product. Its gates depend on the token, so ``gates`` is None.
 
     Args:
-        layers: L.
-        d_side: d, of taps and states.
+        num_layers: L.
+        hidden_size: d, of taps and states.
         device, dtype: of the parameters.
 
     Shape:
@@ -317,30 +334,30 @@ class GRUAggregator(_Aggregator):
 
     def __init__(
         self,
-        layers: int,
-        d_side: int,
+        num_layers: int,
+        hidden_size: int,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_sizes(layers=layers, d_side=d_side)
-        self.layers, self.d_side = layers, d_side
+        check_sizes(num_layers=num_layers, hidden_size=hidden_size)
+        self.num_layers, self.hidden_size = num_layers, hidden_size
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.weight_ih = nn.Parameter(torch.empty(3 * d_side, d_side, **factory))
-        self.weight_hh = nn.Parameter(torch.empty(3 * d_side, d_side, **factory))
-        self.bias_ih = nn.Parameter(torch.empty(3 * d_side, **factory))
-        self.bias_hh = nn.Parameter(torch.empty(3 * d_side, **factory))
+        self.weight_ih = nn.Parameter(torch.empty(3 * hidden_size, hidden_size, **factory))
+        self.weight_hh = nn.Parameter(torch.empty(3 * hidden_size, hidden_size, **factory))
+        self.bias_ih = nn.Parameter(torch.empty(3 * hidden_size, **factory))
+        self.bias_hh = nn.Parameter(torch.empty(3 * hidden_size, **factory))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draws all parameters as a fresh ``nn.GRUCell``."""
-        bound = 1 / math.sqrt(self.d_side)
+        bound = 1 / math.sqrt(self.hidden_size)
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
 
     @classmethod
-    def from_cell(cls, cell: nn.GRUCell, layers: int) -> GRUAggregator:
+    def from_cell(cls, cell: nn.GRUCell, num_layers: int) -> GRUAggregator:
         """Makes the same unit with a copy of the cell's parameters.
 
         Raises:
@@ -349,7 +366,7 @@ class GRUAggregator(_Aggregator):
         if not cell.bias or cell.input_size != cell.hidden_size:
             got = f"GRUCell({cell.input_size}, {cell.hidden_size}, bias={cell.bias})"
             raise ValueError(f"cell must have biases and read the width of its state, got {got}")
-        made = cls(layers, cell.hidden_size, device=cell.weight_ih.device, dtype=cell.weight_ih.dtype)
+        made = cls(num_layers, cell.hidden_size, device=cell.weight_ih.device, dtype=cell.weight_ih.dtype)
         made.load_state_dict(cell.state_dict())
         return made
 
@@ -363,10 +380,10 @@ class DepthAttentionAggregator(_Aggregator):
     :math:`S^l = S^{l-1} + W_o\,\mathrm{Attention}(W_q S^{l-1};\ z^{l-m+1} \dots z^l)`, :math:`S^0 = 0`.
 
     Args:
-        layers: L.
-        d_side: d, of taps and states; a multiple of ``heads``.
-        heads: attention heads.
-        memory: m, the number of taps that a layer's state attends to, its own included.
+        num_layers: L.
+        hidden_size: d, of taps and states; a multiple of ``num_heads``.
+        num_heads: attention heads.
+        window: m, the number of taps that a layer's state attends to, its own included.
         device, dtype: of the parameters.
 
     Shape:
@@ -376,27 +393,27 @@ class DepthAttentionAggregator(_Aggregator):
 
     Example::
 
-        >>> DepthAttentionAggregator(4, 16, heads=2, memory=3)(torch.randn(4, 2, 16)).shape
+        >>> DepthAttentionAggregator(4, 16, num_heads=2, window=3)(torch.randn(4, 2, 16)).shape
         torch.Size([4, 2, 16])
     """
 
     def __init__(
         self,
-        layers: int,
-        d_side: int,
+        num_layers: int,
+        hidden_size: int,
         *,
-        heads: int = 4,
-        memory: int = 4,
+        num_heads: int = 4,
+        window: int = 4,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_sizes(layers=layers, d_side=d_side, heads=heads, memory=memory)
-        if d_side % heads:
-            raise ValueError(f"d_side must be a multiple of heads = {heads}, got {d_side}")
-        self.layers, self.d_side, self.heads, self.memory = layers, d_side, heads, memory
+        check_sizes(num_layers=num_layers, hidden_size=hidden_size, num_heads=num_heads, window=window)
+        if hidden_size % num_heads:
+            raise ValueError(f"hidden_size must be a multiple of num_heads = {num_heads}, got {hidden_size}")
+        self.num_layers, self.hidden_size, self.num_heads, self.window = num_layers, hidden_size, num_heads, window
         self.weight_query, self.weight_key, self.weight_value, self.weight_out = (
-            nn.Parameter(torch.empty(d_side, d_side, device=device, dtype=dtype)) for _ in range(4)
+            nn.Parameter(torch.empty(hidden_size, hidden_size, device=device, dtype=dtype)) for _ in range(4)
         )
         self.reset_parameters()
 
@@ -406,9 +423,9 @@ class DepthAttentionAggregator(_Aggregator):
             nn.init.xavier_uniform_(parameter)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, heads={self.heads}, memory={self.memory}"
+        return f"{super().extra_repr()}, num_heads={self.num_heads}, window={self.window}"
 
     def _aggregate(self, taps: Tensor, last_only: bool) -> Tensor:
         weights = (self.weight_query, self.weight_key, self.weight_value, self.weight_out)
-        states = XF.depth_attention(taps, *weights, heads=self.heads, memory=self.memory)
+        states = XF.depth_attention(taps, *weights, num_heads=self.num_heads, window=self.window)
         return states[-1] if last_only else states

@@ -17,7 +17,7 @@ from xlayer_ext.types import Bound, Variant
 
 
 class FSQOutput(NamedTuple):
-    """Result of :class:`FSQ`: ``quantized [..., dim]`` and ``indices [...]`` (digits where no index fits)."""
+    """Result of :class:`FSQ`: ``quantized [..., hidden_size]`` and ``indices [...]`` (digits where no index fits)."""
 
     quantized: Tensor
     indices: Tensor
@@ -32,18 +32,18 @@ class FSQ(nn.Module):
 
     Args:
         levels: levels per dimension of the grid, for example ``[8, 5, 5, 5]``.
-        dim: width of input and output; where it is not the number of levels, linear maps lead in and out.
+        hidden_size: width of input and output; where it is not the number of levels, linear maps lead in and out.
         bound: ``"tanh"`` (symmetric, from 2 levels) or ``"offset"`` (0 is a code, from 3 levels), as in
             :func:`xlayer_ext.functional.fsq`.
         variant: of ``offset``: ``"package"`` or ``"paper"``.
         device, dtype: of the linear maps.
 
     Shape:
-        - input ``[..., dim]``; quantized ``[..., dim]`` in its dtype, indices int64 ``[...]``, or the digits
-          ``[..., len(levels)]`` where the product of the levels exceeds 2⁶³
+        - input ``[..., hidden_size]``; quantized ``[..., hidden_size]`` in its dtype, indices int64 ``[...]``, or the
+          digits ``[..., len(levels)]`` where the product of the levels exceeds 2⁶³
 
     Raises:
-        ValueError: the input does not have ``dim`` columns, a level is too small, unknown bound or variant.
+        ValueError: the input does not have ``hidden_size`` columns, a level is too small, unknown bound or variant.
 
     Paper: Mentzer et al., Finite Scalar Quantization: VQ-VAE Made Simple, 2023, arXiv 2309.15505.
     """
@@ -52,7 +52,7 @@ class FSQ(nn.Module):
         self,
         levels: Sequence[int],
         *,
-        dim: int | None = None,
+        hidden_size: int | None = None,
         bound: Bound = "tanh",
         variant: Variant = "package",
         device: torch.device | str | None = None,
@@ -61,13 +61,13 @@ class FSQ(nn.Module):
         super().__init__()
         self.levels, self.bound, self.variant = checked_levels(levels, bound, variant), bound, variant
         width = len(self.levels)
-        self.dim = width if dim is None else dim
-        check_sizes(dim=self.dim)
+        self.hidden_size = width if hidden_size is None else hidden_size
+        check_sizes(hidden_size=self.hidden_size)
         self.project_in: nn.Module = nn.Identity()
         self.project_out: nn.Module = nn.Identity()
-        if self.dim != width:
-            self.project_in = nn.Linear(self.dim, width, device=device, dtype=dtype)
-            self.project_out = nn.Linear(width, self.dim, device=device, dtype=dtype)
+        if self.hidden_size != width:
+            self.project_in = nn.Linear(self.hidden_size, width, device=device, dtype=dtype)
+            self.project_out = nn.Linear(width, self.hidden_size, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
         """Draws the linear maps anew, where there are any; the grid has nothing to reset."""
@@ -80,8 +80,8 @@ class FSQ(nn.Module):
 
     def forward(self, z: Tensor) -> FSQOutput:
         check_floats(z=z)
-        if z.dim() < 1 or z.shape[-1] != self.dim:
-            raise ValueError(f"z must have shape [..., {self.dim}], got {list(z.shape)}")
+        if z.dim() < 1 or z.shape[-1] != self.hidden_size:
+            raise ValueError(f"z must have shape [..., {self.hidden_size}], got {list(z.shape)}")
         codes, indices = XF.fsq(self.project_in(z), self.levels, bound=self.bound, variant=self.variant)
         return FSQOutput(self.project_out(codes.to(z.dtype)).to(z.dtype), indices)
 
@@ -94,4 +94,4 @@ class FSQ(nn.Module):
         return XF.fsq_codes_to_indices(codes, self.levels, bound=self.bound)
 
     def extra_repr(self) -> str:
-        return f"{self.levels}, dim={self.dim}, bound={self.bound!r}, variant={self.variant!r}"
+        return f"{self.levels}, hidden_size={self.hidden_size}, bound={self.bound!r}, variant={self.variant!r}"

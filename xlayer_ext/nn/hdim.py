@@ -61,7 +61,7 @@ class HDIMMessage(nn.Module):
         device, dtype: of the parameters.
 
     Shape:
-        - target ``[B, St, H]``, source ``[B, Ss, H]``, key_mask bool ``[B, Ss]``, pair_mask bool ``[B, St, Ss]``
+        - target ``[B, St, H]``, source ``[B, Ss, H]``, key_mask bool ``[B, Ss]``, attn_mask bool ``[B, St, Ss]``
           (True = may be used)
         - message ``[B, St, H]``; with ``return_entropy`` also the mean entropy of the rows in nats, a scalar
 
@@ -87,7 +87,7 @@ class HDIMMessage(nn.Module):
         temperature: float = 1.0,
         value_residual: bool = False,
         residual_beta: float = 0.1,
-        dropout: float = 0.1,
+        dropout: float = 0.0,
         alpha_init: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -144,16 +144,16 @@ class HDIMMessage(nn.Module):
         source: Tensor,
         *,
         key_mask: Tensor | None = None,
-        pair_mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
         return_entropy: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         check_floats(target=target, source=source)
         check_mask("key_mask", key_mask, source)
-        check_mask("pair_mask", pair_mask, source)
-        layouts = {"target": "B St H", "source": "B Ss H", "key_mask": "B Ss", "pair_mask": "B St Ss"}
-        check_shapes(layouts, target=target, source=source, key_mask=key_mask, pair_mask=pair_mask)
-        source = _zero_unused(source, key_mask, pair_mask)
-        context, entropy = self._attend(target, source, key_mask, pair_mask, return_entropy)
+        check_mask("attn_mask", attn_mask, source)
+        layouts = {"target": "B St H", "source": "B Ss H", "key_mask": "B Ss", "attn_mask": "B St Ss"}
+        check_shapes(layouts, target=target, source=source, key_mask=key_mask, attn_mask=attn_mask)
+        source = _zero_unused(source, key_mask, attn_mask)
+        context, entropy = self._attend(target, source, key_mask, attn_mask, return_entropy)
         message = self._fuse(context, target)
         if self.beta is not None:
             message = message + self.beta.to(message.dtype) * (context - target).to(message.dtype)
@@ -167,7 +167,7 @@ class HDIMMessage(nn.Module):
         target: Tensor,
         source: Tensor,
         key_mask: Tensor | None,
-        pair_mask: Tensor | None,
+        attn_mask: Tensor | None,
         return_entropy: bool,
     ) -> tuple[Tensor, Tensor | None]:
         query = self.target_proj(target)
@@ -176,7 +176,7 @@ class HDIMMessage(nn.Module):
             query, key = self.target_norm(query).to(query.dtype), self.source_norm(key).to(key.dtype)
         options: dict[str, Any] = {
             "key_mask": key_mask,
-            "pair_mask": pair_mask,
+            "attn_mask": attn_mask,
             "temperature": self.temperature,
             "return_entropy": return_entropy,
         }
@@ -238,7 +238,7 @@ class QKVMessage(nn.Module):
         num_heads: int,
         head_dim: int,
         *,
-        dropout: float = 0.1,
+        dropout: float = 0.0,
         extra_value_projection: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -289,10 +289,10 @@ class QKVMessage(nn.Module):
         return text if self.value_proj is None else f"{text}, extra_value_projection=True"
 
 
-def _zero_unused(source: Tensor, key_mask: Tensor | None, pair_mask: Tensor | None) -> Tensor:
+def _zero_unused(source: Tensor, key_mask: Tensor | None, attn_mask: Tensor | None) -> Tensor:
     """Zeroes source tokens that no target may use, so that NaN there does not reach the projection's gradient."""
     usable = key_mask
-    if pair_mask is not None:
-        seen = pair_mask.any(1)
+    if attn_mask is not None:
+        seen = attn_mask.any(1)
         usable = seen if usable is None else usable & seen
     return source if usable is None else source.masked_fill(~usable.unsqueeze(-1), 0)

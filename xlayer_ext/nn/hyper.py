@@ -26,8 +26,8 @@ from xlayer_ext.types import Form, HyperCoefficients, Reduction, StreamNorm
 
 COEFFICIENTS = get_args(HyperCoefficients)
 NORMS = get_args(StreamNorm)
-START_READ = 0.75  # initial pre of a manifold-constrained sublayer's own stream; the others share the rest
-START_KEPT = 0.99  # initial diagonal of the manifold-constrained mixing
+INIT_READ = 0.75  # initial pre of a manifold-constrained sublayer's own stream; the others share the rest
+INIT_DIAGONAL = 0.99  # initial diagonal of the manifold-constrained mixing
 PYPI_EPS = 1e-24  # the PyPI package divides by the larger of a row's norm and 1e-12
 
 
@@ -244,8 +244,8 @@ class ManifoldHyperConnection(_StreamConnection):
 
     .. math:: x = \sum_j \mathrm{pre}_j h_j, \qquad y = T(x), \qquad h'_i = \mathrm{post}_i\, y + \sum_j M_{ij} h_j
 
-    pre = σ(·) in (0, 1), post = 2σ(·) in (0, 2), M = Sinkhorn–Knopp(exp(·)), ``iterations`` rounds. What they are made
-    of, per token:
+    pre = σ(·) in (0, 1), post = 2σ(·) in (0, 2), M = Sinkhorn–Knopp(exp(·)), ``sinkhorn_iters`` rounds. Per
+    token they are made of:
 
     * ``coefficients="paper"``: :math:`a \cdot \mathrm{RMSNorm}([h_1; \dots; h_n])\, \varphi + b`, φ
       ``[n·d, n²+2n]`` with columns pre (n), post (n), M (n², row by row). Columns of M are normalized, then rows: rows
@@ -262,7 +262,7 @@ class ManifoldHyperConnection(_StreamConnection):
         expansion_rate: n, the number of streams.
         layer_index: which stream the sublayer reads most of at first; give each sublayer its number.
         coefficients: ``"paper"`` or ``"per_stream"``.
-        iterations: of Sinkhorn–Knopp.
+        sinkhorn_iters: of Sinkhorn–Knopp.
         eps: of the RMSNorm.
         branch, packed, device, dtype: as in :class:`HyperConnection`.
 
@@ -289,7 +289,7 @@ class ManifoldHyperConnection(_StreamConnection):
         expansion_rate: int = 4,
         layer_index: int = 0,
         coefficients: HyperCoefficients = "paper",
-        iterations: int = 20,
+        sinkhorn_iters: int = 20,
         eps: float = 1e-6,
         branch: Callable[..., Any] | None = None,
         packed: bool = False,
@@ -298,11 +298,11 @@ class ManifoldHyperConnection(_StreamConnection):
     ) -> None:
         super().__init__(hidden_size, expansion_rate, eps, branch, packed)
         check_choice("coefficients", coefficients, COEFFICIENTS)
-        check_integer("iterations", iterations, 1, MAX_ITERATIONS)
+        check_integer("sinkhorn_iters", sinkhorn_iters, 1, MAX_ITERATIONS)
         check_integer("layer_index", layer_index)
         n, d = expansion_rate, hidden_size
         parameter = partial(_parameter, device, dtype)
-        self.layer_index, self.coefficients, self.iterations = layer_index, coefficients, iterations
+        self.layer_index, self.coefficients, self.sinkhorn_iters = layer_index, coefficients, sinkhorn_iters
         if coefficients == "paper":
             self.norm_weight = parameter(n * d)
             self.phi = parameter(n * d, n * (n + 2))
@@ -318,8 +318,8 @@ class ManifoldHyperConnection(_StreamConnection):
     def reset_parameters(self) -> None:
         """Sets the connection, not its branch, back to the residual connection."""
         n = self.expansion_rate
-        kept = math.log((n - 1) * START_KEPT / (1 - START_KEPT)) if n > 1 else 0.0
-        mixing = kept * torch.eye(n, dtype=torch.float64, device="cpu")
+        logit = math.log((n - 1) * INIT_DIAGONAL / (1 - INIT_DIAGONAL)) if n > 1 else 0.0
+        mixing = logit * torch.eye(n, dtype=torch.float64, device="cpu")
         with torch.no_grad():
             self.norm_weight.fill_(1)
             for scale in (self.pre_scale, self.residual_scale, self.post_scale):
@@ -341,9 +341,9 @@ class ManifoldHyperConnection(_StreamConnection):
         n = self.expansion_rate
         if n == 1:
             return torch.tensor([20.0], dtype=torch.float64, device="cpu")  # σ of it is 1 but for 2e-9
-        others = (1 - START_READ) / (n - 1)
+        others = (1 - INIT_READ) / (n - 1)
         logits = torch.full((n,), math.log(others / (1 - others)), dtype=torch.float64, device="cpu")
-        logits[self.layer_index % n] = math.log(START_READ / (1 - START_READ))
+        logits[self.layer_index % n] = math.log(INIT_READ / (1 - INIT_READ))
         return logits
 
     def connection(self) -> Connection:
@@ -353,21 +353,22 @@ class ManifoldHyperConnection(_StreamConnection):
             base = torch.cat([self.static_alpha, self.static_beta.unsqueeze(1)], 1)
             weight = torch.cat([self.dynamic_alpha, self.dynamic_beta.unsqueeze(1)], 1)
             weight = _folded(weight, self.norm_weight)
-            return Connection(base, weight, None, scale, "rms", "sinkhorn_columns", self.iterations, self.eps)
+            return Connection(base, weight, None, scale, "rms", "sinkhorn_columns", self.sinkhorn_iters, self.eps)
         # Row j of what the kernel calls base is (pre_j, M_1j … M_nj, post_j).
         base = torch.cat([self.b_pre.unsqueeze(1), self.b_res.t(), self.b_post.unsqueeze(1)], 1)
         pre, post, mixing = _folded(self.phi, self.norm_weight).split([n, n, n * n])
         rows = [pre.unsqueeze(1), mixing.unflatten(0, (n, n)).transpose(0, 1), post.unsqueeze(1)]
         weight = torch.cat(rows, 1).flatten(0, 1)
-        return Connection(base, weight, None, scale, "rms_all", "sinkhorn_rows", self.iterations, self.eps)
+        return Connection(base, weight, None, scale, "rms_all", "sinkhorn_rows", self.sinkhorn_iters, self.eps)
 
     @classmethod
-    def from_hyper_connections(cls, module: nn.Module, *, iterations: int = 20) -> ManifoldHyperConnection:
+    def from_hyper_connections(cls, module: nn.Module, *, sinkhorn_iters: int = 20) -> ManifoldHyperConnection:
         """Makes the same connection as a ``ManifoldConstrainedHyperConnections`` of the PyPI package, with its weights.
 
         Args:
-            module: theirs; ``iterations`` must be said again where it was made with other than 20, for it keeps them
-                where they cannot be read.
+            module: theirs.
+            sinkhorn_iters: to be given again where it was made with other than 20, for it keeps them where they cannot
+                be read.
 
         Raises:
             ValueError: it has options that are not here.
@@ -379,7 +380,7 @@ class ManifoldHyperConnection(_StreamConnection):
         weight = theirs.static_alpha
         made = cls(
             theirs.dynamic_alpha_fn.shape[1], expansion_rate=weight.shape[0], coefficients="per_stream",
-            iterations=iterations, eps=PYPI_EPS, branch=theirs.branch, packed=True,
+            sinkhorn_iters=sinkhorn_iters, eps=PYPI_EPS, branch=theirs.branch, packed=True,
         ).to(weight.device, weight.dtype)  # fmt: skip
         names = {
             "static_alpha": "static_alpha", "static_beta": "static_beta", "dynamic_alpha": "dynamic_alpha_fn",
@@ -389,7 +390,7 @@ class ManifoldHyperConnection(_StreamConnection):
         return _with_weights(made, theirs, names)
 
     def extra_repr(self) -> str:
-        how = f"coefficients={self.coefficients!r}, iterations={self.iterations}"
+        how = f"coefficients={self.coefficients!r}, sinkhorn_iters={self.sinkhorn_iters}"
         return f"{super().extra_repr()}, layer_index={self.layer_index}, {how}"
 
 

@@ -31,7 +31,7 @@ from xlayer_ext.nn._reset import assign, reset
 from xlayer_ext.types import Metric
 
 SURVIVED_MISSES = 20  # of a revived code, before it counts as dead again
-MOST_RECORDS = 32  # forwards of one module that may wait for their recomputation
+MAX_RECORDS = 32  # forwards of one module that may wait for their recomputation
 CHUNK = 2**22  # scores that the entropy bonus holds at once
 STATE = ("codebook", "sizes", "sums")
 HALF = (torch.bfloat16, torch.float16)
@@ -40,7 +40,7 @@ HALF = (torch.bfloat16, torch.float16)
 class VQOutput(NamedTuple):
     """Result of :class:`VectorQuantizer`."""
 
-    quantized: Tensor  # [..., dim]
+    quantized: Tensor  # [..., hidden_size]
     indices: Tensor  # int64 [...], or [..., h] with several codebooks; -1 at padding
     loss: Tensor  # scalar, float32
     perplexity: Tensor  # scalar: exp of the entropy of the codes' use in this batch, mean over codebooks
@@ -71,29 +71,31 @@ class VectorQuantizer(nn.Module):
     use ``broadcast_buffers=False``. Every process must call the module equally often.
 
     Args:
-        dim: width of input and output.
+        hidden_size: width of input and output.
         codebook_size: K.
-        codebook_dim: width of a code, default ``dim / codebooks``; linear maps lead in and out where it differs.
-        codebooks: h, each for its own columns.
+        codebook_dim: width of a code, by default ``hidden_size / num_codebooks``; linear maps lead in and out where it
+            differs.
+        num_codebooks: h, each for its own columns.
         metric: ``"euclidean"``, or ``"cosine"`` between vectors of length 1.
         ema: moving averages instead of a learned codebook.
         decay: of the averages (the PyPI package takes 0.8).
-        epsilon: of the Laplace smoothing.
+        eps: of the Laplace smoothing.
         commitment_weight: of the loss that draws the input to its code.
         codebook_weight: of the loss that draws a learned code to its vectors; nothing with ``ema``.
         entropy_weight: of the entropy of the mean soft assignment, which is subtracted from the loss. The N × K scores
             are made in chunks of rows, and made again in backward.
         entropy_temperature: of the soft assignment.
-        threshold_dead: a code whose average count falls below is replaced by a vector of the batch, 0 for never. Its
-            count and sum are set with it, such that it survives 20 forwards without a vector. Needs ``ema``.
+        threshold_ema_dead_code: a code whose average count falls below is replaced by a vector of the batch, 0 for
+            never. Its count and sum are set with it, such that it survives 20 forwards without a vector. Needs ``ema``.
         kmeans_init: the first batch in training gives the codebook.
-        kmeans_iterations: of it.
+        kmeans_iters: of it.
         seed: of what is drawn from batches, the same in all processes.
         device, dtype: of the linear maps and the codebook. Moving averages, and a codebook that follows them, are
             float32 at least: 16 bits would lose every small step.
 
     Shape:
-        - x: ``[..., dim]``; mask: bool ``[...]``, True where a vector counts. Elsewhere output is 0 and the index -1.
+        - x: ``[..., hidden_size]``; mask: bool ``[...]``, True where a vector counts. Elsewhere output is 0 and the
+          index -1.
 
     Raises:
         ValueError: sizes, options or shapes that do not fit.
@@ -111,66 +113,74 @@ class VectorQuantizer(nn.Module):
 
     def __init__(
         self,
-        dim: int,
+        hidden_size: int,
         codebook_size: int,
         *,
         codebook_dim: int | None = None,
-        codebooks: int = 1,
+        num_codebooks: int = 1,
         metric: Metric = "euclidean",
         ema: bool = True,
         decay: float = 0.99,
-        epsilon: float = 1e-5,
+        eps: float = 1e-5,
         commitment_weight: float = 0.25,
         codebook_weight: float = 1.0,
         entropy_weight: float = 0.0,
         entropy_temperature: float = 1.0,
-        threshold_dead: float = 0.0,
+        threshold_ema_dead_code: float = 0.0,
         kmeans_init: bool = False,
-        kmeans_iterations: int = 10,
+        kmeans_iters: int = 10,
         seed: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_choice("metric", metric, get_args(Metric))
-        check_sizes(dim=dim, codebook_size=codebook_size, codebooks=codebooks)
+        check_sizes(hidden_size=hidden_size, codebook_size=codebook_size, num_codebooks=num_codebooks)
         check_integer("codebook_size", codebook_size, 1, MAX_CODES)
         if codebook_dim is not None:
             check_sizes(codebook_dim=codebook_dim)
-        check_integer("kmeans_iterations", kmeans_iterations, 0, MAX_ITERATIONS)
+        check_integer("kmeans_iters", kmeans_iters, 0, MAX_ITERATIONS)
         check_integer("seed", seed)
-        check_positive(epsilon=epsilon, entropy_temperature=entropy_temperature)
+        check_positive(eps=eps, entropy_temperature=entropy_temperature)
         check_not_negative(commitment_weight=commitment_weight, codebook_weight=codebook_weight)
-        check_not_negative(threshold_dead=threshold_dead)
+        check_not_negative(threshold_ema_dead_code=threshold_ema_dead_code)
         check_finite(entropy_weight=entropy_weight, decay=decay)
-        if codebook_dim is None and dim % codebooks:
-            raise ValueError(f"dim must be a multiple of codebooks, {codebooks}, without a codebook_dim; got {dim}")
+        if codebook_dim is None and hidden_size % num_codebooks:
+            expected = f"a multiple of num_codebooks, {num_codebooks}, without a codebook_dim"
+            raise ValueError(f"hidden_size must be {expected}; got {hidden_size}")
         if not 0 < decay < 1:
             raise ValueError(f"decay must be between 0 and 1, got {decay}")
-        if threshold_dead > 0 and not ema:
-            raise ValueError("threshold_dead needs ema=True: dead codes are known by their average counts")
-        self.dim, self.codebook_size, self.codebooks, self.metric = dim, codebook_size, codebooks, metric
-        self.codebook_dim = dim // codebooks if codebook_dim is None else codebook_dim
-        self.ema, self.decay, self.epsilon = ema, decay, epsilon
+        if threshold_ema_dead_code > 0 and not ema:
+            raise ValueError("threshold_ema_dead_code needs ema=True: dead codes are known by their average counts")
+        self.hidden_size, self.codebook_size, self.num_codebooks, self.metric = (
+            hidden_size,
+            codebook_size,
+            num_codebooks,
+            metric,
+        )
+        self.codebook_dim = hidden_size // num_codebooks if codebook_dim is None else codebook_dim
+        self.ema, self.decay, self.eps = ema, decay, eps
         self.commitment_weight, self.codebook_weight = commitment_weight, codebook_weight
         self.entropy_weight, self.entropy_temperature = entropy_weight, entropy_temperature
-        self.threshold_dead, self.seed = threshold_dead, seed
-        self.kmeans_init, self.kmeans_iterations = kmeans_init, kmeans_iterations
-        width = codebooks * self.codebook_dim
+        self.threshold_ema_dead_code, self.seed = threshold_ema_dead_code, seed
+        self.kmeans_init, self.kmeans_iters = kmeans_init, kmeans_iters
+        width = num_codebooks * self.codebook_dim
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.project_in: nn.Module = nn.Identity() if width == dim else nn.Linear(dim, width, **factory)
-        self.project_out: nn.Module = nn.Identity() if width == dim else nn.Linear(width, dim, **factory)
+        self.project_in: nn.Module = nn.Identity() if width == hidden_size else nn.Linear(hidden_size, width, **factory)
+        self.project_out: nn.Module = (
+            nn.Identity() if width == hidden_size else nn.Linear(width, hidden_size, **factory)
+        )
         averages = torch.float32 if dtype in HALF else dtype
         codes = torch.empty(
-            codebooks, codebook_size, self.codebook_dim, device=device, dtype=averages if ema else dtype
+            num_codebooks, codebook_size, self.codebook_dim, device=device, dtype=averages if ema else dtype
         )
         if ema:
             self.register_buffer("codebook", codes)
         else:
             self.codebook = nn.Parameter(codes)
-        self.register_buffer("sizes", torch.empty(codebooks, codebook_size, device=device, dtype=averages))
+        self.register_buffer("sizes", torch.empty(num_codebooks, codebook_size, device=device, dtype=averages))
         self.register_buffer("sums", torch.empty_like(codes, dtype=averages))
-        self.register_buffer("use_counts", torch.empty(codebooks, codebook_size, device=device, dtype=torch.int64))
+        self.register_buffer("use_counts", torch.empty(num_codebooks, codebook_size, device=device, dtype=torch.int64))
         self.register_buffer("initialized", torch.empty((), device=device, dtype=torch.bool))
         self.register_buffer("steps", torch.empty((), device=device, dtype=torch.int64))
         self._records: list[_Record] = []
@@ -198,8 +208,8 @@ class VectorQuantizer(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> VQOutput:
         check_floats(x=x)
         check_mask("mask", mask, x)
-        if x.dim() < 1 or x.shape[-1] != self.dim:
-            raise ValueError(f"x must have shape [..., {self.dim}], got {list(x.shape)}")
+        if x.dim() < 1 or x.shape[-1] != self.hidden_size:
+            raise ValueError(f"x must have shape [..., {self.hidden_size}], got {list(x.shape)}")
         if mask is not None and mask.shape != x.shape[:-1]:
             raise ValueError(f"mask must have shape {list(x.shape[:-1])}, got {list(mask.shape)}")
         if mask is not None:
@@ -209,14 +219,14 @@ class VectorQuantizer(nn.Module):
             vectors = vectors.to(torch.promote_types(x.dtype, torch.float32))
             if self.metric == "cosine":
                 vectors = F.normalize(vectors, dim=-1)
-            counted = None if mask is None else mask.reshape(1, -1).expand(self.codebooks, -1)
+            counted = None if mask is None else mask.reshape(1, -1).expand(self.num_codebooks, -1)
             codes, indices, loss, perplexity = self._quantize(vectors, counted)
         lead = x.shape[:-1]
-        width = self.codebooks * self.codebook_dim
+        width = self.num_codebooks * self.codebook_dim
         quantized = self.project_out(codes.transpose(0, 1).reshape(*lead, width).to(x.dtype)).to(x.dtype)
         if mask is not None:
             quantized = quantized.masked_fill(~mask.unsqueeze(-1), 0)
-        shaped = indices[0].reshape(lead) if self.codebooks == 1 else indices.t().reshape(*lead, self.codebooks)
+        shaped = indices[0].reshape(lead) if self.num_codebooks == 1 else indices.t().reshape(*lead, self.num_codebooks)
         return VQOutput(quantized, shaped, loss, perplexity)
 
     def set_codebook(self, codebook: Tensor) -> None:
@@ -234,33 +244,34 @@ class VectorQuantizer(nn.Module):
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """Converts the module's indices to codes ``[..., h·codebook_dim]``, before the linear map out; 0 for -1."""
         check_int64(indices=indices)
-        if self.codebooks > 1 and (indices.dim() < 1 or indices.shape[-1] != self.codebooks):
-            raise ValueError(f"indices must have shape [..., {self.codebooks}], got {list(indices.shape)}")
+        if self.num_codebooks > 1 and (indices.dim() < 1 or indices.shape[-1] != self.num_codebooks):
+            raise ValueError(f"indices must have shape [..., {self.num_codebooks}], got {list(indices.shape)}")
         check_values("indices", indices, below=self.codebook_size, besides=-1)
-        rows = indices.reshape(-1, self.codebooks).t()
+        rows = indices.reshape(-1, self.num_codebooks).t()
         codes = _look_up(self._codes(self.codebook.detach()), rows).masked_fill((rows < 0).unsqueeze(-1), 0)
-        lead = indices.shape if self.codebooks == 1 else indices.shape[:-1]
+        lead = indices.shape if self.num_codebooks == 1 else indices.shape[:-1]
         return codes.transpose(0, 1).reshape(*lead, -1)
 
     def extra_repr(self) -> str:
-        return f"{self.dim}, {self.codebook_size}, codebooks={self.codebooks}, metric={self.metric!r}, ema={self.ema}"
+        sizes = f"{self.hidden_size}, {self.codebook_size}, num_codebooks={self.num_codebooks}"
+        return f"{sizes}, metric={self.metric!r}, ema={self.ema}"
 
     def _quantize(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Computes straight-through codes, indices, loss and perplexity of vectors ``[h, N, D]``."""
         recomputed = self.training and _in_backward()
         if self.training and not recomputed and self.kmeans_init and not self.initialized:
             self._initialize(x.detach(), mask)
-        book = self._codes(self._seen_codebook(x, recomputed) if self.training and self.ema else self.codebook)
-        book = book.to(x.dtype)
-        indices, distance = XF.vq_nearest(x, book, metric=self.metric)
+        codebook = self._codes(self._seen_codebook(x, recomputed) if self.training and self.ema else self.codebook)
+        codebook = codebook.to(x.dtype)
+        indices, distance = XF.vq_nearest(x, codebook, metric=self.metric)
         if mask is not None:
             indices = torch.where(mask, indices, -1)
-        codes = _look_up(book, indices)
+        codes = _look_up(codebook, indices)
         valid = (indices >= 0).unsqueeze(-1)
         # Rows that are not finite have no nearest code; they must not reach the averages.
         used = torch.where(distance.isfinite(), indices, -1)
         counts, sums = XF.vq_statistics(x, used, self.codebook_size)
-        loss = self._loss(x, codes, book, valid)
+        loss = self._loss(x, codes, codebook, valid)
         if self.training and not recomputed:
             self._update(x.detach(), used, counts, sums)
         share = counts / counts.sum(-1, keepdim=True).clamp(min=1)
@@ -268,7 +279,7 @@ class VectorQuantizer(nn.Module):
         straight = codes.detach() + (x - x.detach())
         return straight, indices, loss.float(), perplexity.float()
 
-    def _loss(self, x: Tensor, codes: Tensor, book: Tensor, valid: Tensor) -> Tensor:
+    def _loss(self, x: Tensor, codes: Tensor, codebook: Tensor, valid: Tensor) -> Tensor:
         numbers = valid.sum().clamp(min=1) * x.shape[-1]
 
         def mean_square(difference: Tensor) -> Tensor:
@@ -278,20 +289,20 @@ class VectorQuantizer(nn.Module):
         if not self.ema:
             loss = loss + self.codebook_weight * mean_square(codes - x.detach())
         if self.entropy_weight:
-            loss = loss - self.entropy_weight * self._entropy(x, book, valid)
+            loss = loss - self.entropy_weight * self._entropy(x, codebook, valid)
         return loss
 
-    def _entropy(self, x: Tensor, book: Tensor, valid: Tensor) -> Tensor:
-        def added(rows: Tensor, weights: Tensor, book: Tensor) -> Tensor:
-            score = 2 * rows @ book.transpose(-1, -2)
+    def _entropy(self, x: Tensor, codebook: Tensor, valid: Tensor) -> Tensor:
+        def added(rows: Tensor, weights: Tensor, codebook: Tensor) -> Tensor:
+            score = 2 * rows @ codebook.transpose(-1, -2)
             if self.metric == "euclidean":
-                score = score - book.square().sum(-1).unsqueeze(-2)
+                score = score - codebook.square().sum(-1).unsqueeze(-2)
             return (torch.softmax(score / self.entropy_temperature, -1) * weights).sum(-2)
 
-        chunk = max(1, CHUNK // (self.codebook_size * self.codebooks))
-        total = x.new_zeros(self.codebooks, self.codebook_size)
+        chunk = max(1, CHUNK // (self.codebook_size * self.num_codebooks))
+        total = x.new_zeros(self.num_codebooks, self.codebook_size)
         for rows, weights in zip(x.split(chunk, 1), valid.to(x.dtype).split(chunk, 1), strict=True):
-            total = total + checkpoint(added, rows, weights, book, use_reentrant=False, preserve_rng_state=False)
+            total = total + checkpoint(added, rows, weights, codebook, use_reentrant=False, preserve_rng_state=False)
         share = total / valid.sum(-2).clamp(min=1)
         return torch.special.entr(share.clamp(min=1e-20)).sum(-1).mean()
 
@@ -306,54 +317,54 @@ class VectorQuantizer(nn.Module):
             self.sizes.lerp_(counts, 1 - self.decay)
             self.sums.lerp_(sums, 1 - self.decay)
             self._follow()
-            if self.threshold_dead > 0:
+            if self.threshold_ema_dead_code > 0:
                 self._revive(x, indices)
         self.steps += 1
 
     def _follow(self) -> None:
         total = self.sizes.sum(-1, keepdim=True)
-        smoothed = (self.sizes + self.epsilon) / (total + self.codebook_size * self.epsilon) * total
+        smoothed = (self.sizes + self.eps) / (total + self.codebook_size * self.eps) * total
         self.codebook.copy_(self._codes(self.sums / smoothed.unsqueeze(-1)))
 
     def _revive(self, x: Tensor, indices: Tensor) -> None:
-        dead = self.sizes < self.threshold_dead
+        dead = self.sizes < self.threshold_ema_dead_code
         if not dead.any():
             return
         # Slightly more than the round number, or rounding would kill it one miss too early.
         margin = 1 + min(1e-5, (1 / self.decay - 1) / 2)
-        size = self.threshold_dead / self.decay**SURVIVED_MISSES * margin
-        for book, generator in enumerate(self._generators()):
-            places = dead[book].nonzero().squeeze(-1)
-            drawn = _draw(x[book][indices[book] >= 0].float(), len(places), generator)
+        size = self.threshold_ema_dead_code / self.decay**SURVIVED_MISSES * margin
+        for index, generator in enumerate(self._generators()):
+            places = dead[index].nonzero().squeeze(-1)
+            drawn = _draw(x[index][indices[index] >= 0].float(), len(places), generator)
             places = places[: len(drawn)]  # the others wait for a larger batch
-            self.codebook[book, places] = drawn
-            self.sizes[book, places] = size
-            self.sums[book, places] = drawn * size
+            self.codebook[index, places] = drawn
+            self.sizes[index, places] = size
+            self.sums[index, places] = drawn * size
 
     @torch.compiler.disable
     @torch.no_grad()
     def _initialize(self, x: Tensor, mask: Tensor | None) -> None:
         """Initializes the codebook by k-means on the vectors of all processes, from rows drawn with the shared seed."""
         usable = x.isfinite().all(-1) if mask is None else x.isfinite().all(-1) & mask
-        for book, generator in enumerate(self._generators()):
-            rows = x[book][usable[book]].float()
+        for index, generator in enumerate(self._generators()):
+            rows = x[index][usable[index]].float()
             drawn = _draw(rows, self.codebook_size, generator)
             if not len(drawn):
                 return  # a batch of padding: the next one gives the codebook
             means = drawn[torch.arange(self.codebook_size, device=x.device) % len(drawn)].contiguous()
             counts, sums = torch.ones_like(means[:, 0]), means
-            for _ in range(self.kmeans_iterations):
+            for _ in range(self.kmeans_iters):
                 indices, _ = XF.vq_nearest(rows, means, metric=self.metric)
                 counts, sums = map(_all_reduce, XF.vq_statistics(rows, indices, self.codebook_size))
                 mean = self._codes(sums / counts.clamp(min=1).unsqueeze(-1))
                 means = torch.where((counts > 0).unsqueeze(-1), mean, means)
-            self.codebook[book], self.sizes[book] = means, counts
-            self.sums[book] = means * counts.unsqueeze(-1)
+            self.codebook[index], self.sizes[index] = means, counts
+            self.sums[index] = means * counts.unsqueeze(-1)
         self.initialized.fill_(True)
 
     def _generators(self) -> list[torch.Generator]:
-        first = (self.seed * 1_000_003 + int(self.steps)) * self.codebooks
-        return [torch.Generator().manual_seed((first + book) % 2**63) for book in range(self.codebooks)]
+        first = (self.seed * 1_000_003 + int(self.steps)) * self.num_codebooks
+        return [torch.Generator().manual_seed((first + index) % 2**63) for index in range(self.num_codebooks)]
 
     @torch.compiler.disable
     def _seen_codebook(self, x: Tensor, recomputed: bool) -> Tensor:
@@ -371,24 +382,24 @@ class VectorQuantizer(nn.Module):
             if not unused:
                 raise RuntimeError(
                     "VectorQuantizer is recomputed in backward, but does not remember that forward: it keeps "
-                    f"{MOST_RECORDS}"
+                    f"{MAX_RECORDS}"
                 )
             unused[-1].used = True
             return unused[-1].codebook
-        self._records = [record for record in self._records if not record.used][-MOST_RECORDS + 1 :]
+        self._records = [record for record in self._records if not record.used][-MAX_RECORDS + 1 :]
         hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         if torch.is_grad_enabled() and not hooked and not self.entropy_weight:
             return self.codebook
-        book = self.codebook.clone()  # the bonus saves it for backward too, and the update writes in place
+        codebook = self.codebook.clone()  # the bonus saves it for backward too, and the update writes in place
         if hooked or not torch.is_grad_enabled():
-            self._records.append(_Record(x.shape, _fingerprint(x), book))
-        return book
+            self._records.append(_Record(x.shape, _fingerprint(x), codebook))
+        return codebook
 
     def _codes(self, codes: Tensor) -> Tensor:
         return F.normalize(codes, dim=-1) if self.metric == "cosine" else codes
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.reshape(-1, self.codebooks, self.codebook_dim).transpose(0, 1).contiguous()
+        return x.reshape(-1, self.num_codebooks, self.codebook_dim).transpose(0, 1).contiguous()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves the averages with the module, but leaves them float32: bfloat16 would lose every small step."""
@@ -407,11 +418,11 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _look_up(book: Tensor, indices: Tensor) -> Tensor:
-    """Looks up rows ``[h, N, D]`` of ``book [h, K, D]``; -1 gives row 0, which is masked later."""
-    codes = book.shape[1]
-    offset = torch.arange(book.shape[0], device=book.device).unsqueeze(-1) * codes
-    return F.embedding(indices.clamp(min=0) + offset, book.flatten(0, 1))
+def _look_up(codebook: Tensor, indices: Tensor) -> Tensor:
+    """Looks up rows ``[h, N, D]`` of ``codebook [h, K, D]``; -1 gives row 0, which is masked later."""
+    codes = codebook.shape[1]
+    offset = torch.arange(codebook.shape[0], device=codebook.device).unsqueeze(-1) * codes
+    return F.embedding(indices.clamp(min=0) + offset, codebook.flatten(0, 1))
 
 
 def _fingerprint(x: Tensor) -> Tensor:

@@ -27,10 +27,10 @@ class LayerRouter(nn.Module):
     Args:
         hidden_size: H, width of the layers.
         route_dim: width of the router's query and key.
-        topk: k, sources kept per example.
+        top_k: k, sources kept per example.
         temperature: τ.
         weighting: ``"topk_softmax"`` or ``"full_softmax"``.
-        pool: how :meth:`summarize` turns tokens into a summary: ``"mean"`` over those that the mask allows, or
+        pooling: how :meth:`summarize` turns tokens into a summary: ``"mean"`` over those that the mask allows, or
             ``"cls"``, the first token.
         query_mlp: :math:`W_q` is Linear(4H, 2H) → ReLU → Linear(2H, route_dim) on a sentence pair's summary
             (:meth:`pair_summary`).
@@ -42,7 +42,7 @@ class LayerRouter(nn.Module):
 
     Example::
 
-        >>> router = LayerRouter(256, topk=2, weighting="full_softmax")
+        >>> router = LayerRouter(256, top_k=2, weighting="full_softmax")
         >>> layers = torch.randn(3, 8, 10, 256)
         >>> summaries = torch.stack([router.summarize(layer) for layer in layers])
         >>> indices, weights = router(router.summarize(torch.randn(8, 10, 256)), summaries)
@@ -55,21 +55,21 @@ class LayerRouter(nn.Module):
         hidden_size: int,
         *,
         route_dim: int = 128,
-        topk: int = 1,
+        top_k: int = 1,
         temperature: float = 0.7,
         weighting: RouterWeighting = "topk_softmax",
-        pool: RouterPooling = "mean",
+        pooling: RouterPooling = "mean",
         query_mlp: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_choice("weighting", weighting, WEIGHTINGS)
-        check_choice("pool", pool, POOLINGS)
+        check_choice("pooling", pooling, POOLINGS)
         check_positive(temperature=temperature)
-        check_sizes(hidden_size=hidden_size, route_dim=route_dim, topk=topk)
-        self.hidden_size, self.route_dim, self.topk = hidden_size, route_dim, topk
-        self.temperature, self.weighting, self.pool, self.query_mlp = temperature, weighting, pool, query_mlp
+        check_sizes(hidden_size=hidden_size, route_dim=route_dim, top_k=top_k)
+        self.hidden_size, self.route_dim, self.top_k = hidden_size, route_dim, top_k
+        self.temperature, self.weighting, self.pooling, self.query_mlp = temperature, weighting, pooling, query_mlp
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.query: nn.Module = nn.Linear(hidden_size, route_dim, **factory)
         if query_mlp:
@@ -85,8 +85,8 @@ class LayerRouter(nn.Module):
 
     def forward(self, target_summary: Tensor, source_summaries: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.logits(target_summary, source_summaries)
-        if self.topk > logits.shape[1]:
-            raise ValueError(f"topk is {self.topk}, but there are only {logits.shape[1]} source layers")
+        if self.top_k > logits.shape[1]:
+            raise ValueError(f"top_k is {self.top_k}, but there are only {logits.shape[1]} source layers")
         return self.select(logits)
 
     def logits(self, target_summary: Tensor, source_summaries: Tensor) -> Tensor:
@@ -105,14 +105,14 @@ class LayerRouter(nn.Module):
 
         Takes all n where there are fewer than k, as a model's first layers need; calling the module refuses that.
         """
-        best, indices = logits.topk(min(self.topk, logits.shape[1]), dim=-1)
+        best, indices = logits.topk(min(self.top_k, logits.shape[1]), dim=-1)
         if self.weighting == "topk_softmax":
             return indices, best.softmax(-1)
         return indices, logits.softmax(-1).gather(-1, indices)
 
     def summarize(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
         """Summarizes ``[B, S, H] → [B, H]``: mean over the tokens that ``mask [B, S]`` allows, or the first token."""
-        if self.pool == "mean":
+        if self.pooling == "mean":
             return XF.masked_mean(hidden, mask)
         check_floats(hidden=hidden)
         check_shapes({"hidden": "B S H"}, hidden=hidden)
@@ -125,6 +125,6 @@ class LayerRouter(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"{self.hidden_size}, route_dim={self.route_dim}, topk={self.topk}, temperature={self.temperature}, "
-            f"weighting={self.weighting!r}, pool={self.pool!r}, query_mlp={self.query_mlp}"
+            f"{self.hidden_size}, route_dim={self.route_dim}, top_k={self.top_k}, temperature={self.temperature}, "
+            f"weighting={self.weighting!r}, pooling={self.pooling!r}, query_mlp={self.query_mlp}"
         )

@@ -24,23 +24,23 @@ class MaskedInputs(NamedTuple):
 
 
 def mask_inputs(
-    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, pair_mask: Tensor | None
+    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, attn_mask: Tensor | None
 ) -> MaskedInputs:
     """Zeroes the keys and values that no query may use, and the queries that may use no key.
 
     A pair mask may allow a key to some rows only. A non-finite key or value is then zeroed for all and the rows that
     may use it are remembered, because 0·NaN would carry it to the others.
     """
-    if key_mask is None and pair_mask is None:
+    if key_mask is None and attn_mask is None:
         return MaskedInputs(query, key, value, None, None, None)
-    allowed = torch.ones((), dtype=torch.bool, device=query.device) if pair_mask is None else pair_mask
+    allowed = torch.ones((), dtype=torch.bool, device=query.device) if attn_mask is None else attn_mask
     if key_mask is not None:
         key = key.masked_fill(~key_mask.unsqueeze(-1), 0)
         value = value.masked_fill(~key_mask.unsqueeze(-1), 0)
         allowed = allowed & key_mask.unsqueeze(1)
     allowed = allowed.expand(query.shape[0], query.shape[1], key.shape[1])
     query = query.masked_fill(~allowed.any(-1, keepdim=True), 0)
-    if pair_mask is None:
+    if attn_mask is None:
         return MaskedInputs(query, key, value, allowed, None, None)
     bad_key = ~key.isfinite().all(-1, keepdim=True)
     bad_value = ~value.isfinite()

@@ -12,7 +12,7 @@ from xlayer_ext.reference._precision import no_autocast
 def ema_scan(
     x: Tensor,
     gate_logits: Tensor,
-    initial: Tensor | None = None,
+    initial_state: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     eps: float = 1e-5,
@@ -21,7 +21,7 @@ def ema_scan(
     """Computes states ``[L, ..., d]`` (the last one, ``[..., d]``, for ``last_only``) of the taps ``x [L, ..., d]``, in
     float32 (float64 for float64); returns them in the dtype of x."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    start = x.new_zeros(x.shape[1:], dtype=wide) if initial is None else initial.to(wide)
+    start = x.new_zeros(x.shape[1:], dtype=wide) if initial_state is None else initial_state.to(wide)
     state, states = start, []
     for tap, gate in zip(x, torch.sigmoid(gate_logits.to(wide)), strict=True):
         value = tap.to(wide)
@@ -34,10 +34,15 @@ def ema_scan(
 
 
 def depth_gru(
-    x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor, bias_hh: Tensor, initial: Tensor | None = None
+    x: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor,
+    bias_hh: Tensor,
+    initial_state: Tensor | None = None,
 ) -> Tensor:
     """Computes states ``[L, N, d]`` of a gated recurrent unit that reads the taps ``x [L, N, i]`` one after another."""
-    start = x.new_zeros(x.shape[1], weight_hh.shape[1]) if initial is None else initial
+    start = x.new_zeros(x.shape[1], weight_hh.shape[1]) if initial_state is None else initial_state
     state, states = start, []
     with no_autocast(x):
         for from_input in linear(x, weight_ih, bias_ih):
@@ -56,24 +61,24 @@ def depth_attention(
     values: Tensor,
     weight_query: Tensor,
     weight_out: Tensor,
-    initial: Tensor | None = None,
+    initial_state: Tensor | None = None,
     *,
-    heads: int,
-    memory: int,
+    num_heads: int,
+    window: int,
     scale: float,
 ) -> Tensor:
-    """Computes states ``[L, N, d]`` that attend by heads to the last ``memory`` ``keys`` and ``values [L, N, e]``."""
+    """Computes states ``[L, N, d]`` that attend by heads to the last ``window`` ``keys`` and ``values [L, N, e]``."""
     tokens = keys.shape[1]
-    start = keys.new_zeros(tokens, weight_out.shape[0]) if initial is None else initial
-    by_head = (*keys.shape[:2], heads, keys.shape[2] // heads)
+    start = keys.new_zeros(tokens, weight_out.shape[0]) if initial_state is None else initial_state
+    by_head = (*keys.shape[:2], num_heads, keys.shape[2] // num_heads)
     keys, values = keys.reshape(by_head), values.reshape(by_head)
     state, states = start, []
     with no_autocast(keys):
         for layer in range(len(keys)):
-            window = slice(max(0, layer - memory + 1), layer + 1)
+            last = slice(max(0, layer - window + 1), layer + 1)
             query = linear(state, weight_query).reshape(by_head[1:])
-            score = (query * scale * keys[window]).sum(-1, keepdim=True)
-            attended = (score.softmax(0) * values[window]).sum(0)
+            score = (query * scale * keys[last]).sum(-1, keepdim=True)
+            attended = (score.softmax(0) * values[last]).sum(0)
             state = state + linear(attended.flatten(1), weight_out)
             states.append(state)
     return _stack(states, start)

@@ -32,12 +32,12 @@ def hdim_attention(
     weight2: Tensor,
     *,
     key_mask: Tensor | None = None,
-    pair_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
     temperature: float = 1.0,
     activation: str = "relu",
 ) -> tuple[Tensor, Tensor]:
     """Computes attention with the pair MLP as its scorer; returns (context ``[B, Sq, H]``, mean row entropy)."""
-    inputs = mask_inputs(query, key, value, key_mask, pair_mask)
+    inputs = mask_inputs(query, key, value, key_mask, attn_mask)
     hidden = F.linear(pair_features(inputs.query, inputs.key), weight1, bias1)
     hidden = F.relu(hidden) if activation == "relu" else F.gelu(hidden)
     return attend(hidden @ weight2.reshape(-1) / temperature, inputs)
@@ -50,11 +50,11 @@ def bilinear_attention(
     weight: Tensor,
     *,
     key_mask: Tensor | None = None,
-    pair_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Computes attention with logits ``q·Wb·kᵀ / temperature``; returns (context, mean row entropy)."""
-    inputs = mask_inputs(query, key, value, key_mask, pair_mask)
+    inputs = mask_inputs(query, key, value, key_mask, attn_mask)
     return attend(inputs.query @ weight @ inputs.key.transpose(-1, -2) / temperature, inputs)
 
 
@@ -64,11 +64,11 @@ def cosine_attention(
     value: Tensor,
     *,
     key_mask: Tensor | None = None,
-    pair_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Computes attention with logits ``10·cos(q, k) / temperature``; returns (context, mean row entropy)."""
-    inputs = mask_inputs(query, key, value, key_mask, pair_mask)
+    inputs = mask_inputs(query, key, value, key_mask, attn_mask)
     cosine = unit(inputs.query) @ unit(inputs.key).transpose(-1, -2)
     return attend(10 * cosine / temperature, inputs)
 

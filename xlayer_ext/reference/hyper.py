@@ -48,7 +48,7 @@ def manifold(logits: Tensor, connection: Connection) -> Tensor:
     first, last = (-1, -2) if connection.form == "sinkhorn_rows" else (-2, -1)
     mixing = logits[..., 1:-1]  # [..., j, i] is M_ij
     # In logarithms: where logits lie far apart, all exponentials of a row or column may be 0.
-    for _ in range(connection.iterations):
+    for _ in range(connection.sinkhorn_iters):
         mixing = mixing.log_softmax(first).log_softmax(last)
     return torch.cat([logits[..., :1].sigmoid(), mixing.exp(), 2 * logits[..., -1:].sigmoid()], -1)
 

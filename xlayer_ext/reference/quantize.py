@@ -35,17 +35,17 @@ def vq_nearest(x: Tensor, codebook: Tensor, metric: str = "euclidean") -> tuple[
     return indices, (1 - cosine).clamp(min=0)
 
 
-def vq_statistics(x: Tensor, indices: Tensor, codes: int) -> tuple[Tensor, Tensor]:
+def vq_statistics(x: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
     """Counts the rows of ``x [..., N, D]`` of each code, ``[..., K]``, and sums them, ``[..., K, D]``, in float32
     (float64 for float64). Rows whose index is outside of [0, K) count nowhere."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    counted = (indices >= 0) & (indices < codes)
-    index = torch.where(counted, indices, codes)  # one code more, for masked rows
-    counts = torch.zeros(*index.shape[:-1], codes + 1, dtype=wide, device=x.device)
+    counted = (indices >= 0) & (indices < codebook_size)
+    index = torch.where(counted, indices, codebook_size)  # one code more, for masked rows
+    counts = torch.zeros(*index.shape[:-1], codebook_size + 1, dtype=wide, device=x.device)
     counts = counts.scatter_add(-1, index, counted.to(wide))
-    sums = torch.zeros(*index.shape[:-1], codes + 1, x.shape[-1], dtype=wide, device=x.device)
+    sums = torch.zeros(*index.shape[:-1], codebook_size + 1, x.shape[-1], dtype=wide, device=x.device)
     sums = sums.scatter_add(-2, index.unsqueeze(-1).expand(x.shape), x.to(wide))
-    return counts[..., :codes].contiguous(), sums[..., :codes, :].contiguous()
+    return counts[..., :codebook_size].contiguous(), sums[..., :codebook_size, :].contiguous()
 
 
 def fsq(z: Tensor, levels: Sequence[int], *, bound: str = "tanh", variant: str = "package") -> tuple[Tensor, Tensor]:

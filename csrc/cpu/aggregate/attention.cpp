@@ -49,8 +49,8 @@ class Forward {
         T *query = state + tiles_.max_tile() * state_row, *attended = query + tiles_.max_tile() * inner_row;
         T *weights = attended + tiles_.max_tile() * inner_row, *wide = weights + scores_size<T>(attention_);
         std::memset(state, 0, rows * state_row * sizeof(T));
-        for (int64_t t = 0; attention_.initial != nullptr && t < rows; ++t)
-            spread_row(attention_.dtype, attention_.initial, (first + t) * d, d, state + t * state_row, 1);
+        for (int64_t t = 0; attention_.initial_state != nullptr && t < rows; ++t)
+            spread_row(attention_.dtype, attention_.initial_state, (first + t) * d, d, state + t * state_row, 1);
         for (int64_t layer = 0; layer < attention_.layers; ++layer) {
             to_query_.multiply(rows, 0, d, state, state_row, query, inner_row, false);
             for (int64_t t = 0; t < rows; ++t)

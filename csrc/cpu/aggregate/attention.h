@@ -16,8 +16,8 @@ struct Window {
     int64_t first, count;              // layers
 };
 
-inline int64_t max_taps(const DepthAttention& args) { return max<int64_t>(1, min(args.memory, args.layers)); }
-inline int64_t inner_width(const DepthAttention& args) { return args.heads * args.head_width; }
+inline int64_t max_taps(const DepthAttention& args) { return max<int64_t>(1, min(args.window, args.layers)); }
+inline int64_t inner_width(const DepthAttention& args) { return args.num_heads * args.head_width; }
 
 // Elements of scratch for window_of(): none for rows that can be read where they lie.
 template <class T>
@@ -28,7 +28,7 @@ inline int64_t window_size(const DepthAttention& args) {
 // The taps of a token at a layer, where they lie or widened into `scratch`.
 template <class T>
 inline Window<T> window_of(const DepthAttention& args, int64_t layer, int64_t token, T* scratch) {
-    const int64_t first = max<int64_t>(0, layer - args.memory + 1), count = layer + 1 - first;
+    const int64_t first = max<int64_t>(0, layer - args.window + 1), count = layer + 1 - first;
     const int64_t width = inner_width(args);
     auto rows = [&](const LayerRows& from, T* wide, int64_t* stride) {
         const int64_t offset = first * from.layer_stride + token * from.token_stride;
@@ -48,7 +48,7 @@ inline Window<T> window_of(const DepthAttention& args, int64_t layer, int64_t to
 // Numbers per tap and head, [taps][heads_row], heads in lanes; lanes without a head hold zeros.
 template <class T>
 inline int64_t heads_row(const DepthAttention& args) {
-    return round_up(args.heads, lanes<T>);
+    return round_up(args.num_heads, lanes<T>);
 }
 template <class T>
 inline int64_t scores_size(const DepthAttention& args) {
@@ -69,7 +69,7 @@ inline void head_products(const DepthAttention& args, const T* a, const T* taps,
     };
     std::memset(out, 0, count * heads_row<T>(args) * sizeof(T));
     for (int64_t j = 0; j < count; ++j) {
-        for (int64_t h = 0; h < args.heads; ++h) {
+        for (int64_t h = 0; h < args.num_heads; ++h) {
             const T *row = a + h * args.head_width, *tap = taps + j * stride + h * args.head_width;
             Vec<T> products = {};
             for_vectors<T>(0, args.head_width,
@@ -107,7 +107,7 @@ inline void attention_weights(const DepthAttention& args, const T* query, const 
 template <class T>
 inline void weighted_sum(const DepthAttention& args, const T* weights, const T* taps, int64_t stride, int64_t count,
                          T* to) {
-    for (int64_t h = 0; h < args.heads; ++h) {
+    for (int64_t h = 0; h < args.num_heads; ++h) {
         const int64_t at = h * args.head_width;
         for_vectors<T>(at, at + args.head_width, [&](int64_t e, auto io) XLAYER_FLATTEN {
             Vec<T> sum = {};

@@ -51,10 +51,10 @@ class Backward {
             weights_gradient(layer);
         }
         for_tiles([&](T*, int64_t first, int64_t rows) {
-            if (args_.grad_initial == nullptr) return;
+            if (args_.grad_initial_state == nullptr) return;
             if (last >= 0) add_query_gradient(first, rows);
             for (int64_t t = first; t < first + rows; ++t)
-                put_row(attention_.dtype, carry_ + t * state_row(), d, args_.grad_initial, t * d);
+                put_row(attention_.dtype, carry_ + t * state_row(), d, args_.grad_initial_state, t * d);
         });
         parallel_for_each(attention_.pool, inner_,
                           [&](int64_t c) { grad_query_weight_.write_row(c, args_.grad_weight_query, c * d); });
@@ -89,7 +89,7 @@ class Backward {
     // The states before a layer: rows whose layer 0 is the one before this.
     LayerRows before(int64_t layer) const {
         if (layer > 0) return {args_.states, attention_.tokens * attention_.width, attention_.width};
-        if (attention_.initial != nullptr) return {attention_.initial, 0, attention_.width};
+        if (attention_.initial_state != nullptr) return {attention_.initial_state, 0, attention_.width};
         return {zeros_, 0, 0};
     }
 
@@ -143,7 +143,7 @@ class Backward {
             // Its newest layer comes first and finds nothing there yet.
             const bool is_new = layer == min(attention_.layers, tap + max_taps(attention_)) - 1;
             T *keys = grad_row(args_.grad_keys, 0, tap, token), *values = grad_row(args_.grad_values, 1, tap, token);
-            for (int64_t h = 0; h < attention_.heads; ++h) {
+            for (int64_t h = 0; h < attention_.num_heads; ++h) {
                 const int64_t at = h * attention_.head_width;
                 const int64_t index = j * heads_row<T>(attention_) + h;
                 add_scaled(grad_scores[index], query + at, is_new, keys + at);

@@ -67,15 +67,15 @@ class Forward {
         const GroupRows<const T> x = scan_.template read<Group>(scan.x, layer, first + t, scratch);
         const GroupRows<T> to = scan_.target(args_.states, offset, scratch + kGroup * scan_.row);
         const GroupRows<T> state = {memory + t * scan_.row, scan_.row};
-        const int64_t ahead = scan_.ahead(scan.x, layer, 1);
-        const int64_t ahead_to = scan_.same_dtype && layer + 1 < scan.layers ? scan.tokens * scan.width : 0;
+        const int64_t prefetch_offset = scan_.prefetch_offset(scan.x, layer, 1);
+        const int64_t prefetch_offset_to = scan_.same_dtype && layer + 1 < scan.layers ? scan.tokens * scan.width : 0;
         T unused[Group];
-        scan_.template for_each_value<Group>(x, ahead, unused,
+        scan_.template for_each_value<Group>(x, prefetch_offset, unused,
                                              [&](int g, Vec<T> value, Vec<T>, int64_t e, auto io) XLAYER_FLATTEN {
                                                  const Vec<T> now = decay * load(state[g] + e) + gate * value;
                                                  store(state[g] + e, now);
                                                  if constexpr (output == Output::states) {
-                                                     prefetch_to_write(to[g] + e + ahead_to);
+                                                     prefetch_to_write(to[g] + e + prefetch_offset_to);
                                                      io.store(to[g] + e, now);
                                                  } else if constexpr (output == Output::states_streaming) {
                                                      io.store_streaming(to[g] + e, now);

@@ -57,16 +57,16 @@ XLAYER_INLINE void means(const GroupRows<const T>& x, int64_t width, T* mean) {
 }
 
 // 1/√(variance + eps) of the rows of a group, and by how much `mean` had been rounded, which is not small beside the
-// deviations where the mean is large beside them. Half of the rows `ahead` elements further are asked for.
+// deviations where the mean is large beside them. Half of the rows `prefetch_offset` elements further are prefetched.
 template <class T, int Group>
-XLAYER_INLINE void inverse_deviations(const GroupRows<const T>& x, int64_t width, double eps, int64_t ahead,
+XLAYER_INLINE void inverse_deviations(const GroupRows<const T>& x, int64_t width, double eps, int64_t prefetch_offset,
                                       const T* mean, T* rest, T* scale) {
     Vec<T> sum[Group] = {}, square[Group] = {};
     for_runs<T>(width, [&](int64_t begin, int64_t end) XLAYER_FLATTEN {
         Vec<T> run_sum[Group] = {}, run_square[Group] = {};
         for_vectors<T>(begin, end, [&](int64_t e, auto io) XLAYER_FLATTEN {
             XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
-                if (g < Group / 2) prefetch_near(x[g] + e + ahead);
+                if (g < Group / 2) prefetch_near(x[g] + e + prefetch_offset);
                 const Vec<T> centered = io.zero_tail(io.load(x[g] + e) - mean[g]);
                 run_sum[g] += centered;
                 run_square[g] += centered * centered;
@@ -111,7 +111,7 @@ class Scan {
         return {scratch, row};
     }
     // From a row to the one that is read `layers` later, to be fetched ahead; 0 where there is none.
-    int64_t ahead(const LayerRows& rows, int64_t layer, int64_t layers) const {
+    int64_t prefetch_offset(const LayerRows& rows, int64_t layer, int64_t layers) const {
         return same_dtype && layer + layers >= 0 && layer + layers < args.layers ? layers * rows.layer_stride : 0;
     }
     // Destination of a group's results: contiguous rows from `offset` on, or `scratch`, which `finish` narrows.
@@ -132,22 +132,23 @@ class Scan {
     }
 
     void load_initial(int64_t token, T* to) const {
-        if (args.initial == nullptr) {
+        if (args.initial_state == nullptr) {
             for (int64_t e = 0; e < row; ++e) to[e] = 0;
             return;
         }
-        const T* from = read_elements<T>(args.dtype, args.initial, token * args.width, args.width, to);
+        const T* from = read_elements<T>(args.dtype, args.initial_state, token * args.width, args.width, to);
         if (from != to) read_row(from, 1, args.width, to);
     }
 
     // f(g, value, x̂, e, io) for every vector of the rows of a group of taps, normalized where that is asked for.
-    // Meanwhile it asks for the rows `ahead`, in shares, so that memory is never idle.
+    // Meanwhile it prefetches the rows at `prefetch_offset`, in parts, so that memory is never idle.
     template <int Group, class F>
-    XLAYER_INLINE void for_each_value(const GroupRows<const T>& x, int64_t ahead, T* scale, const F& f) const {
+    XLAYER_INLINE void for_each_value(const GroupRows<const T>& x, int64_t prefetch_offset, T* scale,
+                                      const F& f) const {
         if (!args.normalize) {
             for_vectors<T>(0, args.width, [&](int64_t e, auto io) XLAYER_FLATTEN {
                 XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
-                    prefetch_near(x[g] + e + ahead);
+                    prefetch_near(x[g] + e + prefetch_offset);
                     const Vec<T> value = io.load(x[g] + e);
                     f(g, value, value, e, io);
                 }
@@ -156,14 +157,14 @@ class Scan {
         }
         T mean[Group], rest[Group];
         means<T, Group>(x, args.width, mean);
-        inverse_deviations<T, Group>(x, args.width, args.eps, ahead, mean, rest, scale);
+        inverse_deviations<T, Group>(x, args.width, args.eps, prefetch_offset, mean, rest, scale);
         XLAYER_UNROLL for (int g = 0; g < Group; ++g) rest[g] *= scale[g];
         const T* weight = static_cast<const T*>(args.norm_weight);
         const T* bias = static_cast<const T*>(args.norm_bias);
         for_vectors<T>(0, args.width, [&](int64_t e, auto io) XLAYER_FLATTEN {
             const Vec<T> slope = io.load(weight + e), offset = bias == nullptr ? Vec<T>{} : io.load(bias + e);
             XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
-                if (g >= Group / 2) prefetch_near(x[g] + e + ahead);
+                if (g >= Group / 2) prefetch_near(x[g] + e + prefetch_offset);
                 const Vec<T> unit = io.zero_tail((io.load(x[g] + e) - mean[g]) * scale[g] - rest[g]);
                 f(g, unit * slope + offset, unit, e, io);
             }

@@ -98,11 +98,12 @@ class Backward {
 
     template <int Group>
     XLAYER_INLINE void forward_group(const Worker& worker, int64_t layer, int64_t first, int64_t t, T gate) const {
-        const int64_t at = layer * scan_.tile + t, row = scan_.row, ahead = scan_.ahead(args_.scan.x, layer, 1);
+        const int64_t at = layer * scan_.tile + t, row = scan_.row,
+                      prefetch_offset = scan_.prefetch_offset(args_.scan.x, layer, 1);
         const GroupRows<const T> x = scan_.template read<Group>(args_.scan.x, layer, first + t, worker.wide);
         const GroupRows<T> normal = {worker.normal + at * row, row}, state = {worker.state + at * row, row};
         const int64_t after = scan_.tile * row;
-        scan_.template for_each_value<Group>(x, ahead, worker.scale + at,
+        scan_.template for_each_value<Group>(x, prefetch_offset, worker.scale + at,
                                              [&](int g, Vec<T> value, Vec<T> unit, int64_t e, auto) XLAYER_FLATTEN {
                                                  const Vec<T> before = load(state[g] + e);
                                                  store(normal[g] + e, unit);
@@ -138,13 +139,13 @@ class Backward {
             sums.gate[l] += sum_lanes<T>(product);
             decay = 1 - gate;
         }
-        if (args_.grad_initial == nullptr) return;
+        if (args_.grad_initial_state == nullptr) return;
         for (int64_t t = 0; t < count; ++t) {
             const int64_t offset = (first + t) * scan.width;
             const T* grad = worker.grad + t * scan_.row;
-            const GroupRows<T> to = scan_.target(args_.grad_initial, offset, worker.narrow);
+            const GroupRows<T> to = scan_.target(args_.grad_initial_state, offset, worker.narrow);
             for (int64_t e = 0; e < scan.width; ++e) to[0][e] = decay * grad[e];
-            scan_.template finish<1>(to, args_.grad_initial, offset);
+            scan_.template finish<1>(to, args_.grad_initial_state, offset);
         }
     }
 
@@ -162,7 +163,7 @@ class Backward {
     template <int Group>
     struct Layer {
         T gate, decay;
-        int64_t offset, ahead, ahead_to;
+        int64_t offset, prefetch_offset, prefetch_offset_to;
         GroupRows<const T> given;  // ∂L/∂states, unless only the last state was wanted
         GroupRows<T> to, grad;     // ∂L/∂x; ∂L/∂S, of the layer above until this one's takes its place
         GroupRows<const T> normal, state;
@@ -183,8 +184,8 @@ class Backward {
             to = of.scan_.target(of.args_.grad_x, offset, worker.narrow);
             given = {nullptr, 0};
             if (!scan.last_only) given = of.scan_.template read<Group>(of.args_.grad, layer, first + t, worker.wide);
-            ahead = of.scan_.ahead(of.args_.grad, layer, -1);
-            ahead_to = of.scan_.same_dtype && layer > 0 ? -scan.tokens * scan.width : 0;
+            prefetch_offset = of.scan_.prefetch_offset(of.args_.grad, layer, -1);
+            prefetch_offset_to = of.scan_.same_dtype && layer > 0 ? -scan.tokens * scan.width : 0;
         }
 
         // ∂L/∂S_l.
@@ -199,7 +200,7 @@ class Backward {
             if constexpr (Streaming) {
                 io.store_streaming(to[g] + e, value);
             } else {
-                prefetch_to_write(to[g] + e + ahead_to);
+                prefetch_to_write(to[g] + e + prefetch_offset_to);
                 io.store(to[g] + e, value);
             }
         }
@@ -215,7 +216,7 @@ class Backward {
                 Vec<T> run[Group] = {};
                 for_vectors<T>(begin, end, [&](int64_t e, auto io) XLAYER_FLATTEN {
                     XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
-                        if constexpr (!Last) prefetch_near(layer.given[g] + e + layer.ahead);
+                        if constexpr (!Last) prefetch_near(layer.given[g] + e + layer.prefetch_offset);
                         const Vec<T> now = layer.template grad_state<Last>(g, e, io);
                         run[g] += io.zero_tail(now * (load(layer.normal[g] + e) - load(layer.state[g] + e)));
                         layer.template store_grad<Streaming>(g, e, io, layer.gate * now);
@@ -245,7 +246,7 @@ class Backward {
                 const Vec<T> offset = bias == nullptr ? Vec<T>{} : io.load(bias + e);
                 Vec<T> of_weight = {}, of_bias = {};
                 XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
-                    if (!Last && g < Group / 2) prefetch_near(layer.given[g] + e + layer.ahead);
+                    if (!Last && g < Group / 2) prefetch_near(layer.given[g] + e + layer.prefetch_offset);
                     const Vec<T> now = layer.template grad_state<Last>(g, e, io), unit = load(layer.normal[g] + e);
                     store(layer.grad[g] + e, now);
                     run_product[g] += io.zero_tail(now * (unit * slope + offset - load(layer.state[g] + e)));
@@ -274,7 +275,7 @@ class Backward {
         for_vectors<T>(0, width, [&](int64_t e, auto io) XLAYER_FLATTEN {
             const Vec<T> gated = layer.gate * io.load(weight + e);
             XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
-                if (!Last && g >= Group / 2) prefetch_near(layer.given[g] + e + layer.ahead);
+                if (!Last && g >= Group / 2) prefetch_near(layer.given[g] + e + layer.prefetch_offset);
                 const Vec<T> now = load(layer.grad[g] + e), unit = load(layer.normal[g] + e);
                 layer.template store_grad<Streaming>(g, e, io,
                                                      layer.scale[g] * (now * gated - mean[g] - projection[g] * unit));

@@ -108,8 +108,8 @@ class Forward {
         for (int64_t t = 0; t < rows; ++t) {
             T* row = state + t * padded_;
             std::memset(row, 0, padded_ * sizeof(T));
-            if (gru_.initial != nullptr)
-                spread_row(gru_.dtype, gru_.initial, (first + t) * gru_.width, gru_.width, row, 1);
+            if (gru_.initial_state != nullptr)
+                spread_row(gru_.dtype, gru_.initial_state, (first + t) * gru_.width, gru_.width, row, 1);
         }
         for (int64_t layer = 0; layer < gru_.layers; ++layer) {
             const int64_t offset = layer * gru_.x.layer_stride + first * gru_.x.token_stride;

@@ -53,8 +53,8 @@ class Backward {
             grad_i_[g].write_bias(args_.grad_bias_ih, g * d);
             (g == 2 ? grad_h_ : grad_i_)[g].write_bias(args_.grad_bias_hh, g * d);
         }
-        for (int64_t t = 0; args_.grad_initial != nullptr && t < gru_.tokens; ++t)
-            put_row(gru_.dtype, carry_ + t * padded_, d, args_.grad_initial, t * d);
+        for (int64_t t = 0; args_.grad_initial_state != nullptr && t < gru_.tokens; ++t)
+            put_row(gru_.dtype, carry_ + t * padded_, d, args_.grad_initial_state, t * d);
     }
 
   private:
@@ -78,7 +78,7 @@ class Backward {
     // The states before a layer.
     LayerRows before(int64_t layer) const {
         if (layer > 0) return {args_.states, gru_.tokens * gru_.width, gru_.width};
-        if (gru_.initial != nullptr) return {gru_.initial, 0, gru_.width};
+        if (gru_.initial_state != nullptr) return {gru_.initial_state, 0, gru_.width};
         return {zeros_, 0, 0};
     }
 
@@ -91,7 +91,7 @@ class Backward {
         const T* inner = inner_ + first * inner_size();
         for (int g = 0; g < kGates; ++g) {
             weight_i_.multiply(count, g * d, d, inner + g * padded_, inner_size(), grad_x, grad_row, g > 0);
-            if (layer > 0 || args_.grad_initial != nullptr)
+            if (layer > 0 || args_.grad_initial_state != nullptr)
                 weight_h_.multiply(count, g * d, d, inner + inner_of_state(g), inner_size(), carry_ + first * padded_,
                                    padded_, true);
         }

@@ -400,7 +400,7 @@ void run_backward(const HdimBackward& args) {
     plan.template pack_weights<S>(in);
     parallel_for_each(args.pool, in.batch, [&](int64_t b) {
         plan.keys.template pack<S>(in, plan.sizes, plan.weights, b);
-        if (in.key_mask == nullptr && in.pair_mask == nullptr) return;  // every key gets its gradient from a task
+        if (in.key_mask == nullptr && in.attn_mask == nullptr) return;  // every key gets its gradient from a task
         clear(static_cast<S*>(args.grad_key) + b * in.keys * in.proj_dim, in.keys * in.proj_dim);
         clear(static_cast<S*>(args.grad_value) + b * in.keys * in.value_dim, in.keys * in.value_dim);
     });

@@ -40,7 +40,7 @@ struct Plan {
         Workspace space(workspace), worker_space{nullptr};
         weights.allocate(space, sizes);
         keys.allocate(space, in, sizes);
-        finite = space.take<bool>(in.pair_mask == nullptr ? 0 : in.batch, in.keys);
+        finite = space.take<bool>(in.attn_mask == nullptr ? 0 : in.batch, in.keys);
         Worker<T>{}.allocate(worker_space, in, sizes);
         worker_bytes = worker_space.bytes;
         workers = space.take<char>(worker_bytes, threads);
@@ -115,7 +115,7 @@ void forward_block(const HdimForward& args, const Plan<T>& plan, Worker<T>& w, i
     }
 
     const S* value = static_cast<const S*>(in.value) + b * in.value_stride[0];
-    const bool* finite = in.pair_mask == nullptr ? nullptr : plan.finite + b * in.keys;
+    const bool* finite = in.attn_mask == nullptr ? nullptr : plan.finite + b * in.keys;
     S* context = static_cast<S*>(args.context) + (b * in.queries + first) * in.value_dim;
     gemm_streamed(
         rows, in.value_dim, n, w.probability, in.keys, 1, w.packed, w.context,
@@ -129,8 +129,8 @@ void forward_block(const HdimForward& args, const Plan<T>& plan, Worker<T>& w, i
                 if (finite[p]) continue;
                 const S* from = value + index[p] * in.value_stride[1] + column * in.value_stride[2];
                 for (int64_t r = 0; r < rows; ++r) {
-                    if (in.pair_mask[b * in.pair_mask_stride[0] + (first + r) * in.pair_mask_stride[1] +
-                                     index[p] * in.pair_mask_stride[2]] == 0)
+                    if (in.attn_mask[b * in.attn_mask_stride[0] + (first + r) * in.attn_mask_stride[1] +
+                                     index[p] * in.attn_mask_stride[2]] == 0)
                         continue;
                     const T weight = w.probability[r * in.keys + p];
                     for (int64_t h = 0; h < count; ++h)
@@ -148,7 +148,7 @@ void run_forward(const HdimForward& args) {
     plan.weights.template pack<S>(in, plan.sizes);
     parallel_for_each(args.pool, in.batch, [&](int64_t b) {
         plan.keys.template pack<S>(in, plan.sizes, plan.weights, b);
-        if (in.pair_mask != nullptr)
+        if (in.attn_mask != nullptr)
             find_finite_values<S>(in, plan.keys.index + b * in.keys, plan.keys.count[b], b, plan.finite + b * in.keys);
     });
     const int64_t blocks = ceil_div(in.queries, kQueryBlock);

@@ -83,10 +83,10 @@ struct HdimKeys {
 
     // usable[j] = 1 if some query may use key j, else 0.
     static void mark_usable(const HdimInputs& in, int64_t b, int32_t* usable) {
-        for (int64_t j = 0; j < in.keys; ++j) usable[j] = in.pair_mask == nullptr;
-        for (int64_t i = 0; in.pair_mask != nullptr && i < in.queries; ++i) {
-            const uint8_t* row = in.pair_mask + b * in.pair_mask_stride[0] + i * in.pair_mask_stride[1];
-            for (int64_t j = 0; j < in.keys; ++j) usable[j] |= row[j * in.pair_mask_stride[2]] != 0;
+        for (int64_t j = 0; j < in.keys; ++j) usable[j] = in.attn_mask == nullptr;
+        for (int64_t i = 0; in.attn_mask != nullptr && i < in.queries; ++i) {
+            const uint8_t* row = in.attn_mask + b * in.attn_mask_stride[0] + i * in.attn_mask_stride[1];
+            for (int64_t j = 0; j < in.keys; ++j) usable[j] |= row[j * in.attn_mask_stride[2]] != 0;
         }
         for (int64_t j = 0; in.key_mask != nullptr && j < in.keys; ++j)
             usable[j] &= in.key_mask[b * in.key_mask_stride[0] + j * in.key_mask_stride[1]] != 0;
@@ -135,14 +135,14 @@ struct HdimQueries {
 // The positions p in [first, last) of the key list whose pair with query i is allowed; returns how many.
 XLAYER_INLINE int64_t allowed_pairs(const HdimInputs& in, const int32_t* index, int64_t b, int64_t i, int64_t first,
                                     int64_t last, int32_t* position) {
-    if (in.pair_mask == nullptr) {
+    if (in.attn_mask == nullptr) {
         for (int64_t p = first; p < last; ++p) position[p - first] = static_cast<int32_t>(p);
         return last - first;
     }
-    const uint8_t* row = in.pair_mask + b * in.pair_mask_stride[0] + i * in.pair_mask_stride[1];
+    const uint8_t* row = in.attn_mask + b * in.attn_mask_stride[0] + i * in.attn_mask_stride[1];
     int64_t n = 0;
     for (int64_t p = first; p < last; ++p)
-        if (row[index[p] * in.pair_mask_stride[2]] != 0) position[n++] = static_cast<int32_t>(p);
+        if (row[index[p] * in.attn_mask_stride[2]] != 0) position[n++] = static_cast<int32_t>(p);
     return n;
 }
 

@@ -95,10 +95,10 @@ class Backward {
         const T* grad_x;
         T product[kMaxStreamsOf<N>];  // ⟨h'_j, ∂L/∂x⟩
         const T* grad_next[kMaxStreamsOf<N>];
-        T* out[kMaxStreamsOf<N> + 1];         // ∂L/∂h, and ∂L/∂y
-        T* scratch;                           // scratch_rows() rows
-        int64_t ahead[kMaxStreamsOf<N> + 1];  // from h, and from y, to the next token's
-        int64_t ahead_out[kMaxStreamsOf<N> + 1];
+        T* out[kMaxStreamsOf<N> + 1];                   // ∂L/∂h, and ∂L/∂y
+        T* scratch;                                     // scratch_rows() rows
+        int64_t prefetch_offset[kMaxStreamsOf<N> + 1];  // from h, and from y, to the next token's
+        int64_t prefetch_offset_out[kMaxStreamsOf<N> + 1];
     };
 
     // One worker's arrays.
@@ -160,13 +160,13 @@ class Backward {
         };
         const int64_t h = token_offset(size, args_.in.stride, index);
         const int64_t grad_in = token_offset(size, args_.grad_in.stride, index);
-        const int64_t ahead = prefetch_distance<T>(size, size.dtype, args_.in.stride, index);
-        const int64_t ahead_out = prefetch_distance<T>(size, size.dtype, args_.grad_in.stride, index);
+        const int64_t prefetch_offset = prefetch_distance<T>(size, size.dtype, args_.in.stride, index);
+        const int64_t prefetch_offset_out = prefetch_distance<T>(size, size.dtype, args_.grad_in.stride, index);
         for (int j = 0; j < n_; ++j) {
             token.h[j] = read_elements(size.dtype, args_.in.data, h + j * args_.in.stride[2], size.width, take());
             token.next[j] = token.h[j];
-            token.ahead[j] = ahead;
-            token.ahead_out[j] = ahead_out;
+            token.prefetch_offset[j] = prefetch_offset;
+            token.prefetch_offset_out[j] = prefetch_offset_out;
             token.out[j] = write_target(size.dtype, args_.grad_in.data, grad_in + j * args_.grad_in.stride[2], take());
             T* widened = take();
             token.grad_next[j] = worker.zeros;
@@ -177,9 +177,9 @@ class Backward {
         }
         if (post_) {
             const int64_t y = token_offset(size, args_.post.branch.stride, index);
-            token.ahead[n_] = prefetch_distance<T>(size, size.branch_dtype, args_.post.branch.stride, index);
+            token.prefetch_offset[n_] = prefetch_distance<T>(size, size.branch_dtype, args_.post.branch.stride, index);
             const int64_t rows[2] = {size.inner * size.width, size.width};
-            token.ahead_out[n_] = prefetch_distance<T>(size, size.branch_dtype, rows, index);
+            token.prefetch_offset_out[n_] = prefetch_distance<T>(size, size.branch_dtype, rows, index);
             token.h[n_] = read_elements(size.branch_dtype, args_.post.branch.data, y, size.width, take());
             token.out[n_] = write_target(size.branch_dtype, args_.grad_branch, index * size.width, take());
         }
@@ -287,12 +287,13 @@ class Backward {
                       d = args_.size.width;
         const T* c = dynamic_ ? static_cast<const T*>(args_.coefficients) + index * num_coefficients : params_.base;
         out.grad_x = token.grad_x;
-        out.ahead_x = prefetch_distance<T>(args_.size, args_.size.dtype, args_.grad_branch_input.stride, index);
-        out.ahead = args_.grad_out.data == nullptr
-                        ? 0
-                        : prefetch_distance<T>(args_.size, args_.size.dtype, args_.grad_out.stride, index);
-        out.ahead_h = post_ ? 0 : token.ahead[0];
-        out.ahead_out = post_ ? 0 : token.ahead_out[0];
+        out.prefetch_offset_x =
+            prefetch_distance<T>(args_.size, args_.size.dtype, args_.grad_branch_input.stride, index);
+        out.prefetch_offset = args_.grad_out.data == nullptr
+                                  ? 0
+                                  : prefetch_distance<T>(args_.size, args_.size.dtype, args_.grad_out.stride, index);
+        out.prefetch_offset_h = post_ ? 0 : token.prefetch_offset[0];
+        out.prefetch_offset_out = post_ ? 0 : token.prefetch_offset_out[0];
         for (int j = 0; j < n_; ++j) {
             out.pre[j] = c[j * columns];
             out.slope[j] = out.level[j] = out.mean[j] = out.rest[j] = 0;
@@ -343,7 +344,7 @@ class Backward {
                 const T* from[kMaxStreamsOf<N>];
                 for (int j = 0; j < n_; ++j) from[j] = args_.pre ? grad[g][j] : worker.token[g].grad_next[j] + begin;
                 post_chunk<T, N>(n_, from, worker.token[g].h, a[g], worker.token[g].out, begin, length,
-                                 worker.token[g].ahead, worker.token[g].ahead_out, products[g]);
+                                 worker.token[g].prefetch_offset, worker.token[g].prefetch_offset_out, products[g]);
             }
         }
         for (int64_t g = 0; g < count; ++g) {

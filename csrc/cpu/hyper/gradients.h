@@ -37,8 +37,8 @@ struct PackedWeight {
 // `first` on. `inputs` are the streams and the branch output, `a` what post multiplied them with.
 template <class T, int N, int J>
 XLAYER_INLINE void post_rows(int first, int64_t streams, const T* const* grad, const T* const* inputs, const T* a,
-                             T* const* out, int64_t begin, int64_t count, const int64_t* ahead,
-                             const int64_t* ahead_out, Vec<T>* products) {
+                             T* const* out, int64_t begin, int64_t count, const int64_t* prefetch_offset,
+                             const int64_t* prefetch_offset_out, Vec<T>* products) {
     const int n = streams_of<N>(streams);
     Vec<T> sum[J][kMaxStreamsOf<N>];
     for (int j = 0; j < J; ++j)
@@ -47,7 +47,7 @@ XLAYER_INLINE void post_rows(int first, int64_t streams, const T* const* grad, c
         Vec<T> row[J], mixed[J] = {};
         XLAYER_UNROLL for (int j = 0; j < J; ++j) {
             row[j] = io.load(inputs[first + j] + begin + e);
-            prefetch(inputs[first + j] + begin + e + ahead[first + j]);
+            prefetch(inputs[first + j] + begin + e + prefetch_offset[first + j]);
         }
         for (int k = 0; k < n; ++k) {
             const Vec<T> g = io.load(grad[k] + e);
@@ -58,7 +58,7 @@ XLAYER_INLINE void post_rows(int first, int64_t streams, const T* const* grad, c
         }
         XLAYER_UNROLL for (int j = 0; j < J; ++j) {
             io.store(out[first + j] + begin + e, mixed[j]);
-            prefetch_to_write(out[first + j] + begin + e + ahead_out[first + j]);
+            prefetch_to_write(out[first + j] + begin + e + prefetch_offset_out[first + j]);
         }
     });
     for (int j = 0; j < J; ++j)
@@ -67,12 +67,13 @@ XLAYER_INLINE void post_rows(int first, int64_t streams, const T* const* grad, c
 
 template <class T, int N>
 __attribute__((noinline)) void post_chunk(int64_t streams, const T* const* grad, const T* const* inputs, const T* a,
-                                          T* const* out, int64_t begin, int64_t count, const int64_t* ahead,
-                                          const int64_t* ahead_out, Vec<T>* products) {
+                                          T* const* out, int64_t begin, int64_t count, const int64_t* prefetch_offset,
+                                          const int64_t* prefetch_offset_out, Vec<T>* products) {
     constexpr int kRows = N == 4 ? 5 : N == 2 || N == 8 ? 3 : 1;  // of n+1; their products fill the registers
     const int rows = streams_of<N>(streams) + 1;
     for (int first = 0; first < rows; first += kRows)
-        post_rows<T, N, kRows>(first, streams, grad, inputs, a, out, begin, count, ahead, ahead_out, products);
+        post_rows<T, N, kRows>(first, streams, grad, inputs, a, out, begin, count, prefetch_offset, prefetch_offset_out,
+                               products);
 }
 
 // out_k = Σ_j a[k·(n+1) + j] in_j as mix_post makes them, and sum[k] = ⟨out_k, other⟩, lane by lane.
@@ -103,9 +104,9 @@ struct StreamGradient {
     T slope[kHyperMaxStreams];  // times h'_j − mean_j − rest_j, and
     T level[kHyperMaxStreams];  // added: what the norm's statistics bring
     T mean[kHyperMaxStreams], rest[kHyperMaxStreams];
-    T logits[kMaxCoefficients];  // times the weight's rows: ∂L/∂z ÷ root of the variance
-    int64_t ahead, ahead_x;      // from grad_next, and from ∂L/∂x, to the next token's
-    int64_t ahead_h, ahead_out;  // the same of h and ∂L/∂h, where there is no post to do it
+    T logits[kMaxCoefficients];                      // times the weight's rows: ∂L/∂z ÷ root of the variance
+    int64_t prefetch_offset, prefetch_offset_x;      // from grad_next, and from ∂L/∂x, to the next token's
+    int64_t prefetch_offset_h, prefetch_offset_out;  // the same of h and ∂L/∂h, where there is no post to do it
 };
 
 // Over a stretch: grad_j = handed_on_j + pre_j ∂L/∂x + slope_j (h'_j − mean_j − rest_j) + level_j + Σ_m logits_jm
@@ -118,11 +119,11 @@ __attribute__((noinline)) void stream_gradient(int64_t streams, const StreamGrad
     const int n = streams_of<N>(streams), columns = n + 2;
     for_vectors<T>(0, count, [&](int64_t e, auto io) XLAYER_FLATTEN {
         const Vec<T> gx = io.load(terms.grad_x + begin + e);
-        prefetch(terms.grad_x + begin + e + terms.ahead_x);
+        prefetch(terms.grad_x + begin + e + terms.prefetch_offset_x);
         Vec<T> grad[kMaxStreamsOf<N>] = {}, centred[kMaxStreamsOf<N>];
         for (int j = 0; Dynamic && j < n; ++j) {
             centred[j] = io.load(h[j] + begin + e) - terms.mean[j] - terms.rest[j];
-            prefetch(h[j] + begin + e + terms.ahead_h);
+            prefetch(h[j] + begin + e + terms.prefetch_offset_h);
             grad[j] = terms.slope[j] * centred[j] + terms.level[j];
         }
         for (int m = 0; Dynamic && m < columns; ++m) {
@@ -138,8 +139,8 @@ __attribute__((noinline)) void stream_gradient(int64_t streams, const StreamGrad
         // The many small terms first, so that they are not rounded to the size of these.
         for (int j = 0; j < n; ++j) {
             io.store(out[j] + e, io.load(grad_next[j] + begin + e) + (terms.pre[j] * gx + grad[j]));
-            prefetch(grad_next[j] + begin + e + terms.ahead);
-            prefetch_to_write(out[j] + e + terms.ahead_out);
+            prefetch(grad_next[j] + begin + e + terms.prefetch_offset);
+            prefetch_to_write(out[j] + e + terms.prefetch_offset_out);
         }
     });
 }

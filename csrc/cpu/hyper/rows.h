@@ -52,11 +52,11 @@ XLAYER_INLINE int streams_of(int64_t n) {
     return N ? N : static_cast<int>(n);
 }
 
-// out_k = Σ_j a[k·(n+1) + j] in_j for k < n, j ≤ n: what post makes of n streams and the branch output. `ahead`
-// elements past out_k it will write next.
+// out_k = Σ_j a[k·(n+1) + j] in_j for k < n, j ≤ n: what post makes of n streams and the branch output. It will write
+// `prefetch_offset` elements past out_k next.
 template <class T, int N>
 __attribute__((noinline)) void mix_post(int64_t streams, const T* const* in, const T* a, T* const* out, int64_t count,
-                                        int64_t ahead) {
+                                        int64_t prefetch_offset) {
     const int n = streams_of<N>(streams);
     for_vectors<T>(0, count, [&](int64_t e, auto io) XLAYER_FLATTEN {
         Vec<T> x[kMaxStreamsOf<N> + 1];
@@ -65,7 +65,7 @@ __attribute__((noinline)) void mix_post(int64_t streams, const T* const* in, con
             Vec<T> sum = a[k * (n + 1)] * x[0];
             for (int j = 1; j <= n; ++j) sum += a[k * (n + 1) + j] * x[j];
             io.store(out[k] + e, sum);
-            prefetch_to_write(out[k] + e + ahead);
+            prefetch_to_write(out[k] + e + prefetch_offset);
         }
     });
 }

@@ -27,10 +27,10 @@ struct Partition {
         const int64_t all = ceil_div(args.rows, kPanelRows<T>);
         const int64_t threads = max<int64_t>(1, args.pool.threads);
         const int64_t fit = kBlockBytes / (kPanelRows<T> * args.width * static_cast<int64_t>(sizeof(T)));
-        const int64_t share = ceil_div(all * args.books, threads);
+        const int64_t share = ceil_div(all * args.num_codebooks, threads);
         panels = max<int64_t>(1, min(min(fit, kMaxPanels), share));
         blocks = ceil_div(all, panels);
-        const int64_t wanted = ceil_div(threads, max<int64_t>(1, blocks * args.books));
+        const int64_t wanted = ceil_div(threads, max<int64_t>(1, blocks * args.num_codebooks));
         span_codes = round_up(ceil_div(args.codes, wanted), kStripCodes);
         spans = ceil_div(args.codes, span_codes);
     }
@@ -49,8 +49,8 @@ class Nearest {
   public:
     explicit Nearest(const VqNearest& args) : args_(args), partition_(args) {
         Workspace space(args.workspace);
-        terms_ = space.take<T>(args.books, args.codes);
-        partial_ = space.take<Best<T>>(args.books, partition_.blocks, partition_.spans, partition_.panels);
+        terms_ = space.take<T>(args.num_codebooks, args.codes);
+        partial_ = space.take<Best<T>>(args.num_codebooks, partition_.blocks, partition_.spans, partition_.panels);
         workers_ = space.take<char>(args.pool.threads, worker_size());
         bytes_ = space.bytes;
     }
@@ -62,14 +62,14 @@ class Nearest {
     }
 
     void run() const {
-        parallel_tasks(args_.pool, args_.books * ceil_div(args_.codes, kStripCodes),
+        parallel_tasks(args_.pool, args_.num_codebooks * ceil_div(args_.codes, kStripCodes),
                        [&](int64_t worker, int64_t task) { prepare_codes(worker, task); });
-        parallel_tasks(args_.pool, args_.books * partition_.blocks * partition_.spans,
+        parallel_tasks(args_.pool, args_.num_codebooks * partition_.blocks * partition_.spans,
                        [&](int64_t worker, int64_t task) {
                            const int64_t span = task % partition_.spans, block = task / partition_.spans;
                            search(worker, block / partition_.blocks, block % partition_.blocks, span);
                        });
-        parallel_tasks(args_.pool, args_.books * partition_.blocks, [&](int64_t worker, int64_t task) {
+        parallel_tasks(args_.pool, args_.num_codebooks * partition_.blocks, [&](int64_t worker, int64_t task) {
             finish(worker, task / partition_.blocks, task % partition_.blocks);
         });
     }
@@ -84,8 +84,8 @@ class Nearest {
     T* packed_of(int64_t worker) const { return reinterpret_cast<T*>(workers_ + worker * worker_size()); }
     T* strip_of(int64_t worker) const { return packed_of(worker) + partition_.block_rows() * args_.width; }
 
-    const T* row_of(const VqRows& rows, int64_t book, int64_t row, T* scratch) const {
-        return read_elements(rows.dtype, rows.data, book * rows.book_stride + row * rows.row_stride, args_.width,
+    const T* row_of(const VqRows& rows, int64_t h, int64_t row, T* scratch) const {
+        return read_elements(rows.dtype, rows.data, h * rows.codebook_stride + row * rows.row_stride, args_.width,
                              scratch);
     }
 
@@ -101,12 +101,12 @@ class Nearest {
 
     // Per code what its score needs: euclidean ½|c|², which is inf for a code that cannot be chosen; cosine 1/|c|, NaN.
     void prepare_codes(int64_t worker, int64_t task) const {
-        const int64_t strips = ceil_div(args_.codes, kStripCodes), book = task / strips;
+        const int64_t strips = ceil_div(args_.codes, kStripCodes), h = task / strips;
         const int64_t first = task % strips * kStripCodes, last = min(first + kStripCodes, args_.codes);
         for (int64_t k = first; k < last; ++k) {
-            const T* code = row_of(args_.codebook, book, k, strip_of(worker));
+            const T* code = row_of(args_.codebook, h, k, strip_of(worker));
             const T square = dot(code, code);
-            T* term = terms_ + book * args_.codes + k;
+            T* term = terms_ + h * args_.codes + k;
             if (args_.metric == VqMetric::euclidean) {
                 *term = is_finite(square) ? square / 2 : T(HUGE_VAL);
             } else {
@@ -116,36 +116,36 @@ class Nearest {
     }
 
     // A panel's rows in lanes: to[d][lane]. Rows past the last are zeros.
-    void pack(int64_t book, int64_t first, T* to, T* scratch) const {
+    void pack(int64_t h, int64_t first, T* to, T* scratch) const {
         for (int64_t r = 0; r < kPanelRows<T>; ++r) {
             if (first + r >= args_.rows) {
                 for (int64_t d = 0; d < args_.width; ++d) to[d * kPanelRows<T> + r] = 0;
                 continue;
             }
-            const T* row = row_of(args_.x, book, first + r, scratch);
+            const T* row = row_of(args_.x, h, first + r, scratch);
             for (int64_t d = 0; d < args_.width; ++d) to[d * kPanelRows<T> + r] = row[d];
         }
     }
 
-    void search(int64_t worker, int64_t book, int64_t block, int64_t span) const {
+    void search(int64_t worker, int64_t h, int64_t block, int64_t span) const {
         T *packed = packed_of(worker), *strip = strip_of(worker);
         const int64_t first_row = block * partition_.block_rows();
         const int64_t panels = min(partition_.panels, ceil_div(args_.rows - first_row, kPanelRows<T>));
-        Best<T>* best = partial_ + ((book * partition_.blocks + block) * partition_.spans + span) * partition_.panels;
+        Best<T>* best = partial_ + ((h * partition_.blocks + block) * partition_.spans + span) * partition_.panels;
         for (int64_t p = 0; p < panels; ++p) {
-            pack(book, first_row + p * kPanelRows<T>, packed + p * kPanelRows<T> * args_.width, strip);
+            pack(h, first_row + p * kPanelRows<T>, packed + p * kPanelRows<T> * args_.width, strip);
             for (int64_t r = 0; r < kPanelRows<T>; ++r) best[p].score[r] = T(-HUGE_VAL), best[p].code[r] = 0;
         }
         const int64_t begin = span * partition_.span_codes, end = min(begin + partition_.span_codes, args_.codes);
         for (int64_t k = begin; k < end; k += kStripCodes) {
             const int64_t count = min(kStripCodes, end - k);
             int64_t stride = args_.codebook.row_stride;
-            const T* codes = row_of(args_.codebook, book, k, strip);
+            const T* codes = row_of(args_.codebook, h, k, strip);
             if (codes == strip) {  // widened: then so must be the others
                 stride = row_size();
-                for (int64_t c = 1; c < count; ++c) row_of(args_.codebook, book, k + c, strip + c * stride);
+                for (int64_t c = 1; c < count; ++c) row_of(args_.codebook, h, k + c, strip + c * stride);
             }
-            const T* terms = terms_ + book * args_.codes + k;
+            const T* terms = terms_ + h * args_.codes + k;
             for (int64_t p = 0; p < panels; ++p) {
                 const T* x = packed + p * kPanelRows<T> * args_.width;
                 if (args_.metric == VqMetric::euclidean) {
@@ -184,13 +184,13 @@ class Nearest {
     }
 
     // The best of all spans, and the distance to it.
-    void finish(int64_t worker, int64_t book, int64_t block) const {
+    void finish(int64_t worker, int64_t h, int64_t block) const {
         T *scratch = strip_of(worker), *other = scratch + row_size();
         const int64_t first = block * partition_.block_rows(), last = min(first + partition_.block_rows(), args_.rows);
         for (int64_t n = first; n < last; ++n) {
             const int64_t panel = (n - first) / kPanelRows<T>, lane = (n - first) % kPanelRows<T>;
             const Best<T>* best =
-                partial_ + (book * partition_.blocks + block) * partition_.spans * partition_.panels + panel;
+                partial_ + (h * partition_.blocks + block) * partition_.spans * partition_.panels + panel;
             T score = best->score[lane];
             int64_t index = best->code[lane];
             for (int64_t span = 1; span < partition_.spans; ++span) {
@@ -200,11 +200,11 @@ class Nearest {
                     index = span * partition_.span_codes + next.code[lane];
                 }
             }
-            const T* row = row_of(args_.x, book, n, scratch);
+            const T* row = row_of(args_.x, h, n, scratch);
             if (!is_finite(sum_of_zeros(row))) index = 0;
-            args_.indices[book * args_.rows + n] = index;
-            static_cast<T*>(args_.distance)[book * args_.rows + n] =
-                distance(row, row_of(args_.codebook, book, index, other));
+            args_.indices[h * args_.rows + n] = index;
+            static_cast<T*>(args_.distance)[h * args_.rows + n] =
+                distance(row, row_of(args_.codebook, h, index, other));
         }
     }
 

@@ -36,17 +36,17 @@ class HeadThread {
     bool there_ = false;
 
     __device__ __forceinline__ HeadThread(const AttentionStep& step, int lanes)
-        : s_(step), team_(lanes, nullptr), first_(step.layer + 1 < step.memory ? 0 : step.layer + 1 - step.memory) {
+        : s_(step), team_(lanes, nullptr), first_(step.layer + 1 < step.window ? 0 : step.layer + 1 - step.window) {
         count_ = step.layer + 1 - first_;
     }
 
     // Calls f() for every row that the block's teams have, all threads together.
     template <class F>
     __device__ __forceinline__ void for_rows(const F& f) {
-        const int64_t teams = kThreads / team_.lanes, rows = s_.tokens * s_.heads;
+        const int64_t teams = kThreads / team_.lanes, rows = s_.tokens * s_.num_heads;
         for (int64_t first = blockIdx.x * teams; first < rows; first += gridDim.x * teams) {
             row_ = first + team_.index, there_ = row_ < rows;
-            token_ = row_ / s_.heads, column_ = row_ % s_.heads * s_.head_width;
+            token_ = row_ / s_.num_heads, column_ = row_ % s_.num_heads * s_.head_width;
             f();
             sync_warp();  // what is in shared memory has been read
         }
@@ -56,7 +56,7 @@ class HeadThread {
         return static_cast<const T*>(rows.data) + (first_ + j) * rows.layer_stride + token_ * rows.token_stride +
                column_;
     }
-    __device__ __forceinline__ int64_t offset() const { return token_ * s_.heads * s_.head_width + column_; }
+    __device__ __forceinline__ int64_t offset() const { return token_ * s_.num_heads * s_.head_width + column_; }
 
     // Calls f(column) for this lane's vectors.
     template <class F>
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kThreads, 3) attention_step_kernel(Call call) 
     using A = Accumulator<T>;
     const AttentionStep& s = call.args.step;
     HeadThread<T, V> head(s, call.lanes);
-    A* const weights = shared_memory<A>() + head.team_.index * s.memory;
+    A* const weights = shared_memory<A>() + head.team_.index * s.window;
     head.for_rows([&] {
         const A top = head.score(weights);
         sync_warp();
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kThreads, 2) attention_step_backward_kernel(Ca
     const AttentionStepBackward& args = call.args;
     const AttentionStep& s = args.step;
     HeadThread<T, V> head(s, call.lanes);
-    A *const weights = shared_memory<A>() + head.team_.index * 2 * s.memory, *const grads = weights + s.memory;
+    A *const weights = shared_memory<A>() + head.team_.index * 2 * s.window, *const grads = weights + s.window;
     head.for_rows([&] {
         const T* const grad = static_cast<const T*>(args.grad_attended) + head.offset();
         const A top = head.score(weights);
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kThreads, 2) attention_step_backward_kernel(Ca
             sum[1] = fma(weight, grads[j], sum[1]);
         }
         head.team_.add(sum);
-        const int64_t place = ((s.layer * s.tokens + head.token_) * s.heads + head.row_ % s.heads) * s.memory;
+        const int64_t place = ((s.layer * s.tokens + head.token_) * s.num_heads + head.row_ % s.num_heads) * s.window;
         for (int64_t j = head.team_.lane; j < head.count_; j += call.lanes) {
             const A weight = weights[j] / sum[0];
             grads[j] = weight * (grads[j] - sum[1] / sum[0]) * static_cast<A>(s.scale);
@@ -171,17 +171,17 @@ template <class T, int V>
 __global__ void __launch_bounds__(kThreads, 4) attention_gradients_kernel(AttentionGradients args) {
     using A = Accumulator<T>;
     const AttentionStep& s = args.step;
-    const int64_t width = s.heads * s.head_width, vectors = width / V,
+    const int64_t width = s.num_heads * s.head_width, vectors = width / V,
                   step = static_cast<int64_t>(gridDim.x) * kThreads;
     const int64_t rows = s.layers * s.tokens;
     for (int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; at < rows * vectors; at += step) {
         const int64_t row = at / vectors, e = at % vectors * V, layer = row / s.tokens;
-        const int64_t layers = s.layers - layer < s.memory ? s.layers - layer : s.memory;
+        const int64_t layers = s.layers - layer < s.window ? s.layers - layer : s.window;
         const int64_t head = static_cast<unsigned>(e) / static_cast<unsigned>(s.head_width);
         A key[V] = {}, value[V] = {};
 #pragma unroll 2
         for (int64_t back = 0; back < layers; ++back) {
-            const int64_t from = row + back * s.tokens, number = (from * s.heads + head) * s.memory + back;
+            const int64_t from = row + back * s.tokens, number = (from * s.num_heads + head) * s.window + back;
             const A weight = static_cast<const A*>(args.weights)[number];
             const A logit = static_cast<const A*>(args.grad_logits)[number];
             const Vector<T, V> query = load_vec<V>(static_cast<const T*>(args.query) + from * width + e);
@@ -214,12 +214,12 @@ void dispatch_vector_length(const AttentionStep& s, std::initializer_list<const 
 // Launches a step's kernel, whose teams have `arrays` rows of numbers in shared memory each.
 void launch_step(const char* name, void (*kernel)(Call), Call call, int length, int arrays, void* stream) {
     const AttentionStep& s = call.args.step;
-    const int64_t bytes = s.memory * arrays * (s.dtype == DType::float64 ? 8 : 4);
+    const int64_t bytes = s.window * arrays * (s.dtype == DType::float64 ? 8 : 4);
     call.lanes = team_lanes(s.head_width, length, kWarpSize);
     while (call.lanes < kWarpSize && kThreads / call.lanes * bytes > kMaxSharedBytes) call.lanes *= 2;
     const int64_t teams = kThreads / call.lanes;
     launch(name, kernel,
-           {min_size(ceil_div(s.tokens * s.heads, teams), kMaxBlocks), kThreads, stream,
+           {min_size(ceil_div(s.tokens * s.num_heads, teams), kMaxBlocks), kThreads, stream,
             static_cast<size_t>(teams * bytes)},
            call);
 }
@@ -251,7 +251,7 @@ void attention_gradients(const AttentionGradients& args, void* stream) {
                            [&](auto element, auto length) {
                                using T = decltype(element);
                                constexpr int V = decltype(length)::value;
-                               const int64_t count = s.layers * s.tokens * (s.heads * s.head_width / V);
+                               const int64_t count = s.layers * s.tokens * (s.num_heads * s.head_width / V);
                                launch("attention_gradients", attention_gradients_kernel<T, V>,
                                       {min_size(ceil_div(count, kThreads), kMaxBlocks), kThreads, stream}, args);
                            });

@@ -33,7 +33,8 @@ __global__ void __launch_bounds__(kThreads, kNorm ? 2 : 4) ema_scan_kernel(Forwa
         const T* const x = static_cast<const T*>(s.x.data) + token * s.x.token_stride + e;
         T* const states = static_cast<T*>(call.args.states) + token * s.width + e;
         A state[V], weight[V] = {}, bias[V] = {};
-        load_wide<T, V>(static_cast<const T*>(s.initial) + token * s.width + e, s.initial != nullptr, state);
+        load_wide<T, V>(static_cast<const T*>(s.initial_state) + token * s.width + e, s.initial_state != nullptr,
+                        state);
         if constexpr (kNorm) {
             load_split<V>(static_cast<const A*>(s.norm_weight) + e, kSplit<A, V>, weight);
             if (s.norm_bias != nullptr) load_split<V>(static_cast<const A*>(s.norm_bias) + e, kSplit<A, V>, bias);
@@ -128,8 +129,8 @@ class NormThread {
         A state[K][V];
 #pragma unroll
         for (int k = 0; k < K; ++k) {
-            const T* const initial = static_cast<const T*>(s_.initial) + token_ * s_.width + column(k);
-            load_wide<T, V>(initial, s_.initial != nullptr && inside(k), state[k]);
+            const T* const initial_state = static_cast<const T*>(s_.initial_state) + token_ * s_.width + column(k);
+            load_wide<T, V>(initial_state, s_.initial_state != nullptr && inside(k), state[k]);
         }
         Vector<T, V> next[K] = {};
         fetch(0, next);
@@ -218,7 +219,7 @@ void ema_scan_forward(const EmaScanForward& args, void* stream) {
         // Without norm a layer's tokens that follow each other are one long row.
         if (!s.normalize && s.x.token_stride == s.width) s.width *= s.tokens, s.tokens = 1;
         const bool vectors = vector_length<T>(s.x.data, s.x.layer_stride, s.x.token_stride, s.width) > 1 &&
-                             vector_length<T>(s.initial) > 1 && vector_length<T>(args.states) > 1 &&
+                             vector_length<T>(s.initial_state) > 1 && vector_length<T>(args.states) > 1 &&
                              vector_length<A>(s.norm_weight) > 1 && vector_length<A>(s.norm_bias) > 1;
         vectors ? scan<T, 16 / sizeof(T)>(call, stream) : scan<T, 1>(call, stream);
     });

@@ -97,16 +97,16 @@ class VectorThread {
                 keep = gates_[first - i].keep;
             }
         }
-        if (plan_.args.grad_initial == nullptr || !inside_) return;
+        if (plan_.args.grad_initial_state == nullptr || !inside_) return;
 #pragma unroll
         for (int v = 0; v < V; ++v) adjoint[v] *= keep;
-        store_narrow<T, V>(static_cast<T*>(plan_.args.grad_initial) + token_ * s_.width + e_, adjoint);
+        store_narrow<T, V>(static_cast<T*>(plan_.args.grad_initial_state) + token_ * s_.width + e_, adjoint);
     }
 
     __device__ __forceinline__ void scan_states() {
         A state[V];
-        load_wide<T, V>(static_cast<const T*>(s_.initial) + token_ * s_.width + e_, s_.initial != nullptr && inside_,
-                        state);
+        load_wide<T, V>(static_cast<const T*>(s_.initial_state) + token_ * s_.width + e_,
+                        s_.initial_state != nullptr && inside_, state);
         for (int64_t first = 0; first < s_.layers; first += kPrefetch) {
             Vector<T, V> taps[kPrefetch];
 #pragma unroll
@@ -268,7 +268,7 @@ void dispatch_vector_length(EmaScanBackward args, const F& f) {
         constexpr int full = 16 / sizeof(T);
         const bool vectors = vector_length<T>(s.x.data, s.x.layer_stride, s.x.token_stride, s.width) > 1 &&
                              vector_length<T>(args.grad.data, args.grad.layer_stride, args.grad.token_stride) > 1 &&
-                             vector_length<T>(s.initial) > 1 && vector_length<A>(s.norm_weight) > 1 &&
+                             vector_length<T>(s.initial_state) > 1 && vector_length<A>(s.norm_weight) > 1 &&
                              vector_length<A>(s.norm_bias) > 1;
         vectors ? f(args, Vector<T, full>{}) : f(args, Vector<T, 1>{});
     });

@@ -96,13 +96,14 @@ class RowThread {
                 keep = gates_[layer].keep;
             }
         }
-        if (plan_.args.grad_initial == nullptr) return;
+        if (plan_.args.grad_initial_state == nullptr) return;
 #pragma unroll
         for (int k = 0; k < K; ++k) {
             if (!inside(k)) continue;
 #pragma unroll
             for (int v = 0; v < V; ++v) adjoint[k][v] *= keep;
-            store_narrow<T, V>(static_cast<T*>(plan_.args.grad_initial) + token_ * s_.width + column(k), adjoint[k]);
+            store_narrow<T, V>(static_cast<T*>(plan_.args.grad_initial_state) + token_ * s_.width + column(k),
+                               adjoint[k]);
         }
     }
 
@@ -112,8 +113,8 @@ class RowThread {
         A state[K][V], bias[V];
 #pragma unroll
         for (int k = 0; k < K; ++k) {
-            const T* const initial = static_cast<const T*>(s_.initial) + token_ * s_.width + column(k);
-            load_wide<T, V>(initial, s_.initial != nullptr && inside(k), state[k]);
+            const T* const initial_state = static_cast<const T*>(s_.initial_state) + token_ * s_.width + column(k);
+            load_wide<T, V>(initial_state, s_.initial_state != nullptr && inside(k), state[k]);
             if (!inside(k)) continue;
             load_staged<V>(bias_, s_.width, column(k), bias);
 #pragma unroll
@@ -304,7 +305,7 @@ void ema_norm_backward(const EmaBackwardPlan& plan, void* stream) {
         using T = decltype(element);
         const bool vectors = vector_length<T>(x.data, x.layer_stride, x.token_stride, s.width) > 1 &&
                              vector_length<T>(grad.data, grad.layer_stride, grad.token_stride) > 1 &&
-                             vector_length<T>(s.initial) > 1;
+                             vector_length<T>(s.initial_state) > 1;
         launch("ema_scan_norm_backward",
                vectors ? ema_scan_norm_backward_kernel<T, 16 / sizeof(T)> : ema_scan_norm_backward_kernel<T, 1>,
                {plan.blocks, kThreads, stream, plan.shared_bytes}, plan);

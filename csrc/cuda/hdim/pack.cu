@@ -229,7 +229,7 @@ void pack_inputs(const HdimScore& score, const Packed<T>& packed, const PairSize
                                s.keys,
                                in.value_dim,
                                allowed,
-                               in.pair_mask != nullptr,
+                               in.attn_mask != nullptr,
                                static_cast<T*>(score.value),
                                packed.key_bias};
     constexpr int kFull = 16 / sizeof(T);

@@ -16,8 +16,8 @@ template <class T>
 struct Score {
     Packed<T> packed;
     PairSizes sizes;
-    const uint8_t* pair_mask;
-    int64_t pair_mask_stride[3];
+    const uint8_t* attn_mask;
+    int64_t attn_mask_stride[3];
     Accumulator<T>* logits;
     PairTiling tiling;
 };
@@ -31,10 +31,10 @@ __device__ __forceinline__ void write(const Score<T>& args, int64_t b, int64_t i
     A* const place = args.logits + row * args.sizes.pitch + j;
     if (!first) sum += *place;
     if (last) {
-        const int64_t* const stride = args.pair_mask_stride;
+        const int64_t* const stride = args.attn_mask_stride;
         const bool allowed =
             key_bias != -infinity<A>() &&
-            (args.pair_mask == nullptr || args.pair_mask[b * stride[0] + i * stride[1] + j * stride[2]] != 0);
+            (args.attn_mask == nullptr || args.attn_mask[b * stride[0] + i * stride[1] + j * stride[2]] != 0);
         sum += key_bias + args.packed.query_bias[row];
         sum = !allowed ? -infinity<A>() : sum == -infinity<A>() ? lowest<A>() : sum;
     }
@@ -116,8 +116,8 @@ void launch_score(const HdimScore& args, const Packed<T>& packed, const PairSize
     const HdimInputs& in = args.in;
     const Score<T> score{packed,
                          s,
-                         in.pair_mask,
-                         {in.pair_mask_stride[0], in.pair_mask_stride[1], in.pair_mask_stride[2]},
+                         in.attn_mask,
+                         {in.attn_mask_stride[0], in.attn_mask_stride[1], in.attn_mask_stride[2]},
                          static_cast<Accumulator<T>*>(args.logits),
                          make_pair_tiling<T, G, kScoreTiles<T, G>>(s, kTargetWarps)};
     launch("hdim_score", hdim_score_kernel<T, Activation, G>,

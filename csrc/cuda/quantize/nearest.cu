@@ -15,7 +15,9 @@ template <class A>
 struct CodeTerms {
     VqRows codebook;
     bool cosine;
-    int64_t books, codes, padded, width;  // `padded`: codes of a book in `terms`; those past `codes` are never chosen
+    int64_t num_codebooks, codes;
+    int64_t padded;  // codes of a codebook in `terms`; those past `codes` are never chosen
+    int64_t width;
     Terms<A>* terms;
 };
 
@@ -33,12 +35,12 @@ __device__ __forceinline__ void for_lane_columns(const T* row, int64_t width, co
 template <class T, int N>
 __global__ void __launch_bounds__(kRowThreads) vq_terms_kernel(CodeTerms<Accumulator<T>> args) {
     using A = Accumulator<T>;
-    const int64_t count = args.books * args.padded, step = static_cast<int64_t>(gridDim.x) * kRowWarps;
+    const int64_t count = args.num_codebooks * args.padded, step = static_cast<int64_t>(gridDim.x) * kRowWarps;
     for (int64_t at = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / kWarpSize; at < count; at += step) {
-        const int64_t book = at / args.padded, code = at % args.padded;
+        const int64_t h = at / args.padded, code = at % args.padded;
         A square = 0, poison = 0;  // poison: 0, or NaN
         if (code < args.codes) {
-            const T* const row = static_cast<const T*>(args.codebook.data) + book * args.codebook.book_stride +
+            const T* const row = static_cast<const T*>(args.codebook.data) + h * args.codebook.codebook_stride +
                                  code * args.codebook.row_stride;
             for_lane_columns<N>(row, args.width, [&](int64_t, const Vector<T, N>& c) {
 #pragma unroll
@@ -65,7 +67,7 @@ template <class A>
 struct Merge {
     VqRows x, codebook;
     bool cosine;
-    int64_t books, rows, width, splits;
+    int64_t num_codebooks, rows, width, splits;
     const A* scores;
     const int* found;
     int64_t* indices;
@@ -77,9 +79,9 @@ struct Merge {
 template <class T, int N>
 __global__ void __launch_bounds__(kRowThreads) vq_merge_kernel(Merge<Accumulator<T>> args) {
     using A = Accumulator<T>;
-    const int64_t count = args.books * args.rows, step = static_cast<int64_t>(gridDim.x) * kRowWarps;
+    const int64_t count = args.num_codebooks * args.rows, step = static_cast<int64_t>(gridDim.x) * kRowWarps;
     for (int64_t at = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / kWarpSize; at < count; at += step) {
-        const int64_t book = at / args.rows, n = at % args.rows;
+        const int64_t h = at / args.rows, n = at % args.rows;
         Best<A> best{A(INFINITY), 0};
         for (int64_t split = lane_id(); split < args.splits; split += kWarpSize)
             best = better(best, {args.scores[split * count + at], args.found[split * count + at]});
@@ -87,8 +89,8 @@ __global__ void __launch_bounds__(kRowThreads) vq_merge_kernel(Merge<Accumulator
         for (int mask = kWarpSize / 2; mask > 0; mask /= 2)
             best = better(best, {shuffle_xor(best.score, mask), shuffle_xor(best.code, mask)});
 
-        const T* const x = static_cast<const T*>(args.x.data) + book * args.x.book_stride + n * args.x.row_stride;
-        const T* const codes = static_cast<const T*>(args.codebook.data) + book * args.codebook.book_stride;
+        const T* const x = static_cast<const T*>(args.x.data) + h * args.x.codebook_stride + n * args.x.row_stride;
+        const T* const codes = static_cast<const T*>(args.codebook.data) + h * args.codebook.codebook_stride;
         // Euclidean: `first` is the sum of (x − c)². Cosine: x·x, x·c, c·c.
         A first, cross, last;
         bool finite;
@@ -142,7 +144,8 @@ struct Plan {
         : row_blocks(ceil_div(args.rows, S::kBlockRows)),
           tiles(ceil_div(args.codes, S::kBlockCodes)),
           padded(tiles * S::kBlockCodes) {
-        const int64_t blocks = args.books * row_blocks, wanted = ceil_div(kTargetBlocks, blocks > 0 ? blocks : 1);
+        const int64_t blocks = args.num_codebooks * row_blocks,
+                      wanted = ceil_div(kTargetBlocks, blocks > 0 ? blocks : 1);
         span = ceil_div(tiles, wanted < tiles ? wanted : tiles);
         splits = ceil_div(tiles, span);
 
@@ -156,9 +159,9 @@ struct Plan {
         shared = static_cast<size_t>(bytes > last ? bytes : last);
 
         Workspace space(workspace);
-        terms = space.take<Terms<A>>(args.books, padded);
-        scores = space.take<A>(splits, args.books, args.rows);
-        found = space.take<int>(splits, args.books, args.rows);
+        terms = space.take<Terms<A>>(args.num_codebooks, padded);
+        scores = space.take<A>(splits, args.num_codebooks, args.rows);
+        found = space.take<int>(splits, args.num_codebooks, args.rows);
         bytes_ = space.bytes;
     }
     int64_t bytes() const { return bytes_; }
@@ -184,14 +187,14 @@ void nearest(const VqNearest& args, void* stream) {
         const int64_t blocks = ceil_div(rows, kRowWarps);
         return blocks < kMaxBlocks ? blocks : kMaxBlocks;
     };
-    launch("vq_terms", vq_terms_kernel<Stored, N>, {blocks_of(args.books * plan.padded), kRowThreads, stream},
-           CodeTerms<A>{args.codebook, cosine, args.books, args.codes, plan.padded, args.width, plan.terms});
+    launch("vq_terms", vq_terms_kernel<Stored, N>, {blocks_of(args.num_codebooks * plan.padded), kRowThreads, stream},
+           CodeTerms<A>{args.codebook, cosine, args.num_codebooks, args.codes, plan.padded, args.width, plan.terms});
     launch("vq_search", vq_search_kernel<T, kVectors>,
-           {args.books * plan.row_blocks, kThreads, stream, plan.shared, plan.splits},
+           {args.num_codebooks * plan.row_blocks, kThreads, stream, plan.shared, plan.splits},
            Search<A>{args.x, args.codebook, args.rows, args.codes, args.width, plan.padded, plan.row_blocks, plan.tiles,
                      plan.span, plan.resident, plan.terms, plan.scores, plan.found});
-    launch("vq_merge", vq_merge_kernel<Stored, N>, {blocks_of(args.books * args.rows), kRowThreads, stream},
-           Merge<A>{args.x, args.codebook, cosine, args.books, args.rows, args.width, plan.splits, plan.scores,
+    launch("vq_merge", vq_merge_kernel<Stored, N>, {blocks_of(args.num_codebooks * args.rows), kRowThreads, stream},
+           Merge<A>{args.x, args.codebook, cosine, args.num_codebooks, args.rows, args.width, plan.splits, plan.scores,
                     plan.found, args.indices, static_cast<A*>(args.distance)});
 }
 
@@ -208,9 +211,9 @@ void vq_nearest(const VqNearest& args, void* stream) {
     dispatch_search_type(args, [&](auto element) {
         using T = decltype(element);
         const VqRows &x = args.x, &codebook = args.codebook;
-        const bool one = args.books == 1;  // then its stride says nothing
-        const int length = vector_length<T>(x.data, one ? 0 : x.book_stride, x.row_stride,
-                                            one ? 0 : codebook.book_stride, codebook.row_stride, args.width);
+        const bool one = args.num_codebooks == 1;  // then its stride says nothing
+        const int length = vector_length<T>(x.data, one ? 0 : x.codebook_stride, x.row_stride,
+                                            one ? 0 : codebook.codebook_stride, codebook.row_stride, args.width);
         const bool vectors = length > 1 && reinterpret_cast<uintptr_t>(codebook.data) % kChunk == 0;
         return vectors ? nearest<T, true>(args, stream) : nearest<T, false>(args, stream);
     });

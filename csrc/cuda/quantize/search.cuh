@@ -52,11 +52,11 @@ template <class A>
 struct Search {
     VqRows x, codebook;
     int64_t rows, codes, width, padded;
-    int64_t row_blocks;   // of one book
+    int64_t row_blocks;   // of one codebook
     int64_t tiles, span;  // of codes: in all, and of one block
     bool resident;        // x stays in shared memory
     const Terms<A>* terms;
-    A* scores;  // [splits][books][rows]
+    A* scores;  // [splits][num_codebooks][rows]
     int* found;
 };
 
@@ -170,16 +170,16 @@ __global__ void __launch_bounds__(kThreads, 1) vq_search_kernel(Search<Accumulat
     char* const terms = codes + kStages * kCodesBytes;
     char* const rows = terms + kTermStages * kTermsBytes;
 
-    const int64_t book = blockIdx.x / args.row_blocks;
+    const int64_t h = blockIdx.x / args.row_blocks;
     const int64_t first_row = blockIdx.x % args.row_blocks * S::kBlockRows;
     const int64_t first_tile = blockIdx.y * args.span;
     const int tiles = static_cast<int>(args.tiles - first_tile < args.span ? args.tiles - first_tile : args.span);
     const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
     const int warp_row = warp / kCodeGroups * 16 * S::kRows, warp_code = warp % kCodeGroups * 8 * S::kCodes;
-    const T* const x = static_cast<const T*>(args.x.data) + book * args.x.book_stride + first_row * args.x.row_stride;
+    const T* const x = static_cast<const T*>(args.x.data) + h * args.x.codebook_stride + first_row * args.x.row_stride;
     const int valid = static_cast<int>(args.rows - first_row < S::kBlockRows ? args.rows - first_row : S::kBlockRows);
-    const T* const codebook = static_cast<const T*>(args.codebook.data) + book * args.codebook.book_stride;
-    const Terms<A>* const all_terms = args.terms + book * args.padded;
+    const T* const codebook = static_cast<const T*>(args.codebook.data) + h * args.codebook.codebook_stride;
+    const Terms<A>* const all_terms = args.terms + h * args.padded;
 
     // Steps are slices of tiles of codes. `next` is the one to be copied, `at` the one that is multiplied.
     struct Step {
@@ -295,8 +295,8 @@ __global__ void __launch_bounds__(kThreads, 1) vq_search_kernel(Search<Accumulat
     Best<A> all = others[row];
 #pragma unroll
     for (int group = 1; group < kCodeGroups; ++group) all = better(all, others[group * S::kBlockRows + row]);
-    const int64_t books = gridDim.x / args.row_blocks;
-    const int64_t to = (blockIdx.y * books + book) * args.rows + first_row + row;
+    const int64_t num_codebooks = gridDim.x / args.row_blocks;
+    const int64_t to = (blockIdx.y * num_codebooks + h) * args.rows + first_row + row;
     args.scores[to] = all.score;
     args.found[to] = all.code;
 }

@@ -24,18 +24,18 @@ struct Entry {
 };
 
 struct Pass {
-    int64_t books, rows, codes, chunks;
+    int64_t num_codebooks, rows, codes, chunks;
     int shift;               // of the digit of this pass
     const int64_t* indices;  // the first count makes entries of these; null: it was done
-    int64_t index_book_stride, index_row_stride;
-    Entry* from;  // [books][rows]
+    int64_t index_codebook_stride, index_row_stride;
+    Entry* from;  // [num_codebooks][rows]
     Entry* to;
-    uint32_t* counts;  // [books][kDigits][chunks]: first how many rows, then how many in the chunks before
-    uint32_t* totals;  // [books][kDigits]
+    uint32_t* counts;  // [num_codebooks][kDigits][chunks]: first how many rows, then how many in the chunks before
+    uint32_t* totals;  // [num_codebooks][kDigits]
 
-    __device__ __forceinline__ Entry entry(int64_t book, int64_t at) const {
-        if (indices == nullptr) return load_vec<1>(static_cast<const Entry*>(from) + book * rows + at).at[0];
-        const int64_t index = indices[book * index_book_stride + at * index_row_stride];
+    __device__ __forceinline__ Entry entry(int64_t h, int64_t at) const {
+        if (indices == nullptr) return load_vec<1>(static_cast<const Entry*>(from) + h * rows + at).at[0];
+        const int64_t index = indices[h * index_codebook_stride + at * index_row_stride];
         const bool counted = index >= 0 && index < codes;
         return {static_cast<uint32_t>(counted ? index : codes), static_cast<uint32_t>(at)};
     }
@@ -57,13 +57,13 @@ __device__ __forceinline__ unsigned same_digit(int digit, bool real) {
 
 // A warp takes kRounds·32 neighbouring rows, 32 in a round. Calls f(entry, digit, lanes with it) in every round.
 template <class F>
-__device__ __forceinline__ void for_thread_rows(const Pass& args, int64_t book, int64_t chunk, const F& f) {
+__device__ __forceinline__ void for_thread_rows(const Pass& args, int64_t h, int64_t chunk, const F& f) {
     const int lane = static_cast<int>(threadIdx.x) % kWarpSize, warp = static_cast<int>(threadIdx.x) / kWarpSize;
     const int64_t first = chunk * kChunkRows + warp * kWarpSize * kRounds + lane;
     for (int round = 0; round < kRounds; ++round) {
         const int64_t at = first + round * kWarpSize;
         const bool real = at < args.rows;
-        const Entry entry = real ? args.entry(book, at) : Entry{0, 0};
+        const Entry entry = real ? args.entry(h, at) : Entry{0, 0};
         const int digit = args.digit(entry);
         const unsigned same = same_digit(digit, real);
         f(entry, digit, same, real);
@@ -80,22 +80,22 @@ __device__ __forceinline__ bool is_first_of(unsigned lanes) {
 __global__ void __launch_bounds__(kThreads) vq_count_kernel(Pass args) {
     uint32_t* const counts = shared_memory<uint32_t>();  // [kWarps][kDigits]
     const int thread = static_cast<int>(threadIdx.x);
-    for (int64_t block = blockIdx.x; block < args.books * args.chunks; block += gridDim.x) {
-        const int64_t book = block / args.chunks, chunk = block % args.chunks;
+    for (int64_t block = blockIdx.x; block < args.num_codebooks * args.chunks; block += gridDim.x) {
+        const int64_t h = block / args.chunks, chunk = block % args.chunks;
 #pragma unroll
         for (int warp = 0; warp < kWarps; ++warp) counts[warp * kDigits + thread] = 0;
         sync_block();
         uint32_t* const warp_digits = counts + thread / kWarpSize * kDigits;
-        for_thread_rows(args, book, chunk, [&](const Entry& entry, int digit, unsigned same, bool real) {
+        for_thread_rows(args, h, chunk, [&](const Entry& entry, int digit, unsigned same, bool real) {
             if (real && is_first_of(same)) warp_digits[digit] += popcount(same);
             if (real && args.indices != nullptr)
-                store_vec(args.from + book * args.rows + entry.row, Vector<Entry, 1>{{entry}});
+                store_vec(args.from + h * args.rows + entry.row, Vector<Entry, 1>{{entry}});
         });
         sync_block();
         uint32_t sum = 0;
 #pragma unroll
         for (int warp = 0; warp < kWarps; ++warp) sum += counts[warp * kDigits + thread];
-        args.counts[(book * kDigits + thread) * args.chunks + chunk] = sum;
+        args.counts[(h * kDigits + thread) * args.chunks + chunk] = sum;
         sync_block();
     }
 }
@@ -127,7 +127,7 @@ __device__ __forceinline__ uint32_t exclusive_sum(uint32_t value, uint32_t* shar
 // sass: vq_scan_kernel SHFL
 __global__ void __launch_bounds__(kThreads) vq_scan_kernel(Pass args) {
     uint32_t* const shared = shared_memory<uint32_t>();
-    for (int64_t row = blockIdx.x; row < args.books * kDigits; row += gridDim.x) {
+    for (int64_t row = blockIdx.x; row < args.num_codebooks * kDigits; row += gridDim.x) {
         uint32_t* const counts = args.counts + row * args.chunks;
         uint32_t sum = 0;
         for (int64_t first = 0; first < args.chunks; first += kThreads) {
@@ -147,16 +147,15 @@ __global__ void __launch_bounds__(kThreads) vq_scatter_kernel(Pass args) {
     uint32_t* const places = shared_memory<uint32_t>();  // [kWarps][kDigits]: where the next row with the digit goes
     uint32_t* const sums = places + kWarps * kDigits;
     const int thread = static_cast<int>(threadIdx.x);
-    for (int64_t block = blockIdx.x; block < args.books * args.chunks; block += gridDim.x) {
-        const int64_t book = block / args.chunks, chunk = block % args.chunks;
+    for (int64_t block = blockIdx.x; block < args.num_codebooks * args.chunks; block += gridDim.x) {
+        const int64_t h = block / args.chunks, chunk = block % args.chunks;
 #pragma unroll
         for (int warp = 0; warp < kWarps; ++warp) places[warp * kDigits + thread] = 0;
         uint32_t all;
-        uint32_t place =
-            exclusive_sum(args.totals[book * kDigits + thread], sums, all);  // its barriers: zeros are there
-        place += args.counts[(book * kDigits + thread) * args.chunks + chunk];
+        uint32_t place = exclusive_sum(args.totals[h * kDigits + thread], sums, all);  // its barriers: zeros are there
+        place += args.counts[(h * kDigits + thread) * args.chunks + chunk];
         uint32_t* const warp_digits = places + thread / kWarpSize * kDigits;
-        for_thread_rows(args, book, chunk, [&](const Entry&, int digit, unsigned same, bool real) {
+        for_thread_rows(args, h, chunk, [&](const Entry&, int digit, unsigned same, bool real) {
             if (real && is_first_of(same)) warp_digits[digit] += popcount(same);
         });
         sync_block();
@@ -167,13 +166,13 @@ __global__ void __launch_bounds__(kThreads) vq_scatter_kernel(Pass args) {
             place += count;
         }
         sync_block();
-        for_thread_rows(args, book, chunk, [&](const Entry& entry, int digit, unsigned same, bool real) {
+        for_thread_rows(args, h, chunk, [&](const Entry& entry, int digit, unsigned same, bool real) {
             const unsigned before = same & ((1u << threadIdx.x % kWarpSize) - 1);
             const uint32_t at = real ? warp_digits[digit] + popcount(before) : 0;
             sync_warp();
             if (!real) return;
             if (before == 0) warp_digits[digit] += popcount(same);
-            store_vec(args.to + book * args.rows + at, Vector<Entry, 1>{{entry}});
+            store_vec(args.to + h * args.rows + at, Vector<Entry, 1>{{entry}});
         });
         sync_block();
     }

@@ -15,11 +15,11 @@ struct LayerRows {
 // S_l = (1 − σ(a_l))·S_{l−1} + σ(a_l)·n_l, where n_l is x_l or its LayerNorm over the width, (x − mean)·rstd·weight +
 // bias with the biased variance. Arithmetic and the carried state in float32, in float64 for float64.
 struct EmaScan {
-    DType dtype;  // of x, initial and states, and of their gradients
+    DType dtype;  // of x, initial_state and states, and of their gradients
     int64_t layers, tokens, width;
     LayerRows x;
-    const void* gate_logits;  // [layers], float32; float64 for float64, as are norm_weight and norm_bias
-    const void* initial;      // null: zeros; else contiguous [tokens, width]
+    const void* gate_logits;    // [layers], float32; float64 for float64, as are norm_weight and norm_bias
+    const void* initial_state;  // null: zeros; else contiguous [tokens, width]
     bool normalize;
     const void* norm_weight;  // null unless `normalize`; contiguous [width]
     const void* norm_bias;    // null: zeros; contiguous [width]
@@ -37,25 +37,25 @@ struct EmaScanForward {
 // From grad = ∂L/∂states to the gradients of everything that was given; reads x once and keeps nothing else.
 struct EmaScanBackward {
     EmaScan scan;
-    LayerRows grad;          // [layers, tokens, width]; where last_only [tokens, width] with layer_stride 0
-    void* grad_x;            // contiguous [layers, tokens, width]
-    void* grad_gate_logits;  // [layers], the accumulation type, as are the norm's
-    void* grad_initial;      // null where `initial` is
-    void* grad_norm_weight;  // null where `norm_weight` is
-    void* grad_norm_bias;    // null where `norm_bias` is
-    void* workspace;         // ema_scan_backward_workspace() bytes, aligned to 64
+    LayerRows grad;            // [layers, tokens, width]; where last_only [tokens, width] with layer_stride 0
+    void* grad_x;              // contiguous [layers, tokens, width]
+    void* grad_gate_logits;    // [layers], the accumulation type, as are the norm's
+    void* grad_initial_state;  // null where `initial_state` is
+    void* grad_norm_weight;    // null where `norm_weight` is
+    void* grad_norm_bias;      // null where `norm_bias` is
+    void* workspace;           // ema_scan_backward_workspace() bytes, aligned to 64
 };
 
-// The gated recurrent unit over depth, gates in the order of torch.nn.GRUCell, from h_{−1} = initial:
+// The gated recurrent unit over depth, gates in the order of torch.nn.GRUCell, from h_{−1} = initial_state:
 //   r = σ(W_ir x_l + b_ir + W_hr h + b_hr), z = σ(W_iz x_l + b_iz + W_hz h + b_hz)
 //   m = W_hn h + b_hn, n = tanh(W_in x_l + b_in + r·m), h_l = (1 − z)·n + z·h, where h = h_{l−1}
 struct DepthGru {
     DType dtype;                           // of all tensors
     int64_t layers, tokens, input, width;  // x is [layers, tokens, input]
     LayerRows x;
-    const void* weight_ih;  // contiguous [3·width, input]
-    const void* weight_hh;  // contiguous [3·width, width]
-    const void* initial;    // null: zeros; else contiguous [tokens, width]
+    const void* weight_ih;      // contiguous [3·width, input]
+    const void* weight_hh;      // contiguous [3·width, width]
+    const void* initial_state;  // null: zeros; else contiguous [tokens, width]
     ThreadPool pool;
 };
 
@@ -78,28 +78,28 @@ struct DepthGruBackward {
     void* grad_weight_hh;
     void* grad_bias_ih;  // contiguous [3·width]
     void* grad_bias_hh;
-    void* grad_initial;  // null where `initial` is
-    void* workspace;     // depth_gru_backward_workspace() bytes, aligned to 64
+    void* grad_initial_state;  // null where `initial_state` is
+    void* workspace;           // depth_gru_backward_workspace() bytes, aligned to 64
 };
 
-// A state that attends, layer by layer, to the last `memory` taps, with q = W_q S_{l−1} cut into heads:
-//   S_l = S_{l−1} + W_o a_l,  a_l = Σ_j softmax_j(scale · q·k_j) v_j over max(0, l − memory + 1) ≤ j ≤ l, in every head
+// A state that attends, layer by layer, to the last `window` taps, with q = W_q S_{l−1} cut into heads:
+//   S_l = S_{l−1} + W_o a_l,  a_l = Σ_j softmax_j(scale · q·k_j) v_j over max(0, l − window + 1) ≤ j ≤ l, in every head
 struct DepthAttention {
-    DType dtype;                                       // of all tensors
-    int64_t layers, tokens, width, heads, head_width;  // keys and values are [layers, tokens, heads·head_width]
-    int64_t memory;                                    // at least 1
+    DType dtype;                                           // of all tensors
+    int64_t layers, tokens, width, num_heads, head_width;  // keys and values are [layers, tokens, num_heads·head_width]
+    int64_t window;                                        // at least 1
     double scale;
     LayerRows keys, values;
-    const void* weight_query;  // contiguous [heads·head_width, width]
-    const void* weight_out;    // contiguous [width, heads·head_width]
-    const void* initial;       // null: zeros; else contiguous [tokens, width]
+    const void* weight_query;   // contiguous [num_heads·head_width, width]
+    const void* weight_out;     // contiguous [width, num_heads·head_width]
+    const void* initial_state;  // null: zeros; else contiguous [tokens, width]
     ThreadPool pool;
 };
 
 struct DepthAttentionForward {
     DepthAttention attention;
     void* states;     // contiguous [layers, tokens, width]
-    void* attended;   // null, or contiguous [layers, tokens, heads·head_width]: a
+    void* attended;   // null, or contiguous [layers, tokens, num_heads·head_width]: a
     void* workspace;  // depth_attention_forward_workspace() bytes, aligned to 64
 };
 
@@ -108,12 +108,12 @@ struct DepthAttentionBackward {
     LayerRows grad;  // ∂L/∂states
     const void* states;
     const void* attended;
-    void* grad_keys;  // contiguous [layers, tokens, heads·head_width]
+    void* grad_keys;  // contiguous [layers, tokens, num_heads·head_width]
     void* grad_values;
     void* grad_weight_query;
     void* grad_weight_out;
-    void* grad_initial;  // null where `initial` is
-    void* workspace;     // depth_attention_backward_workspace() bytes, aligned to 64
+    void* grad_initial_state;  // null where `initial_state` is
+    void* workspace;           // depth_attention_backward_workspace() bytes, aligned to 64
 };
 
 namespace cpu::aggregate {
@@ -134,7 +134,7 @@ void depth_attention_backward(const DepthAttentionBackward& args);
 // `stream` is a cudaStream_t of the current device; the pool is not used. Throws std::runtime_error if a launch fails.
 namespace cuda::aggregate {
 constexpr int64_t kEmaMaxLayers = 512;             // of ema_scan's backward
-constexpr int64_t kDepthAttentionMaxMemory = 256;  // the most taps that a state may attend to
+constexpr int64_t kDepthAttentionMaxWindow = 256;  // the most taps that a state may attend to
 
 int64_t ema_scan_forward_workspace(const EmaScanForward& args);
 void ema_scan_forward(const EmaScanForward& args, void* stream);
@@ -174,12 +174,12 @@ void gru_step_backward(const GruStepBackward& args, void* stream);
 // depth_attention, one layer, between the products of matrices.
 struct AttentionStep {
     DType dtype;
-    int64_t layers, tokens, heads, head_width;
-    int64_t memory;  // at most kDepthAttentionMaxMemory
+    int64_t layers, tokens, num_heads, head_width;
+    int64_t window;  // at most kDepthAttentionMaxWindow
     double scale;
     int64_t layer;
     LayerRows keys, values;  // of all layers
-    const void* query;       // contiguous [tokens, heads·head_width]; null: zeros
+    const void* query;       // contiguous [tokens, num_heads·head_width]; null: zeros
     void* attended;          // the same shape
 };
 void attention_step(const AttentionStep& args, void* stream);
@@ -188,16 +188,16 @@ void attention_step(const AttentionStep& args, void* stream);
 // attention_gradients() makes those of keys and values from.
 struct AttentionStepBackward {
     AttentionStep step;         // attended is not used
-    const void* grad_attended;  // contiguous [tokens, heads·head_width]
+    const void* grad_attended;  // contiguous [tokens, num_heads·head_width]
     void* grad_query;
-    void* weights;      // the accumulation type, [layers, tokens, heads, memory]: of the tap i layers back at i
+    void* weights;      // the accumulation type, [layers, tokens, num_heads, window]: of the tap i layers back at i
     void* grad_logits;  // the same, times scale
 };
 void attention_step_backward(const AttentionStepBackward& args, void* stream);
 
 struct AttentionGradients {
     AttentionStep step;         // neither layer, keys, values, query nor attended are used
-    const void* query;          // contiguous [layers, tokens, heads·head_width]
+    const void* query;          // contiguous [layers, tokens, num_heads·head_width]
     const void* grad_attended;  // as query
     const void* weights;
     const void* grad_logits;

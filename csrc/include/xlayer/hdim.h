@@ -6,7 +6,7 @@
 // over the allowed pairs only; a row without one gets context 0, entropy 0 and no gradient.
 // A pair that is not allowed is never computed with, so NaN and inf in its key or value stay there.
 //
-// Shapes: q [B,Sq,D], k [B,Sk,D], v [B,Sk,H], W1 [M,4D], b1 [M], w2 [M], key_mask [B,Sk], pair_mask [B,Sq,Sk].
+// Shapes: q [B,Sq,D], k [B,Sk,D], v [B,Sk,H], W1 [M,4D], b1 [M], w2 [M], key_mask [B,Sk], attn_mask [B,Sq,Sk].
 // Strides count elements. "Accumulation type" is double for float64 and float for every other dtype.
 #pragma once
 
@@ -34,8 +34,8 @@ struct HdimInputs {
     const void* bias1;
     const void* weight2;
     const uint8_t* key_mask;   // any byte but 0: may be used; null: every key may be
-    const uint8_t* pair_mask;  // the same of pairs
-    int64_t key_mask_stride[2], pair_mask_stride[3];
+    const uint8_t* attn_mask;  // the same of pairs
+    int64_t key_mask_stride[2], attn_mask_stride[3];
 };
 
 struct HdimForward {

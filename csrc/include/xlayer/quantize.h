@@ -13,7 +13,7 @@ enum class VqMetric { euclidean, cosine };
 struct VqRows {
     DType dtype;
     const void* data;
-    int64_t book_stride, row_stride;
+    int64_t codebook_stride, row_stride;
 };
 
 // indices[h, n] = the code k of codebook h that is nearest to x[h, n]; the lowest k of those that are equally near.
@@ -23,24 +23,24 @@ struct VqRows {
 // inf or NaN. Nothing of the size rows × codes is ever written.
 struct VqNearest {
     VqMetric metric;
-    int64_t books, rows, codes, width;  // codes and width at least 1
-    VqRows x, codebook;                 // of one dtype
-    bool tf32;                          // CUDA: products of float32 may be made of factors rounded to tf32
-    int64_t* indices;                   // contiguous [books, rows]
-    void* distance;                     // contiguous [books, rows], float32; float64 for float64
-    void* workspace;                    // vq_nearest_workspace() bytes, aligned to 64
+    int64_t num_codebooks, rows, codes, width;  // codes and width at least 1
+    VqRows x, codebook;                         // of one dtype
+    bool tf32;                                  // CUDA: products of float32 may be made of factors rounded to tf32
+    int64_t* indices;                           // contiguous [num_codebooks, rows]
+    void* distance;                             // contiguous [num_codebooks, rows], float32; float64 for float64
+    void* workspace;                            // vq_nearest_workspace() bytes, aligned to 64
     ThreadPool pool;
 };
 
 // counts[h, k] = how many n have indices[h, n] = k; sums[h, k] = Σ x[h, n] over them, in an order that depends on
 // nothing but the indices. Rows whose index is below 0 or at least `codes` count nowhere.
 struct VqStatistics {
-    int64_t books, rows, codes, width;
+    int64_t num_codebooks, rows, codes, width;
     VqRows x;
-    const int64_t* indices;  // [books, rows]
-    int64_t index_book_stride, index_row_stride;
-    void* counts;     // contiguous [books, codes], float32; float64 for float64
-    void* sums;       // contiguous [books, codes, width], the same
+    const int64_t* indices;  // [num_codebooks, rows]
+    int64_t index_codebook_stride, index_row_stride;
+    void* counts;     // contiguous [num_codebooks, codes], float32; float64 for float64
+    void* sums;       // contiguous [num_codebooks, codes, width], the same
     void* workspace;  // vq_statistics_workspace() bytes, aligned to 64
     ThreadPool pool;
 };

@@ -14,7 +14,7 @@ from xlayer_systems.hf.pretrained import weights_hash
 SMALL = "small"
 SMALL_SCRATCH = "small-scratch"
 # Standard deviations by part of the parameter's name, 0.02 elsewhere.
-START_SCALES = {"word_embeddings": 0.09, "attention.self.query": 0.05, "attention.self.key": 0.05}
+INIT_SCALES = {"word_embeddings": 0.09, "attention.self.query": 0.05, "attention.self.key": 0.05}
 IDENTITY_GAIN = 0.7
 SMALL_FOLDER = Path(__file__).parent.parent / "assets" / "encoder-small"
 
@@ -56,7 +56,7 @@ def start_as_average(encoder: Any) -> Any:
         for name, weight in encoder.named_parameters():
             if weight.ndim < 2:
                 continue
-            scale = next((scale for part, scale in START_SCALES.items() if part in name), 0.02)
+            scale = next((scale for part, scale in INIT_SCALES.items() if part in name), 0.02)
             weight.normal_(0.0, scale)
             if "attention.self.value" in name or "attention.output.dense" in name:
                 weight.add_(IDENTITY_GAIN * identity)

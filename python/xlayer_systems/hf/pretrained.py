@@ -19,6 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from xlayer_systems.training.options import with_current_names
+
 Config = TypeVar("Config")
 DESCRIBED = ("model_type", "hidden_size", "num_hidden_layers")
 
@@ -69,8 +71,12 @@ def read_config(kind: type[Config], values: Mapping[str, Any], folder: Path) -> 
     """Makes a config dataclass from a file in ``folder``.
 
     Raises:
-        ValueError: the file has options that this version does not know, or values out of range.
+        ValueError: the file has options that this version does not know, or one by two names, or values out of range.
     """
+    try:
+        values = with_current_names(kind, values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder} has a damaged configuration: {error}") from error
     unknown = sorted(set(values) - {field.name for field in dataclasses.fields(kind)})  # type: ignore[arg-type]
     if unknown:
         raise ValueError(f"{folder} has options that this version does not know: {', '.join(unknown)}")

@@ -53,7 +53,7 @@ class AttachConfig:
     expansion_rate: int = option(4, "number of residual streams", minimum=1)
     use_tanh: bool = option(True, "bound the dynamic coefficients of dhc by tanh")
     norm: str = option("layer", "norm of the streams in dhc", choices=("layer", "rms"))
-    iterations: int = option(20, "iterations of Sinkhorn-Knopp in mhc", minimum=1)
+    sinkhorn_iters: int = option(20, "iterations of Sinkhorn-Knopp in mhc", minimum=1, earlier="iterations")
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -63,7 +63,7 @@ class AttachConfig:
         place: dict[str, Any] = {"expansion_rate": self.expansion_rate, "layer_index": sublayer}
         place |= {"device": like.device, "dtype": like.dtype}
         if self.residual == "mhc":
-            return ManifoldHyperConnection(hidden_size, iterations=self.iterations, **place)
+            return ManifoldHyperConnection(hidden_size, sinkhorn_iters=self.sinkhorn_iters, **place)
         kind: dict[str, Any] = {"static_weights": self.residual == "shc", "use_tanh": self.use_tanh, "norm": self.norm}
         return HyperConnection(hidden_size, **kind, **place)
 

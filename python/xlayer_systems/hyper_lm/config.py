@@ -31,7 +31,9 @@ class HyperLMConfig:
     hidden_size: int = option(768, "width of the model", minimum=1)
     num_layers: int = option(12, "transformer blocks", minimum=1)
     num_heads: int = option(12, "attention heads of a block", minimum=1)
-    feed_forward: int | None = option(None, "width of the MLP; none: 4 · hidden_size", minimum=1)
+    intermediate_size: int | None = option(
+        None, "width of the MLP; none: 4 · hidden_size", minimum=1, earlier="feed_forward"
+    )
     use_tanh: bool = option(True, "bound the dynamic coefficients of dhc by tanh")
     norm: Literal["layer", "rms"] = option("layer", "norm of the streams in dhc")
     coefficients: Literal["paper", "per_stream"] = option("paper", "coefficients of mhc, see ManifoldHyperConnection")
@@ -58,7 +60,7 @@ class HyperLMConfig:
     @property
     def inner_size(self) -> int:
         """Returns the width of the MLP."""
-        return self.feed_forward or 4 * self.hidden_size
+        return self.intermediate_size or 4 * self.hidden_size
 
     @property
     def weight_scale(self) -> float:

@@ -10,7 +10,7 @@ from xlayer_systems.hyper_lm.config import HyperLMConfig
 
 
 class KeyValues:
-    """Keys and values ``[B, heads, T, head_size]`` of the tokens that one layer has seen."""
+    """Keys and values ``[B, num_heads, T, head_size]`` of the tokens that one layer has seen."""
 
     def __init__(self) -> None:
         self.keys: Tensor | None = None
@@ -32,14 +32,14 @@ class Attention(nn.Module):
 
     def __init__(self, config: HyperLMConfig) -> None:
         super().__init__()
-        self.heads, self.head_size = config.num_heads, config.head_size
+        self.num_heads, self.head_size = config.num_heads, config.head_size
         self.input = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
         self.output = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, rotation: Tensor, past: KeyValues | None = None) -> Tensor:
         """Computes the output ``[B, S, d]`` for ``x``; ``past`` holds earlier keys and values, and grows."""
-        queries_keys, values = self.input(x).unflatten(-1, (3, self.heads, self.head_size)).split([2, 1], dim=2)
-        queries, keys = rotate(queries_keys, rotation).transpose(1, 3).unbind(2)  # [B, heads, S, head_size]
+        queries_keys, values = self.input(x).unflatten(-1, (3, self.num_heads, self.head_size)).split([2, 1], dim=2)
+        queries, keys = rotate(queries_keys, rotation).transpose(1, 3).unbind(2)  # [B, num_heads, S, head_size]
         values = values.squeeze(2).transpose(1, 2)
         mask = None
         if past is not None:
@@ -73,7 +73,7 @@ def rotations(start: int, length: int, head_size: int, base: float, like: Tensor
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Rotates features i and i + head_size/2 of ``x [B, S, 2, heads, head_size]`` by their position's angle."""
+    """Rotates features i and i + head_size/2 of ``x [B, S, 2, num_heads, head_size]`` by their position's angle."""
     cosine, sine = rotation.to(x.dtype)
     first, second = x.chunk(2, -1)
     return torch.cat([first * cosine - second * sine, first * sine + second * cosine], -1)

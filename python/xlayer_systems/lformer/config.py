@@ -12,6 +12,7 @@ Pooling = Literal["mean", "first", "last", "attention"]
 Kind = Literal["ema", "gru", "attn", "head_only"]
 AGGREGATORS: tuple[str, ...] = get_args(Kind)
 PRESETS = AGGREGATORS  # one per aggregator, under its name
+_AGGREGATOR_FIELDS = {"type": "aggregator", "num_heads": "aggregator_heads", "window": "window"}
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,13 @@ class ModelConfig:
     """
 
     vocab_size: int = option(5000, "vocabulary of a base made here", minimum=1)
-    d_model: int = option(512, "width of a base made here", minimum=1)
-    n_layers: int = option(8, "layers of a base made here", minimum=1)
-    n_heads: int = option(8, "attention heads of a base made here", minimum=1)
-    d_ff: int = option(2048, "inner width of a base made here", minimum=1)
+    hidden_size: int = option(512, "width of a base made here", minimum=1, earlier="d_model")
+    num_layers: int = option(8, "layers of a base made here", minimum=1, earlier="n_layers")
+    num_heads: int = option(8, "attention heads of a base made here", minimum=1, earlier="n_heads")
+    intermediate_size: int = option(2048, "inner width of a base made here", minimum=1, earlier="d_ff")
     dropout: float = option(0.1, "dropout of a base made here and of the side path", minimum=0, below=1)
     max_length: int = option(1024, "tokens that a base made here can read", minimum=1)
-    d_side: int = option(128, "width of the side path and its state", minimum=1)
+    side_size: int = option(128, "width of the side path and its state", minimum=1, earlier="d_side")
     tap_every: int = option(1, "read every so many layers, counted back from the last, which always is", minimum=1)
     sequence_wise: bool | None = option(
         None,
@@ -45,19 +46,19 @@ class ModelConfig:
         "parameters on the last hidden state",
         choices=AGGREGATORS,
     )
-    heads: int = option(4, "attention heads of attn", minimum=1)
-    memory: int = option(4, "earlier taps that attn reads", minimum=1)
+    aggregator_heads: int = option(4, "attention heads of attn", minimum=1, earlier="heads")
+    window: int = option(4, "earlier taps that attn reads", minimum=1, earlier="memory")
     equal_to: Literal["ema", "gru", "attn"] = option("ema", "whose number of parameters head_only has")
     detach_taps: bool = option(
         True, "no gradient goes from the side path to the base; phase A always detaches, phase B never"
     )
     lambda_lm: float = option(1.0, "weight of the loss of the next token", minimum=0)
     lambda_plan: float = option(0.2, "weight of the loss of the plan", minimum=0)
-    n_tools: int = option(5, "tools to choose from", minimum=1)
+    num_tools: int = option(5, "tools to choose from", minimum=1, earlier="n_tools")
     use_tool_head: bool = option(True, "choose a tool")
     use_value_head: bool = option(True, "predict a number")
     plan_decoder: bool = option(False, "generate a sequence of steps, in tokens of its own")
-    n_steps: int = option(16, "different steps that a plan may have", minimum=1)
+    num_steps: int = option(16, "different steps that a plan may have", minimum=1, earlier="n_steps")
     plan_length: int = option(8, "steps of a plan at most", minimum=1)
     tree_checkpoint: int = option(
         0, "with ema: keep the state after so many taps and aggregate the kept ones again; 0: never", minimum=0
@@ -89,23 +90,21 @@ class ModelConfig:
     @classmethod
     def tiny(cls, **changes: Any) -> ModelConfig:
         """Returns the configuration of a model that a test can train."""
-        sizes = {"vocab_size": 1000, "d_model": 64, "n_layers": 4, "n_heads": 4, "d_ff": 128, "d_side": 32}
-        return cls(**{**sizes, "dropout": 0.0, "max_length": 128, **changes})
+        base = {"vocab_size": 1000, "hidden_size": 64, "num_layers": 4, "num_heads": 4, "intermediate_size": 128}
+        return cls(**{**base, "side_size": 32, "dropout": 0.0, "max_length": 128, **changes})
 
     def taps(self, layers: int) -> list[int]:
         """Returns which of the ``layers + 1`` hidden states of a base are tapped; 0, the embeddings, is not."""
         return list(range(layers, 0, -self.tap_every))[::-1]
 
     def _take_aggregator(self) -> None:
-        """Splits ``{"type": ..., "heads": ..., "memory": ...}`` into three fields."""
+        """Splits ``{"type": ..., "num_heads": ..., "window": ...}`` into three fields."""
         if isinstance(self.aggregator, Mapping):
-            given = dict(self.aggregator)
-            unknown = set(given) - {"type", "heads", "memory"}
-            if unknown or "type" not in given:
-                raise ValueError(f"aggregator must have a type and may have heads and memory, got {self.aggregator!r}")
-            object.__setattr__(self, "aggregator", given.pop("type"))
+            given = self.aggregator
+            if "type" not in given or set(given) - _AGGREGATOR_FIELDS.keys():
+                raise ValueError(f"aggregator must have a type and may have num_heads and window, got {given!r}")
             for name, value in given.items():
-                object.__setattr__(self, name, value)
+                object.__setattr__(self, _AGGREGATOR_FIELDS[name], value)
 
 
 @dataclass(frozen=True)

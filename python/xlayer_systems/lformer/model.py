@@ -54,10 +54,10 @@ class LFormerOutput:
         loss: weighted sum of the losses, None without targets.
         losses: by name: tool, value, plan, lm in nats or squares, before their weights; gates, weighted.
         logits_lm: ``[B, S, V]``.
-        logits_tools: ``[B, n_tools]``.
+        logits_tools: ``[B, num_tools]``.
         values: ``[B]``, in the units of the targets.
         plan: ``[B, plan_length]``, the most likely steps, −100 behind the end.
-        states: of the side path, ``[L, B, d_side]``, per token ``[L, B, S, d_side]``; in training the last alone.
+        states: of the side path, ``[L, B, side_size]``, per token ``[L, B, S, side_size]``; in training the last alone.
     """
 
     loss: Tensor | None = None
@@ -116,7 +116,7 @@ class LFormer(Attachment):
         self.path = make_path(config, len(layers), width)
         self.heads = Heads(config)
         if config.blend_into_lm:
-            self.blend = nn.Linear(config.d_side, width, bias=False)
+            self.blend = nn.Linear(config.side_size, width, bias=False)
             self.blend_gate = nn.Parameter(torch.zeros(1, device=self.base.device, dtype=self.base.dtype))
         if hasattr(decoder, _MARK):
             raise ValueError("this model has a side path already; call its remove() first")
@@ -327,7 +327,7 @@ class LFormer(Attachment):
     def _use_heads(
         self, output: LFormerOutput, state: Tensor, tools: Tensor | None, values: Tensor | None, plan: Tensor | None
     ) -> dict[str, Tensor]:
-        """Fills in the predictions from ``state [B, d_side]``, and returns the losses of the targets."""
+        """Fills in the predictions from ``state [B, side_size]``, and returns the losses of the targets."""
         heads, losses = self.heads, {}
         state = heads.norm(state)
         if heads.tool is not None:
@@ -383,7 +383,7 @@ def attach(model: Any, config: ModelConfig | str | None = None, **options: Any) 
     Example::
 
         >>> base = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=3, n_head=2)).eval()
-        >>> model = attach(base, d_side=16, aggregator="gru").eval()
+        >>> model = attach(base, side_size=16, aggregator="gru").eval()
         >>> model(torch.arange(12).view(2, 6)).states.shape
         torch.Size([3, 2, 16])
     """
@@ -394,9 +394,10 @@ def make_base(config: ModelConfig) -> Any:
     """Returns a GPT-2 with fresh parameters."""
     return GPT2LMHeadModel(
         GPT2Config(
-            vocab_size=config.vocab_size, n_positions=config.max_length, n_embd=config.d_model,
-            n_layer=config.n_layers, n_head=config.n_heads, n_inner=config.d_ff, resid_pdrop=config.dropout,
-            embd_pdrop=config.dropout, attn_pdrop=config.dropout, bos_token_id=None, eos_token_id=None,
+            vocab_size=config.vocab_size, n_positions=config.max_length, n_embd=config.hidden_size,
+            n_layer=config.num_layers, n_head=config.num_heads, n_inner=config.intermediate_size,
+            resid_pdrop=config.dropout, embd_pdrop=config.dropout, attn_pdrop=config.dropout, bos_token_id=None,
+            eos_token_id=None,
         )
     )  # fmt: skip
 

@@ -21,20 +21,22 @@ class SidePath(nn.Module):
 
     Args:
         config: kind and sizes.
-        layers, d_model: of the base.
+        num_layers, hidden_size: of the base.
     """
 
-    def __init__(self, config: ModelConfig, layers: int, d_model: int) -> None:
+    def __init__(self, config: ModelConfig, num_layers: int, hidden_size: int) -> None:
         super().__init__()
-        self.taps = config.taps(layers)
+        self.taps = config.taps(num_layers)
         pooling = config.pooling if config.is_sequence_wise else None
-        self.projector = TapProjector(len(self.taps), d_model, config.d_side, pooling=pooling, dropout=config.dropout)
+        self.projector = TapProjector(
+            len(self.taps), hidden_size, config.side_size, pooling=pooling, dropout=config.dropout
+        )
         self.aggregator = make_aggregator(config, len(self.taps))
 
     def forward(self, hidden: Sequence[Tensor], mask: Tensor | None, last_only: bool = True) -> Tensor:
-        """Maps ``layers + 1`` hidden states ``[B, S, d_model]`` to states ``[L, B, d_side]``.
+        """Maps ``num_layers + 1`` hidden states ``[B, S, hidden_size]`` to states ``[L, B, side_size]``.
 
-        Per token they are ``[L, B, S, d_side]``. With ``last_only`` L is 1.
+        Per token they are ``[L, B, S, side_size]``. With ``last_only`` L is 1.
         """
         z = self.projector([hidden[tap] for tap in self.taps], mask)
         states: Tensor = self.aggregator(z, last_only=last_only)
@@ -44,15 +46,15 @@ class SidePath(nn.Module):
 class HeadOnlyPath(nn.Module):
     """Is the baseline without a side path: an MLP on the last hidden state, with as many parameters as a side path."""
 
-    def __init__(self, config: ModelConfig, layers: int, d_model: int) -> None:
+    def __init__(self, config: ModelConfig, num_layers: int, hidden_size: int) -> None:
         super().__init__()
         like = dataclasses.replace(config, aggregator=config.equal_to)
-        wanted = count(SidePath(like, layers, d_model))
+        wanted = count(SidePath(like, num_layers, hidden_size))
         pooling = config.pooling if config.is_sequence_wise else None
-        fixed = config.d_side + d_model * (pooling == "attention")
-        width = max(1, round((wanted - fixed) / (d_model + 1 + config.d_side)))
-        self.projector = TapProjector(1, d_model, width, pooling=pooling, dropout=config.dropout)
-        self.mlp = nn.Sequential(nn.GELU(), nn.Linear(width, config.d_side))
+        fixed = config.side_size + hidden_size * (pooling == "attention")
+        width = max(1, round((wanted - fixed) / (hidden_size + 1 + config.side_size)))
+        self.projector = TapProjector(1, hidden_size, width, pooling=pooling, dropout=config.dropout)
+        self.mlp = nn.Sequential(nn.GELU(), nn.Linear(width, config.side_size))
 
     def forward(self, hidden: Sequence[Tensor], mask: Tensor | None, last_only: bool = True) -> Tensor:
         """Maps the last hidden state to one state, as `SidePath` does."""
@@ -60,19 +62,21 @@ class HeadOnlyPath(nn.Module):
         return states
 
 
-def make_aggregator(config: ModelConfig, layers: int) -> Aggregator:
+def make_aggregator(config: ModelConfig, num_layers: int) -> Aggregator:
     """Returns the aggregator that ``config`` names."""
     if config.aggregator == "gru":
-        return GRUAggregator(layers, config.d_side)
+        return GRUAggregator(num_layers, config.side_size)
     if config.aggregator == "attn":
-        return DepthAttentionAggregator(layers, config.d_side, heads=config.heads, memory=config.memory)
-    return EMAAggregator(layers, config.d_side, tree_checkpoint=config.tree_checkpoint)
+        return DepthAttentionAggregator(
+            num_layers, config.side_size, num_heads=config.aggregator_heads, window=config.window
+        )
+    return EMAAggregator(num_layers, config.side_size, tree_checkpoint=config.tree_checkpoint)
 
 
-def make_path(config: ModelConfig, layers: int, d_model: int) -> SidePath | HeadOnlyPath:
+def make_path(config: ModelConfig, num_layers: int, hidden_size: int) -> SidePath | HeadOnlyPath:
     """Returns the side path, or its replacement in ``head_only``."""
     kind = HeadOnlyPath if config.aggregator == "head_only" else SidePath
-    return kind(config, layers, d_model)
+    return kind(config, num_layers, hidden_size)
 
 
 def count(module: nn.Module) -> int:
@@ -81,17 +85,17 @@ def count(module: nn.Module) -> int:
 
 
 class Heads(nn.Module):
-    """Predicts tool, value and plan from a state ``[B, d_side]``. Values are standardized inside (`calibrate`)."""
+    """Predicts tool, value and plan from a state ``[B, side_size]``. Values are standardized inside (`calibrate`)."""
 
     value_mean: Tensor
     value_std: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(config.d_side)
-        self.tool = nn.Linear(config.d_side, config.n_tools) if config.use_tool_head else None
-        self.value = nn.Linear(config.d_side, 1) if config.use_value_head else None
-        self.plan = PlanDecoder(config.d_side, config.n_steps, config.plan_length) if config.plan_decoder else None
+        self.norm = nn.LayerNorm(config.side_size)
+        self.tool = nn.Linear(config.side_size, config.num_tools) if config.use_tool_head else None
+        self.value = nn.Linear(config.side_size, 1) if config.use_value_head else None
+        self.plan = PlanDecoder(config.side_size, config.num_steps, config.plan_length) if config.plan_decoder else None
         self.register_buffer("value_mean", torch.zeros(1))
         self.register_buffer("value_std", torch.ones(1))
 
@@ -111,20 +115,20 @@ class PlanDecoder(nn.Module):
     """Predicts a plan step by step: a recurrent unit that starts from the state and reads its own last step.
 
     Args:
-        d_side: width of the state and of the unit.
-        n_steps: steps are 0 … n_steps − 1; n_steps itself stands for start and end.
+        side_size: width of the state and of the unit.
+        num_steps: steps are 0 … num_steps − 1; num_steps itself stands for start and end.
         length: steps of a plan at most.
     """
 
-    def __init__(self, d_side: int, n_steps: int, length: int) -> None:
+    def __init__(self, side_size: int, num_steps: int, length: int) -> None:
         super().__init__()
-        self.end, self.length = n_steps, length
-        self.embedding = nn.Embedding(n_steps + 1, d_side)
-        self.unit = nn.GRU(d_side, d_side, batch_first=True)
-        self.out = nn.Linear(d_side, n_steps + 1)
+        self.end, self.length = num_steps, length
+        self.embedding = nn.Embedding(num_steps + 1, side_size)
+        self.unit = nn.GRU(side_size, side_size, batch_first=True)
+        self.out = nn.Linear(side_size, num_steps + 1)
 
     def forward(self, state: Tensor, plan: Tensor) -> Tensor:
-        """Computes the logits ``[B, P + 1, n_steps + 1]`` of every step of ``plan [B, P]``, and of the end behind
+        """Computes the logits ``[B, P + 1, num_steps + 1]`` of every step of ``plan [B, P]``, and of the end behind
         it."""
         before = F.pad(plan.masked_fill(plan == IGNORED, self.end), (1, 0), value=self.end)
         said, _ = self.unit(self.embedding(before), state.unsqueeze(0).contiguous())

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from xlayer_ext.nn.aggregate import START_LOGIT
+from xlayer_ext.nn.aggregate import INIT_LOGIT
 
 Evaluations = Sequence[Mapping[str, Any]]
 
@@ -39,7 +39,7 @@ def plot_paths(runs: Mapping[str, Sequence[Evaluations]], path: Path) -> bool:
         last = seeds[0][-1].get("usage", {}).get("movement", {})
         if last:
             movement.plot(list(last), list(last.values()), color=color, marker=".", label=name)
-    gates.axhline(1 / (1 + math.exp(-START_LOGIT)), color="gray", linestyle=":", label="start")
+    gates.axhline(1 / (1 + math.exp(-INIT_LOGIT)), color="gray", linestyle=":", label="start")
     accuracy.set(xlabel="step", ylabel="validation accuracy of the tool")
     gates.set(xlabel="step", ylabel="gate of each layer")
     movement.set(xlabel="layer", ylabel="share in the state's movement", ylim=(0, None))

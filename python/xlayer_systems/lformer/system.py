@@ -54,7 +54,9 @@ class LFormerSystem(ToolUseReport):
         if preset not in PRESETS:
             raise UserError(f"unknown preset {preset!r}; expected one of {', '.join(PRESETS)}")
         width = 64 if backbone == SENDER else 128
-        return ModelConfig(aggregator=preset, d_side=width, pooling="attention", plan_decoder=True, last_k_unfreeze=2)
+        return ModelConfig(
+            aggregator=preset, side_size=width, pooling="attention", plan_decoder=True, last_k_unfreeze=2
+        )
 
     def options(self, preset: str, dataset: str, backbone: str, quick: bool) -> LFormerOptions:
         options = LFormerOptions()
@@ -78,8 +80,8 @@ class LFormerSystem(ToolUseReport):
         task = data.task
         fitted = dataclasses.replace(
             config,
-            n_tools=len(task.tools),
-            n_steps=len(task.steps),
+            num_tools=len(task.tools),
+            num_steps=len(task.steps),
             plan_length=data.plan_length,
             plan_decoder=config.plan_decoder and data.has_plans,
             use_value_head=config.use_value_head and len(data.values) > 1,

@@ -32,7 +32,7 @@ from xlayer_systems.reporting.tables import evaluations_of
 from xlayer_systems.runs.spec import RunSpec
 from xlayer_systems.training.directory import Record, RunDirectory
 from xlayer_systems.training.optim import decay_groups
-from xlayer_systems.training.options import LanguageModelOptions, check_fields, option
+from xlayer_systems.training.options import LanguageModelOptions, check_fields, option, with_current_names
 
 PRETRAINING = LanguageModelOptions(
     batch_size=16, max_length=128, learning_rate=3e-3, warmup=0.05, eval_blocks=128, eval_every=200, max_steps=900
@@ -45,12 +45,12 @@ EMBEDDING_SCALE, PROJECTION_GAIN = 0.06, 0.8
 class DecoderShape:
     """Defines a small decoder."""
 
-    vocabulary: int = option(4096, "tokens of the vocabulary", minimum=1)
+    vocab_size: int = option(4096, "tokens of the vocabulary", minimum=1, earlier="vocabulary")
     hidden_size: int = option(160, "width", minimum=1)
-    feed_forward: int = option(448, "inner width", minimum=1)
-    layers: int = option(4, "layers", minimum=1)
-    heads: int = option(4, "attention heads; must divide the width", minimum=1)
-    positions: int = option(1024, "tokens of the longest input", minimum=1)
+    intermediate_size: int = option(448, "inner width", minimum=1, earlier="feed_forward")
+    num_layers: int = option(4, "layers", minimum=1, earlier="layers")
+    num_heads: int = option(4, "attention heads; must divide the width", minimum=1, earlier="heads")
+    max_position_embeddings: int = option(1024, "tokens of the longest input", minimum=1, earlier="positions")
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -58,7 +58,7 @@ class DecoderShape:
 
 SHAPES = {
     "sender": DecoderShape(),
-    "receiver": DecoderShape(vocabulary=3072, hidden_size=128, feed_forward=352),
+    "receiver": DecoderShape(vocab_size=3072, hidden_size=128, intermediate_size=352),
 }
 
 
@@ -83,11 +83,11 @@ def make_decoder(shape: DecoderShape, tokenizer: Any) -> Any:
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=shape.hidden_size,
-        intermediate_size=shape.feed_forward,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads,
-        max_position_embeddings=shape.positions,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_heads,
+        max_position_embeddings=shape.max_position_embeddings,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -100,7 +100,7 @@ def make_decoder(shape: DecoderShape, tokenizer: Any) -> Any:
                 continue
             scale = EMBEDDING_SCALE if "embed_tokens" in name else PROJECTION_GAIN * weight.shape[1] ** -0.5
             if "o_proj" in name or "down_proj" in name:
-                scale /= (2 * shape.layers) ** 0.5
+                scale /= (2 * shape.num_layers) ** 0.5
             weight.normal_(0.0, scale)
     return decoder
 
@@ -129,17 +129,17 @@ class DecoderPretraining(BackbonePretraining):
         """Translates the description of a run before pretraining was one like all others."""
         if "shape" not in stored:
             return stored
-        known = {name for name, shape in SHAPES.items() if dataclasses.asdict(shape) == stored["shape"]}
-        return self.upgraded(stored, known.pop() if known else self.default_preset, stored["shape"])
+        shape = with_current_names(DecoderShape, stored["shape"])
+        known = {name for name, found in SHAPES.items() if dataclasses.asdict(found) == shape}
+        return self.upgraded(stored, known.pop() if known else self.default_preset, shape)
 
     def prepare(self, spec: RunSpec, whole: bool = False) -> DecoderData:
         options, shape = spec.options, spec.config
-        if options.max_length > shape.positions:
-            raise UserError(
-                f"max_length must be at most the decoder's {shape.positions} positions, got {options.max_length}"
-            )
+        if options.max_length > shape.max_position_embeddings:
+            most = shape.max_position_embeddings
+            raise UserError(f"max_length must be at most the decoder's {most} positions, got {options.max_length}")
         text = decoder_text(self.corpus or load_corpus(), spec.seed)
-        tokenizer = train_tokenizer(text.train, shape.vocabulary, shape.positions, keep_text=True)
+        tokenizer = train_tokenizer(text.train, shape.vocab_size, shape.max_position_embeddings, keep_text=True)
         data = DecoderData(text, tokenizer, options.max_length, None if whole else options.eval_blocks)
         data.fingerprint = text.fingerprint  # the tokenizer follows from text and config
         return data

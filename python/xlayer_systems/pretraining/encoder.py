@@ -47,12 +47,12 @@ FINE_TUNING_DROPOUT = 0.1
 class EncoderConfig:
     """Defines the small encoder (about 1.7 M parameters by default) and its objective."""
 
-    vocabulary: int = option(5000, "tokens of the vocabulary", minimum=1)
+    vocab_size: int = option(5000, "tokens of the vocabulary", minimum=1, earlier="vocabulary")
     hidden_size: int = option(128, "width", minimum=1)
-    layers: int = option(6, "layers", minimum=1)
-    heads: int = option(4, "attention heads; must divide the width", minimum=1)
-    feed_forward: int = option(512, "inner width", minimum=1)
-    positions: int = option(130, "tokens of the longest input", minimum=1)
+    num_layers: int = option(6, "layers", minimum=1, earlier="layers")
+    num_heads: int = option(4, "attention heads; must divide the width", minimum=1, earlier="heads")
+    intermediate_size: int = option(512, "inner width", minimum=1, earlier="feed_forward")
+    max_position_embeddings: int = option(130, "tokens of the longest input", minimum=1, earlier="positions")
     contrast: float = option(1.0, "weight of the contrastive loss; 0 leaves masked tokens only", minimum=0)
 
     def __post_init__(self) -> None:
@@ -225,13 +225,13 @@ class EncoderPretraining(BackbonePretraining):
     def prepare(self, spec: RunSpec, whole: bool = False) -> PassagePairs:
         corpus, shape = self.corpus or load_corpus(), spec.config
         texts = (text for file in corpus.of("train") for pair in passages(file) for text in pair if text)
-        tokenizer = train_tokenizer(texts, shape.vocabulary, shape.positions)
+        tokenizer = train_tokenizer(texts, shape.vocab_size, shape.max_position_embeddings)
         return PassagePairs(corpus, tokenizer, spec.options.max_length, spec.seed)
 
     def build(self, backbone: Any, config: EncoderConfig, data: PassagePairs, options: TrainOptions) -> PretrainModel:
         tokenizer = data.tokenizer
         # A short pretraining underfits, so it goes without dropout; fine-tuning on far less text needs it.
-        encoder = make_encoder(dataclasses.replace(config, vocabulary=len(tokenizer)), tokenizer, dropout=0.0)
+        encoder = make_encoder(dataclasses.replace(config, vocab_size=len(tokenizer)), tokenizer, dropout=0.0)
         frequencies = data.log_frequencies(len(tokenizer))
         return PretrainModel(encoder, len(SPECIAL_TOKENS), tokenizer.mask_token_id, frequencies, config.contrast)
 
@@ -264,12 +264,12 @@ def make_encoder(shape: EncoderConfig, tokenizer: Any, dropout: float) -> nn.Mod
     from transformers import RobertaConfig, RobertaModel
 
     config = RobertaConfig(
-        vocab_size=shape.vocabulary,
+        vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        intermediate_size=shape.feed_forward,
-        max_position_embeddings=shape.positions + 2,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        intermediate_size=shape.intermediate_size,
+        max_position_embeddings=shape.max_position_embeddings + 2,
         type_vocab_size=1,
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,

@@ -44,7 +44,7 @@ def _train(system: System, spec: RunSpec, accelerator: Any, run: RunDirectory, r
     data = system.prepare(spec)
     description, recorded = spec.to_dict(), environment(data.fingerprint)
     if resume:
-        finished = run.hold(description, recorded, system.upgrade)
+        finished = run.hold(description, recorded, lambda stored: system.translate(stored, spec.config, spec.options))
         if finished is not None:
             return finished
     names = ("system", "preset", "dataset", "backbone", "seed")

@@ -21,7 +21,7 @@ AllRecords = dict[str, list[list[Record]]]  # per variant, per seed: metrics.jso
 
 @dataclass(frozen=True)
 class Variant:
-    """Holds a preset with overrides, written ``H9`` or ``H9:router_weight=full_softmax:topk=2``."""
+    """Holds a preset with overrides, written ``H9`` or ``H9:router_weight=full_softmax:top_k=2``."""
 
     name: str
     preset: str

@@ -20,6 +20,7 @@ from xlayer_systems.training.options import (
     LoopOptions,
     apply_overrides,
     check_seed,
+    current_overrides,
     json_schema,
     plain,
     split_overrides,
@@ -174,11 +175,12 @@ class System(ABC):
         """
         try:
             stored = self.upgrade(stored)
-            kept = {field.name: stored[field.name] for field in dataclasses.fields(RunSpec)}
             preset, backbone = stored["preset"], stored["backbone"]
             base = self.config(preset, backbone)
-            config = None if stored["config"] is None else dataclasses.replace(base, **stored["config"])
             options = self.options(preset, stored["dataset"], backbone, quick=False)
+            stored = self.translate(stored, base, options)
+            config = None if stored["config"] is None else dataclasses.replace(base, **stored["config"])
+            kept = {field.name: stored[field.name] for field in dataclasses.fields(RunSpec)}
             return RunSpec(**{**kept, "config": config, "options": dataclasses.replace(options, **stored["options"])})
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"this run's config.json does not fit this version of xlayer: {error}") from error
@@ -186,6 +188,21 @@ class System(ABC):
     def upgrade(self, stored: Mapping[str, Any]) -> Mapping[str, Any]:
         """Translates a run's description that an earlier version wrote; the default returns it as it is."""
         return stored
+
+    def translate(self, stored: Mapping[str, Any], config: Any, options: LoopOptions) -> dict[str, Any]:
+        """Translates a run's description that an earlier version wrote: its form by `upgrade`, then the names in it.
+
+        Args:
+            config, options: dataclasses of the kinds that the run has; their values do not matter.
+
+        Raises:
+            UserError: a field is given by its earlier and by its present name.
+        """
+        translated = dict(self.upgrade(stored))
+        for name, kind in (("config", config), ("options", options)):
+            if isinstance(translated.get(name), Mapping):
+                translated[name] = current_overrides(translated[name], kind)
+        return translated
 
     def schema(self, preset: str | None = None, quick: bool = False) -> dict[str, Any]:
         """Returns the JSON schema of everything that `make_spec` takes, made of the fields of the dataclasses.

@@ -58,21 +58,21 @@ class TelepathyBridge(nn.Module):
         self.config, self.dimensions = config, dimensions
         self.target_rms = config.target_rms or target_rms
         source, target, vocabulary = dimensions
-        width = config.width or target
-        if width % config.heads:
-            raise ValueError(f"heads must divide the bridge's width {width}, got {config.heads}")
+        width = config.hidden_size or target
+        if width % config.num_heads:
+            raise ValueError(f"num_heads must divide the bridge's width {width}, got {config.num_heads}")
         self.normalizer: nn.Module = nn.Identity()
         if config.normalizer != "none":
             self.normalizer = StatisticalNormalizer(source, target, learnable=config.normalizer == "learnable")
         self.dit: DiffusionBridge | None = None
         if config.bridge == "dit":
             self.dit = DiffusionBridge(
-                source, target, config.soft_tokens, width, config.depth, config.heads, config.conditioning,
+                source, target, config.soft_tokens, width, config.num_layers, config.num_heads, config.conditioning,
                 target_scale=self.target_rms,
             )  # fmt: skip
         else:
             self.resampler = PerceiverResampler(
-                source, target, config.soft_tokens, config.depth, config.heads, dim=width
+                source, target, config.soft_tokens, config.num_layers, config.num_heads, hidden_size=width
             )
             start_as_messages(self.resampler)
         if config.bridge == "vq":
@@ -84,7 +84,7 @@ class TelepathyBridge(nn.Module):
                 decay=config.decay,
                 commitment_weight=config.commitment,
                 entropy_weight=config.entropy,
-                threshold_dead=config.revive_below,
+                threshold_ema_dead_code=config.threshold_ema_dead_code,
             )
         elif config.bridge == "fsq":
             # Projections of its own, so that the variance loss sees the codes themselves.

@@ -34,9 +34,9 @@ class TelepathyConfig:
     conditioning: Literal["pooled", "cross", "hybrid"] = option(
         "hybrid", "how the diffusion transformer sees the source"
     )
-    depth: int = option(2, "blocks of the resampler or the diffusion transformer", minimum=1)
-    heads: int = option(8, "attention heads of a block; must divide the width", minimum=1)
-    width: int | None = option(None, "inner width; none takes the receiver's", minimum=1)
+    num_layers: int = option(2, "blocks of the resampler or the diffusion transformer", minimum=1, earlier="depth")
+    num_heads: int = option(8, "attention heads of a block; must divide the width", minimum=1, earlier="heads")
+    hidden_size: int | None = option(None, "inner width; none takes the receiver's", minimum=1, earlier="width")
     scaling: Literal["rms", "tanh", "none"] = option(
         "rms", "brings the output to the scale of the receiver's embeddings"
     )
@@ -71,8 +71,11 @@ class TelepathyConfig:
     decay: float = option(0.99, "decay of those averages", minimum=0, maximum=1)
     commitment: float = option(0.25, "weight of the commitment loss", minimum=0)
     entropy: float = option(0.0, "weight of the entropy of the codes in use", minimum=0)
-    revive_below: float = option(
-        0.0, "codes whose moving average of uses falls below this are revived; 0 leaves them dead", minimum=0
+    threshold_ema_dead_code: float = option(
+        0.0,
+        "codes whose moving average of uses falls below this are revived; 0 leaves them dead",
+        minimum=0,
+        earlier="revive_below",
     )
     levels: tuple[int, ...] = option(
         (8, 8, 8, 8, 8, 8, 8, 8), "levels of finite scalar quantization, one per dimension", minimum=2

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xlayer_ext.functional._checks import check_choice, check_floats, check_integer, check_positive, check_sizes
-from xlayer_ext.nn._reset import ZeroLinear, draw_normal, reset
-from xlayer_systems.telepathy.resampler import Attention, check_states, feed_forward
+from xlayer_systems.telepathy.checks import check_floats, check_integer, check_number, check_sizes, check_states
+from xlayer_systems.telepathy.initialization import ZeroLinear, draw_normal, reset
+from xlayer_systems.telepathy.resampler import Attention, feed_forward
 
 CONDITIONINGS = ("pooled", "cross", "hybrid")
 INIT_DEVIATION = 0.02  # of positions and of the query that pools
@@ -31,9 +31,9 @@ class DiffusionBridge(nn.Module):
         source_dim: width of the states.
         target_dim: width of the soft tokens.
         soft_tokens: K.
-        dim: width inside.
-        depth: number of DiT blocks.
-        heads: of every attention; must divide ``dim``.
+        hidden_size: width inside.
+        num_layers: number of DiT blocks.
+        num_heads: of every attention; must divide ``hidden_size``.
         conditioning: ``"pooled"``: the mean state joins the timestep in every block's AdaLN; ``"cross"``: blocks attend
             to all states, AdaLN gets the timestep alone; ``"hybrid"``: both, the states pooled by a learned query.
         target_scale: what targets are divided by, about their root mean square, so that noise of 1 fits them.
@@ -46,38 +46,40 @@ class DiffusionBridge(nn.Module):
         source_dim: int,
         target_dim: int,
         soft_tokens: int,
-        dim: int,
-        depth: int,
-        heads: int,
+        hidden_size: int,
+        num_layers: int,
+        num_heads: int,
         conditioning: str = "hybrid",
         target_scale: float = 1.0,
     ) -> None:
         super().__init__()
-        check_choice("conditioning", conditioning, CONDITIONINGS)
-        check_sizes(source_dim=source_dim, target_dim=target_dim, soft_tokens=soft_tokens, dim=dim, heads=heads)
-        check_positive(target_scale=target_scale)
-        if dim % heads or dim % 2:
-            raise ValueError(f"dim must be even and a multiple of heads = {heads}, got {dim}")
+        if conditioning not in CONDITIONINGS:
+            raise ValueError(f"conditioning must be one of {', '.join(CONDITIONINGS)}; got {conditioning!r}")
+        check_sizes(source_dim=source_dim, target_dim=target_dim, soft_tokens=soft_tokens)
+        check_sizes(hidden_size=hidden_size, num_heads=num_heads)
+        check_number("target_scale", target_scale, above=0)
+        if hidden_size % num_heads or hidden_size % 2:
+            raise ValueError(f"hidden_size must be even and a multiple of num_heads = {num_heads}, got {hidden_size}")
         self.source_dim, self.soft_tokens, self.target_dim = source_dim, soft_tokens, target_dim
-        self.dim, self.conditioning = dim, conditioning
+        self.hidden_size, self.conditioning = hidden_size, conditioning
         self.init_target_scale = float(target_scale)
         self.register_buffer("target_scale", torch.empty(()))
         nn.init.constant_(self.target_scale, self.init_target_scale)
-        self.source = nn.Sequential(nn.Linear(source_dim, dim), nn.LayerNorm(dim))
-        self.enter = nn.Linear(target_dim, dim)
-        self.positions = nn.Parameter(torch.empty(soft_tokens, dim))
+        self.source = nn.Sequential(nn.Linear(source_dim, hidden_size), nn.LayerNorm(hidden_size))
+        self.enter = nn.Linear(target_dim, hidden_size)
+        self.positions = nn.Parameter(torch.empty(soft_tokens, hidden_size))
         draw_normal(self.positions, INIT_DEVIATION)
-        self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time = nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
         if conditioning == "hybrid":
-            self.gist = nn.Parameter(torch.empty(1, dim))
+            self.gist = nn.Parameter(torch.empty(1, hidden_size))
             draw_normal(self.gist, INIT_DEVIATION)
-            self.pool = Attention(dim, heads)
+            self.pool = Attention(hidden_size, num_heads)
         crosses = conditioning != "pooled"
-        self.blocks = nn.ModuleList(DiTBlock(dim, heads, crosses) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim, elementwise_affine=False)
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, crosses) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(hidden_size, elementwise_affine=False)
         # AdaLN-Zero: the velocity starts as 0.
-        self.modulation = ZeroLinear(dim, 2 * dim)
-        self.leave = ZeroLinear(dim, target_dim)
+        self.modulation = ZeroLinear(hidden_size, 2 * hidden_size)
+        self.leave = ZeroLinear(hidden_size, target_dim)
 
     def reset_parameters(self) -> None:
         """Draws all parts anew, in the constructor's order, and sets the target's scale to that which it was given."""
@@ -154,7 +156,7 @@ class DiffusionBridge(nn.Module):
         return source, kept.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
 
     def _velocity(self, source: Tensor, mask: Tensor | None, pooled: Tensor | None, x_t: Tensor, t: Tensor) -> Tensor:
-        condition = self.time(timestep_embedding(t, self.dim).to(source.dtype))
+        condition = self.time(timestep_embedding(t, self.hidden_size).to(source.dtype))
         if pooled is not None:
             condition = condition + pooled
         hidden = self.enter(x_t) + self.positions
@@ -168,14 +170,14 @@ class DiffusionBridge(nn.Module):
 class DiTBlock(nn.Module):
     """Applies self-attention, attention to the source and feed-forward, modulated and gated by the condition."""
 
-    def __init__(self, dim: int, heads: int, crosses: bool) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, crosses: bool) -> None:
         super().__init__()
-        self.norms = nn.ModuleList(nn.LayerNorm(dim, elementwise_affine=False) for _ in range(2))
-        self.attention = Attention(dim, heads)
-        self.mlp = feed_forward(dim, 4.0)
-        self.modulation = ZeroLinear(dim, 6 * dim)
+        self.norms = nn.ModuleList(nn.LayerNorm(hidden_size, elementwise_affine=False) for _ in range(2))
+        self.attention = Attention(hidden_size, num_heads)
+        self.mlp = feed_forward(hidden_size, 4.0)
+        self.modulation = ZeroLinear(hidden_size, 6 * hidden_size)
         if crosses:
-            self.cross_norm, self.cross_attention = nn.LayerNorm(dim), Attention(dim, heads)
+            self.cross_norm, self.cross_attention = nn.LayerNorm(hidden_size), Attention(hidden_size, num_heads)
 
     def forward(self, hidden: Tensor, condition: Tensor, source: Tensor, mask: Tensor | None) -> Tensor:
         """Computes the velocity ``[B, K, target_dim]`` at ``x_t [B, K, target_dim]`` and times ``t [B]`` in [0, 1]."""
@@ -188,10 +190,10 @@ class DiTBlock(nn.Module):
         return out
 
 
-def timestep_embedding(t: Tensor, dim: int, longest: float = 10_000.0) -> Tensor:
-    """Computes sines and cosines of ``t [B]`` in [0, 1] at dim/2 frequencies from 1000 down to 1000 / longest: ``[B,
-    dim]``."""
-    half = dim // 2
+def timestep_embedding(t: Tensor, hidden_size: int, longest: float = 10_000.0) -> Tensor:
+    """Computes sines and cosines of ``t [B]`` in [0, 1], ``[B, hidden_size]``, at half as many frequencies, from 1000
+    down to 1000 / longest."""
+    half = hidden_size // 2
     frequencies = torch.exp(-math.log(longest) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
     angles = 1000 * t.float().unsqueeze(1) * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)

@@ -13,11 +13,11 @@ from xlayer_systems.telepathy.config import TelepathyConfig
 
 CLASSIFICATION = TelepathyConfig()
 # The first bridges: no output scale, and no diversity loss yet.
-PLAIN = replace(CLASSIFICATION, source_depth=20 / 32, soft_tokens=64, depth=4, scaling="none", batch_diversity=0.0)
+PLAIN = replace(CLASSIFICATION, source_depth=20 / 32, soft_tokens=64, num_layers=4, scaling="none", batch_diversity=0.0)
 ANCHORED = replace(PLAIN, soft_tokens=128, normalizer="learnable", scaling="tanh", info_nce=0.1, anchor=1.0)
 SHARP = replace(ANCHORED, source_depth=16 / 32, soft_tokens=256, anchor=2.0)
 READ_BACK = replace(PLAIN, source_depth=16 / 32, soft_tokens=128, scaling="tanh", target="question_answer")
-DIFFUSION = replace(PLAIN, source_depth=16 / 32, soft_tokens=128, bridge="dit", depth=6, lm=0.0)
+DIFFUSION = replace(PLAIN, source_depth=16 / 32, soft_tokens=128, bridge="dit", num_layers=6, lm=0.0)
 DISCRETE = replace(PLAIN, source_depth=16 / 32, soft_tokens=128, scaling="rms", first_k=None)
 
 PRESETS: dict[str, TelepathyConfig] = {
@@ -35,7 +35,7 @@ PRESETS: dict[str, TelepathyConfig] = {
     "v11": replace(READ_BACK, first_k=10, first_weight=100.0),
     "v12": replace(DIFFUSION, conditioning="pooled"),
     "v13": replace(DIFFUSION, conditioning="cross", anchor_target="question"),
-    "v14": replace(DIFFUSION, conditioning="hybrid", anchor_target="question", width=1024, heads=16),
+    "v14": replace(DIFFUSION, conditioning="hybrid", anchor_target="question", hidden_size=1024, num_heads=16),
     "v15": replace(DISCRETE, batch_diversity=0.1),
     "v15-vq": replace(DISCRETE, bridge="vq", codebook_size=4096, ema=False, entropy=0.1),
     "v15-fsq": replace(DISCRETE, bridge="fsq", levels=(8,) * 8),

@@ -16,16 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xlayer_ext.functional._checks import (
-    check_finite,
-    check_floats,
-    check_mask,
-    check_not_negative,
-    check_positive,
-    check_shapes,
-    check_sizes,
-)
-from xlayer_ext.nn._reset import draw_normal, reset
+from xlayer_systems.telepathy.checks import check_floats, check_number, check_sizes, check_states
+from xlayer_systems.telepathy.initialization import draw_normal, reset
 
 
 class StatisticalNormalizer(nn.Module):
@@ -49,7 +41,7 @@ class StatisticalNormalizer(nn.Module):
     def __init__(self, source_dim: int, target_dim: int, learnable: bool = False, eps: float = 1e-6) -> None:
         super().__init__()
         check_sizes(source_dim=source_dim, target_dim=target_dim)
-        check_not_negative(eps=eps)
+        check_number("eps", eps, minimum=0)
         self.eps = eps
         target = source_dim if source_dim == target_dim else 1
         for name, size in (("source", source_dim), ("target", target)):
@@ -116,10 +108,10 @@ class PerceiverResampler(nn.Module):
         source_dim: width of the states.
         target_dim: width of the soft tokens.
         soft_tokens: K.
-        depth: number of blocks.
-        heads: of every attention; must divide ``dim``.
-        mlp_ratio: width of the feed-forward layers, in times of ``dim``.
-        dim: width inside; by default that of the target.
+        num_layers: number of blocks.
+        num_heads: of every attention; must divide ``hidden_size``.
+        mlp_ratio: width of the feed-forward layers, in times of ``hidden_size``.
+        hidden_size: width inside; by default that of the target.
     """
 
     def __init__(
@@ -127,24 +119,25 @@ class PerceiverResampler(nn.Module):
         source_dim: int,
         target_dim: int,
         soft_tokens: int,
-        depth: int = 4,
-        heads: int = 8,
+        num_layers: int = 4,
+        num_heads: int = 8,
         mlp_ratio: float = 4.0,
-        dim: int | None = None,
+        hidden_size: int | None = None,
     ) -> None:
         super().__init__()
-        dim = target_dim if dim is None else dim
-        check_sizes(source_dim=source_dim, target_dim=target_dim, soft_tokens=soft_tokens, heads=heads, dim=dim)
-        check_positive(mlp_ratio=mlp_ratio)
-        if dim % heads:
-            raise ValueError(f"heads must divide the width {dim}, got {heads}")
-        self.queries = nn.Parameter(torch.empty(soft_tokens, dim))
+        hidden_size = target_dim if hidden_size is None else hidden_size
+        check_sizes(source_dim=source_dim, target_dim=target_dim, soft_tokens=soft_tokens)
+        check_sizes(num_heads=num_heads, hidden_size=hidden_size)
+        check_number("mlp_ratio", mlp_ratio, above=0)
+        if hidden_size % num_heads:
+            raise ValueError(f"num_heads must divide the width {hidden_size}, got {num_heads}")
+        self.queries = nn.Parameter(torch.empty(soft_tokens, hidden_size))
         self._draw_queries()
-        self.project = nn.Linear(source_dim, dim)
-        self.source_norm = nn.LayerNorm(dim)
-        self.blocks = nn.ModuleList(ResamplerBlock(dim, heads, mlp_ratio) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim)
-        self.out = nn.Linear(dim, target_dim)
+        self.project = nn.Linear(source_dim, hidden_size)
+        self.source_norm = nn.LayerNorm(hidden_size)
+        self.blocks = nn.ModuleList(ResamplerBlock(hidden_size, num_heads, mlp_ratio) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(hidden_size)
+        self.out = nn.Linear(hidden_size, target_dim)
 
     def reset_parameters(self) -> None:
         """Draws the queries anew, each of length near 1, and then all layers as PyTorch does."""
@@ -173,14 +166,14 @@ class PerceiverResampler(nn.Module):
 class ResamplerBlock(nn.Module):
     """Applies attention to the source, attention among the queries and feed-forward, each with norm and residual."""
 
-    def __init__(self, dim: int, heads: int, mlp_ratio: float) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
-        self.cross_norm, self.self_norm, self.mlp_norm = (nn.LayerNorm(dim) for _ in range(3))
-        self.cross_attention, self.self_attention = Attention(dim, heads), Attention(dim, heads)
-        self.mlp = feed_forward(dim, mlp_ratio)
+        self.cross_norm, self.self_norm, self.mlp_norm = (nn.LayerNorm(hidden_size) for _ in range(3))
+        self.cross_attention, self.self_attention = Attention(hidden_size, num_heads), Attention(hidden_size, num_heads)
+        self.mlp = feed_forward(hidden_size, mlp_ratio)
 
     def forward(self, hidden: Tensor, source: Tensor, mask: Tensor | None) -> Tensor:
-        """Maps ``[B, K, dim]`` and ``[B, T, dim]`` to ``[B, K, dim]``."""
+        """Maps ``[B, K, hidden_size]`` and ``[B, T, hidden_size]`` to ``[B, K, hidden_size]``."""
         hidden = hidden + self.cross_attention(self.cross_norm(hidden), source, mask)
         normed = self.self_norm(hidden)
         hidden = hidden + self.self_attention(normed, normed)
@@ -189,19 +182,19 @@ class ResamplerBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Computes multi-head attention of ``query [B, K, dim]`` to ``source [B, T, dim]`` (Vaswani et al., 2017)."""
+    """Computes multi-head attention of ``query [B, K, d]`` to ``source [B, T, d]`` (Vaswani et al., 2017)."""
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
-        self.heads = heads
-        self.query = nn.Linear(dim, dim, bias=False)
-        self.key_value = nn.Linear(dim, 2 * dim, bias=False)
-        self.out = nn.Linear(dim, dim, bias=False)
+        self.num_heads = num_heads
+        self.query = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.key_value = nn.Linear(hidden_size, 2 * hidden_size, bias=False)
+        self.out = nn.Linear(hidden_size, hidden_size, bias=False)
 
     def forward(self, query: Tensor, source: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attends where ``mask``, bool ``[B, T]``, is True; the result is 0 where a row may read nothing."""
         key, value = self.key_value(source).chunk(2, -1)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.query(query), key, value))
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (self.query(query), key, value))
         allowed = None
         if mask is not None:
             # Rows without an unmasked state attend to all, and their result is dropped: no NaN in the backward.
@@ -222,8 +215,8 @@ class RMSScale(nn.Module):
 
     def __init__(self, target_rms: float, eps: float = 1e-8) -> None:
         super().__init__()
-        check_finite(target_rms=target_rms)
-        check_not_negative(eps=eps)
+        check_number("target_rms", target_rms)
+        check_number("eps", eps, minimum=0)
         self.target_rms, self.eps = target_rms, eps
         self.scale = nn.Parameter(torch.empty(1))  # one element: FSDP2 refuses 0-dim parameters
         self.reset_parameters()
@@ -248,7 +241,7 @@ class TanhScale(nn.Module):
 
     def __init__(self, target_rms: float) -> None:
         super().__init__()
-        check_finite(target_rms=target_rms)
+        check_number("target_rms", target_rms)
         self.target_rms = target_rms
         self.scale = nn.Parameter(torch.empty(1))
         self.reset_parameters()
@@ -263,16 +256,7 @@ class TanhScale(nn.Module):
         return (x.float().tanh() * self.scale).to(x.dtype)
 
 
-def check_states(x: Tensor, mask: Tensor | None, width: int) -> None:
-    """Refuses anything but states ``[B, T, width]`` and a bool mask ``[B, T]`` or None."""
-    check_floats(x=x)
-    check_mask("mask", mask, x)
-    check_shapes({"x": "B T source_dim", "mask": "B T"}, x=x, mask=mask)
-    if x.shape[2] != width:
-        raise ValueError(f"x must have shape [B, T, {width}], got {list(x.shape)}")
-
-
-def feed_forward(dim: int, ratio: float) -> nn.Sequential:
+def feed_forward(hidden_size: int, ratio: float) -> nn.Sequential:
     """Makes Linear, GELU, Linear."""
-    inner = int(dim * ratio)
-    return nn.Sequential(nn.Linear(dim, inner), nn.GELU(), nn.Linear(inner, dim))
+    inner = int(hidden_size * ratio)
+    return nn.Sequential(nn.Linear(hidden_size, inner), nn.GELU(), nn.Linear(inner, hidden_size))

@@ -1,7 +1,8 @@
 """Options as dataclasses: `option` makes a field with its help and its bounds, `LoopOptions` are those of the loop.
 
 Metadata of the fields is the one source of what an option may be: `check_fields` checks it, `json_schema` tells it, and
-`apply_overrides` reads ``--set key=value``.
+`apply_overrides` reads ``--set key=value``. It also keeps the name that a field had in an earlier version, by which
+`with_current_names` reads what that version wrote.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from xlayer_systems.errors import UserError
 
+Settings = TypeVar("Settings")
+Value = TypeVar("Value")
 MAX_SEED = 2**32 - 1  # what every generator takes
 DTYPES = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # to Accelerate's names for mixed precision
 
@@ -29,6 +32,7 @@ def option(
     above: float | None = None,
     below: float | None = None,
     choices: Iterable[str] | None = None,
+    earlier: str | None = None,
 ) -> Any:
     """Makes a dataclass field for an option.
 
@@ -38,11 +42,14 @@ def option(
         minimum, maximum: bounds that the value may reach.
         above, below: bounds that it may not reach.
         choices: values of a string, as a ``Literal`` annotation has them.
+        earlier: the field's name in an earlier version, whose files are read.
     """
     bounds = {"minimum": minimum, "maximum": maximum, "above": above, "below": below}
     metadata: dict[str, Any] = {name: bound for name, bound in bounds.items() if bound is not None}
     if choices is not None:
         metadata["choices"] = tuple(choices)
+    if earlier is not None:
+        metadata["earlier"] = earlier
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
 
 
@@ -87,6 +94,25 @@ def plain(settings: Any) -> dict[str, Any]:
     """Returns the fields of a dataclass as JSON and YAML hold them."""
     values = dataclasses.asdict(settings)
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def earlier_names(kind: Any) -> dict[str, str]:
+    """Returns the names of fields of the dataclass ``kind`` by the names that they had in an earlier version."""
+    fields = dataclasses.fields(kind)
+    return {field.metadata["earlier"]: field.name for field in fields if "earlier" in field.metadata}
+
+
+def with_current_names(kind: Any, values: Mapping[str, Value]) -> dict[str, Value]:
+    """Translates the names that fields of the dataclass ``kind`` had in an earlier version; others stay as they are.
+
+    Raises:
+        ValueError: a field is given by its earlier and by its present name.
+    """
+    values, renamed = dict(values), earlier_names(kind)
+    for earlier, current in renamed.items():
+        if earlier in values and current in values:
+            raise ValueError(f"{current} is given twice, also by its earlier name {earlier}; expected one of them")
+    return {renamed.get(name, name): value for name, value in values.items()}
 
 
 _TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
@@ -260,9 +286,6 @@ class LanguageModelOptions(LoopOptions):
     eval_every: int | None = redefault(LoopOptions, "eval_every", 200)
 
 
-Settings = TypeVar("Settings")
-
-
 def check_seed(seed: int) -> None:
     """Refuses a seed that some random generator would not take."""
     if not 0 <= seed <= MAX_SEED:
@@ -288,8 +311,24 @@ def apply_overrides(settings: Settings, overrides: Mapping[str, str]) -> Setting
         raise UserError(str(error)) from error
 
 
+def current_overrides(overrides: Mapping[str, Value], *targets: Any) -> dict[str, Value]:
+    """Translates earlier names of fields of the dataclasses ``targets``; one of them may be None.
+
+    Raises:
+        UserError: a field is given by two names.
+    """
+    found = dict(overrides)
+    try:
+        for target in targets:
+            found = found if target is None else with_current_names(target, found)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return found
+
+
 def split_overrides(overrides: Mapping[str, str], *targets: Any) -> list[dict[str, str]]:
     """Divides keys among the dataclasses ``targets``; an unknown key is refused with the known ones."""
+    overrides = current_overrides(overrides, *targets)
     fields = [{f.name for f in dataclasses.fields(target)} if target is not None else set() for target in targets]
     for key in overrides:
         if not any(key in names for names in fields):

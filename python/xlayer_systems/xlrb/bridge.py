@@ -83,10 +83,10 @@ class XLRBBridge(Attachment):
         self.router = LayerRouter(
             hidden_size,
             route_dim=config.route_dim,
-            topk=config.topk,
+            top_k=config.top_k,
             temperature=config.route_temp,
             weighting=config.router_weight,
-            pool=config.route_pool,
+            pooling=config.route_pooling,
             query_mlp=config.router_query == "pair_mlp",
         )
         self.layers = nn.ModuleDict({str(j): TargetLayer(config, hidden_size, heads) for j in self.targets})
@@ -305,7 +305,7 @@ def _make_masks(
         return _Masks(allowed)
     if segments is None:
         raise ValueError("XLRB: this configuration compares two sentences and needs segment_ids [B, S]")
-    pair = None if config.pair_mask == "none" else _cross_sentence(segments, special, config)
+    pair = None if config.attn_mask == "none" else _cross_sentence(segments, special, config)
     return _Masks(allowed, pair, allowed & (segments == 0), allowed & (segments == 1))
 
 
@@ -313,7 +313,7 @@ def _cross_sentence(segments: Tensor, special: Tensor | None, config: XLRBConfig
     """Returns `[B, S, S]`, True between tokens of different sentences; all from the second one on counts to it."""
     side = (segments == 1).cumsum(1) > 0
     pair = side[:, :, None] != side[:, None, :]
-    if config.pair_mask == "cross":
+    if config.attn_mask == "cross":
         return pair
     ordinary = segments >= 0
     if special is not None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from xlayer_ext.types import Activation, Fusion, RouterPooling, RouterWeighting, Scorer
-from xlayer_systems.training.options import check_fields, option
+from xlayer_systems.training.options import check_fields, option, with_current_names
 
 
 @dataclass(frozen=True)
@@ -22,15 +22,20 @@ class XLRBConfig:
 
     use_qkv: bool = option(False, "add the QKV message, by the encoder's own projections")
     use_hdim: bool = option(True, "add the HDIM message")
-    topk: int = option(
-        1, "sources chosen per example and target layer (fewer where a layer has fewer sources)", minimum=1
+    top_k: int = option(
+        1,
+        "sources chosen per example and target layer (fewer where a layer has fewer sources)",
+        minimum=1,
+        earlier="topk",
     )
     route_dim: int = option(128, "width of the two router projections", minimum=1)
     route_temp: float = option(0.7, "divisor of the router's logits", above=0)
-    route_pool: RouterPooling = option("mean", "layer summary: the masked mean over tokens or the first token")
+    route_pooling: RouterPooling = option(
+        "mean", "layer summary: the masked mean over tokens or the first token", earlier="route_pool"
+    )
     router_weight: RouterWeighting = option(
         "topk_softmax",
-        "topk_softmax (published): softmax over the chosen logits, constant 1 at topk 1, so that router never learns; "
+        "topk_softmax (published): softmax over the chosen logits, constant 1 at top_k 1, so that router never learns; "
         "full_softmax: the chosen source's probability over all sources",
     )
     router_query: str = option(
@@ -56,11 +61,12 @@ class XLRBConfig:
     value_beta: float = option(0.1, "scale of that residual")
     share_hdim: bool = option(False, "use one HDIM module for all targets")
     entropy_weight: float = option(0.0, "loss weight of the mean attention entropy (nats)", minimum=0)
-    pair_mask: str = option(
+    attn_mask: str = option(
         "none",
         "cross: a token sees only tokens of the other sentence (a special token counts to the sentence it opens or "
         "closes); cross_no_special also shuts out special tokens; a token without an allowed partner has zero context",
         choices=("none", "cross", "cross_no_special"),
+        earlier="pair_mask",
     )
     qkv_weights: str = option(
         "source", "key and value projections of the source or the target layer", choices=("source", "target")
@@ -106,7 +112,7 @@ class XLRBConfig:
             for name, used in (("gate_attn", self.use_qkv), ("gate_hdim", self.use_hdim)):
                 self._require(not used or getattr(self, name) > 0, name, "above 0 with gate_activation softplus")
         if not self.use_hdim:
-            self._require(self.pair_mask == "none", "pair_mask", "none without use_hdim (it masks HDIM pairs)")
+            self._require(self.attn_mask == "none", "attn_mask", "none without use_hdim (it masks HDIM pairs)")
             self._require(self.entropy_weight == 0, "entropy_weight", "0 without use_hdim (it acts on HDIM)")
 
     def _require(self, condition: bool, name: str, expected: str) -> None:
@@ -116,7 +122,7 @@ class XLRBConfig:
     @property
     def needs_pairs(self) -> bool:
         """Tells whether this configuration applies to sentence pairs only (it reads ``segment_ids``)."""
-        return self.pair_mask != "none" or self.router_query == "pair_mlp"
+        return self.attn_mask != "none" or self.router_query == "pair_mlp"
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as a JSON-able dict, the inverse of ``from_dict``."""
@@ -124,7 +130,12 @@ class XLRBConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> XLRBConfig:
-        """Builds a configuration from a dict; fields left out keep their default, unknown ones raise ``ValueError``."""
+        """Builds a configuration from a dict, earlier names included; fields left out keep their default.
+
+        Raises:
+            ValueError: a field is unknown or given by two names, or a value is out of range.
+        """
+        values = with_current_names(cls, values)
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:

@@ -5,7 +5,7 @@ early or its figure is not given singly. The majority class of RTE dev is 0.5271
 
 Ablations that cannot differ from another one, by construction: A4 is the HDIM base and A11 the hybrid base; A8 = A18,
 A9 = A17, and A10 = A14 (a target that injects nothing computes nothing here). H7, A9 and A17 change the router's
-temperature, which cannot act at ``topk=1``; H19 and A16 only redraw the router's random projection.
+temperature, which cannot act at ``top_k=1``; H19 and A16 only redraw the router's random projection.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ABLATIONS: tuple[Ablation, ...] = (
     Ablation("H2", HDIM_BASE, 0.5271, {"proj_dim": 16, "mlp_dim": 64}),
     Ablation("H3", HDIM_BASE, 0.8484, {"gate_hdim": 0.10}),
     Ablation("H4", HDIM_BASE, 0.5271, {"dropout": 0.0}),
-    Ablation("H5", HDIM_BASE, 0.5271, {"route_pool": "cls"}),
+    Ablation("H5", HDIM_BASE, 0.5271, {"route_pooling": "cls"}),
     Ablation("H6", HDIM_BASE, 0.7834, {"route_last_n": 6}),
     Ablation("H7", HDIM_BASE, 0.7040, {"route_temp": 0.5}),
     Ablation("H8", HDIM_BASE, 0.8375, {"scorer": "bilinear"}),
@@ -59,9 +59,9 @@ ABLATIONS: tuple[Ablation, ...] = (
     Ablation("H18", HDIM_BASE, 0.8267, {"value_residual": True}),
     Ablation("H19", HDIM_BASE, None, {"route_dim": 64}),
     Ablation("H20", HDIM_BASE, None, {"proj_dim": 32, "fusion": "concat_only"}),
-    Ablation("H21", LEAN_BASE, 0.7690, {"pair_mask": "cross"}),
-    Ablation("H22", LEAN_BASE, None, {"pair_mask": "cross_no_special"}),
-    Ablation("H23", LEAN_BASE, 0.8303, {"pair_mask": "cross", "fusion": "concat_diff_hadam"}),
+    Ablation("H21", LEAN_BASE, 0.7690, {"attn_mask": "cross"}),
+    Ablation("H22", LEAN_BASE, None, {"attn_mask": "cross_no_special"}),
+    Ablation("H23", LEAN_BASE, 0.8303, {"attn_mask": "cross", "fusion": "concat_diff_hadam"}),
     Ablation("H24", LEAN_BASE, None, {"router_query": "pair_mlp"}),
     Ablation("H25", LEAN_BASE, None, {"inject_last": 2}),
     Ablation("H26", LEAN_BASE, None, {"message_norm_match": 0.5}),
@@ -76,17 +76,17 @@ ABLATIONS: tuple[Ablation, ...] = (
     Ablation("A5", HYBRID_BASE, None, {"scorer": "bilinear"}),
     Ablation("A6", HYBRID_BASE, None, {"proj_dim": 32, "mlp_dim": 128}),
     Ablation("A7", HYBRID_BASE, None, {"activation": "gelu", "value_activation": "gelu"}),
-    Ablation("A8", HYBRID_BASE, 0.8628, {"route_pool": "cls"}),
+    Ablation("A8", HYBRID_BASE, 0.8628, {"route_pooling": "cls"}),
     Ablation("A9", HYBRID_BASE, None, {"route_temp": 0.5}),
     Ablation("A10", HYBRID_BASE, None, {"inject_last": 2}),
     Ablation("A11", HYBRID_BASE, 0.8592, {}),
-    Ablation("A12", HYBRID_BASE, 0.8412, {"topk": 2}),
-    Ablation("A13", HYBRID_BASE, 0.8375, {"topk": 3}),
+    Ablation("A12", HYBRID_BASE, 0.8412, {"top_k": 2}),
+    Ablation("A13", HYBRID_BASE, 0.8375, {"top_k": 3}),
     Ablation("A14", HYBRID_BASE, None, {"route_last_n": 2}),
     Ablation("A15", HYBRID_BASE, None, {"route_last_n": 6}),
     Ablation("A16", HYBRID_BASE, 0.8303, {"route_dim": 256}),
     Ablation("A17", HYBRID_BASE, None, {"route_temp": 0.5}),
-    Ablation("A18", HYBRID_BASE, None, {"route_pool": "cls"}),
+    Ablation("A18", HYBRID_BASE, None, {"route_pooling": "cls"}),
     Ablation("A19", HYBRID_BASE, None, {"gate_attn": 0.0}),
     Ablation("A20", HYBRID_BASE, None, {"gate_hdim": 0.0}),
 )

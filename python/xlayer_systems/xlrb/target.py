@@ -191,13 +191,13 @@ class TargetLayer(nn.Module):
         sources: Sequence[Tensor],
         routing: Routing,
         mask: Tensor,
-        pair_mask: Tensor | None,
+        attn_mask: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Computes the HDIM message `[B, S, H]` and, where the loss needs it, the mean attention entropy (nats).
 
-        `sources` are the k slots' states `[B, S, H]`; `pair_mask` `[B, S, S]` is True where a pair may act.
+        `sources` are the k slots' states `[B, S, H]`; `attn_mask` `[B, S, S]` is True where a pair may act.
         """
-        masks = {"key_mask": mask, "pair_mask": pair_mask}
+        masks = {"key_mask": mask, "attn_mask": attn_mask}
         if not self.wants_entropy:
             return routing.blend([hdim(hidden, source, **masks) for source in sources]), None
         results = [hdim(hidden, source, **masks, return_entropy=True) for source in sources]
