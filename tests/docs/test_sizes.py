@@ -56,10 +56,10 @@ def test_sizes_of_quantize() -> None:
 
 def test_sizes_of_aggregate() -> None:
     layers, tokens, widths = zip(*cases("aggregate", "test_any_size", "size"), strict=True)
-    memories = cases("aggregate", "test_any_memory_and_heads", "memory", "window")
-    heads = cases("aggregate", "test_any_memory_and_heads", "heads", "num_heads")
+    windows = cases("aggregate", "test_any_memory_and_heads", "window")
+    heads = cases("aggregate", "test_any_memory_and_heads", "num_heads")
     rows = max(columns for *_, columns in cases("aggregate", "test_large_means_do_not_drown_the_norm", "sizes"))
     text = proven("aggregate")
     assert f"with {min(layers)} to {max(layers)} layers, {min(tokens)} to {max(tokens)} tokens, " in text
     assert f"widths of {min(widths)} to {max(widths)} and rows of {rows}, odd ones" in text
-    assert f"{words(heads)} heads, memories of {min(memories)} to {max(memories)} taps" in text
+    assert f"{words(heads)} heads, windows of {min(windows)} to {max(windows)} taps" in text
