@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from xlayer_systems.bypass.config import AdapterConfig, BypassConfig
-from xlayer_systems.bypass.model import Bypass, attach
+from xlayer_systems.bypass.model import Bypass, attach, load
 
-__all__ = ["AdapterConfig", "Bypass", "BypassConfig", "attach"]
+__all__ = ["AdapterConfig", "Bypass", "BypassConfig", "attach", "load"]

@@ -69,6 +69,7 @@ class Bypass(Attachment):
         is_causal: whether a token gets the latent of the token before, not its own.
     """
 
+    part = "bypass"
     mean: Tensor
     scale: Tensor
     input_scale: Tensor
@@ -105,6 +106,7 @@ class Bypass(Attachment):
         self._signature = inspect.signature(stack.forward)
         model.requires_grad_(False)
         self._hooks: list[Any] = self._register(stack, layers)
+        self._join(model)
         if config.encoder is not None:
             self.load_encoder(Path(config.encoder))
 
@@ -268,6 +270,7 @@ class Bypass(Attachment):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        self._leave()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the bypass (safetensors), its config and which model it is for (JSON) into ``folder``."""
@@ -291,6 +294,11 @@ class Bypass(Attachment):
             raise
         made.load_state_dict(state)
         return made
+
+    @classmethod
+    def load(cls, model: Any, folder: str | Path) -> Bypass:
+        """Attaches what `save` wrote: `from_pretrained`."""
+        return cls.from_pretrained(model, folder)
 
     def load_encoder(self, folder: Path) -> None:
         """Takes encoder and statistics of the bypass saved in ``folder``, made for the same model.
@@ -326,7 +334,8 @@ def attach(model: Any, config: BypassConfig | str | None = None, **options: Any)
         options: fields of `BypassConfig` that differ from ``config``.
 
     Returns:
-        The bypass, in float32 on the model's device; ``remove()`` takes it off again.
+        The bypass, in float32 on the model's device; ``remove()`` takes it off again, ``save(folder)`` writes it for
+        `load`.
 
     Raises:
         ValueError: the model is of another kind or has a bypass already; an option is wrong.
@@ -348,6 +357,22 @@ def attach(model: Any, config: BypassConfig | str | None = None, **options: Any)
     return Bypass(
         model, resolve_config(BypassConfig, config, options, lambda name: BypassConfig(variant=cast(Any, name)))
     )
+
+
+def load(model: Any, folder: str | Path) -> Bypass:
+    """Attaches a saved bypass to a Hugging Face model in place, by hooks; the model is frozen.
+
+    Args:
+        model: the one that it was made for, with the same weights.
+        folder: what ``save`` of the bypass wrote.
+
+    Returns:
+        The bypass, as `attach` does.
+
+    Raises:
+        ValueError: files are missing or damaged, or were made for another model; ``model`` is then as it was.
+    """
+    return Bypass.load(model, folder)
 
 
 def describe(stack: Any) -> dict[str, Any]:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import types
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -30,13 +32,88 @@ class Attachment(nn.Module):
 
     Attributes:
         config: what was asked for.
+        part: what messages call the modules.
     """
 
     config: Any
+    part: ClassVar[str]
+    _model: tuple[Any, ...] = ()  # the one attached to; in a tuple, so that it does not become a submodule
 
     @abstractmethod
     def remove(self) -> Any:
         """Detaches the modules: the model then computes what it did before."""
+
+    @abstractmethod
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes what was attached into ``directory``, made if missing: weights (safetensors), configuration (JSON)."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, model: Any, folder: str | Path) -> Attachment:
+        """Attaches what `save` wrote to ``model``; `load` of the system, as a function, is the same."""
+
+    def save(self, folder: str | Path, *, include_model: bool = False) -> None:
+        """Writes what was attached into ``folder``; ``load(model, folder)`` of the same system attaches it again.
+
+        Args:
+            folder: made if missing.
+            include_model: also write the model into the folder, as its own ``save_pretrained`` does, so that
+                ``from_pretrained(folder)`` and then ``load(model, folder)`` restore all.
+        """
+        self.save_pretrained(folder)
+        if not include_model:
+            return
+        for model in self._model:
+            own = self._names_inside(model)
+            # Else from_pretrained would report the attached tensors as unexpected.
+            state = {name: tensor for name, tensor in model.state_dict().items() if name not in own} if own else None
+            type(model).save_pretrained(model, folder, **({} if state is None else {"state_dict": state}))
+
+    def _names_inside(self, model: Any) -> set[str]:
+        """Returns the names of what was attached in the model's own state dict."""
+        return set()
+
+    def _join(self, model: Any) -> None:
+        """Keeps the model; its ``save_pretrained`` warns from now on that it is not all."""
+        self._model = (model,)
+        for saved in _saved_alone(model):
+            saved.__dict__.setdefault(_PARTS, []).append(self.part)
+            # A bound method, unlike a closure, is copied with the model and then saves the copy.
+            saved.save_pretrained = types.MethodType(_save_and_warn, saved)
+
+    def _leave(self) -> None:
+        """Undoes `_join`."""
+        for model in self._model:
+            for saved in _saved_alone(model):
+                parts = saved.__dict__.get(_PARTS, [])
+                if self.part in parts:
+                    parts.remove(self.part)
+                if not parts:
+                    saved.__dict__.pop(_PARTS, None)
+                    saved.__dict__.pop("save_pretrained", None)
+
+
+_PARTS = "_xlayer_parts"  # on a model: what is attached to it
+
+
+def _saved_alone(model: Any) -> list[Any]:
+    """Returns the model and its part without a head, of which either may be saved."""
+    found = {id(one): one for one in (model, getattr(model, "base_model", model))}
+    return [one for one in found.values() if hasattr(type(one), "save_pretrained")]
+
+
+def _save_and_warn(model: Any, *args: Any, **options: Any) -> Any:
+    """Saves a model that something is attached to, and warns that ``from_pretrained`` will not restore that."""
+    parts = " and ".join(model.__dict__.get(_PARTS, []))
+    warnings.warn(
+        f"{type(model).__name__}.from_pretrained will not restore the {parts} attached to this model: save all with "
+        "save(folder, include_model=True) of what attach() returned, and restore with load(model, folder)",
+        stacklevel=2,
+    )
+    return type(model).save_pretrained(model, *args, **options)
+
+
+_save_and_warn.__name__ = "save_pretrained"  # by which pickle finds a bound method
 
 
 def resolve_config(

@@ -4,7 +4,7 @@
 ``LanguageModel`` is what the training loop trains of it.
 """
 
-from .attach import AttachConfig, HyperAttachment, attach
+from .attach import AttachConfig, HyperAttachment, attach, load
 from .config import RESIDUALS, SIZES, HyperLMConfig, sized
 from .generation import generate
 from .model import HyperTransformer
@@ -22,6 +22,7 @@ __all__ = [
     "LanguageModelOutput",
     "attach",
     "generate",
+    "load",
     "plot_layers",
     "sized",
 ]

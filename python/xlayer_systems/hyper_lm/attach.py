@@ -143,8 +143,11 @@ class HyperAttachment(Attachment):
         layers: per decoder layer, the two hyper-connections ``attention`` and ``mlp``.
     """
 
-    def __init__(self, decoder: Any, config: AttachConfig) -> None:
+    part = "hyper-connections"
+
+    def __init__(self, model: Any, config: AttachConfig) -> None:
         super().__init__()
+        decoder = _decoder_of(model)
         kind, layers = _check_decoder(decoder)
         like = next(layers[0].parameters())
         width = decoder.config.hidden_size
@@ -163,6 +166,7 @@ class HyperAttachment(Attachment):
             layer.hyper_attention, layer.hyper_mlp = own["attention"], own["mlp"]
             layer.__class__ = _block_class(kind.block, type(layer))
         self._hook: Any = getattr(decoder, kind.final_norm).register_forward_pre_hook(_merge_streams)
+        self._join(model)
 
     def remove(self) -> None:
         """Restores the decoder's residual connections: it then computes exactly what it did before.
@@ -181,6 +185,11 @@ class HyperAttachment(Attachment):
             layer.__class__ = type(layer).__bases__[1]
         self._hook.remove()
         self._hook = None
+        self._leave()
+
+    def _names_inside(self, model: Any) -> set[str]:
+        own = {id(parameter) for parameter in self.parameters()}
+        return {name for name, parameter in model.named_parameters() if id(parameter) in own}
 
     def no_weight_decay(self) -> set[str]:
         """Returns the names among :meth:`named_parameters` without weight decay: all but the dynamic weights."""
@@ -208,7 +217,7 @@ class HyperAttachment(Attachment):
         saved, state = read_own(directory, "hyper-connections", _WEIGHTS_FILE, _CONFIG_FILE)
         decoder = _decoder_of(model)
         check_model(saved["model"], describe_model(decoder), directory)
-        made = cls(decoder, read_config(AttachConfig, saved["config"], directory))
+        made = cls(model, read_config(AttachConfig, saved["config"], directory))
         try:
             check_state(state, made.state_dict(), directory)
         except ValueError:
@@ -216,6 +225,11 @@ class HyperAttachment(Attachment):
             raise
         made.load_state_dict(state)
         return made
+
+    @classmethod
+    def load(cls, model: Any, folder: str | Path) -> HyperAttachment:
+        """Attaches what `save` wrote: `from_pretrained`."""
+        return cls.from_pretrained(model, folder)
 
 
 def attach(model: nn.Module, config: AttachConfig | str | None = None, **options: Any) -> HyperAttachment:
@@ -234,7 +248,8 @@ def attach(model: nn.Module, config: AttachConfig | str | None = None, **options
         options: fields of :class:`AttachConfig` that differ from it, such as ``expansion_rate``.
 
     Returns:
-        The hyper-connections, on the model's device and in its dtype; ``remove()`` takes them off again.
+        The hyper-connections, on the model's device and in its dtype; ``remove()`` takes them off again,
+        ``save(folder)`` writes them for :func:`load`.
 
     Raises:
         ValueError: the model is of another kind or has hyper-connections already; an option is wrong.
@@ -253,7 +268,38 @@ def attach(model: nn.Module, config: AttachConfig | str | None = None, **options
         >>> torch.allclose(model(tokens).logits, before, atol=1e-5)
         True
     """
-    return HyperAttachment(_decoder_of(model), resolve_config(AttachConfig, config, options, AttachConfig))
+    return HyperAttachment(model, resolve_config(AttachConfig, config, options, AttachConfig))
+
+
+def load(model: nn.Module, folder: str | Path) -> HyperAttachment:
+    """Attaches saved hyper-connections to a Hugging Face decoder, in place.
+
+    Args:
+        model: a decoder of the kind and size that they were made for. Its own weights stay as they are; those that it
+            had are in the folder only after ``save(folder, include_model=True)``, for its ``from_pretrained``.
+        folder: what ``save`` of the hyper-connections wrote.
+
+    Returns:
+        The hyper-connections, as :func:`attach` does.
+
+    Raises:
+        ValueError: files are missing or damaged, or were made for another model; ``model`` is then as it was.
+
+    Example::
+
+        >>> import tempfile, torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes)).eval()
+        >>> folder = tempfile.mkdtemp()
+        >>> attach(model, "dhc").save(folder, include_model=True)
+        >>> again = LlamaForCausalLM.from_pretrained(folder).eval()
+        >>> handle = load(again, folder)
+        >>> tokens = torch.arange(12).view(2, 6)
+        >>> torch.equal(again(tokens).logits, model(tokens).logits)
+        True
+    """
+    return HyperAttachment.load(model, folder)
 
 
 def _merge_streams(norm: nn.Module, args: tuple[Any, ...]) -> Any:

@@ -4,6 +4,6 @@
 """
 
 from .config import AGGREGATORS, PRESETS, ModelConfig
-from .model import LFormer, LFormerOutput, attach
+from .model import LFormer, LFormerOutput, attach, load
 
-__all__ = ["AGGREGATORS", "PRESETS", "LFormer", "LFormerOutput", "ModelConfig", "attach"]
+__all__ = ["AGGREGATORS", "PRESETS", "LFormer", "LFormerOutput", "ModelConfig", "attach", "load"]

@@ -104,6 +104,8 @@ class LFormer(Attachment):
         (torch.Size([2, 10, 1000]), torch.Size([2, 5]), ['tool'])
     """
 
+    part = "side path"
+
     def __init__(self, config: ModelConfig, base: Any = None) -> None:
         super().__init__()
         self.config, self.owns_base = config, base is None
@@ -134,6 +136,7 @@ class LFormer(Attachment):
         self.phase = "joint"
         if base is not None:
             self.set_phase("a")
+            self._join(base)
 
     def set_phase(self, phase: str) -> LFormer:
         """Sets the phase. ``a``: the base is frozen, in evaluation mode, without gradients. ``b``: its last
@@ -210,6 +213,7 @@ class LFormer(Attachment):
         """Detaches the side path and returns the base, as trainable as it was."""
         for hook in self._hooks:
             hook.remove()
+        self._leave()
         decoder = _parts(self.base)[0]
         if hasattr(decoder, _MARK):
             delattr(decoder, _MARK)
@@ -269,6 +273,11 @@ class LFormer(Attachment):
             raise
         model.load_state_dict(state, strict=False)
         return model
+
+    @classmethod
+    def load(cls, model: Any, folder: str | Path) -> LFormer:
+        """Attaches what `save` wrote: `from_pretrained`."""
+        return cls.from_pretrained(folder, model)
 
     def gradient_checkpointing_enable(self) -> None:
         """Recomputes each layer of the base in backward."""
@@ -375,7 +384,7 @@ def attach(model: Any, config: ModelConfig | str | None = None, **options: Any) 
         options: fields of `ModelConfig` that differ from it.
 
     Returns:
-        The L-Former around the model; ``remove()`` takes it off again.
+        The L-Former around the model; ``remove()`` takes it off again, ``save(folder)`` writes it for `load`.
 
     Raises:
         ValueError: the model is no causal language model or has a side path already; an option is wrong.
@@ -388,6 +397,22 @@ def attach(model: Any, config: ModelConfig | str | None = None, **options: Any) 
         torch.Size([3, 2, 16])
     """
     return LFormer(resolve_config(ModelConfig, config, options, lambda name: ModelConfig(aggregator=name)), model)
+
+
+def load(model: Any, folder: str | Path) -> LFormer:
+    """Attaches a saved side path with its heads to a Hugging Face causal language model in place.
+
+    Args:
+        model: the one that it was made for, with the same weights. Layers that phase B trained are in the folder.
+        folder: what ``save`` of the L-Former wrote.
+
+    Returns:
+        The L-Former around the model, as `attach` does.
+
+    Raises:
+        ValueError: files are missing or damaged, or were made for another model; ``model`` is then as it was.
+    """
+    return LFormer.load(model, folder)
 
 
 def make_base(config: ModelConfig) -> Any:

@@ -4,7 +4,7 @@
 ``PRESETS`` holds the 50 published ablations by id.
 """
 
-from .bridge import XLRBBridge, attach
+from .bridge import XLRBBridge, attach, load
 from .classifier import XLRBClassifier, XLRBOutput
 from .config import XLRBConfig
 from .presets import ABLATIONS, PRESETS, PUBLISHED_ACCURACY, preset
@@ -19,6 +19,7 @@ __all__ = [
     "XLRBConfig",
     "XLRBOutput",
     "attach",
+    "load",
     "plot_usage",
     "preset",
 ]

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -13,13 +14,23 @@ from torch import Tensor, nn
 
 from xlayer_ext.nn import HDIMMessage, LayerRouter
 from xlayer_systems.hf.layers import layers_of
-from xlayer_systems.hf.pretrained import Attachment, resolve_config
+from xlayer_systems.hf.pretrained import (
+    Attachment,
+    check_model,
+    check_state,
+    describe_model,
+    read_own,
+    resolve_config,
+    save_own,
+)
 
 from .config import XLRBConfig
 from .presets import preset
 from .target import Routing, TargetLayer, make_hdim
 from .usage import LayerUsage
 
+CONFIG_FILE = "xlrb_bridge.json"
+WEIGHTS_FILE = "xlrb_bridge.safetensors"
 _KEY = "xlrb_routed"
 _EXPECTED = (
     "a RoBERTa/BERT-like encoder: encoder.layer[i].attention.self.{query,key,value}, attention.output, and a "
@@ -74,8 +85,11 @@ class XLRBBridge(Attachment):
         targets: numbers of the target layers, ascending.
     """
 
-    def __init__(self, encoder: Any, config: XLRBConfig) -> None:
+    part = "XLRB bridge"
+
+    def __init__(self, model: Any, config: XLRBConfig) -> None:
         super().__init__()
+        encoder = _encoder_of(model)
         layers = _check_encoder(encoder)
         hidden_size, heads = encoder.config.hidden_size, encoder.config.num_attention_heads
         self.config = config
@@ -99,6 +113,7 @@ class XLRBBridge(Attachment):
         self._pass: _Pass | None = None
         self._entropy: Tensor | None = None
         self._handles = self._register(encoder, layers)
+        self._join(model)
 
     def _register(self, encoder: nn.Module, layers: Any) -> list[Any]:
         handles = [
@@ -120,6 +135,38 @@ class XLRBBridge(Attachment):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._leave()
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes the bridge (safetensors), its config and the encoder's kind and sizes (JSON) into ``directory``."""
+        settings = {"config": self.config.to_dict(), "model": describe_model(_encoder_of(self._model[0]))}
+        save_own(Path(directory), self.state_dict(), WEIGHTS_FILE, settings, CONFIG_FILE)
+
+    @classmethod
+    def from_pretrained(cls, model: Any, directory: str | Path) -> XLRBBridge:
+        """Attaches what `save_pretrained` wrote to ``model``, an encoder of the same kind and size.
+
+        Raises:
+            ValueError: files are missing, or were made for another encoder; ``model`` is then as it was.
+        """
+        directory = Path(directory)
+        saved, state = read_own(directory, "XLRB bridge", WEIGHTS_FILE, CONFIG_FILE)
+        encoder = _encoder_of(model)
+        _check_encoder(encoder)
+        check_model(saved["model"], describe_model(encoder), directory)
+        made = cls(model, XLRBConfig.from_dict(saved["config"]))
+        try:
+            check_state(state, made.state_dict(), directory)
+        except ValueError:
+            made.remove()
+            raise
+        made.load_state_dict(state)
+        return made
+
+    @classmethod
+    def load(cls, model: Any, folder: str | Path) -> XLRBBridge:
+        """Attaches what `save` wrote: `from_pretrained`."""
+        return cls.from_pretrained(model, folder)
 
     def take_entropy(self) -> Tensor | None:
         """Returns, once, the differentiable mean attention entropy (nats) of the last forward pass over its targets.
@@ -222,17 +269,35 @@ def attach(model: nn.Module, config: XLRBConfig | str | None = None, **options: 
     One host synchronization per target layer groups the examples by source.
 
     Args:
-        model: an encoder, for example ``RobertaModel`` (not a model with a task head).
+        model: an encoder, for example ``RobertaModel``, or a model with a head on one.
         config: of the bridge, or the id of a published ablation, such as ``"H9"``.
         options: fields of `XLRBConfig` that differ from it.
 
     Returns:
-        The bridge, to be trained and saved beside the encoder. ``remove()`` detaches it.
+        The bridge, to be trained beside the encoder. ``remove()`` detaches it, ``save(folder)`` writes it for `load`.
 
     Raises:
         ValueError: if the encoder has another structure, fewer than two layers or a bridge already; an option is wrong.
     """
     return XLRBBridge(model, resolve_config(XLRBConfig, config, options, preset))
+
+
+def load(model: nn.Module, folder: str | Path) -> XLRBBridge:
+    """Attaches a saved bridge to a RoBERTa/BERT-like Hugging Face encoder, in place.
+
+    Args:
+        model: an encoder of the kind and size that the bridge was made for. Its own weights stay as they are; those
+            that were trained with the bridge are in the folder only after ``save(folder, include_model=True)``, for
+            its ``from_pretrained``.
+        folder: what ``save`` of the bridge wrote.
+
+    Returns:
+        The bridge, as `attach` does.
+
+    Raises:
+        ValueError: files are missing or damaged, or were made for another encoder; ``model`` is then as it was.
+    """
+    return XLRBBridge.load(model, folder)
 
 
 def check_masks(tokens: Tensor, **masks: Tensor | None) -> None:
@@ -243,6 +308,10 @@ def check_masks(tokens: Tensor, **masks: Tensor | None) -> None:
             raise ValueError(f"{name} must have the shape of the input, {shape}, got {tuple(mask.shape)}")
 
 
+def _encoder_of(model: Any) -> Any:
+    return getattr(model, "base_model", model)
+
+
 def _check_encoder(encoder: Any) -> Any:
     """Returns the encoder's layers, or raises ValueError."""
     try:
@@ -251,7 +320,7 @@ def _check_encoder(encoder: Any) -> Any:
         layers = []
     settings = getattr(encoder, "config", None)
     has_sizes = hasattr(settings, "hidden_size") and hasattr(settings, "num_attention_heads")
-    is_whole = layers is getattr(getattr(encoder, "encoder", None), "layer", None)  # not inside a model with a head
+    is_whole = layers is getattr(getattr(encoder, "encoder", None), "layer", None)  # not a part of another model
     if not has_sizes or not is_whole or not all(_is_bert_layer(layer) for layer in layers):
         raise ValueError(f"XLRB attaches to {_EXPECTED}; got {type(encoder).__name__}")
     if len(layers) < 2:
