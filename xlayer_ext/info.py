@@ -1,6 +1,7 @@
 """Reports what was built, what is in use on this machine and why, and what is missing.
 
-Run ``python -m xlayer_ext.info``; ``--json`` prints the same facts for a program.
+Run ``python -m xlayer_ext.info``; ``--kernels`` adds a line for every CUDA kernel, ``--json`` prints all facts for a
+program.
 """
 
 from __future__ import annotations
@@ -116,7 +117,27 @@ def _cuda_kernel_lines(rows: list[Facts]) -> list[str]:
     return lines
 
 
-def _lines(facts: Facts) -> list[str]:
+def _operator_summary(operators: list[str]) -> str:
+    """Lists the operators, and where not all have kernels on a device, which."""
+    devices: dict[str, list[str]] = defaultdict(list)
+    for name, device in (operator.removesuffix(")").split(" (") for operator in operators):
+        devices[name].append(device)
+    forward = [name for name in devices if not name.endswith("_backward")]
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in forward:
+        groups[" and ".join(devices[name])].append(name)
+    return "\n".join(f"  operators   {', '.join(names)} ({where})" for where, names in groups.items())
+
+
+def _cuda_kernel_summary(rows: list[Facts]) -> str:
+    kernels = {row["kernel"].split("<")[0] for row in rows}
+    archs = sorted({row["arch"] for row in rows})
+    spilling = {row["kernel"].split("<")[0] for row in rows if row["spill_store_bytes"]}
+    spills = f"{len(spilling)} of them spill registers" if spilling else "none spills registers"
+    return f"  kernels     {len(kernels)} for CUDA, built for {', '.join(archs)}; {spills} (--kernels lists them)"
+
+
+def _lines(facts: Facts, kernels: bool = False) -> list[str]:
     library = facts["library"]
     in_use = facts["backend"]
     why = "the library is loaded" if library["loaded"] else "the library is not loaded"
@@ -137,12 +158,14 @@ def _lines(facts: Facts) -> list[str]:
             f"  CPU         {library['isa']} in use; {compiled} compiled (XLAYER_CPU_ISA chooses)",
             f"  CUDA        architectures: {archs}; NVTX ranges {'on' if library['nvtx'] else 'off'}",
         ]
+    if facts["cuda_kernel_resources"]:
+        lines.append(_cuda_kernel_summary(facts["cuda_kernel_resources"]))
     if facts["kernels"]:
-        lines.append(f"  operators   {', '.join(facts['kernels'])}")
+        lines.append(_operator_summary(facts["kernels"]))
     lines += [
         f"GPU {i}         {gpu['name']}, capability {gpu['capability']}" for i, gpu in enumerate(facts["devices"])
     ]
-    if facts["cuda_kernel_resources"]:
+    if facts["cuda_kernel_resources"] and kernels:
         lines += ["", "CUDA kernels, as ptxas reports them and as their sources state:"]
         lines += [f"  {line}" for line in _cuda_kernel_lines(facts["cuda_kernel_resources"])]
     lines += ["", *(f"missing: {line}" for line in facts["missing"] or ["nothing"])]
@@ -153,8 +176,12 @@ def main(arguments: list[str] | None = None) -> None:
     """Prints the facts."""
     parser = argparse.ArgumentParser(prog="python -m xlayer_ext.info", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print the facts as JSON")
+    parser.add_argument(
+        "--kernels", action="store_true", help="list the CUDA kernels with registers, shared memory and occupancy"
+    )
+    chosen = parser.parse_args(arguments)
     facts = collect()
-    print(json.dumps(facts, indent=2) if parser.parse_args(arguments).json else "\n".join(_lines(facts)))
+    print(json.dumps(facts, indent=2) if chosen.json else "\n".join(_lines(facts, chosen.kernels)))
 
 
 if __name__ == "__main__":

@@ -77,7 +77,8 @@ Settings = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Override a training option or a field of the config; repeatable. `xlayer options SYSTEM` lists them.",
+        help="Override a training option or a field of the config; repeatable. `--set help` lists the keys with their "
+        "defaults and what they mean, as `xlayer options SYSTEM` does.",
     ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run from its last checkpoint.")]
@@ -124,6 +125,8 @@ def train(
     from xlayer_systems.runs.execute import format_result, train_run
     from xlayer_systems.training.options import parse_overrides
 
+    if _lists_settings(system, preset, quick, settings):
+        return
     command: dict[str, Any] = {
         "system": system, "preset": preset, "dataset": dataset, "backbone": backbone, "seed": seed, "epochs": epochs,
         "quick": quick or None, "run_dir": run_dir, "resume": resume or None,
@@ -182,6 +185,8 @@ def sweep(
     from xlayer_systems.runs.system import PLAIN
     from xlayer_systems.training.options import parse_overrides
 
+    if _lists_settings(system, None, quick, settings):
+        return
     chosen = get_system(system)
     own = _own_flags(chosen, flags)
     swept = {chosen.flags[name]: own.pop(chosen.flags[name], None) for name in chosen.swept_flags}
@@ -270,6 +275,8 @@ def profile(
 
         xlayer profile hyper_lm --residual dhc --backbone small --set dtype=bfloat16 --tool nsys
     """
+    if _lists_settings(system, preset, quick, settings):
+        return
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler logs its start and stop
     from xlayer_systems.profiling.command import profile_run
     from xlayer_systems.registry import get_system
@@ -286,14 +293,18 @@ def profile(
 
 
 def options(
-    system: System,
+    system: Annotated[str | None, typer.Argument(help="Whose options to list; without it, the systems.")] = None,
     preset: Preset = None,
     quick: Quick = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON schema instead of a table.")] = False,
 ) -> None:
     """List every option of a system with its type, bounds, default and meaning, and what its presets change.
 
+    Each can be given as `--set KEY=VALUE` to `xlayer train`, `sweep` and `profile`, or in a run file.
+
     Examples:
+
+        xlayer options
 
         xlayer options xlrb
 
@@ -301,18 +312,27 @@ def options(
     """
     import json
 
-    from xlayer_systems.registry import get_system
+    from xlayer_systems.registry import SYSTEMS, get_system
     from xlayer_systems.reporting.options import format_schema
 
+    if system is None:
+        print("\n".join(f"{name:<10} {found.summary}" for name, found in SYSTEMS.items()))
+        print("\n`xlayer options SYSTEM` lists the options of one.")
+        return
     schema = get_system(system).schema(preset, quick)
     print(json.dumps(schema, indent=2, ensure_ascii=False) if as_json else format_schema(schema))
 
 
-def info() -> None:
+def info(
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="List the CUDA kernels with registers, shared memory and occupancy.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all facts as JSON.")] = False,
+) -> None:
     """Print what was built, what is in use on this machine and why (the same as `python -m xlayer_ext.info`)."""
     from xlayer_ext.info import main as print_info
 
-    print_info([])
+    print_info([name for name, given in (("--kernels", kernels), ("--json", as_json)) if given])
 
 
 def encoder(
@@ -371,6 +391,30 @@ def decoder(
         print(f"decoder: {out / 'decoder'}")
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import xlayer_ext
+
+        print(f"xlayer-ext {xlayer_ext.__version__}")
+        raise typer.Exit()
+
+
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _lists_settings(system: str | None, preset: str | None, quick: bool, settings: list[str] | None) -> bool:
+    """Lists the options of a system where they are asked for by ``--set help``."""
+    if "help" not in (settings or []):
+        return False
+    options(system, preset, quick)
+    return True
+
+
 @lru_cache(maxsize=2)
 def make_app(with_systems: bool = True) -> typer.Typer:
     """Makes the command line.
@@ -390,6 +434,7 @@ def make_app(with_systems: bool = True) -> typer.Typer:
         pretty_exceptions_enable=False,
         help=HELP,
     )
+    app.callback()(_program)
     for command in (train, sweep, profile, options):
         app.command()(_with_systems(command, systems))
     app.command(name="eval")(evaluate)

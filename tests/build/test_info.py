@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,6 +38,30 @@ def test_native_build_is_described(capsys: pytest.CaptureFixture[str]) -> None:
     assert ("masked_mean (cuda)" in facts["kernels"]) == library["cuda_built"] == bool(facts["cuda_kernel_resources"])
     assert library["stream_symbol_resolved"] == (torch.version.cuda is not None)
     assert f"{library['isa']} in use" in text(capsys)
+
+
+def test_type_checkers_read_both_packages() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    root = Path(info.__file__).parents[1]
+    data = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
+    for package, folder in data["package-dir"].items():
+        assert "py.typed" in data["package-data"][package] and (root / folder / "py.typed").is_file()
+
+
+def test_kernels_are_listed_where_they_are_asked_for() -> None:
+    row = {"arch": "sm_90a", "registers": 40, "register_ceiling": 48, "occupancy": 0.5, "occupancy_floor": 0.5,
+           "shared_bytes": 1024}  # fmt: skip
+    rows = [{**row, "kernel": name, "spill_store_bytes": spills} for name, spills in
+            (("score<4>", 0), ("score<8>", 0), ("pack<4>", 8))]  # fmt: skip
+    facts = {**info.collect(), "cuda_kernel_resources": rows}
+    facts["library"] = {"loaded": True, "path": "lib", "isa": "avx2", "compiled_isas": [], "cuda_archs": [],
+                        "version": "0", "built_with_torch": "2", "nvtx": False}  # fmt: skip
+    short, full = (info._lines(facts, kernels) for kernels in (False, True))
+    assert "  kernels     2 for CUDA, built for sm_90a; 1 of them spill registers (--kernels lists them)" in short
+    operators = info._operator_summary(["a (cpu)", "a (cuda)", "a_backward (cpu)", "b (cpu)"])
+    assert operators.splitlines() == ["  operators   a (cpu and cuda)", "  operators   b (cpu)"]
+    listed = [line for line in full if line not in short]
+    assert len(listed) == 3 and "40 registers (stated 48)" in listed[-1]
 
 
 @pytest.mark.skipif(not _library.LOADED, reason=f"no native library: {_library.REASON}")

@@ -22,7 +22,7 @@ EXCEPTIONS = {
     r"python -m benchmarks( .*)?": "minutes long; test_benchmarks_report runs the toy suite",
     r"python -m benchmarks\.report\.bounds( FILE)?": "ends with 1 while a bound does not hold; test_bench_bounds",
     r"python -m benchmarks\.pages --check": "test_pages calls what it calls",
-    r"python -m xlayer_ext\.info": "test_info calls what it calls",
+    r"python -m xlayer_ext\.info( --kernels)?": "test_info calls what it calls",
     r"bash benchmarks/gpu_check\.sh .*": "needs a GPU, or minutes; test_gpu_check runs its dry run",
 }
 

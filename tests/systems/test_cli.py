@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+import xlayer_ext
 from training_tools import contents, finish, run_xlayer, save_backbone, save_rte, start_xlayer
 from xlayer_systems.runs.sweep import parse_variants
 
@@ -214,3 +215,10 @@ def test_help_teaches_by_examples(monkeypatch, capsys):
 def test_info_says_what_is_in_use(monkeypatch, capsys):
     assert run_xlayer(monkeypatch, "info") == 0
     assert "torch" in capsys.readouterr().out
+    assert run_xlayer(monkeypatch, "info", "--json") == 0
+    assert "torch" in json.loads(capsys.readouterr().out)
+
+
+def test_the_version_is_printed(monkeypatch, capsys):
+    assert run_xlayer(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"xlayer-ext {xlayer_ext.__version__}\n"

@@ -135,8 +135,18 @@ def test_the_command_lists_the_options(monkeypatch, capsys) -> None:
     assert run_xlayer(monkeypatch, "options", "bypass", "--preset", "lora", "--json") == 0
     schema = json.loads(capsys.readouterr().out)
     assert schema["properties"]["config"]["properties"]["rank"]["default"] is None
+    assert run_xlayer(monkeypatch, "options") == 0
+    assert "\nhyper_lm   " in capsys.readouterr().out
     assert run_xlayer(monkeypatch, "options", "lstm") == 2
     assert "unknown system 'lstm'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "sweep", "profile"])
+def test_the_keys_of_set_are_listed_by_help(monkeypatch, capsys, command: str) -> None:
+    assert run_xlayer(monkeypatch, "options", "hyper_lm", "--quick") == 0
+    listed = capsys.readouterr().out
+    assert run_xlayer(monkeypatch, command, "hyper_lm", "--quick", "--set", "help") == 0
+    assert capsys.readouterr().out == listed
 
 
 @pytest.fixture(scope="module")
