@@ -114,6 +114,16 @@ def test_states_and_gradients_are_those_of_the_loop(device: str, kind: str, shap
     torch.testing.assert_close(module(taps, last_only=True), wanted[-1], rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_taps_may_be_a_list(kind: str) -> None:
+    module = make(kind)
+    taps = draw(fresh_generator(), L, B, S, D)
+    for given in (list(taps), tuple(taps)):
+        assert torch.equal(module(given), module(taps))
+    with pytest.raises(ValueError, match=r"taps must be 5 tensors \[\.\.\., 8\] of one shape, got \[3, 7, 8\]$"):
+        module([taps[0]])
+
+
 def test_a_states_token_sees_no_other_token() -> None:
     for kind in KINDS:
         module, taps = make(kind), taps_of(L, B, S, D)

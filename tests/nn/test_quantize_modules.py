@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from oracle import draw, fresh_generator
@@ -117,6 +120,50 @@ def test_perplexity_counts_codes_in_use() -> None:
     out = module(module.codebook[0].repeat(3, 1))
     torch.testing.assert_close(out.perplexity, torch.tensor(float(K)))
     assert torch.equal(out.indices, torch.arange(K).repeat(3))
+
+
+def test_the_output_unpacks_as_three_and_has_four_attributes() -> None:
+    module = quantizer().eval()
+    x = rows(4, 6)
+    output = module(x)
+    quantized, indices, loss = output
+    assert quantized is output.quantized and indices is output.indices and loss is output.loss and len(output) == 3
+    leaves, structure = tree_flatten(output)
+    assert len(leaves) == 4 and [path[0].name for path, _ in tree_flatten_with_path(output)[0]] == [
+        "quantized", "indices", "loss", "perplexity"
+    ]  # fmt: skip
+    exported = torch.export.export(module, (x,))
+    file = io.BytesIO()
+    torch.export.save(exported, file)
+    file.seek(0)
+    with torch.no_grad():
+        detached = module(x)
+    for other in (
+        copy.deepcopy(detached),
+        pickle.loads(pickle.dumps(detached)),
+        tree_unflatten(leaves, structure),
+        exported.module()(x),
+        torch.export.load(file).module()(x),
+    ):
+        assert type(other) is VQOutput
+        for name in ("quantized", "indices", "loss", "perplexity"):
+            torch.testing.assert_close(getattr(other, name), getattr(output, name))
+    assert "perplexity=tensor" in repr(output)
+
+
+def test_the_output_unpacks_in_a_compiled_graph() -> None:
+    module = quantizer().eval()
+    x = rows(4, 6)
+
+    def call(x: Tensor) -> tuple[VQOutput, Tensor]:
+        output = module(x)
+        quantized, _, loss = output
+        return output, quantized.sum() + loss + output.perplexity
+
+    output, total = torch.compile(call, backend="eager", fullgraph=True)(x)
+    assert type(output) is VQOutput
+    torch.testing.assert_close(total, call(x)[1])
+    torch.testing.assert_close(output.perplexity, module(x).perplexity)
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from xlayer_ext import functional as XF
 from xlayer_ext.functional._checks import (
     check_choice,
+    check_common,
     check_floats,
     check_integer,
     check_mask,
@@ -102,7 +103,20 @@ class TapProjector(nn.Module):
             nn.init.zeros_(self.query)
 
     def forward(self, taps: Tensor | Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
-        x = taps if isinstance(taps, Tensor) else self._stacked(taps)
+        """Projects the taps of all layers.
+
+        Args:
+            taps: L tensors ``[B, S, hidden_size]``, or one ``[L, B, S, hidden_size]``.
+            mask: bool ``[B, S]``, True where a token counts.
+
+        Returns:
+            ``[L, B, side_size]``, or ``[L, B, S, side_size]`` without a pooling.
+
+        Raises:
+            TypeError: the taps are not floating-point tensors, or the mask is not bool.
+            ValueError: the number of taps, their shapes or the mask's do not fit.
+        """
+        x = taps if isinstance(taps, Tensor) else _stacked(taps, self.num_layers, f"[B, S, {self.hidden_size}]")
         check_floats(taps=x)
         check_mask("mask", mask, x)
         if x.dim() != 4 or x.shape[0] != self.num_layers or x.shape[3] != self.hidden_size:
@@ -115,16 +129,6 @@ class TapProjector(nn.Module):
         z = torch.baddbmm(self.bias.unsqueeze(1), rows, self.weight.transpose(1, 2))
         pooled = x.shape[1:3] if self.pooling is None else x.shape[1:2]
         return self.dropout(z.reshape(self.num_layers, *pooled, self.side_size))
-
-    def _stacked(self, taps: Sequence[Tensor]) -> Tensor:
-        if not isinstance(taps, Sequence) or not all(isinstance(tap, Tensor) for tap in taps):
-            raise TypeError(f"taps must be a tensor or a sequence of tensors, got {type(taps).__name__}")
-        if len(taps) != self.num_layers or any(tap.shape != taps[0].shape for tap in taps):
-            shapes = ", ".join(str(list(tap.shape)) for tap in taps)
-            raise ValueError(
-                f"taps must be {self.num_layers} tensors [B, S, {self.hidden_size}] of one shape, got {shapes}"
-            )
-        return torch.stack(list(taps))
 
     def _pool(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Normalizes and pools the taps to ``[L, B, hidden_size]``, or ``[L, B, S, hidden_size]`` without a pooling."""
@@ -158,6 +162,17 @@ class TapProjector(nn.Module):
         )
 
 
+def _stacked(taps: Sequence[Tensor], num_layers: int, shape: str) -> Tensor:
+    """Stacks the taps of all layers to one tensor."""
+    if not isinstance(taps, Sequence) or not all(isinstance(tap, Tensor) for tap in taps):
+        raise TypeError(f"taps must be a tensor or a sequence of tensors, got {type(taps).__name__}")
+    if len(taps) != num_layers or any(tap.shape != taps[0].shape for tap in taps):
+        shapes = ", ".join(str(list(tap.shape)) for tap in taps) or "none"
+        raise ValueError(f"taps must be {num_layers} tensors {shape} of one shape, got {shapes}")
+    check_common(**{f"taps[{index}]": tap for index, tap in enumerate(taps)})
+    return torch.stack(list(taps))
+
+
 class _Aggregator(nn.Module):
     """Base of the kinds: maps taps ``[L, ..., d]`` to states ``[L, ..., d]``, or to the last one."""
 
@@ -180,7 +195,22 @@ class _Aggregator(nn.Module):
             raise ValueError(f"{type(self).__name__} has no gates per layer: l1 and l2 are for EMAAggregator")
         return l1 * gates.sum() + l2 * gates.square().sum()
 
-    def forward(self, taps: Tensor, last_only: bool = False) -> Tensor:
+    def forward(self, taps: Tensor | Sequence[Tensor], last_only: bool = False) -> Tensor:
+        """Aggregates the taps over depth.
+
+        Args:
+            taps: ``[L, ..., d]``, or L tensors ``[..., d]``, which are stacked.
+            last_only: return the last layer's state alone.
+
+        Returns:
+            The state after every layer, ``[L, ..., d]``, or the last one, ``[..., d]``.
+
+        Raises:
+            TypeError: the taps are not floating-point tensors.
+            ValueError: the number of taps or their shapes do not fit.
+        """
+        if not isinstance(taps, Tensor):
+            taps = _stacked(taps, self.num_layers, f"[..., {self.hidden_size}]")
         check_floats(taps=taps)
         if taps.dim() < 2 or taps.shape[0] != self.num_layers or taps.shape[-1] != self.hidden_size:
             raise ValueError(
@@ -220,7 +250,7 @@ class EMAAggregator(_Aggregator):
         device, dtype: of the parameters.
 
     Shape:
-        - taps: ``[L, ..., d]``, as :class:`TapProjector` gives them
+        - taps: ``[L, ..., d]``, as :class:`TapProjector` gives them, or a list of L tensors ``[..., d]``
         - the result is ``[L, ..., d]``, or ``[..., d]`` with ``last_only``
 
     Paper: Yu et al., Deep Layer Aggregation, CVPR 2018, arXiv 1707.06484.

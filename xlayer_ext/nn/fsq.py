@@ -17,7 +17,12 @@ from xlayer_ext.types import Bound, Variant
 
 
 class FSQOutput(NamedTuple):
-    """Result of :class:`FSQ`: ``quantized [..., hidden_size]`` and ``indices [...]`` (digits where no index fits)."""
+    """Holds the result of :class:`FSQ`.
+
+    Attributes:
+        quantized: points of the grid, ``[..., hidden_size]``, in the dtype of z. Gradients go straight through to z.
+        indices: of the points, int64 ``[...]``; the digits ``[..., len(levels)]`` where no int64 holds an index.
+    """
 
     quantized: Tensor
     indices: Tensor
@@ -79,6 +84,12 @@ class FSQ(nn.Module):
         return math.prod(self.levels)
 
     def forward(self, z: Tensor) -> FSQOutput:
+        """Rounds vectors ``[..., hidden_size]`` to points of the grid; returns them and their indices.
+
+        Raises:
+            TypeError: z is not floating point.
+            ValueError: z does not have ``hidden_size`` columns.
+        """
         check_floats(z=z)
         if z.dim() < 1 or z.shape[-1] != self.hidden_size:
             raise ValueError(f"z must have shape [..., {self.hidden_size}], got {list(z.shape)}")

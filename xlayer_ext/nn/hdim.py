@@ -147,6 +147,22 @@ class HDIMMessage(nn.Module):
         attn_mask: Tensor | None = None,
         return_entropy: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
+        """Computes the message to every target token.
+
+        Args:
+            target: ``[B, St, H]``.
+            source: ``[B, Ss, H]``.
+            key_mask: bool ``[B, Ss]``, True where a source token may be read.
+            attn_mask: bool ``[B, St, Ss]``, True where a pair may act.
+            return_entropy: also return the mean entropy of the rows in nats, a scalar.
+
+        Returns:
+            The message ``[B, St, H]``, or (message, entropy).
+
+        Raises:
+            TypeError: an input is not floating point, or a mask not bool.
+            ValueError: shapes or devices disagree.
+        """
         check_floats(target=target, source=source)
         check_mask("key_mask", key_mask, source)
         check_mask("attn_mask", attn_mask, source)
@@ -258,6 +274,17 @@ class QKVMessage(nn.Module):
             self.value_proj.reset_parameters()
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
+        """Computes the message ``[B, St, h·d]`` to every target token.
+
+        Args:
+            query: of the target, ``[B, St, h·d]``.
+            key, value: of the source, ``[B, Ss, h·d]``.
+            key_mask: bool ``[B, Ss]``, True where a source token may be read.
+
+        Raises:
+            TypeError: an input is not floating point, or the mask not bool.
+            ValueError: shapes or devices disagree.
+        """
         check_floats(query=query, key=key, value=value)
         layouts = {"query": "B St H", "key": "B Ss H", "value": "B Ss H", "key_mask": "B Ss"}
         check_mask("key_mask", key_mask, query)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -33,21 +33,67 @@ from xlayer_ext.types import Metric
 SURVIVED_MISSES = 20  # of a revived code, before it counts as dead again
 MAX_RECORDS = 32  # forwards of one module that may wait for their recomputation
 CHUNK = 2**22  # scores that the entropy bonus holds at once
+OUTPUTS = ("quantized", "indices", "loss", "perplexity")
 STATE = ("codebook", "sizes", "sums")
 HALF = (torch.bfloat16, torch.float16)
 
 
-class VQOutput(NamedTuple):
-    """Result of :class:`VectorQuantizer`."""
+class VQOutput(tuple[Tensor, Tensor, Tensor]):
+    """Holds the result of :class:`VectorQuantizer`; it unpacks as ``quantized, indices, loss``.
 
-    quantized: Tensor  # [..., hidden_size]
-    indices: Tensor  # int64 [...], or [..., h] with several codebooks; -1 at padding
-    loss: Tensor  # scalar, float32
-    perplexity: Tensor  # scalar: exp of the entropy of the codes' use in this batch, mean over codebooks
+    Attributes:
+        quantized: the codes in place of the vectors, ``[..., hidden_size]``, in the dtype of x; 0 at padding. Gradients
+            go straight through to x.
+        indices: of the codes, int64 ``[...]``, or ``[..., num_codebooks]`` with several codebooks; -1 at padding.
+        loss: what is to be added to the training loss, a scalar, float32 at least.
+        perplexity: the exponential of the entropy of the codes' use in this batch, mean over codebooks, a scalar: from
+            1 (one code) to ``codebook_size`` (all alike). It has no gradient.
+
+    Example::
+
+        >>> output = VectorQuantizer(8, 16).eval()(torch.randn(2, 5, 8))
+        >>> quantized, indices, loss = output
+        >>> quantized is output.quantized, indices.shape, bool(output.perplexity >= 1)
+        (True, torch.Size([2, 5]), True)
+    """
+
+    perplexity: Tensor
+
+    def __new__(cls, quantized: Tensor, indices: Tensor, loss: Tensor, perplexity: Tensor) -> VQOutput:
+        made = super().__new__(cls, (quantized, indices, loss))  # type: ignore[type-var]
+        made.perplexity = perplexity
+        return made
+
+    @property
+    def quantized(self) -> Tensor:
+        return self[0]
+
+    @property
+    def indices(self) -> Tensor:
+        return self[1]
+
+    @property
+    def loss(self) -> Tensor:
+        return self[2]
+
+    def __getnewargs__(self) -> tuple[Tensor, ...]:
+        return (*self, self.perplexity)
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name}={getattr(self, name)!r}" for name in OUTPUTS)
+        return f"VQOutput({fields})"
 
 
-# The name by which torch.export.save writes it.
-torch.utils._pytree._register_namedtuple(VQOutput, serialized_type_name="xlayer_ext.nn.VQOutput")
+torch.utils._pytree.register_pytree_node(
+    VQOutput,
+    lambda output: ([*output, output.perplexity], None),
+    lambda values, _: VQOutput(*values),
+    serialized_type_name="xlayer_ext.nn.VQOutput",  # the name by which torch.export.save writes it
+    flatten_with_keys_fn=lambda output: (
+        [(torch.utils._pytree.GetAttrKey(name), getattr(output, name)) for name in OUTPUTS],
+        None,
+    ),
+)
 
 
 @dataclass
@@ -206,6 +252,19 @@ class VectorQuantizer(nn.Module):
         self._records = []
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> VQOutput:
+        """Quantizes vectors; in training, moves a codebook that follows its vectors.
+
+        Args:
+            x: ``[..., hidden_size]``, floating point.
+            mask: bool ``[...]``, True where a vector counts; x may hold anything elsewhere.
+
+        Returns:
+            Codes, indices, loss and perplexity; ``quantized, indices, loss = quantizer(x)`` works too.
+
+        Raises:
+            TypeError: x is not floating point, or the mask not bool.
+            ValueError: x does not have ``hidden_size`` columns, or the mask does not fit it.
+        """
         check_floats(x=x)
         check_mask("mask", mask, x)
         if x.dim() < 1 or x.shape[-1] != self.hidden_size:

@@ -84,6 +84,19 @@ class LayerRouter(nn.Module):
         reset(self.query, self.key)
 
     def forward(self, target_summary: Tensor, source_summaries: Tensor) -> tuple[Tensor, Tensor]:
+        """Selects the k best of n sources for every example.
+
+        Args:
+            target_summary: ``[B, H]``, or ``[B, 4H]`` with ``query_mlp``.
+            source_summaries: ``[n, B, H]``.
+
+        Returns:
+            Indices int64 ``[B, k]`` in descending order of score, and weights ``[B, k]``, float32 at least.
+
+        Raises:
+            TypeError: a summary is not floating point.
+            ValueError: shapes disagree, or there are fewer than k sources.
+        """
         logits = self.logits(target_summary, source_summaries)
         if self.top_k > logits.shape[1]:
             raise ValueError(f"top_k is {self.top_k}, but there are only {logits.shape[1]} source layers")
