@@ -21,6 +21,7 @@ RouterWeighting = Literal["topk_softmax", "full_softmax"]
 # Hyper-connections
 Form = Literal["identity", "tanh", "sinkhorn_rows", "sinkhorn_columns"]
 HyperCoefficients = Literal["paper", "per_stream"]
+HyperKind = Literal["static", "dynamic", "manifold"]
 Norm = Literal["layer", "rms", "rms_all"]
 Reduction = Literal["sum", "mean"]
 StreamNorm = Literal["layer", "rms"]

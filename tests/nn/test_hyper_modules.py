@@ -20,10 +20,12 @@ from torch.utils.checkpoint import checkpoint
 from oracle import draw, fresh_generator, need_native
 from processes import join_processes
 from xlayer_ext import backend
+from xlayer_ext import functional as XF
 from xlayer_ext.nn import (
     HyperConnection,
     ManifoldHyperConnection,
     expand_streams,
+    hyper_connections,
     no_weight_decay,
     reduce_streams,
 )
@@ -221,6 +223,83 @@ def test_any_strides(choice: str, device: str, kind: str, order: str) -> None:
     other = streams.transpose(1, 2).contiguous().transpose(1, 2) if order == "n sd" else streams[:, ::2]
     with backend(choice):
         torch.testing.assert_close(module(other), module(other.contiguous()))
+
+
+# ---- Disabled, and made by the factory -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_disabled_connections_are_plain_residuals(kind: str, packed: bool) -> None:
+    x = draw(fresh_generator(), 2, 5, D).requires_grad_()
+    module = KINDS[kind](D, expansion_rate=4, packed=packed, disable=True, branch=torch.sin)
+    options: dict[str, Any] = {"packed": packed, "disable": True}
+    out = reduce_streams(module(expand_streams(x, 4, **options)), expansion_rate=4, **options)
+    assert torch.equal(out, x + x.sin()) and not list(module.parameters()) and not module.state_dict()
+    given, coefficients = module.pre(x)
+    streams, again, _ = module.boundary(x, given.sin(), coefficients)
+    assert torch.equal(streams, x + x.sin()) and torch.equal(again, streams)
+    assert "disable=True" in repr(module) and no_weight_decay(module) == set()
+    module.reset_parameters()
+    with pytest.raises(ValueError, match=r"must have shape \[\.\.\., 12\] \(disable=True: one residual stream\), got"):
+        module(x[..., :7])
+    with pytest.raises(ValueError, match="has no coefficients"):
+        module.connection()
+
+
+@pytest.mark.parametrize("disable", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", ["static", "dynamic", "manifold"])
+def test_the_factory_keeps_number_and_layout_of_the_streams(kind: Any, packed: bool, disable: bool) -> None:
+    made = hyper_connections(
+        3, hidden_size=D, kind=kind, packed=packed, disable=disable, reduce="mean", dtype=torch.float64
+    )
+    connect, expand, reduce = made
+    assert connect is made.connect and expand is made.expand and reduce is made.reduce
+    blocks = [connect(branch=torch.sin), connect(torch.sin), connect(branch=torch.sin, layer_index=7), connect()]
+    assert [block.layer_index for block in blocks] == [0, 1, 7, 2]
+    assert {block.packed for block in blocks} == {packed} and {block.expansion_rate for block in blocks} == {3}
+    x = wanted = draw(fresh_generator(), 2, 5, D)
+    streams = expand(x)
+    for block in blocks[:3]:
+        streams, wanted = block(streams), wanted + wanted.sin()
+    branch_input, add_residual = blocks[3](streams)
+    streams, wanted = add_residual(branch_input.sin()), wanted + wanted.sin()
+    torch.testing.assert_close(reduce(streams), wanted, rtol=1e-7, atol=1e-7)
+
+
+def test_the_factory_names_what_is_wrong() -> None:
+    connect, *_ = hyper_connections(4, norm="rms")
+    first, second = connect(hidden_size=D), connect(hidden_size=D)
+    assert first.norm == "rms" and (first.layer_index, second.layer_index) == (0, 1)
+    calls: list[tuple[Callable[[], Any], str]] = [
+        (lambda: connect(), "connect needs hidden_size="),
+        (lambda: hyper_connections(0, hidden_size=D), "expansion_rate must be at least 1, got 0"),
+        (
+            lambda: hyper_connections(4, hidden_size=D, kind="plain"),
+            "kind must be one of static, dynamic, manifold; got 'plain'",
+        ),
+        (lambda: hyper_connections(4, hidden_size=D, norm="batch"), "norm must be one of"),
+        (lambda: hyper_connections(4, hidden_size=D, streams=2), "streams"),
+        (lambda: hyper_connections(4, hidden_size=D, disable=1), "disable must be a bool, got int"),
+    ]
+    for call, told in calls:
+        with pytest.raises((TypeError, ValueError), match=told):
+            call()
+
+
+def test_a_sequence_that_was_not_expanded_is_explained() -> None:
+    x = torch.ones(2, 5, D)
+    told = r"streams must have shape \[\.\.\., 4, 12\], got \[2, 5, 12\]; expand_streams\(x, 4\) makes 4 streams of x"
+    with pytest.raises(ValueError, match=told):
+        HyperConnection(D)(x)
+    with pytest.raises(ValueError, match=r"\[\(b n\).*got \[2, 5, 12\]; expand_streams\(x, 4, packed=True\)"):
+        HyperConnection(D, packed=True)(x)
+    for kind in (HyperConnection, ManifoldHyperConnection):
+        connection = kind(D).connection()
+        told = r"shape \[\.\.\., 4, d\] for the base \[4, 6\] of this connection of 4 streams, got \[2, 5, 12\]; expand"
+        with pytest.raises(ValueError, match=told):
+            XF.hyper_pre(x, connection)
 
 
 # ---- The start -------------------------------------------------------------------------------------------------------

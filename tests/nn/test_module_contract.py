@@ -52,12 +52,14 @@ RECIPES: dict[str, list[Make]] = {
         lambda: xnn.HyperConnection(8, layer_index=2),
         lambda: xnn.HyperConnection(8, norm="rms"),
         lambda: xnn.HyperConnection(8, expansion_rate=2, static_weights=True),
+        lambda: xnn.HyperConnection(8, disable=True),
     ],
     "LayerRouter": [lambda: xnn.LayerRouter(16, route_dim=4), lambda: xnn.LayerRouter(16, route_dim=4, query_mlp=True)],
     "ManifoldHyperConnection": [
         lambda: xnn.ManifoldHyperConnection(8, layer_index=1),
         lambda: xnn.ManifoldHyperConnection(8, coefficients="per_stream"),
         lambda: xnn.ManifoldHyperConnection(8, expansion_rate=1),
+        lambda: xnn.ManifoldHyperConnection(8, disable=True),
     ],
     "PerceiverResampler": [lambda: PerceiverResampler(6, 8, 3, num_layers=2, num_heads=2)],
     "QKVMessage": [lambda: xnn.QKVMessage(2, 4), lambda: xnn.QKVMessage(2, 4, extra_value_projection=True)],
@@ -118,6 +120,13 @@ def test_every_class_has_a_recipe() -> None:
     public = [getattr(xnn, name) for name in xnn.__all__]
     public += [DiffusionBridge, PerceiverResampler, RMSScale, StatisticalNormalizer, TanhScale]
     assert {c.__name__ for c in public if isinstance(c, type) and issubclass(c, nn.Module)} == set(RECIPES)
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name in xnn.__all__])
+def test_forward_has_a_docstring_of_its_own(name: str) -> None:
+    told = inspect.getdoc(getattr(xnn, name).forward)
+    assert told and told != inspect.getdoc(nn.Module.forward)
+    assert "Raises:" in told
 
 
 @pytest.mark.parametrize("flag", [False, True])
@@ -225,7 +234,8 @@ BAD: list[tuple[str, Callable[..., Any], dict[str, list[Any]]]] = [
      {"proj_dim": [0, 2**64, "4"], "mlp_dim": [0], "temperature": [NAN, INF, -1.0, 10**400, "x"], "alpha_init": [NAN],
       "residual_beta": [None]}),
     ("HyperConnection", lambda **o: xnn.HyperConnection(8, **o),
-     {"expansion_rate": [0, 2**64, 2.0], "eps": [NAN, -1.0], "layer_index": [None, 2**64], "norm": ["batch"]}),
+     {"expansion_rate": [0, 2**64, 2.0], "eps": [NAN, -1.0], "layer_index": [None, 2**64], "norm": ["batch"],
+      "disable": [None, 1]}),
     ("LayerRouter", lambda **o: xnn.LayerRouter(16, **o),
      {"top_k": [0, 2**64, "1"], "temperature": [NAN, 0.0, None], "route_dim": [0]}),
     ("ManifoldHyperConnection", lambda **o: xnn.ManifoldHyperConnection(8, **o),
@@ -285,7 +295,9 @@ MODULE_CALLS: dict[str, tuple[Make, dict[str, Any], dict[str, list[Any]]]] = {
     "TapProjector": (lambda: xnn.TapProjector(3, 8, 4), {"taps": TAPS, "mask": MASK},
                      {"taps": [*NOT_FLOATS, TAPS[0], [X, X], [X, X, X[:1]], [X, X, "x"], TAPS[..., :7]],
                       "mask": NOT_MASKS}),
-    "EMAAggregator": (lambda: xnn.EMAAggregator(3, 8), {"taps": TAPS}, {"taps": [*NOT_FLOATS, X[0], TAPS[:2]]}),
+    "EMAAggregator": (lambda: xnn.EMAAggregator(3, 8), {"taps": TAPS},
+                      {"taps": [*NOT_FLOATS, X[0], TAPS[:2], [X, X], [X, X, X[:1]], [X, X, "x"], [],
+                                [X, X, X.double()]]}),
     "GRUAggregator": (lambda: xnn.GRUAggregator(3, 8), {"taps": TAPS}, {"taps": [*NOT_FLOATS, X[0]]}),
     "DepthAttentionAggregator": (lambda: xnn.DepthAttentionAggregator(3, 8), {"taps": TAPS}, {"taps": NOT_FLOATS}),
     "FSQ": (lambda: xnn.FSQ([4] * 8), {"z": X}, {"z": [*NOT_FLOATS, X[..., :7], X[0, 0, 0]]}),

@@ -44,8 +44,10 @@ def hyper_pre(streams: Tensor, connection: Connection) -> tuple[Tensor, Tensor]:
     float64). The same input gives the same bits at any number of threads. Autocast changes nothing here.
 
     Args:
-        streams: h, ``[..., n, d]``, float64, float32, bfloat16 or float16. Neighbours along d should be neighbours in
-            memory; all other strides are free, so that streams packed into the batch, ``[(b n), s, d]``, need no copy:
+        streams: h, ``[..., n, d]``, as :func:`xlayer_ext.nn.expand_streams` makes them, float64, float32, bfloat16 or
+            float16. A sequence of n tokens, ``[b, n, d]``, has such a shape too, and its tokens would be mixed as
+            streams without an error: expand it first. Neighbours along d should be neighbours in memory; all other
+            strides are free, so that streams packed into the batch, ``[(b n), s, d]``, need no copy:
             ``packed.unflatten(0, (-1, n)).transpose(1, 2)``.
         connection: how the coefficients come about: :class:`Connection`.
 
@@ -109,6 +111,19 @@ def hyper_post_pre(
 
     Returns:
         h' ``[..., n, d]``, x ``[..., d]`` and c of the sublayer that begins.
+
+    Raises:
+        TypeError: a tensor is not floating point, or ``connection`` no :class:`Connection`.
+        ValueError: as for :func:`hyper_post` and :func:`hyper_pre`.
+
+    Example::
+
+        >>> h = torch.randn(2, 5, 4, 64)  # batch, tokens, streams, width
+        >>> residual = Connection(torch.cat([torch.eye(4)[:, :1], torch.eye(4), torch.ones(4, 1)], 1))
+        >>> x, c = hyper_pre(h, residual)
+        >>> after, x_next, c_next = hyper_post_pre(h, torch.tanh(x), c, residual)
+        >>> torch.allclose(after, hyper_post(h, torch.tanh(x), c)) and torch.equal(x_next, after[:, :, 0])
+        True
     """
     branch_output, coefficients = _checked_post(streams, branch_output, coefficients)
     connection = _checked_connection(streams, connection)
@@ -131,6 +146,12 @@ def _checked_connection(streams: Tensor, connection: Connection) -> Connection:
     if not isinstance(connection, Connection):
         raise TypeError(f"connection must be a Connection, got {type(connection).__name__}")
     base, weight, bias, scale, norm, form, sinkhorn_iters, eps = connection
+    if isinstance(base, Tensor) and base.dim() == 2 and base.shape[1] == base.shape[0] + 2 and base.shape[0] != n:
+        made_for = base.shape[0]
+        raise ValueError(
+            f"streams must have shape [..., {made_for}, d] for the base {list(base.shape)} of this connection of "
+            f"{made_for} streams, got {list(streams.shape)}; expand_streams(x, {made_for}) makes streams of x [..., d]"
+        )
     check_choice("norm", norm, NORMS[1:])
     check_choice("form", form, FORMS)
     constrained = form.startswith("sinkhorn")

@@ -10,8 +10,10 @@ from xlayer_ext.nn.fsq import FSQ, FSQOutput
 from xlayer_ext.nn.hdim import HDIMMessage, QKVMessage
 from xlayer_ext.nn.hyper import (
     HyperConnection,
+    HyperConnections,
     ManifoldHyperConnection,
     expand_streams,
+    hyper_connections,
     no_weight_decay,
     reduce_streams,
 )
@@ -26,6 +28,7 @@ __all__ = [
     "GRUAggregator",
     "HDIMMessage",
     "HyperConnection",
+    "HyperConnections",
     "LayerRouter",
     "ManifoldHyperConnection",
     "QKVMessage",
@@ -33,6 +36,7 @@ __all__ = [
     "VQOutput",
     "VectorQuantizer",
     "expand_streams",
+    "hyper_connections",
     "no_weight_decay",
     "reduce_streams",
 ]

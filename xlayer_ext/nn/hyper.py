@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +17,18 @@ from xlayer_ext.functional import Connection
 from xlayer_ext.functional._checks import (
     MAX_ITERATIONS,
     check_choice,
+    check_flag,
     check_floats,
     check_integer,
     check_not_negative,
     check_sizes,
 )
 from xlayer_ext.nn._reset import assign
-from xlayer_ext.types import Form, HyperCoefficients, Reduction, StreamNorm
+from xlayer_ext.types import Form, HyperCoefficients, HyperKind, Reduction, StreamNorm
 
 COEFFICIENTS = get_args(HyperCoefficients)
 NORMS = get_args(StreamNorm)
+KINDS = get_args(HyperKind)
 INIT_READ = 0.75  # initial pre of a manifold-constrained sublayer's own stream; the others share the rest
 INIT_DIAGONAL = 0.99  # initial diagonal of the manifold-constrained mixing
 PYPI_EPS = 1e-24  # the PyPI package divides by the larger of a row's norm and 1e-12
@@ -37,39 +40,107 @@ class _StreamConnection(nn.Module):
     decayed: ClassVar[tuple[str, ...]] = ()  # parameters that weight decay is for
 
     def __init__(
-        self, hidden_size: int, expansion_rate: int, eps: float, branch: Callable[..., Any] | None, packed: bool
+        self,
+        hidden_size: int,
+        expansion_rate: int,
+        eps: float,
+        branch: Callable[..., Any] | None,
+        packed: bool,
+        disable: bool,
     ) -> None:
         super().__init__()
         check_sizes(hidden_size=hidden_size, expansion_rate=expansion_rate)
         check_not_negative(eps=eps)
+        check_flag("disable", disable)
         self.hidden_size, self.expansion_rate, self.eps, self.packed = hidden_size, expansion_rate, eps, packed
-        self.branch = branch
+        self.branch, self.disable = branch, disable
 
     def connection(self) -> Connection:
-        """Returns the parameters in the form that the functional API takes."""
+        """Returns the parameters in the form that the functional API takes.
+
+        Raises:
+            ValueError: the connection is disabled, and has none.
+        """
         raise NotImplementedError
 
+    def _check_enabled(self) -> None:
+        if self.disable:
+            raise ValueError("a connection with disable=True is a plain residual connection and has no coefficients")
+
     def pre(self, streams: Tensor) -> tuple[Tensor, Tensor]:
-        """Computes branch input x ``[..., d]`` and coefficients from streams in this module's layout."""
+        """Computes branch input x ``[..., d]`` and coefficients from streams in this module's layout.
+
+        With ``disable`` the streams are the branch input, and the coefficients an empty tensor.
+
+        Raises:
+            TypeError: the streams are not floating point.
+            ValueError: the streams have another shape.
+        """
+        if self.disable:
+            self._check_plain(streams)
+            return streams, streams.new_empty(0)
         x, coefficients = XF.hyper_pre(self._unpack(streams), self.connection())
         return self._row(x, streams), coefficients
 
     def post(self, streams: Tensor, branch_output: Tensor, coefficients: Tensor) -> Tensor:
-        """Computes the streams after a sublayer from its output ``[..., d]`` and the coefficients of :meth:`pre`."""
+        """Computes the streams after a sublayer from its output ``[..., d]`` and the coefficients of :meth:`pre`.
+
+        Raises:
+            TypeError: an input is not floating point.
+            ValueError: shapes disagree.
+        """
+        if self.disable:
+            self._check_plain(streams)
+            return streams + branch_output
         unpacked = self._unpack(streams)
         return self._pack(XF.hyper_post(unpacked, self._flat(branch_output, unpacked), coefficients), streams)
 
     def boundary(self, streams: Tensor, branch_output: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Computes post of the sublayer before and pre of this one, fused: streams, branch input, coefficients.
 
-        ``coefficients`` are those of the sublayer before; the result's are this one's.
+        ``coefficients`` are those of the sublayer before; the result's are this one's. It equals the two calls, in one
+        pass over memory. A stack of sublayers begins with one :meth:`pre` and ends with one :meth:`post`.
+
+        Raises:
+            TypeError: an input is not floating point.
+            ValueError: shapes disagree.
+
+        Example::
+
+            >>> connections = [HyperConnection(64, expansion_rate=4, layer_index=i) for i in range(3)]
+            >>> sublayers = [torch.nn.Sequential(torch.nn.LayerNorm(64), torch.nn.Linear(64, 64)) for _ in range(3)]
+            >>> streams = expand_streams(torch.randn(2, 5, 64), 4)
+            >>> x, coefficients = connections[0].pre(streams)
+            >>> y = sublayers[0](x)
+            >>> for connection, sublayer in zip(connections[1:], sublayers[1:]):
+            ...     streams, x, coefficients = connection.boundary(streams, y, coefficients)
+            ...     y = sublayer(x)
+            >>> reduce_streams(connections[-1].post(streams, y, coefficients)).shape
+            torch.Size([2, 5, 64])
         """
+        if self.disable:
+            streams = self.post(streams, branch_output, coefficients)
+            return streams, *self.pre(streams)
         unpacked = self._unpack(streams)
         branch_output = self._flat(branch_output, unpacked)
         out, x, own = XF.hyper_post_pre(unpacked, branch_output, coefficients, self.connection())
         return self._pack(out, streams), self._row(x, streams), own
 
     def forward(self, streams: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Runs the branch between pre and post, or gives both ends to the caller.
+
+        Args:
+            streams: ``[..., n, d]``, as :func:`expand_streams` makes them, or ``[(b n), ..., d]`` if packed.
+            *args, **kwargs: further arguments of the branch.
+
+        Returns:
+            With a branch what it returns, its first tensor replaced by the new streams. Without one (x ``[..., d]``,
+            ``add_residual``), a function from the sublayer's output to the new streams.
+
+        Raises:
+            TypeError: the streams are not floating point.
+            ValueError: the streams have another shape.
+        """
         x, coefficients = self.pre(streams)
 
         def add_residual(branch_output: Any) -> Any:
@@ -79,7 +150,15 @@ class _StreamConnection(nn.Module):
         return (x, add_residual) if self.branch is None else add_residual(self.branch(x, *args, **kwargs))
 
     def extra_repr(self) -> str:
-        return f"{self.hidden_size}, expansion_rate={self.expansion_rate}, packed={self.packed}"
+        disabled = ", disable=True" if self.disable else ""
+        return f"{self.hidden_size}, expansion_rate={self.expansion_rate}, packed={self.packed}{disabled}"
+
+    def _check_plain(self, streams: Tensor) -> None:
+        """Checks the one stream of a disabled connection."""
+        check_floats(streams=streams)
+        if streams.dim() < 1 or streams.shape[-1] != self.hidden_size:
+            wanted = f"streams must have shape [..., {self.hidden_size}]"
+            raise ValueError(f"{wanted} (disable=True: one residual stream), got {list(streams.shape)}")
 
     # Packed streams are [(b n), ..., d]; here n becomes the last but one dimension, of the same memory.
 
@@ -88,12 +167,13 @@ class _StreamConnection(nn.Module):
         n, d = self.expansion_rate, self.hidden_size
         if not self.packed:
             if streams.dim() < 2 or streams.shape[-2:] != (n, d):
-                raise ValueError(f"streams must have shape [..., {n}, {d}], got {list(streams.shape)}")
+                how = f"expand_streams(x, {n}) makes {n} streams of x [..., {d}]"
+                raise ValueError(f"streams must have shape [..., {n}, {d}], got {list(streams.shape)}; {how}")
             return streams
         if streams.dim() < 2 or streams.shape[0] % n or streams.shape[-1] != d:
-            raise ValueError(
-                f"streams must have shape [(b n), ..., d] with n = {n}, d = {d}; got {list(streams.shape)}"
-            )
+            how = f"expand_streams(x, {n}, packed=True) makes {n} streams of x [b, ..., {d}]"
+            wanted = f"streams must have shape [(b n), ..., d] with n = {n}, d = {d}"
+            raise ValueError(f"{wanted}; got {list(streams.shape)}; {how}")
         streams = streams.unflatten(0, (-1, n))
         return streams if streams.dim() == 3 else streams.flatten(2, -2).transpose(1, 2)
 
@@ -136,10 +216,15 @@ class HyperConnection(_StreamConnection):
             is y and the others are passed through.
         packed: streams lie in the batch, ``[(b n), ..., d]``, as in the PyPI package ``hyper-connections``, instead of
             ``[..., n, d]``. Nothing is copied for it.
+        disable: a plain residual connection x + T(x) instead, with the same calls: one stream ``[..., d]``, no
+            parameters. :func:`expand_streams` and :func:`reduce_streams` take ``disable`` too;
+            :func:`hyper_connections` gives all three the same.
         device, dtype: of the parameters; the coefficients are computed in float32 at least, whatever it is.
 
     Shape:
-        - streams: ``[..., n, d]``, or ``[(b n), ..., d]`` if packed; every dtype
+        - streams: ``[..., n, d]``, or ``[(b n), ..., d]`` if packed; every dtype. A sequence of n tokens has such a
+          shape too, ``[b, n, d]``: given without :func:`expand_streams`, its tokens are mixed as streams, and no error
+          tells
         - without a branch the result is (x ``[..., d]``, ``add_residual``), a function from y to the new streams
 
     Paper: Zhu et al., Hyper-Connections, ICLR 2025, arXiv 2409.19606.
@@ -167,15 +252,18 @@ class HyperConnection(_StreamConnection):
         eps: float = 1e-5,
         branch: Callable[..., Any] | None = None,
         packed: bool = False,
+        disable: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(hidden_size, expansion_rate, eps, branch, packed)
+        super().__init__(hidden_size, expansion_rate, eps, branch, packed, disable)
         check_choice("norm", norm, NORMS)
         check_integer("layer_index", layer_index)
         n, d = expansion_rate, hidden_size
         parameter = partial(_parameter, device, dtype)
         self.layer_index, self.static_weights, self.use_tanh, self.norm = layer_index, static_weights, use_tanh, norm
+        if disable:
+            return
         self.static_alpha, self.static_beta = parameter(n, n + 1), parameter(n)
         if not static_weights:
             self.norm_weight = parameter(d)
@@ -188,6 +276,8 @@ class HyperConnection(_StreamConnection):
 
     def reset_parameters(self) -> None:
         """Sets the connection, not its branch, back to the residual connection."""
+        if self.disable:
+            return
         n = self.expansion_rate
         alpha = torch.eye(n, device="cpu")
         assign(self.static_alpha, torch.cat([alpha[:, self.layer_index % n, None], alpha], 1))
@@ -204,6 +294,7 @@ class HyperConnection(_StreamConnection):
             self.beta_scale.fill_(0.01)
 
     def connection(self) -> Connection:
+        self._check_enabled()
         base = torch.cat([self.static_alpha, self.static_beta.unsqueeze(1)], 1)
         if self.static_weights:
             return Connection(base)
@@ -264,7 +355,7 @@ class ManifoldHyperConnection(_StreamConnection):
         coefficients: ``"paper"`` or ``"per_stream"``.
         sinkhorn_iters: of Sinkhorn–Knopp.
         eps: of the RMSNorm.
-        branch, packed, device, dtype: as in :class:`HyperConnection`.
+        branch, packed, disable, device, dtype: as in :class:`HyperConnection`.
 
     Shape:
         as in :class:`HyperConnection`
@@ -293,16 +384,19 @@ class ManifoldHyperConnection(_StreamConnection):
         eps: float = 1e-6,
         branch: Callable[..., Any] | None = None,
         packed: bool = False,
+        disable: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(hidden_size, expansion_rate, eps, branch, packed)
+        super().__init__(hidden_size, expansion_rate, eps, branch, packed, disable)
         check_choice("coefficients", coefficients, COEFFICIENTS)
         check_integer("sinkhorn_iters", sinkhorn_iters, 1, MAX_ITERATIONS)
         check_integer("layer_index", layer_index)
         n, d = expansion_rate, hidden_size
         parameter = partial(_parameter, device, dtype)
         self.layer_index, self.coefficients, self.sinkhorn_iters = layer_index, coefficients, sinkhorn_iters
+        if disable:
+            return
         if coefficients == "paper":
             self.norm_weight = parameter(n * d)
             self.phi = parameter(n * d, n * (n + 2))
@@ -317,6 +411,8 @@ class ManifoldHyperConnection(_StreamConnection):
 
     def reset_parameters(self) -> None:
         """Sets the connection, not its branch, back to the residual connection."""
+        if self.disable:
+            return
         n = self.expansion_rate
         logit = math.log((n - 1) * INIT_DIAGONAL / (1 - INIT_DIAGONAL)) if n > 1 else 0.0
         mixing = logit * torch.eye(n, dtype=torch.float64, device="cpu")
@@ -347,6 +443,7 @@ class ManifoldHyperConnection(_StreamConnection):
         return logits
 
     def connection(self) -> Connection:
+        self._check_enabled()
         n = self.expansion_rate
         scale = torch.cat([self.pre_scale, self.residual_scale.expand(n), self.post_scale])
         if self.coefficients == "per_stream":
@@ -394,10 +491,94 @@ class ManifoldHyperConnection(_StreamConnection):
         return f"{super().extra_repr()}, layer_index={self.layer_index}, {how}"
 
 
-def expand_streams(x: Tensor, expansion_rate: int, *, packed: bool = False) -> Tensor:
+class HyperConnections(NamedTuple):
+    """Holds what a network with hyper-connections is made of; it unpacks as ``connect, expand, reduce``.
+
+    Attributes:
+        connect: ``connect(branch=None, **options)`` makes the connection of the next sublayer.
+        expand: makes streams of the embeddings.
+        reduce: makes one vector per token of the streams.
+    """
+
+    connect: Callable[..., HyperConnection | ManifoldHyperConnection]
+    expand: Callable[[Tensor], Tensor]
+    reduce: Callable[[Tensor], Tensor]
+
+
+def hyper_connections(
+    expansion_rate: int,
+    *,
+    hidden_size: int | None = None,
+    kind: HyperKind = "dynamic",
+    reduce: Reduction = "sum",
+    packed: bool = False,
+    disable: bool = False,
+    **options: Any,
+) -> HyperConnections:
+    """Returns functions that connect sublayers, expand and reduce, which agree on the number of streams and the layout.
+
+    ``connect`` numbers the connections that it makes, 0, 1, 2 …, as their ``layer_index``, so that the sublayers begin
+    with different streams. It takes the place of ``get_init_and_expand_reduce_stream_functions`` of the PyPI package
+    ``hyper-connections``.
+
+    Args:
+        expansion_rate: n, the number of streams.
+        hidden_size: d; None: given to each call of ``connect``.
+        kind: ``"dynamic"`` or ``"static"`` (:class:`HyperConnection`), or ``"manifold"``
+            (:class:`ManifoldHyperConnection`).
+        reduce: how the streams become one: ``"sum"`` (the paper) or ``"mean"``.
+        packed: streams lie in the batch, ``[(b n), ..., d]``.
+        disable: plain residual connections x + T(x) with the same calls: ``expand`` and ``reduce`` are the identity.
+        options: further options of the connections, such as ``norm``, ``device`` and ``dtype``; a call of ``connect``
+            may give others.
+
+    Raises:
+        TypeError: an unknown option.
+        ValueError: an option is out of range; in ``connect``, no ``hidden_size``.
+
+    Example::
+
+        >>> connect, expand, reduce = hyper_connections(4, hidden_size=64, kind="manifold")
+        >>> mlps = [torch.nn.Sequential(torch.nn.LayerNorm(64), torch.nn.Linear(64, 64)) for _ in range(3)]
+        >>> blocks = torch.nn.Sequential(*(connect(branch=mlp) for mlp in mlps))
+        >>> reduce(blocks(expand(torch.randn(2, 5, 64)))).shape, [block.layer_index for block in blocks]
+        (torch.Size([2, 5, 64]), [0, 1, 2])
+    """
+    check_choice("kind", kind, KINDS)
+    check_choice("reduce", reduce, get_args(Reduction))
+    check_sizes(expansion_rate=expansion_rate)
+    check_flag("disable", disable)
+    made: type[HyperConnection] | type[ManifoldHyperConnection] = HyperConnection
+    if kind == "manifold":
+        made = ManifoldHyperConnection
+    else:
+        options = {"static_weights": kind == "static", **options}
+    options = {"expansion_rate": expansion_rate, "packed": packed, "disable": disable, **options}
+    if hidden_size is not None:
+        made(hidden_size, **{**options, "device": "meta"})  # names a wrong option here, not at the first sublayer
+        options["hidden_size"] = hidden_size
+    numbers = itertools.count()
+
+    def connect(branch: Callable[..., Any] | None = None, **own: Any) -> HyperConnection | ManifoldHyperConnection:
+        given = {**options, **own}
+        if "hidden_size" not in given:
+            raise ValueError("connect needs hidden_size=, as hyper_connections() was given none")
+        if "layer_index" not in given:
+            given["layer_index"] = next(numbers)
+        return made(given.pop("hidden_size"), branch=branch, **given)
+
+    return HyperConnections(
+        connect,
+        partial(expand_streams, expansion_rate=expansion_rate, packed=packed, disable=disable),
+        partial(reduce_streams, reduce=reduce, packed=packed, expansion_rate=expansion_rate, disable=disable),
+    )
+
+
+def expand_streams(x: Tensor, expansion_rate: int, *, packed: bool = False, disable: bool = False) -> Tensor:
     """Copies x to n streams: ``[..., d] → [..., n, d]``, or ``[b, ..., d] → [(b n), ..., d]`` if packed.
 
-    Unpacked streams share the memory of ``x`` until the first sublayer writes its own.
+    Unpacked streams share the memory of ``x`` until the first sublayer writes its own. With ``disable`` x is returned
+    as it is, for connections that are disabled.
 
     Example::
 
@@ -405,15 +586,24 @@ def expand_streams(x: Tensor, expansion_rate: int, *, packed: bool = False) -> T
         (torch.Size([2, 5, 4, 64]), torch.Size([8, 5, 64]))
     """
     check_sizes(expansion_rate=expansion_rate)
+    if disable:
+        return x
     if packed:
         return x.repeat_interleave(expansion_rate, 0)
     return x.unsqueeze(-2).expand(*x.shape[:-1], expansion_rate, x.shape[-1])
 
 
 def reduce_streams(
-    streams: Tensor, *, reduce: Reduction = "sum", packed: bool = False, expansion_rate: int | None = None
+    streams: Tensor,
+    *,
+    reduce: Reduction = "sum",
+    packed: bool = False,
+    expansion_rate: int | None = None,
+    disable: bool = False,
 ) -> Tensor:
     """Reduces n streams to one by ``"sum"`` (the paper) or ``"mean"``. Packed streams need ``expansion_rate``.
+
+    With ``disable`` the one stream of disabled connections is returned as it is.
 
     Example::
 
@@ -422,6 +612,8 @@ def reduce_streams(
                 [1., 1., 1.]])
     """
     check_choice("reduce", reduce, get_args(Reduction))
+    if disable:
+        return streams
     if packed:
         if expansion_rate is None:
             raise ValueError("packed streams do not tell their number: expansion_rate must be given")
