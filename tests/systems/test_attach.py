@@ -175,6 +175,23 @@ def test_two_systems_on_one_model_are_both_named(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_trainable_parameters_are_printed_as_peft_does(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    attach, make, *_ = CASES[name]
+    model = make()
+    base = set(model.parameters())
+    handle = attach(model)
+    every = base | set(handle.parameters())
+    total = sum(parameter.numel() for parameter in every)
+    trainable = total - sum(parameter.numel() for parameter in every if not parameter.requires_grad)
+    assert handle.get_nb_trainable_parameters() == (trainable, total) and trainable > 0
+    assert (trainable < total) == (name in ("bypass", "lformer"))  # which freeze the model
+    handle.print_trainable_parameters()
+    share = f"{100 * trainable / total:.4f}"
+    told = f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share}\n"
+    assert capsys.readouterr().out == told
+
+
 # ---- models ----------------------------------------------------------------------------------------------------------
 
 

@@ -60,7 +60,7 @@ class VQOutput(tuple[Tensor, Tensor, Tensor]):
     perplexity: Tensor
 
     def __new__(cls, quantized: Tensor, indices: Tensor, loss: Tensor, perplexity: Tensor) -> VQOutput:
-        made = super().__new__(cls, (quantized, indices, loss))  # type: ignore[type-var]
+        made = super().__new__(cls, (quantized, indices, loss))
         made.perplexity = perplexity
         return made
 

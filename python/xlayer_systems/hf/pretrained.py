@@ -69,6 +69,18 @@ class Attachment(nn.Module):
             state = {name: tensor for name, tensor in model.state_dict().items() if name not in own} if own else None
             type(model).save_pretrained(model, folder, **({} if state is None else {"state_dict": state}))
 
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Counts the trainable parameters and all of them, of the model and of what was attached, each once."""
+        parts = (self, *self._model)
+        found = {id(parameter): parameter for part in parts for parameter in part.parameters()}
+        trainable = sum(parameter.numel() for parameter in found.values() if parameter.requires_grad)
+        return trainable, sum(parameter.numel() for parameter in found.values())
+
+    def print_trainable_parameters(self) -> None:
+        """Prints what `get_nb_trainable_parameters` counts, in one line, as PEFT does."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+
     def _names_inside(self, model: Any) -> set[str]:
         """Returns the names of what was attached in the model's own state dict."""
         return set()
