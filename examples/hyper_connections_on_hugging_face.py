@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from xlayer_systems.hyper_lm import HyperAttachment, attach
+from xlayer_systems.hyper_lm import attach, load
 
 CONFIG = LlamaConfig(
     vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, pad_token_id=0
@@ -21,7 +21,7 @@ CONFIG = LlamaConfig(
 
 
 def main() -> None:
-    """Shows that logits stay the same at first, that the connections learn, and that they are saved by themselves."""
+    """Shows that logits stay the same at first, that the connections learn, and that both are saved and loaded."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(CONFIG)
     tokens = (torch.arange(32).repeat(4, 1) * torch.tensor([[1], [3], [5], [7]])) % 64
@@ -43,10 +43,11 @@ def main() -> None:
     assert losses[-1] < 0.5 * losses[0]
 
     with tempfile.TemporaryDirectory() as folder:
-        connections.save_pretrained(folder)
+        connections.save(folder, include_model=True)  # the model has learned too
         print("saved:", ", ".join(sorted(path.name for path in Path(folder).iterdir())))
-        fresh = LlamaForCausalLM(CONFIG)
-        HyperAttachment.from_pretrained(fresh, folder)
+        again = LlamaForCausalLM.from_pretrained(folder)
+        load(again, folder)
+        assert torch.equal(again(tokens).logits, model(tokens).logits)
     text = model.generate(tokens[:1, :8], max_new_tokens=8, do_sample=False)
     print("generated:", text[0, 8:].tolist())
 

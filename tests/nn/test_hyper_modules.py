@@ -243,6 +243,10 @@ def test_disabled_connections_are_plain_residuals(kind: str, packed: bool) -> No
     module.reset_parameters()
     with pytest.raises(ValueError, match=r"must have shape \[\.\.\., 12\] \(disable=True: one residual stream\), got"):
         module(x[..., :7])
+    with pytest.raises(ValueError, match=r"branch_output must have shape \[2, 5, 12\].*, got \[5, 12\]"):
+        module.post(x, x[0], coefficients)
+    half = x.to(torch.bfloat16)  # streams keep their dtype, as with coefficients
+    assert module.post(half, x, coefficients).dtype == torch.bfloat16
     with pytest.raises(ValueError, match="has no coefficients"):
         module.connection()
 

@@ -91,7 +91,13 @@ class _StreamConnection(nn.Module):
         """
         if self.disable:
             self._check_plain(streams)
-            return streams + branch_output
+            check_floats(branch_output=branch_output)
+            if branch_output.shape != streams.shape:
+                raise ValueError(
+                    f"branch_output must have shape {list(streams.shape)}, that of the one residual stream "
+                    f"(disable=True), got {list(branch_output.shape)}"
+                )
+            return streams + branch_output.to(streams.dtype)
         unpacked = self._unpack(streams)
         return self._pack(XF.hyper_post(unpacked, self._flat(branch_output, unpacked), coefficients), streams)
 
