@@ -17,6 +17,7 @@ from docutils.statemachine import StringList
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.nodes import nested_parse_with_titles
+from torch.nn import Module
 
 SHORT = 200  # characters of a constant's value that are shown
 
@@ -56,7 +57,9 @@ def family(value: Any) -> str:
 def _entry(module: str, name: str, value: Any) -> list[str]:
     full = f"{module}.{name}"
     if inspect.isclass(value):
-        return [f".. autoclass:: {full}", "   :members:", *_options(value)]
+        # What a base class of the package gives, such as `save`, is public here; what torch gives is in its own docs.
+        inherited = ["   :inherited-members: Module"] if issubclass(value, Module) else []
+        return [f".. autoclass:: {full}", "   :members:", *inherited, *_options(value)]
     if inspect.isroutine(value):
         return [f".. autofunction:: {full}"]
     shown = repr(value)

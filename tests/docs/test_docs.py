@@ -156,6 +156,15 @@ def test_every_public_name_is_in_the_reference(site, module: str) -> None:
     assert {f"{module}.{name}" for name in names} - documented == set()
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["xlayer_systems.hyper_lm.HyperAttachment.save", "xlayer_ext.nn.HyperConnection.boundary",
+     "xlayer_ext.nn.EMAAggregator.forward"],
+)  # fmt: skip
+def test_methods_of_a_base_class_are_in_the_reference(site, name: str) -> None:
+    assert name in site.objects and f"{name.rpartition('.')[0]}.state_dict" not in site.objects
+
+
 def test_every_file_of_a_family_is_listed_on_its_page(site) -> None:
     for family in FAMILIES:
         text = (site.folder / f"families/{family}.html").read_text()
@@ -224,6 +233,9 @@ def parse(arguments: list[str]) -> None:
     """Parses arguments of the command line as it does itself, and runs nothing; raises for those that it refuses."""
     group = typer.main.get_command(make_app())
     context = group.make_context("xlayer", [], resilient_parsing=True)
+    if arguments and arguments[0].startswith("-"):  # of the program itself, such as --version
+        assert set(arguments) <= {option for parameter in group.params for option in (*parameter.opts, "--help")}
+        return
     while hasattr(group, "resolve_command"):
         name, group, arguments = group.resolve_command(context, arguments)
         last = not hasattr(group, "resolve_command")

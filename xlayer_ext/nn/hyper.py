@@ -137,7 +137,7 @@ class _StreamConnection(nn.Module):
 
         Args:
             streams: ``[..., n, d]``, as :func:`expand_streams` makes them, or ``[(b n), ..., d]`` if packed.
-            *args, **kwargs: further arguments of the branch.
+            args, kwargs: further arguments of the branch.
 
         Returns:
             With a branch what it returns, its first tensor replaced by the new streams. Without one (x ``[..., d]``,
