@@ -34,9 +34,7 @@ def builds_native() -> bool:
         return False
     if not has_compiler():
         if wanted == "1":
-            raise SystemExit(
-                "xlayer-ext needs a C++ compiler for its kernels: install g++, or unset XLAYER_NATIVE"
-            )
+            raise SystemExit("xlayer-ext needs a C++ compiler for its kernels: install g++, or unset XLAYER_NATIVE")
         print(
             "xlayer-ext: no C++ compiler found, so the kernels are left out and plain PyTorch serves every call (the "
             "reference backend); install g++ and install xlayer-ext again to have them",
