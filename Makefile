@@ -22,7 +22,7 @@ SOAK = $(BIN)/python -m pytest -n auto --dist worksteal --seeds $(SEEDS) -m 'ope
 TIMED := MAKE='$(MAKE)' tools/timed.sh
 INSTALLED := .venv/installed
 CPP = $(shell find csrc tests/emulator -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
-.PHONY: demo test soak soak-cpu soak-emulated soak-fuzz soak-sanitized nightly packages build quick-build emulator \
+.PHONY: demo test soak soak-cpu soak-emulated soak-fuzz soak-sanitized nightly wheel-with-kernels packages build quick-build emulator \
 	sanitized train-demo lint test-emulated test-cpu format results docs docs-serve clean
 
 demo:
@@ -51,8 +51,12 @@ soak-fuzz: build
 soak-sanitized: sanitized
 	$(BIN)/python tests/fuzz --sanitized --calls $$(($(CALLS) / 20)) --workers 2 --seed $$(date +%s)
 
+# The wheel with its kernels, compiled as for an installation.
+wheel-with-kernels: $(INSTALLED)
+	XLAYER_WHOLE_WHEEL=1 $(BIN)/python -m pytest tests/build/test_package.py
+
 # All that takes too long for every commit.
-nightly: test soak
+nightly: test wheel-with-kernels soak
 
 packages: $(INSTALLED)
 

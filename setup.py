@@ -1,12 +1,15 @@
 """Drives CMake, which alone knows what is built (CMakeLists.txt).
 
-XLAYER_NATIVE=0 builds nothing; XLAYER_CUDA=0 builds the CPU kernels only; XLAYER_CUDA_ARCHS names CUDA architectures in
-the form 80-real;90a-real; XLAYER_NVTX=1 marks kernel launches; MAX_JOBS bounds the parallel compilations.
+XLAYER_NATIVE=0 builds nothing and XLAYER_NATIVE=1 insists; by default a machine without a C++ compiler gets the package
+without native code. XLAYER_CUDA=0 builds the CPU kernels only; XLAYER_CUDA_ARCHS names CUDA architectures in the form
+80-real;90a-real; XLAYER_NVTX=1 marks kernel launches; MAX_JOBS bounds the parallel compilations.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +19,35 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+
+
+def has_compiler() -> bool:
+    """Tells whether CMake will find a C++ compiler: the one that CXX names, or one under a usual name."""
+    chosen = shlex.split(os.environ.get("CXX", ""))
+    return any(shutil.which(name) for name in (chosen[:1] or ("c++", "g++", "clang++")))
+
+
+def builds_native() -> bool:
+    """Decides whether native code is built, by XLAYER_NATIVE and by what the machine has."""
+    wanted = os.environ.get("XLAYER_NATIVE", "")
+    if wanted == "0":
+        return False
+    if not has_compiler():
+        if wanted == "1":
+            raise SystemExit("xlayer-ext needs a C++ compiler for its kernels: install g++, or unset XLAYER_NATIVE")
+        print(
+            "xlayer-ext: no C++ compiler found, so the kernels are left out and plain PyTorch serves every call (the "
+            "reference backend); install g++ and install xlayer-ext again to have them",
+            file=sys.stderr,
+        )
+        return False
+    return True
+
+
+def run(step: str, command: list[str]) -> None:
+    """Runs a step of the build; a failure ends the build with one line behind the step's own output."""
+    if subprocess.run(command, check=False).returncode:
+        raise SystemExit(f"xlayer-ext: {step} failed, for the reason above; XLAYER_NATIVE=0 installs without kernels")
 
 
 def tool(name: str) -> str:
@@ -31,6 +63,8 @@ class CMakeBuild(build_ext):
     """Builds every native file in one go: into the source tree for an editable install, else into the wheel."""
 
     def run(self) -> None:
+        if importlib.util.find_spec("torch") is None:
+            raise SystemExit("xlayer-ext needs torch to build its kernels: pip install torch")
         in_place = self.inplace or self.editable_mode
         output = (ROOT if in_place else Path(self.build_lib).resolve()) / "xlayer_ext"
         # In place, the folder stays the same, so that a second build has little to do and one can call ninja there.
@@ -41,8 +75,8 @@ class CMakeBuild(build_ext):
         configure += [f"-DXLAYER_OUTPUT_DIR={output}"]
         configure += [f"-D{key}={value}" if value is not None else f"-U{key}" for key, value in switches.items()]
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        subprocess.run(configure, check=True)
-        subprocess.run([tool("cmake"), "--build", str(folder), "--parallel", jobs], check=True)
+        run("configuring the kernels", configure)
+        run("compiling the kernels", [tool("cmake"), "--build", str(folder), "--parallel", jobs])
 
     def get_outputs(self) -> list[str]:
         return []
@@ -51,5 +85,5 @@ class CMakeBuild(build_ext):
         return {}
 
 
-native = os.environ.get("XLAYER_NATIVE") != "0"
-setup(ext_modules=[Extension("xlayer_ext._native", sources=[])] if native else [], cmdclass={"build_ext": CMakeBuild})
+EXTENSIONS = [Extension("xlayer_ext._native", sources=[])] if builds_native() else []
+setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": CMakeBuild})

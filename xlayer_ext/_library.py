@@ -17,7 +17,10 @@ import torch
 
 PATH = Path(__file__).with_name("libxlayer.so")
 MINIMUM_TORCH = (2, 10)
-BUILD_COMMAND = "pip install -e . --no-build-isolation"
+if PATH.parents[1].joinpath("setup.py").exists():  # a checkout
+    BUILD_COMMAND = "pip install -e . --no-build-isolation"
+else:
+    BUILD_COMMAND = "with a C++ compiler, pip install --force-reinstall --no-deps --no-build-isolation SOURCE"
 
 LOADED: bool = False
 REASON: str | None = None

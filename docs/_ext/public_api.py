@@ -67,7 +67,8 @@ def _entry(module: str, name: str, value: Any) -> list[str]:
     if len(shown) <= SHORT:
         entry.append(f"   :value: {shown}")
     elif hasattr(value, "__len__"):
-        entry += ["", f"   {len(value)} entries: {', '.join(map(str, list(value)[:3]))}, …"]
+        names = [getattr(item, "id", item) for item in list(value)[:3]]
+        entry += ["", f"   {len(value)} entries: {', '.join(map(str, names))}, …"]
     return entry
 
 

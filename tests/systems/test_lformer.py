@@ -331,7 +331,7 @@ def test_bad_options_are_named_in_one_line(options: dict[str, Any], told: str) -
 
 def test_the_aggregator_may_be_a_mapping() -> None:
     config = ModelConfig(aggregator={"type": "attn", "num_heads": 2, "window": 3})
-    assert (config.aggregator, config.heads, config.memory) == ("attn", 2, 3)
+    assert (config.aggregator, config.aggregator_heads, config.window) == ("attn", 2, 3)
     assert ModelConfig().is_sequence_wise and not ModelConfig(blend_into_lm=True).is_sequence_wise
 
 

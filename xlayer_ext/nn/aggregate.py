@@ -242,8 +242,8 @@ class EMAAggregator(_Aggregator):
     :math:`S^l + T^{\lfloor l/k \rfloor}`: what is recent, and what was kept.
 
     Args:
-        num_layers: L.
-        hidden_size: d.
+        num_layers: number of taps, L.
+        hidden_size: width of taps and states, d.
         expansion: of φ.
         tree_checkpoint: k, 0 for none.
         eps: of the LayerNorms.
@@ -347,12 +347,12 @@ class GRUAggregator(_Aggregator):
     one matrix product. Its gates depend on the token, so ``gates`` is None.
 
     Args:
-        num_layers: L.
+        num_layers: number of taps, L.
         hidden_size: d, of taps and states.
         device, dtype: of the parameters.
 
     Shape:
-        as in :class:`EMAAggregator`
+        - as in :class:`EMAAggregator`
 
     Paper: Cho et al., Learning Phrase Representations using RNN Encoder-Decoder, 2014, arXiv 1406.1078.
 
@@ -410,14 +410,14 @@ class DepthAttentionAggregator(_Aggregator):
     :math:`S^l = S^{l-1} + W_o\,\mathrm{Attention}(W_q S^{l-1};\ z^{l-m+1} \dots z^l)`, :math:`S^0 = 0`.
 
     Args:
-        num_layers: L.
+        num_layers: number of taps, L.
         hidden_size: d, of taps and states; a multiple of ``num_heads``.
         num_heads: attention heads.
         window: m, the number of taps that a layer's state attends to, its own included.
         device, dtype: of the parameters.
 
     Shape:
-        as in :class:`EMAAggregator`
+        - as in :class:`EMAAggregator`
 
     Paper: Vaswani et al., Attention Is All You Need, 2017, arXiv 1706.03762.
 

@@ -211,7 +211,7 @@ class HyperConnection(_StreamConnection):
     Weight decay is for the dynamic weights alone (``decayed`` names them), as in the paper.
 
     Args:
-        hidden_size: d.
+        hidden_size: width of a stream, d.
         expansion_rate: n, the number of streams.
         layer_index: which stream the sublayer reads at first.
         static_weights: SHC instead of DHC.
@@ -355,7 +355,7 @@ class ManifoldHyperConnection(_StreamConnection):
     dynamic weights alone (``decayed`` names them).
 
     Args:
-        hidden_size: d.
+        hidden_size: width of a stream, d.
         expansion_rate: n, the number of streams.
         layer_index: which stream the sublayer reads most of at first; give each sublayer its number.
         coefficients: ``"paper"`` or ``"per_stream"``.
@@ -364,7 +364,7 @@ class ManifoldHyperConnection(_StreamConnection):
         branch, packed, disable, device, dtype: as in :class:`HyperConnection`.
 
     Shape:
-        as in :class:`HyperConnection`
+        - as in :class:`HyperConnection`
 
     Paper: mHC, Manifold-Constrained Hyper-Connections, arXiv 2512.24880.
 

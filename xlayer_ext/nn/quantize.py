@@ -118,7 +118,7 @@ class VectorQuantizer(nn.Module):
 
     Args:
         hidden_size: width of input and output.
-        codebook_size: K.
+        codebook_size: number of codes of a codebook, K.
         codebook_dim: width of a code, by default ``hidden_size / num_codebooks``; linear maps lead in and out where it
             differs.
         num_codebooks: h, each for its own columns.

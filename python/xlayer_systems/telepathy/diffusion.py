@@ -30,7 +30,7 @@ class DiffusionBridge(nn.Module):
     Args:
         source_dim: width of the states.
         target_dim: width of the soft tokens.
-        soft_tokens: K.
+        soft_tokens: number of soft tokens, K.
         hidden_size: width inside.
         num_layers: number of DiT blocks.
         num_heads: of every attention; must divide ``hidden_size``.

@@ -107,7 +107,7 @@ class PerceiverResampler(nn.Module):
     Args:
         source_dim: width of the states.
         target_dim: width of the soft tokens.
-        soft_tokens: K.
+        soft_tokens: number of soft tokens, K.
         num_layers: number of blocks.
         num_heads: of every attention; must divide ``hidden_size``.
         mlp_ratio: width of the feed-forward layers, in times of ``hidden_size``.
