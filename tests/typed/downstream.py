@@ -37,6 +37,8 @@ def connections(streams: Tensor) -> Tensor:
     functional.Connection(streams[0], norm="rms_all", form="sinkhorn_rows")
     functional.Connection(streams[0], norm="batch")  # wrong
     functional.Connection(streams[0], form="sinkhorn")  # wrong
+    nn.hyper_connections(4, hidden_size=64, kind="manifold")
+    nn.hyper_connections(4, hidden_size=64, kind="plain")  # wrong
     nn.reduce_streams(streams, reduce="max")  # wrong
     return nn.reduce_streams(streams, reduce="mean")
 
