@@ -47,6 +47,7 @@ SOURCES = {
     "hyper_lm/attach": "python/xlayer_systems/hyper_lm/attach.py",
     # proof
     "tests/oracle": "tests/support/oracle.py",
+    "tests/operators": "tests/support/operator_table.py",
     "tests/routing": "tests/ops/test_routing.py",
     "tests/presets": "tests/systems/test_xlrb_presets.py",
     "tests/resources": "tests/emulator/test_kernel_resources.py",

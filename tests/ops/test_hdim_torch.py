@@ -1,16 +1,13 @@
-"""hdim_attention among the rest of PyTorch: opcheck, compile, export, autocast; and what bad input gets."""
+"""Tests hdim_attention under autocast, errors for bad arguments, and the choice of the backend."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from operator_table import hdim_forward_arguments
 from oracle import FLOATS, HdimCase, fresh_generator, hdim_case, need_native
 from xlayer_ext import _backend, backend, reference
 from xlayer_ext import functional as XF
@@ -38,103 +35,6 @@ def call(case: HdimCase, **extra: Any) -> Any:
 # ---- PyTorch around it -----------------------------------------------------------------------------------------------
 
 
-def operator_arguments(case: HdimCase) -> tuple[Any, ...]:
-    floats = [case.floats[name] for name in FLOATS[:6]]
-    return (
-        *floats,
-        case.masks["key_mask"],
-        case.masks["attn_mask"],
-        0.9,
-        case.options.get("activation") == "gelu",
-        False,
-    )
-
-
-def backward_arguments(case: HdimCase, entropy: bool) -> tuple[Any, ...]:
-    arguments = operator_arguments(case)
-    outputs = torch.ops.xlayer.hdim_attention(*arguments)
-    grad_entropy = torch.ones_like(outputs[2]) if entropy else None
-    return (case.grad_context, grad_entropy, *arguments[:8], *outputs[:2], *arguments[8:])
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("masks", [{}, {"key_mask": True, "attn_mask": True}], ids=["no mask", "both masks"])
-@pytest.mark.traced
-def test_opcheck(native: str, dtype: torch.dtype, masks: dict[str, bool]) -> None:
-    case = hdim_case(fresh_generator(), sizes=(2, 3, 5, 4, 6, 3), dtype=dtype, device=native, **masks)
-    torch.library.opcheck(torch.ops.xlayer.hdim_attention_backward, backward_arguments(case, entropy=bool(masks)))
-    for name in FLOATS[:6]:
-        case.floats[name].requires_grad_()
-    # Its rule of comparing with a float32 run is too strict for bfloat16; the oracle rule covers the values.
-    torch.library.opcheck(torch.ops.xlayer.hdim_attention, operator_arguments(case), atol=1e-2, rtol=1e-2)
-
-
-class CountingBackend:
-    """A torch.compile backend that keeps the graphs."""
-
-    def __init__(self) -> None:
-        self.graphs: list[torch.fx.GraphModule] = []
-
-    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-        self.graphs.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-
-    def uses_kernel(self, index: int) -> bool:
-        return "xlayer.hdim_attention" in self.graphs[index].code
-
-
-@pytest.mark.traced
-def test_compile_makes_one_graph_for_all_lengths(native: str) -> None:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    counter, generator = CountingBackend(), fresh_generator()
-    compiled = torch.compile(XF.hdim_attention, fullgraph=True, dynamic=True, backend=counter)
-    for b, sq, sk in [(2, 5, 7), (3, 9, 4), (4, 12, 31), (2, 6, 6)]:
-        case = hdim_case(generator, sizes=(b, sq, sk, 8, 12, 6), device=native, key_mask=True, attn_mask=True)
-        for name in FLOATS:
-            case.floats[name].requires_grad_()
-        context, entropy = compiled(**case.floats, **case.masks, return_entropy=True)
-        expected, expected_entropy = call(case, return_entropy=True)
-        grads = torch.autograd.grad(context.square().sum() + entropy, list(case.floats.values()))
-        wanted = torch.autograd.grad(expected.square().sum() + expected_entropy, list(case.floats.values()))
-        assert torch.equal(context, expected) and torch.equal(entropy, expected_entropy)
-        assert all(torch.equal(a, b) for a, b in zip(grads, wanted, strict=True))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1 and counter.uses_kernel(-1)
-
-
-@pytest.mark.traced
-def test_compiled_function_follows_the_backend(native: str) -> None:
-    torch._dynamo.reset()
-    counter = CountingBackend()
-    compiled = torch.compile(XF.hdim_attention, fullgraph=True, backend=counter)
-    case = hdim_case(fresh_generator(), device=native)
-    for choice in ("native", "reference", "native"):
-        with backend(choice):
-            compiled(**case.floats)
-    assert [counter.uses_kernel(index) for index in range(len(counter.graphs))] == [True, False]
-
-
-@pytest.mark.traced
-def test_export_with_dynamic_lengths(choice: str, device: str) -> None:
-    class Net(torch.nn.Module):
-        def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, rest: list[Tensor]) -> Tensor:
-            return XF.hdim_attention(query, key, value, *rest, key_mask=mask)
-
-    def arguments(b: int, sq: int, sk: int) -> tuple[Any, ...]:
-        case = hdim_case(generator, sizes=(b, sq, sk, 8, 12, 6), device=device, key_mask=True)
-        floats = [case.floats[name] for name in FLOATS]
-        return (*floats[:3], case.masks["key_mask"], floats[3:])
-
-    generator = fresh_generator()
-    batch, queries, keys = (torch.export.Dim(name, min=2, max=64) for name in ("batch", "queries", "keys"))
-    shapes = ({0: batch, 1: queries}, {0: batch, 1: keys}, {0: batch, 1: keys}, {0: batch, 1: keys}, [None] * 4)
-    with backend(choice):
-        program = torch.export.export(Net(), arguments(2, 5, 7), dynamic_shapes=shapes)
-        other = arguments(3, 11, 4)
-        torch.testing.assert_close(program.module()(*other), Net()(*other))
-    assert ("xlayer" in program.graph_module.code) == (choice == "native")
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(choice: str, device: str, dtype: torch.dtype) -> None:
     case = hdim_case(fresh_generator(), device=device, dtype=torch.float32)
@@ -160,33 +60,11 @@ def test_gradients_under_autocast_have_the_parameters_dtype(native: str, dtype: 
 def test_operator_keeps_its_dtype_under_autocast(native: str) -> None:
     """Casting is the functional API's business; inside, an operator is left alone."""
     case = hdim_case(fresh_generator(), device=native, dtype=torch.float32, key_mask=True)
-    expected = torch.ops.xlayer.hdim_attention(*operator_arguments(case))
+    expected = torch.ops.xlayer.hdim_attention(*hdim_forward_arguments(case))
     with torch.autocast(torch.device(native).type, torch.bfloat16):
-        actual = torch.ops.xlayer.hdim_attention(*operator_arguments(case))
+        actual = torch.ops.xlayer.hdim_attention(*hdim_forward_arguments(case))
     for one, other in zip(actual, expected, strict=True):
         assert torch.equal(one, other)
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_changes_no_bit(native: str, reentrant: bool) -> None:
-    case = hdim_case(fresh_generator(), device=native, dtype=torch.float32, key_mask=True)
-    leaves = [case.floats[name].requires_grad_() for name in FLOATS]
-
-    def function(*floats: Tensor) -> Tensor:
-        return XF.hdim_attention(*floats, **case.masks)
-
-    plain = torch.autograd.grad(function(*leaves).square().sum(), leaves)
-    checkpoint(function, *leaves, use_reentrant=reentrant).square().sum().backward()
-    assert all(torch.equal(leaf.grad, grad) for leaf, grad in zip(leaves, plain, strict=True))
-
-
-def test_second_derivative_raises_one_clear_line(native: str) -> None:
-    case = hdim_case(fresh_generator(), device=native)
-    query = case.floats["query"].requires_grad_()
-    (grad,) = torch.autograd.grad(call(case).square().sum(), query, create_graph=True)
-    with pytest.raises(RuntimeError, match="second derivative") as raised:
-        grad.sum().backward()
-    assert "\n" not in str(raised.value)
 
 
 def test_reference_has_second_derivatives(device: str) -> None:
@@ -196,12 +74,6 @@ def test_reference_has_second_derivatives(device: str) -> None:
         (grad,) = torch.autograd.grad(call(case).square().sum(), query, create_graph=True)
     grad.sum().backward()
     assert query.grad.isfinite().all() and query.grad.any()
-
-
-def test_meta_tensors_have_the_right_shape() -> None:
-    case = hdim_case(fresh_generator())
-    floats = {name: tensor.to("meta") for name, tensor in case.floats.items()}
-    assert XF.hdim_attention(**floats).shape == case.grad_context.shape
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
@@ -296,30 +168,12 @@ def nonsense() -> dict[str, dict[int, Any]]:
 def test_operator_called_with_nonsense_raises(name: str) -> None:
     need_native("hdim_attention")
     case = hdim_case(fresh_generator(), sizes=(2, 3, 5, 4, 6, 7), dtype=torch.float32, key_mask=True, attn_mask=True)
-    arguments = list(operator_arguments(case))
+    arguments = list(hdim_forward_arguments(case))
     for position, value in nonsense()[name].items():
         arguments[position] = value
     with pytest.raises((RuntimeError, TypeError, ValueError)) as raised:
         torch.ops.xlayer.hdim_attention(*arguments)
     assert "\n" not in str(raised.value) or name == "none"  # that one is torch's own schema check
-
-
-def test_backward_operator_called_with_nonsense_raises() -> None:
-    need_native("hdim_attention")
-    case = hdim_case(fresh_generator(), sizes=(2, 3, 5, 4, 6, 7), dtype=torch.float32, key_mask=True, attn_mask=True)
-    good = backward_arguments(case, entropy=True)
-    torch.ops.xlayer.hdim_attention_backward(*good)
-    tensors = [index for index, value in enumerate(good) if isinstance(value, Tensor)]
-    for index, wrong in itertools.product(tensors, ("rank", "size", "dtype", "meta")):
-        value = good[index]
-        bad = {
-            "rank": value.unsqueeze(0),
-            "size": torch.zeros([n + 1 for n in value.shape], dtype=value.dtype),
-            "dtype": value.to(torch.int16),
-            "meta": value.to("meta"),
-        }[wrong]
-        with pytest.raises((RuntimeError, ValueError)):
-            torch.ops.xlayer.hdim_attention_backward(*good[:index], bad, *good[index + 1 :])
 
 
 # ---- choice of the backend -------------------------------------------------------------------------------------------

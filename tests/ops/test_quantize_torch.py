@@ -1,17 +1,16 @@
-"""The quantize operators among the rest of PyTorch: opcheck, compile, export, autocast; and what bad input gets."""
+"""Tests the quantize operators under autocast, what they keep for the backward, and errors for bad arguments."""
 
 from __future__ import annotations
 
 import io
-import itertools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from operator_table import LEVELS, draw_quantize, quantize_chain
 from oracle import draw, fresh_generator, need_native
 from xlayer_ext import backend
 from xlayer_ext import functional as XF
@@ -21,7 +20,6 @@ from xlayer_ext.nn import FSQ, VectorQuantizer
 pytestmark = pytest.mark.operators
 
 OPS = torch.ops.xlayer
-LEVELS = [8, 5, 5]
 BOUNDS = ("tanh", "offset")
 
 
@@ -36,79 +34,6 @@ def choice(request: pytest.FixtureRequest, device: str) -> str:
     if request.param == "native":
         need_native("vq_nearest", device)
     return request.param
-
-
-def operator_calls(device: str, dtype: torch.dtype, bound: str = "offset") -> dict[str, tuple[Any, ...]]:
-    """Returns valid arguments for each of the three operators."""
-    generator = fresh_generator()
-    x, codebook = (draw(generator, 2, rows, 12, dtype=dtype).to(device) for rows in (9, 7))
-    z = draw(generator, 4, 6, len(LEVELS), dtype=dtype).to(device)
-    levels = _operator_levels(LEVELS, bound, "package")
-    indices = torch.randint(-1, 7, (2, 9), generator=generator).to(device)
-    return {
-        "vq_nearest": (x, codebook, False, False),
-        "vq_statistics": (x, indices, 7),
-        "fsq": (z, *levels, True),
-    }
-
-
-def everything(x: Tensor, codebook: Tensor, z: Tensor) -> tuple[Tensor, ...]:
-    """Calls all operators in one function, with a gradient to z."""
-    indices, distance = XF.vq_nearest(x, codebook)
-    counts, sums = XF.vq_statistics(x, indices, codebook.shape[-2])
-    codes, numbers = XF.fsq(z, LEVELS, bound="offset")
-    return indices, distance, counts, sums, codes * codes, numbers
-
-
-def inputs(
-    generator: torch.Generator, device: str, rows: int, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, ...]:
-    x, codebook, z = (draw(generator, *shape, dtype=dtype) for shape in ((rows, 12), (rows + 3, 12), (2, rows, 3)))
-    return x.to(device), codebook.to(device), z.to(device).requires_grad_()
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("bound", BOUNDS)
-@pytest.mark.traced
-def test_opcheck(native: str, bound: str, dtype: torch.dtype) -> None:
-    for name, arguments in operator_calls(native, dtype, bound).items():
-        arguments = tuple(
-            t.requires_grad_(name == "fsq") if isinstance(t, Tensor) and t.is_floating_point() else t for t in arguments
-        )
-        torch.library.opcheck(getattr(OPS, name), arguments)
-
-
-@pytest.mark.traced
-def test_compile_makes_one_graph_for_all_lengths(choice: str, device: str) -> None:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    compiled = torch.compile(everything, fullgraph=True, dynamic=True, backend="aot_eager")
-    generator = fresh_generator()
-    with backend(choice):
-        for rows in (5, 7, 11, 6):
-            arguments = inputs(generator, device, rows)
-            actual, expected = compiled(*arguments), everything(*arguments)
-            grads = (torch.autograd.grad(out[4].sum(), arguments[2])[0] for out in (actual, expected))
-            for a, b in zip((*actual, next(grads)), (*expected, next(grads)), strict=True):
-                torch.testing.assert_close(a, b)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-
-
-@pytest.mark.traced
-def test_compiled_function_follows_the_backend(native: str) -> None:
-    torch._dynamo.reset()
-    codes: list[str] = []
-
-    def keep(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-        codes.append(graph.code)
-        return graph
-
-    compiled = torch.compile(XF.vq_nearest, fullgraph=True, backend=keep)
-    x, codebook, _ = inputs(fresh_generator(), native, 5)
-    for chosen in ("native", "reference", "native"):
-        with backend(chosen):
-            compiled(x, codebook)
-    assert ["xlayer.vq_nearest" in code for code in codes] == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -128,56 +53,29 @@ def test_exported_modules_are_saved_and_loaded(device: str, module: torch.nn.Mod
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-@pytest.mark.traced
-def test_export_with_dynamic_lengths(choice: str, device: str) -> None:
-    class Net(torch.nn.Module):
-        def forward(self, x: Tensor, codebook: Tensor, z: Tensor) -> Any:
-            return everything(x, codebook, z)
-
-    generator = fresh_generator()
-    rows, codes, tokens = (torch.export.Dim(name, min=2, max=64) for name in ("rows", "codes", "tokens"))
-    shapes = ({0: rows}, {0: codes}, {1: tokens})
-
-    def arguments(count: int) -> tuple[Tensor, ...]:
-        return tuple(t.detach() for t in inputs(generator, device, count))
-
-    with backend(choice):
-        program = torch.export.export(Net(), arguments(5), dynamic_shapes=shapes)
-        other = arguments(11)
-        for actual, expected in zip(program.module()(*other), Net()(*other), strict=True):
-            torch.testing.assert_close(actual, expected)
-    assert ("xlayer" in program.graph_module.code) == (choice == "native")
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_computes_in_float32(choice: str, device: str, dtype: torch.dtype) -> None:
-    x, codebook, z = inputs(fresh_generator(), device, 20)
+    x, codebook, z = (t.to(device) for t in draw_quantize(fresh_generator(), torch.float32, 20, 23, 20))
+    z.requires_grad_()
     with backend(choice), torch.autocast(torch.device(device).type, dtype):
-        inside = everything(x, codebook.to(dtype), z)
-        rounded = everything(x.to(dtype), codebook.to(dtype), z.to(dtype))
+        inside = quantize_chain(x, codebook.to(dtype), z)
+        rounded = quantize_chain(x.to(dtype), codebook.to(dtype), z.to(dtype))
     with backend(choice):
-        outside = everything(x, codebook.to(dtype).float(), z)
-        widened = everything(x.to(dtype).float(), codebook.to(dtype).float(), z.to(dtype).float())
+        outside = quantize_chain(x, codebook.to(dtype).float(), z)
+        widened = quantize_chain(x.to(dtype).float(), codebook.to(dtype).float(), z.to(dtype).float())
     for actual, expected in ((inside, outside), (rounded, widened)):
         assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(actual, expected, strict=True))
 
 
 def test_searches_and_statistics_have_no_gradient(choice: str, device: str) -> None:
-    x, codebook, _ = inputs(fresh_generator(), device, 5)
+    x, codebook, _ = (t.to(device) for t in draw_quantize(fresh_generator(), torch.float32, 5, 8, 5))
     with backend(choice):
-        outputs = everything(x.requires_grad_(), codebook.requires_grad_(), torch.zeros(1, 3, device=device))
+        outputs = quantize_chain(x.requires_grad_(), codebook.requires_grad_(), torch.zeros(1, 3, device=device))
     assert not any(out.requires_grad for out in outputs)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_changes_no_bit(native: str, reentrant: bool) -> None:
-    x, codebook, z = inputs(fresh_generator(), native, 8)
-    (plain,) = torch.autograd.grad(everything(x, codebook, z)[4].sum(), z)
-    checkpoint(lambda z: everything(x, codebook, z)[4], z, use_reentrant=reentrant).sum().backward()
-    assert torch.equal(z.grad, plain)
-
-
-def test_second_derivative_raises_one_clear_line(native: str) -> None:
+def test_second_derivative_of_fsq_raises_one_clear_line(native: str) -> None:
+    """Asking for the graph of the first raises."""
     z = torch.randn(4, 3, device=native, requires_grad=True)
     loss = XF.fsq(z, LEVELS)[0].square().sum()
     with pytest.raises(RuntimeError, match="second derivative") as raised:
@@ -216,12 +114,6 @@ def test_slope_of_extremes(choice: str, device: str, dtype: torch.dtype, bound: 
         (grad,) = torch.autograd.grad(XF.fsq(z, [5, 5], bound=bound)[0].sum(), z)
     assert grad[0, 0].isnan() and grad[3, 1] > 0.9
     assert grad.flatten()[1:-1].abs().amax() < 1e-30
-
-
-def test_meta_tensors_have_the_right_shape() -> None:
-    outputs = everything(*(t.detach().to("meta") for t in inputs(fresh_generator(), "cpu", 5)))
-    shapes = [(5,), (5,), (8,), (8, 12), (2, 5, 3), (2, 5)]
-    assert [tuple(out.shape) for out in outputs] == shapes
 
 
 def test_what_is_kept_for_the_backward_of_fsq(native: str) -> None:
@@ -280,25 +172,6 @@ def test_bad_arguments_are_named(call: Callable[[], Any], error: type[Exception]
     with pytest.raises(error, match=told) as raised:
         call()
     assert "\n" not in str(raised.value)
-
-
-def test_operators_called_with_nonsense_raise(native: str) -> None:
-    for name, arguments in operator_calls(native, torch.float32).items():
-        op = getattr(OPS, name)
-        op(*arguments)
-        tensors = [index for index, value in enumerate(arguments) if isinstance(value, Tensor)]
-        for index, wrong in itertools.product(tensors, ("rank", "size", "dtype", "meta")):
-            if name == "fsq" and wrong in ("rank", "meta"):
-                continue  # it takes any rank, and one tensor alone may be on any device
-            value = arguments[index]
-            bad = {
-                "rank": value.unsqueeze(0),
-                "size": torch.zeros([size + 1 for size in value.shape], dtype=value.dtype, device=native),
-                "dtype": value.to(torch.int16),
-                "meta": value.to("meta"),
-            }[wrong]
-            with pytest.raises((RuntimeError, ValueError, NotImplementedError)):
-                op(*arguments[:index], bad, *arguments[index + 1 :])
 
 
 @pytest.mark.parametrize(

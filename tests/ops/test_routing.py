@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from operator_table import draw_masked_mean
 from oracle import DTYPES, Draw, Results, check_oracle_rule, fresh_generator, need_native
 from xlayer_ext import backend, reference
 from xlayer_ext import functional as XF
@@ -36,10 +37,7 @@ def choice(request: pytest.FixtureRequest, device: str) -> str:
 
 def tokens(generator: torch.Generator, device: str, *shape: int, dtype: torch.dtype = torch.float64) -> Any:
     """Draws hidden states and a mask whose last row allows no token."""
-    x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-    mask = torch.rand(shape[:2], generator=generator) < 0.7
-    mask[-1:] = False
-    return x.to(device), mask.to(device)
+    return tuple(t.to(device) for t in draw_masked_mean(generator, dtype, *shape))
 
 
 # ---- masked_mean -----------------------------------------------------------------------------------------------------
@@ -134,39 +132,6 @@ def test_same_bits_in_any_order(native: str, schedule: Callable[[int], None], dt
         results.append((out, *torch.autograd.grad(out.square().sum(), leaf)))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
-
-
-@pytest.mark.traced
-def test_opcheck(native: str) -> None:
-    x, mask = tokens(fresh_generator(), native, 2, 4, 3, dtype=torch.float32)
-    for chosen in (None, mask):
-        torch.library.opcheck(torch.ops.xlayer.masked_mean, (x.requires_grad_(), chosen))
-        torch.library.opcheck(torch.ops.xlayer.masked_mean_backward, (x[:, 0].detach(), chosen, 4))
-
-
-def test_second_derivative_raises_one_clear_line(native: str) -> None:
-    x, mask = tokens(fresh_generator(), native, 2, 4, 3)
-    (grad,) = torch.autograd.grad(XF.masked_mean(x.requires_grad_(), mask).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="second derivative") as raised:
-        grad.sum().backward()
-    assert "\n" not in str(raised.value)
-
-
-@pytest.mark.traced
-def test_compile_makes_one_graph_for_all_lengths(choice: str, device: str) -> None:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    compiled = torch.compile(XF.masked_mean, fullgraph=True, dynamic=True, backend="aot_eager")
-    generator = fresh_generator()
-    with backend(choice):
-        for shape in [(2, 5, 8), (3, 7, 4), (4, 11, 6)]:
-            x, mask = tokens(generator, device, *shape)
-            x.requires_grad_()
-            actual, expected = compiled(x, mask), XF.masked_mean(x, mask)
-            torch.testing.assert_close(actual, expected)
-            grads = (torch.autograd.grad(out.square().sum(), x)[0] for out in (actual, expected))
-            torch.testing.assert_close(*grads)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize(
