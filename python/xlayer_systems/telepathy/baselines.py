@@ -13,6 +13,9 @@
 ``linear_probe``      logistic regression on the sender's states at the bridge's layer; closed answers only
 ``noise``             the bridge's soft tokens replaced by Gaussian noise of the same root mean square
 ====================  =================================================================================================
+
+A model whose tokenizer has a chat template reads text as messages. Its answer is the label that it begins with, else
+the first that it contains, else the most likely one; the row counts them under ``found``.
 """
 
 from __future__ import annotations
@@ -40,6 +43,8 @@ from xlayer_systems.telepathy.prompting import (
     complete,
     encode,
     few_shots,
+    find_label,
+    is_chat,
     rank_labels,
     summary_prompts,
 )
@@ -144,7 +149,17 @@ class _Run:
     def text(self, reader: tuple[Any, Any], texts: Sequence[str], shots: Sequence[AnswerExample]) -> Result:
         model, tokenizer = reader
         prompts = answer_prompts(self.task, tokenizer, texts, shots, self.options.max_length)
-        return complete(model, tokenizer, prompts, answer_tokens(self.task, tokenizer), BATCH), {}
+        said = complete(model, tokenizer, prompts, answer_tokens(self.task, tokenizer), BATCH)
+        if not is_chat(tokenizer) or self.task.labels is None:
+            return said, {}
+        found = [find_label(self.task, text) for text in said]
+        labels = [label for label, _ in found]
+        silent = [index for index, label in enumerate(labels) if label is None]
+        ranked = rank_labels(model, tokenizer, [prompts[index] for index in silent], self.task.labels, BATCH)
+        for index, label in zip(silent, ranked, strict=True):
+            labels[index] = label
+        ways = Counter("ranked" if label is None else way for label, way in found)
+        return [str(label) for label in labels], {"found": dict(ways)}
 
     def ranked(self, reader: tuple[Any, Any], texts: Sequence[str]) -> Result:
         assert self.task.labels is not None
