@@ -20,6 +20,7 @@ the first that it contains, else the most likely one; the row counts them under 
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 import time
@@ -49,6 +50,7 @@ from xlayer_systems.telepathy.prompting import (
     summary_prompts,
 )
 
+LOG = logging.getLogger(__name__)
 SHOTS = 5
 SUMMARY_TOKENS = 32
 BATCH = 64
@@ -65,7 +67,7 @@ def run_baselines(
     seed: int,
     limit: int | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Runs every baseline; the seed and the models determine all but the times.
+    """Runs the baselines that ``options`` name; the seed and the models determine all but the times.
 
     Args:
         config: of the bridge: soft tokens, primer and source layer.
@@ -80,10 +82,13 @@ def run_baselines(
     run = _Run(task, config, options, bridge_model, seed, limit)
     bridge_model.eval()
     rows: dict[str, dict[str, Any]] = {}
-    for name, baseline in run.all().items():
+    wanted = {name: baseline for name, baseline in run.all().items() if name in options.baseline_names()}
+    for number, (name, baseline) in enumerate(wanted.items(), 1):
         started = time.perf_counter()
+        examples = run.read if name in TEXT + RANKED else run.examples
+        LOG.info("baseline %d/%d: %s on %d examples", number, len(wanted), name, len(examples))
         generated, notes = baseline()
-        rows[name] = {**score(task, generated, run.read if name in TEXT + RANKED else run.examples), **notes}
+        rows[name] = {**score(task, generated, examples), **notes}
         rows[name]["seconds"] = time.perf_counter() - started
     return rows
 
@@ -204,8 +209,11 @@ class _Run:
     def linear_probe(self) -> Result:
         assert self.task.labels is not None
         numbers = {label: index for index, label in enumerate(self.task.labels)}
-        pooled = self._pooled([example.text for example in self.task.train])
-        labels = [numbers[example.answer] for example in self.task.train]
+        train = self.task.train
+        count = min(self.options.probe_examples or len(train), len(train))
+        train = tuple(train[index * len(train) // count] for index in range(count))
+        pooled = self._pooled([example.text for example in train])
+        labels = [numbers[example.answer] for example in train]
         probe = fit_probe(pooled, labels, len(numbers), self.seed)
         said = [self.task.labels[i] for i in probe.predict(self._pooled(self.texts))]
         return said, {"features": probe.features, "penalty": probe.penalty, "held_out": probe.held_out}
