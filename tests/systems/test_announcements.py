@@ -52,6 +52,8 @@ def test_what_the_user_names_is_not_lowered() -> None:
     chosen = {"max_steps": "10", "reconstruct_steps": "30", "batch_size": "4", "max_length": "8"}
     options = make_spec("bypass", "full", quick=True, overrides=chosen).options
     assert (options.reconstruct_steps, options.pca_tokens, options.compare_blocks) == (30, 320, 256)
+    kept = make_spec("bypass", "full", quick=True, options={"max_steps": "10"}).options  # as in a run's own run.yaml
+    assert kept.reconstruct_steps == 250
     free = make_spec("bypass", "full", quick=True).options
     assert (free.reconstruct_steps, free.pca_tokens, free.compare_blocks) == (250, 65536, 256)
     assert make_spec("bypass", "full", overrides={"eval_blocks": "5"}).options.compare_blocks == 5

@@ -113,12 +113,12 @@ class BypassOptions(LoopOptions):
     compare_blocks: int | None = option(1024, "the same for the comparison at the end", minimum=1)
     compare: bool = option(True, "train the LoRA as well, with which a bypass is compared; as a flag all or none")
 
-    def bounded(self, given: Collection[str]) -> BypassOptions:
+    def bounded(self, asked: Collection[str], given: Collection[str]) -> BypassOptions:
         """Caps stage 1 at ``max_steps``, statistics at as many tokens, and the comparison at ``eval_blocks``."""
         bounds = {}
-        if "max_steps" in given and self.max_steps is not None:
+        if "max_steps" in asked and self.max_steps is not None:
             tokens = self.max_steps * self.batch_size * self.max_length
             bounds = {"reconstruct_steps": self.max_steps, "calibration_tokens": tokens, "pca_tokens": tokens}
-        if "eval_blocks" in given and self.eval_blocks is not None:
+        if "eval_blocks" in asked and self.eval_blocks is not None:
             bounds["compare_blocks"] = self.eval_blocks
         return self._capped(given, **bounds)

@@ -140,7 +140,7 @@ class System(ABC):
     ) -> RunSpec:
         """Fills in a run from the defaults of system, preset, data set and backbone.
 
-        A bound on steps or validation examples among the changes holds for every part of the run, see
+        A bound on steps or validation examples among ``overrides`` holds for every part of the run, see
         `LoopOptions.bounded`.
 
         Args:
@@ -158,9 +158,11 @@ class System(ABC):
         backbone = backbone or self.default_backbone
         made_config, made_options = self.defaults(preset, dataset, backbone, quick)
         for_options, for_config = split_overrides(overrides or {}, made_options, made_config)
+        asked = set(for_options)
         for_options |= split_overrides(options or {}, made_options)[0]
         for_config |= split_overrides(config or {}, made_config)[0]
-        made_options = apply_overrides(made_options, for_options).bounded(for_options.keys())
+        # A run file's section of all options reproduces a run as it was: it asks for no bound.
+        made_options = apply_overrides(made_options, for_options).bounded(asked, for_options.keys())
         if made_config is not None:
             made_config = apply_overrides(made_config, for_config)
         weights = self.fingerprint(backbone)

@@ -157,8 +157,8 @@ class TelepathyOptions(LoopOptions):
         names = [name.strip() for name in self.baselines.split(",")] if self.baselines != "none" else []
         return tuple(sorted(names, key=lambda name: BASELINES.index(name) if name in BASELINES else -1))
 
-    def bounded(self, given: Collection[str]) -> TelepathyOptions:
+    def bounded(self, asked: Collection[str], given: Collection[str]) -> TelepathyOptions:
         """Caps the examples of the linear probe at those that ``max_steps`` read."""
-        if "max_steps" in given and self.max_steps is not None:
+        if "max_steps" in asked and self.max_steps is not None:
             return self._capped(given, probe_examples=self.max_steps * self.batch_size)
         return self

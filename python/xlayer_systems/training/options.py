@@ -240,10 +240,14 @@ class LoopOptions:
     def __post_init__(self) -> None:
         check_fields(self)
 
-    def bounded(self: Loop, given: Collection[str]) -> Loop:
-        """Returns a copy in which the bounds that were ``given`` by name hold for every part of the run.
+    def bounded(self: Loop, asked: Collection[str], given: Collection[str]) -> Loop:
+        """Returns a copy in which bounds hold for every part of the run.
 
-        What the user named stays as it is. The default has no other parts: a system with some lowers their sizes.
+        The default has no other parts: a system with some lowers their sizes.
+
+        Args:
+            asked: names of the options that the user set; the bounds among them count.
+            given: names of all options that are not defaults of the system, which stay as they are.
         """
         return self
 
