@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from functools import lru_cache, wraps
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_args
 
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 # typer may vendor click; of its classes, BadParameter is a UsageError is a ClickException.
 ClickException: type[Exception] = typer.BadParameter.__mro__[2]
 INTERRUPTED = 130
+MAX_BACKBONE_NAME = 48  # characters in the name of a run directory
 SYSTEM_COMMANDS = {"train", "sweep", "profile", "options"}  # whose help and flags are those of the systems
 
 HELP = """Train and compare systems for cross-layer communication in transformers.
@@ -133,11 +137,14 @@ def train(
     }  # fmt: skip
     overrides = parse_overrides(settings or [])
     chosen, spec, given = _run_of(command, flags, overrides, config)
-    path = Path(given["run_dir"] or Path("runs") / _run_name(spec, bool(given["quick"])))
+    path = Path(given["run_dir"] or Path("runs") / _run_name(chosen, spec, bool(given["quick"])))
+    _announce()
     result = train_run(chosen, spec, path, bool(given["resume"]))
     if _is_main_process():
         print(format_result(chosen, result))
-        print(f"run directory: {path}  ({result['seconds']:.0f} s)")
+        total = result.get("total_seconds", result["seconds"])  # runs of earlier versions have no total
+        own = f", {result['seconds']:.0f} s of them until {spec.preset} was trained"
+        print(f"run directory: {path}  ({total:.0f} s{own if chosen.has_own_training(spec) else ''})")
 
 
 def sweep(
@@ -209,7 +216,9 @@ def sweep(
         for variant in variants
     }
     name = (dataset or chosen.default_dataset).replace("/", "-")
-    path = out or Path("runs") / f"sweep-{system}-{name}{'-quick' * quick}"
+    backbone_part = _backbone_part(chosen, backbone or chosen.default_backbone)
+    path = out or Path("runs") / f"sweep-{system}-{backbone_part}{name}{'-quick' * quick}"
+    _announce()
     summary = run_sweep(chosen, specs, path, resume)
     if _is_main_process():
         print(chosen.format_sweep(summary))
@@ -223,12 +232,20 @@ def evaluate(
     temperature: Annotated[float, typer.Option(help="With --prompt: 0 always takes the most likely token.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="With --prompt: sample from the k most likely tokens.")] = None,
     seed: Annotated[int, typer.Option(help="With --prompt: of the draws.")] = 0,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="Number of validation examples or blocks, evenly spaced; by default the whole set."),
+    ] = None,
 ) -> None:
     """Evaluate the model of a finished run on the whole validation set, or let a language model continue a prompt.
+
+    Limits of the run itself, such as eval_blocks, do not count here; --limit does.
 
     Examples:
 
         xlayer eval runs/xlrb-H9-stdlib-topics-seed0-quick
+
+        xlayer eval runs/xlrb-H9-stdlib-topics-seed0-quick --limit 200
 
         xlayer eval runs/hyper_lm-dhc-stdlib-lm-seed0-quick --prompt "def " --temperature 0.8 --top-k 40
     """
@@ -239,7 +256,8 @@ def evaluate(
     if prompt is not None:
         print(complete_text(system, spec, run, prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed))
         return
-    result = evaluate_run(system, spec, run)
+    _announce()
+    result = evaluate_run(system, spec, run, limit)
     if _is_main_process():
         print(format_result(system, result))
 
@@ -287,7 +305,7 @@ def profile(
     spec = chosen.make_spec(
         preset, dataset=dataset, backbone=backbone, seed=seed or 0, quick=quick, overrides=overrides
     )
-    path = run_dir or Path("runs") / f"profile-{_run_name(spec, quick)}"
+    path = run_dir or Path("runs") / f"profile-{_run_name(chosen, spec, quick)}"
     print("\n".join(profile_run(chosen, spec, path, steps=steps, warmup=warmup, tool=tool)))
     print(f"run directory: {path}")
 
@@ -358,6 +376,7 @@ def encoder(
     system = PRETRAINING["encoder"]
     overrides = {**_as_overrides(epochs=epochs), **parse_overrides(settings or [])}
     spec = system.make_spec(seed=seed, overrides=overrides, config={"contrast": str(contrast)})
+    _announce()
     result = train_run(system, spec, out, resume)
     if _is_main_process():
         print(format_result(system, result))
@@ -385,6 +404,7 @@ def decoder(
 
     system = PRETRAINING["decoder"]
     spec = system.make_spec(shape, seed=seed, overrides=parse_overrides(settings or []))
+    _announce()
     result = train_run(system, spec, out, resume)
     if _is_main_process():
         print(format_result(system, result))
@@ -602,16 +622,43 @@ def _own_flags(system: Any, flags: Mapping[str, str | None]) -> dict[str, str]:
             raise UserError(
                 f"{system.name} has no option --{name.replace('_', '-')}; see `xlayer options {system.name}`"
             )
-    return {known[name]: value for name, value in given.items()}
+    words = {name.replace("-", "_"): found for name, found in system.flag_words.items()}
+    return {known[name]: words.get(name, {}).get(value, value) for name, value in given.items()}
 
 
 def _as_overrides(**values: int | str | None) -> dict[str, str]:
     return {key: str(value) for key, value in values.items() if value is not None}
 
 
-def _run_name(spec: RunSpec, quick: bool) -> str:
+def _run_name(system: Any, spec: RunSpec, quick: bool) -> str:
     dataset = spec.dataset.strip("/").replace("/", "-")
-    return f"{spec.system}-{spec.preset}-{dataset}-seed{spec.seed}{'-quick' * quick}"
+    backbone = _backbone_part(system, spec.backbone)
+    return f"{spec.system}-{spec.preset}-{backbone}{dataset}-seed{spec.seed}{'-quick' * quick}"
+
+
+def _backbone_part(system: Any, backbone: str) -> str:
+    """Returns the part of a directory's name for a backbone; empty for the system's default."""
+    if backbone == system.default_backbone:
+        return ""
+    name = re.sub(r"[^A-Za-z0-9._]+", "-", backbone).strip("-.")
+    if len(name) > MAX_BACKBONE_NAME:  # the end of a path says most; the hash keeps two of them apart
+        name = f"{name[-MAX_BACKBONE_NAME:].strip('-.')}-{sha256(backbone.encode()).hexdigest()[:6]}"
+    return f"{name}-"
+
+
+class _Announcements(logging.Handler):
+    """Prints what the systems log to stderr, as stdout is for results."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = "warning: " if record.levelno >= logging.WARNING else ""
+        print(f"{prefix}{record.getMessage()}", file=sys.stderr, flush=True)
+
+
+def _announce() -> None:
+    """Shows on stderr what a run is at, from the main process alone."""
+    log = logging.getLogger("xlayer_systems")
+    log.handlers = [_Announcements() if _is_main_process() else logging.NullHandler()]
+    log.setLevel(logging.INFO)
 
 
 def _is_main_process() -> bool:

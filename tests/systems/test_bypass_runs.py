@@ -202,8 +202,9 @@ def test_wrong_input_ends_in_one_line(
     ):
         command = ("train", "bypass", *settings, *options, "--run-dir", tmp_path / options[1][:9])
         assert run_xlayer(monkeypatch, *command) == 2
-        error = capsys.readouterr().err
-        assert message in error and error.strip().count("\n") == 0
+        *announced, error = capsys.readouterr().err.splitlines()
+        assert error.startswith("error: ") and message in error
+        assert not any("error" in line for line in announced)
 
 
 # ---- two processes ---------------------------------------------------------------------------------------------------

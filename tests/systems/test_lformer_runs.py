@@ -71,6 +71,13 @@ def evaluations(run: Path) -> list[dict[str, Any]]:
     return [record for record in read_metrics(run) if record["event"] == "eval"]
 
 
+def test_a_bound_on_examples_holds_for_the_baseline_too(base: str, tmp_path: Path) -> None:
+    result = train_run(toy_spec(base, max_steps="2", eval_examples="5", baseline="true"), tmp_path / "run")
+    assert result["accuracy"]["total"] == result["baseline"]["accuracy"]["total"] == 5
+    assert result["total_seconds"] > result["seconds"]  # the baseline's run is a part of it
+    assert evaluate_run(tmp_path / "run")["accuracy"]["total"] == 23
+
+
 @pytest.mark.parametrize("preset", AGGREGATORS)
 def test_a_run_of_every_preset(base: str, tmp_path: Path, preset: str) -> None:
     result = train_run(toy_spec(base, preset), tmp_path / "run")

@@ -18,7 +18,16 @@ from xlayer_systems.telepathy.latency import ROUTES, format_latency, measure_lat
 from xlayer_systems.telepathy.model import Pair, TelepathyModel
 from xlayer_systems.telepathy.probe import Pooled, fit_probe, pool
 from xlayer_systems.telepathy.prompt_tuning import Schedule, tune_prompt
-from xlayer_systems.telepathy.prompting import answer_prompts, complete, encode, few_shots, rank_labels
+from xlayer_systems.telepathy.prompting import (
+    answer_prompts,
+    answer_tokens,
+    complete,
+    encode,
+    few_shots,
+    find_label,
+    rank_labels,
+    summary_prompts,
+)
 
 LABELS = ("red", "green", "blue")
 WORDS = {"red": "rose fire brick", "green": "leaf grass moss", "blue": "sky sea ink"}
@@ -183,6 +192,66 @@ def test_prompt_layout(task, model):
     assert tokenizer.decode(plain) == f"{header}Text: a rose\nAnswer:"
     (solved,) = answer_prompts(task, tokenizer, ["a rose"], [AnswerExample("a leaf", "green")], 24)
     assert tokenizer.decode(solved) == f"{header}Text: a leaf\nAnswer: green\n\nText: a rose\nAnswer:"
+
+
+TEMPLATE = (
+    "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+@pytest.fixture
+def chat(model, monkeypatch):
+    """Gives both tokenizers a chat template; returns the receiver's."""
+    for tokenizer in (model.pair.sender_tokenizer, model.pair.receiver_tokenizer):
+        monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
+    return model.pair.receiver_tokenizer
+
+
+def test_a_chat_template_makes_messages(task, chat):
+    (plain,) = answer_prompts(task, chat, ["a rose"], [], 24)
+    asked = (
+        "[user] Which colour is it?\nOptions: red, green, blue\nAnswer with one of the options and nothing else.\n\n"
+    )
+    assert chat.decode(plain) == f"{asked}Text: a rose</s>[assistant] "
+    (solved,) = answer_prompts(task, chat, ["a rose"], [AnswerExample("a leaf", "green")], 24)
+    assert chat.decode(solved) == f"{asked}Text: a leaf</s>[assistant] green</s>[user] Text: a rose</s>[assistant] "
+    assert solved.count(chat.eos_token_id) == 3  # one token each, no text
+    (summary,) = summary_prompts(chat, ["a rose"], 24)
+    assert chat.decode(summary) == "[user] Summarize this text in one sentence.\n\nText: a rose</s>[assistant] "
+    (long,) = answer_prompts(task, chat, ["word " * 2000], [AnswerExample("word " * 2000, "red")] * 5, 1000)
+    assert prompting.CONTEXT - 12 < len(long) <= prompting.CONTEXT + 6
+    assert answer_tokens(task, chat) > 20
+
+
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [
+        ("Blue.", ("blue", "exact")),
+        ("The answer is **Green**.", ("green", "contained")),
+        ("It is red rather than blue", ("red", "contained")),
+        ("I would call it reddish", (None, "none")),
+    ],
+)
+def test_a_label_is_found_in_the_words_of_a_chat_model(task, said, found):
+    assert find_label(task, said) == found
+
+
+def test_a_chat_model_always_has_an_answer(task, model, chat, monkeypatch):
+    generated = complete(model.receiver, chat, answer_prompts(task, chat, ["a rose"], [], 24), 4, 1)
+    assert len(generated) == 1 and "\n" not in generated[0]
+    said = {"sender": 0, "receiver": 0}
+
+    def talk(model_, tokenizer, prompts, max_new_tokens, batch_size):
+        del said["sender" if tokenizer is not chat else "receiver"]
+        return ["Sure! It is green.", "red", "no idea"] * (len(prompts) // 3)
+
+    monkeypatch.setattr(baselines, "complete", talk)
+    options = TelepathyOptions(baselines="sender_text,receiver_text", max_length=24)
+    rows = run_baselines(task, CONFIG, options, model, seed=0)
+    assert list(rows) == ["sender_text", "receiver_text"] and not said
+    for row in rows.values():
+        assert row["invalid"] == 0 and row["found"] == {"contained": 7, "exact": 7, "ranked": 7}
 
 
 def test_long_texts_fit_the_context(task, model):

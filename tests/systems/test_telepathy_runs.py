@@ -64,6 +64,23 @@ def test_a_run_of_every_kind(folder: Path, tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.usefixtures("toy")
+def test_named_baselines_answer_the_examples_of_the_evaluations(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    settings = [part for item in {**FAST, "max_steps": "2", "eval_examples": "5"}.items() if item[0] != "baselines"
+                for part in ("--set", "=".join(item))]  # fmt: skip
+    backbone = ",".join(save_pair(folder))
+    command = ["train", "telepathy", "--dataset", "toy", "--backbone", backbone, *settings, "--run-dir", run]
+    assert run_xlayer(monkeypatch, *command, "--baselines", "noise,receiver_text") == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert "baseline 1/2: receiver_text on 5 examples" in lines and "baseline 2/2: noise on 5 examples" in lines
+    result = json.loads((run / "result.json").read_text())
+    assert result["accuracy"]["total"] == 5 and result["total_seconds"] >= result["seconds"]
+    assert {name: row["total"] for name, row in result["baselines"].items()} == {"receiver_text": 5, "noise": 5}
+
+
+@pytest.mark.usefixtures("toy")
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_interrupted_run_resumes_to_the_same_bits(
     folder: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch

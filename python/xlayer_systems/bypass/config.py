@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any, Literal
 
 from xlayer_systems.training.options import LoopOptions, check_fields, option, redefault
@@ -82,7 +83,12 @@ class BypassOptions(LoopOptions):
     """Holds how to train a bypass on a frozen language model: first to reconstruct hidden states, then on the task."""
 
     epochs: int = redefault(LoopOptions, "epochs", 100)
-    max_steps: int | None = redefault(LoopOptions, "max_steps", 2000, "optimizer steps on the task")
+    max_steps: int | None = redefault(
+        LoopOptions,
+        "max_steps",
+        2000,
+        "optimizer steps on the task; where you set it, the first stage takes no more, and statistics no more tokens",
+    )
     batch_size: int = redefault(LoopOptions, "batch_size", 16)
     max_length: int = redefault(LoopOptions, "max_length", 256, "tokens of a block; the model sees no further back")
     weight_decay: float = redefault(LoopOptions, "weight_decay", 0.0)
@@ -99,7 +105,20 @@ class BypassOptions(LoopOptions):
     )
     pca_tokens: int = option(65536, "training tokens that the principal components come from", minimum=1)
     eval_blocks: int | None = option(
-        128, "blocks of the validation text that evaluations during training use, evenly spaced; none: all", minimum=1
+        128,
+        "blocks of the validation text that evaluations during training use, evenly spaced; none: all; where you set "
+        "it, the comparison at the end uses no more",
+        minimum=1,
     )
     compare_blocks: int | None = option(1024, "the same for the comparison at the end", minimum=1)
-    compare: bool = option(True, "train the LoRA as well")
+    compare: bool = option(True, "train the LoRA as well, with which a bypass is compared; as a flag all or none")
+
+    def bounded(self, asked: Collection[str], given: Collection[str]) -> BypassOptions:
+        """Caps stage 1 at ``max_steps``, statistics at as many tokens, and the comparison at ``eval_blocks``."""
+        bounds = {}
+        if "max_steps" in asked and self.max_steps is not None:
+            tokens = self.max_steps * self.batch_size * self.max_length
+            bounds = {"reconstruct_steps": self.max_steps, "calibration_tokens": tokens, "pca_tokens": tokens}
+        if "eval_blocks" in asked and self.eval_blocks is not None:
+            bounds["compare_blocks"] = self.eval_blocks
+        return self._capped(given, **bounds)

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from xlayer_systems.reporting.plots import draw_layers, draw_line, name_ticks, whole_ticks
+
 
 def plot_reconstruction(
     r2: Sequence[float], pca: Sequence[float], evaluations: Sequence[Mapping[str, Any]], path: Path
@@ -26,13 +28,15 @@ def plot_reconstruction(
     places = range(len(r2))
     layers.bar([place - 0.2 for place in places], r2, width=0.4, label="latent")
     layers.bar([place + 0.2 for place in places], pca, width=0.4, label="principal components")
-    layers.set(xlabel="layer", ylabel="R² on validation", xticks=list(places), ylim=(min(0.0, *r2, *pca), 1))
-    steps.plot([r["step"] for r in evaluations], [r["r2_mean"] for r in evaluations], marker=".", label="latent")
+    layers.set(xlabel="layer", ylabel="R² on validation", ylim=(min(0.0, *r2, *pca), 1))
+    name_ticks(layers.xaxis, [str(place) for place in places])
+    draw_line(steps, [(r["step"], r["r2_mean"]) for r in evaluations], label="latent")
+    whole_ticks(steps)
     steps.axhline(sum(pca) / len(pca), color="gray", linestyle=":", label="principal components")
     steps.set(xlabel="step", ylabel="R² on validation, mean over layers")
     for axis in (layers, steps):
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8, loc="lower right")
+        axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
 
@@ -47,10 +51,8 @@ def plot_projectors(evaluations: Sequence[Mapping[str, Any]], path: Path) -> boo
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
-    for layer in found[0][1]:
-        axis.plot([step for step, _ in found], [rms[layer] for _, rms in found], marker=".", label=f"layer {layer}")
-    axis.set(xlabel="step", ylabel="root mean square of the projector")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    layers = {layer: [rms[layer] for _, rms in found] for layer in found[0][1]}
+    draw_layers(axis, [step for step, _ in found], {"": layers}, "step")
+    axis.set_ylabel("root mean square of the projector")
     figure.savefig(path, dpi=120)
     return True

@@ -6,6 +6,7 @@ encoder and decoder can do in squared error over all layers together (Baldi and 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from xlayer_systems.bypass.model import Bypass
 from xlayer_systems.data.blocks import IGNORED, LanguageModelingData
 from xlayer_systems.training.model import TrainingModel
 
+LOG = logging.getLogger(__name__)
 BATCH = 32  # blocks at once, where no gradient is needed
 
 
@@ -139,6 +141,7 @@ def principal_r2(bypass: Bypass, data: LanguageModelingData, tokens: int) -> lis
     float64, from about so many training tokens.
     """
     parts = (spread(list(data.train), tokens), list(data.validation))
+    LOG.info("PCA of %d tokens", len(parts[0]) * (len(parts[0][0]) - 1))
     train, held_out = (standardized_states(bypass, data, blocks) for blocks in parts)
     mean = train.mean(0)
     said = torch.empty_like(held_out)

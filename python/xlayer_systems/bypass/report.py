@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -39,6 +40,9 @@ class BypassReport(System):
         if "compared" in result:
             return "\n".join(lines + format_compared(result["compared"]))
         return "\n".join([*lines, f"  loss {result['loss']:.4f} nats per token, perplexity {result['perplexity']:.2f}"])
+
+    def warnings(self, result: Mapping[str, Any]) -> list[str]:
+        return worse_than_alone(result["compared"]) if "compared" in result else []
 
     def report(self, spec: RunSpec, data: Any, result: Mapping[str, Any], run: RunDirectory) -> list[str]:
         if stage_of(spec) == "both":
@@ -135,7 +139,23 @@ def format_compared(compared: Mapping[str, Any]) -> list[str]:
         between = compared["between"]
         names = " - ".join(between["names"])
         lines.append(f"  {names}: {between['mean']:+.4f} {_range(between, '+.4f')}")
-    return [*lines, f"  Student's t over {compared['blocks']} blocks of validation, differences paired"]
+    lines.append(f"  Student's t over {compared['blocks']} blocks of validation, differences paired")
+    return lines + [f"  warning: {text}" for text in worse_than_alone(compared)]
+
+
+def worse_than_alone(compared: Mapping[str, Any]) -> list[str]:
+    """Returns a sentence for every model whose loss is above that of the frozen model alone, its interval included."""
+    found = []
+    for name, row in compared["rows"].items():
+        difference = row.get("difference")
+        low = None if difference is None else difference["low"]
+        # Of a single block there is no interval.
+        if low is not None and (difference["mean"] if math.isnan(low) else low) > 0:
+            found.append(
+                f"{name} is {difference['mean']:.4f} nats per token worse than the model alone; it needs more steps "
+                "(max_steps, reconstruct_steps) or a smaller learning rate"
+            )
+    return found
 
 
 def loss_curve(evaluations: Records, spec: RunSpec) -> list[tuple[float, float]]:

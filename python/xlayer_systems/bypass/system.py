@@ -12,6 +12,7 @@ A run of both stages is a composite one, with a run directory for each of its pa
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -47,13 +48,14 @@ from xlayer_systems.data.blocks import IGNORED, DecoderData, LanguageModelingDat
 from xlayer_systems.data.text import STDLIB, load_text
 from xlayer_systems.errors import UserError
 from xlayer_systems.hf.causal_lm import DecoderModel
-from xlayer_systems.hf.decoders import SENDER, fingerprint_decoder, load_decoder
+from xlayer_systems.hf.decoders import SENDER, fingerprint_decoder, load_decoder, load_tokenizer
 from xlayer_systems.reporting.tables import Records
 from xlayer_systems.runs.spec import RunSpec
-from xlayer_systems.runs.system import PLAIN, Part
+from xlayer_systems.runs.system import ALL_OR_NONE, PLAIN, Part
 from xlayer_systems.training.directory import Record, RunDirectory
 from xlayer_systems.training.model import TrainingModel
 
+LOG = logging.getLogger(__name__)
 SENDER_LATENT = 80  # half its width
 VARIANTS = ("full", "offset")
 LORA = "lora"
@@ -72,6 +74,8 @@ class BypassSystem(BypassReport):
     default_dataset = STDLIB
     default_backbone = SENDER
     usage_title = "the projectors of the layers"
+    flags: ClassVar[Mapping[str, str]] = {"baselines": "compare"}
+    flag_words: ClassVar[Mapping[str, Mapping[str, str]]] = {"baselines": ALL_OR_NONE}
     sweep_defaults: ClassVar[Mapping[str, str]] = {"compare": "false"}
 
     def presets(self) -> Sequence[str]:
@@ -99,6 +103,9 @@ class BypassSystem(BypassReport):
             )
         return options
 
+    def check_backbone(self, backbone: str) -> None:
+        load_tokenizer(backbone)
+
     def fingerprint(self, backbone: str) -> str:
         return fingerprint_decoder(backbone)
 
@@ -123,7 +130,9 @@ class BypassSystem(BypassReport):
         bypass = attach(backbone, config)
         if config.encoder is None:
             text = data.text if isinstance(data, ReconstructionData) else data
-            bypass.calibrate(inputs_of(text, spread(list(text.train), options.calibration_tokens), bypass.mean.device))
+            blocks = spread(list(text.train), options.calibration_tokens)
+            LOG.info("statistics of %d tokens", len(blocks) * text.length)
+            bypass.calibrate(inputs_of(text, blocks, bypass.mean.device))
         return Reconstruction(backbone, bypass) if not bypass.injects else BypassLanguageModel(backbone, bypass)
 
     def parameter_groups(self, model: Any, options: BypassOptions) -> list[dict[str, Any]]:
@@ -194,6 +203,7 @@ class BypassSystem(BypassReport):
         options = dataclasses.replace(spec.options, eval_blocks=spec.options.compare_blocks)
         data = self._text(dataclasses.replace(spec, options=options))
         base = DecoderModel(self.load_backbone(spec.backbone))
+        LOG.info("loss of the model alone on %d blocks", len(data.validation))
         losses = {BASE: block_losses(base, data, device)}
         trained = {}
         for name, part in parts.items():
@@ -201,6 +211,7 @@ class BypassSystem(BypassReport):
                 label = part.spec.preset
                 model = self.load_trained(part.spec, part.path)
                 trained[label] = _trained(part.spec, model)
+                LOG.info("loss of %s on %d blocks", label, len(data.validation))
                 losses[label] = block_losses(model, data, device)
         compared = compare(losses, BASE)
         compared |= {"blocks": len(data.validation), "base_parameters": sum(p.numel() for p in base.parameters())}

@@ -23,7 +23,16 @@ def load_decoder(name: str) -> tuple[Any, Any]:
     The tokenizer always has a padding, a first and an end-of-text token: where the model has no padding or first token
     of its own, the end-of-text token stands in. Raises `UserError` for what cannot be loaded.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = load_tokenizer(name)
+    model = _load(AutoModelForCausalLM, name).float().eval().requires_grad_(False)
+    return model, tokenizer
+
+
+def load_tokenizer(name: str) -> Any:
+    """Returns the tokenizer that `load_decoder` returns."""
+    from transformers import AutoTokenizer
 
     tokenizer = _load(AutoTokenizer, name)
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
@@ -32,8 +41,7 @@ def load_decoder(name: str) -> tuple[Any, Any]:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.bos_token_id is None:
         tokenizer.bos_token = tokenizer.eos_token
-    model = _load(AutoModelForCausalLM, name).float().eval().requires_grad_(False)
-    return model, tokenizer
+    return tokenizer
 
 
 def fingerprint_decoder(name: str) -> str:

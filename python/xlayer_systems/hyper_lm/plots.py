@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from xlayer_systems.reporting.plots import draw_layers
+
 
 def plot_layers(history: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """Draws the gradient norm of each layer and the similarity of adjacent sublayers' inputs into a PNG at ``path``.
@@ -14,15 +16,14 @@ def plot_layers(history: Sequence[Mapping[str, Any]], path: str | Path) -> None:
         history: records of evaluations, each with ``step``, ``gradient_norms`` and ``usage``.
         path: the PNG to write.
     """
-    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     gradients, similarity = figure.subplots(1, 2)
-    gradients.set(xlabel="step", ylabel="norm of the gradient, before clipping", yscale="log")
-    similarity.set(xlabel="step", ylabel="cosine with the input of the sublayer before")
+    gradients.set(ylabel="norm of the gradient, before clipping", yscale="log")
+    similarity.set_ylabel("cosine with the input of the sublayer before")
     curves = {
         gradients: {name: [r["gradient_norms"][name] for r in history] for name in history[0]["gradient_norms"]},
         similarity: {
@@ -31,9 +32,5 @@ def plot_layers(history: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     }
     steps = [record["step"] for record in history]
     for axis, lines in curves.items():
-        for index, (name, values) in enumerate(lines.items()):
-            color = colormaps["viridis"](index / max(1, len(lines) - 1))
-            axis.plot(steps, values, color=color, label=name, linewidth=1, marker=".")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=6, ncols=2)
+        draw_layers(axis, steps, {"": lines}, "step", "layer" if axis is gradients else "sublayer")
     figure.savefig(Path(path), dpi=120)

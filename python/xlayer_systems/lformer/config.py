@@ -121,6 +121,11 @@ class LFormerOptions(LoopOptions):
     lm_dataset: str = option("stdlib-lm", "text of the language-modelling loss")
     lm_length: int = option(256, "tokens of a block of it", minimum=1)
     eval_every: int | None = redefault(LoopOptions, "eval_every", 250)
-    baseline: bool = option(True, "after training, train heads on the last hidden state with as many parameters")
+    eval_examples: int | None = option(
+        None, "validation requests that all evaluations use, evenly spaced; none: all", minimum=1
+    )
+    baseline: bool = option(
+        True, "after training, train heads on the last hidden state with as many parameters; as a flag all or none"
+    )
 
     unused_parameters: ClassVar[bool] = True

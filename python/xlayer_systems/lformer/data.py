@@ -39,15 +39,27 @@ class ToolData:
         tokenizer: the base's.
         max_length: tokens of a request; longer ones are cut.
         lm_length: tokens of a block of text.
+        eval_examples: number of validation requests to use, evenly spaced; None: all.
     """
 
-    def __init__(self, task: ToolTask, corpus: TextCorpus, tokenizer: Any, max_length: int, lm_length: int) -> None:
+    def __init__(
+        self,
+        task: ToolTask,
+        corpus: TextCorpus,
+        tokenizer: Any,
+        max_length: int,
+        lm_length: int,
+        eval_examples: int | None = None,
+    ) -> None:
         self.task, self.tokenizer, self.pad_id = task, tokenizer, int(tokenizer.pad_token_id)
         every = slice(None, None, DOCUMENTS_EVERY)
         fewer = dataclasses.replace(corpus, train=corpus.train[every], validation=corpus.validation[every])
         self.text = LanguageModelingData(fewer, tokenizer, lm_length)
         self.train = encode(task.train, tokenizer, max_length, self.text.train)
         self.validation = encode(task.validation, tokenizer, max_length, self.text.validation)
+        if eval_examples is not None and eval_examples < len(self.validation):
+            whole = len(self.validation)
+            self.validation = [self.validation[index * whole // eval_examples] for index in range(eval_examples)]
         self.fingerprint = hashlib.sha256(f"{task.fingerprint}/{self.text.fingerprint}".encode()).hexdigest()[:16]
         self.plan_length = max(1, *(len(example.plan) for example in task.train))
         self.values = torch.tensor([v for e in self.train if (v := e.value) == v], dtype=torch.float64)

@@ -43,7 +43,10 @@ class ToolUseReport(System):
             lines.append(f"  value error of always saying the mean {result['value_error_of_mean']:.3f}")
         if "base_lm_loss" in result:
             lines.append(f"  LM loss of the base before training {result['base_lm_loss']:.4f} nats per token")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"  warning: {text}" for text in worse_than_head(result))])
+
+    def warnings(self, result: Mapping[str, Any]) -> list[str]:
+        return worse_than_head(result)
 
     def report(self, spec: RunSpec, data: ToolData, result: Mapping[str, Any], run: RunDirectory) -> list[str]:
         records, plots = run.metrics(), run.path / "plots"
@@ -104,6 +107,15 @@ class ToolUseReport(System):
     def plot_sweep(self, summary: Mapping[str, Any], records: Mapping[str, Sequence[Records]], out: Path) -> list[str]:
         plot_paths({name: [evaluations_of(r) for r in seeds] for name, seeds in records.items()}, out / "curves.png")
         return ["![accuracy, gates and movement](curves.png)"]
+
+
+def worse_than_head(result: Mapping[str, Any]) -> list[str]:
+    """Returns a sentence where the side path chooses tools worse than heads without one, intervals included."""
+    head = result.get("baseline")
+    if head is None or result["accuracy"]["high"] >= head["accuracy"]["low"]:
+        return []
+    mine, theirs = percent(result["accuracy"]), percent(head["accuracy"])
+    return [f"tools are right in {mine} with the side path and in {theirs} with heads alone; it may need more steps"]
 
 
 def _after_phase_a(spec: RunSpec, result: Mapping[str, Any], records: Records) -> list[str]:

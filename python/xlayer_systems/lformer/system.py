@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import nn
 from xlayer_systems.data.text import load_text
 from xlayer_systems.data.tools import NAME, load_tool_task
 from xlayer_systems.errors import UserError
-from xlayer_systems.hf.decoders import SENDER, fingerprint_decoder, load_decoder
+from xlayer_systems.hf.decoders import SENDER, fingerprint_decoder, load_decoder, load_tokenizer
 from xlayer_systems.lformer.config import PRESETS, LFormerOptions, ModelConfig
 from xlayer_systems.lformer.data import ToolData
 from xlayer_systems.lformer.model import LFormer
@@ -23,12 +24,13 @@ from xlayer_systems.lformer.report import KEPT, ToolUseReport, measured
 from xlayer_systems.lformer.training_model import LFormerForTraining
 from xlayer_systems.reporting.tables import Records, evaluations_of
 from xlayer_systems.runs.spec import RunSpec
-from xlayer_systems.runs.system import Part
+from xlayer_systems.runs.system import ALL_OR_NONE, Part
 from xlayer_systems.training.directory import Record, RunDirectory
 from xlayer_systems.training.model import TrainingModel
 from xlayer_systems.training.optim import decay_groups
 from xlayer_systems.training.trainer import evaluate_alone
 
+LOG = logging.getLogger(__name__)
 HEAD_ONLY = "head_only"  # the preset without a side path, and the folder of its run
 BASELINE_KEYS = {"accuracy", "plan", *KEPT, "path_parameters", "seconds"} - {"usage"}
 
@@ -45,6 +47,8 @@ class LFormerSystem(ToolUseReport):
     default_dataset = NAME
     default_backbone = SENDER
     usage_title = "accuracy, gates, and where the state moves"
+    flags: ClassVar[Mapping[str, str]] = {"baselines": "baseline"}
+    flag_words: ClassVar[Mapping[str, Mapping[str, str]]] = {"baselines": ALL_OR_NONE}
     sweep_defaults: ClassVar[Mapping[str, str]] = {"baseline": "false"}
 
     def presets(self) -> Sequence[str]:
@@ -66,12 +70,16 @@ class LFormerSystem(ToolUseReport):
             options = dataclasses.replace(options, max_steps=900, phase_a_steps=500, eval_every=125, eval_batch_size=80)
         return options
 
+    def check_backbone(self, backbone: str) -> None:
+        load_tokenizer(backbone)
+
     def fingerprint(self, backbone: str) -> str:
         return fingerprint_decoder(backbone)
 
     def prepare(self, spec: RunSpec, whole: bool = False) -> ToolData:
         options = spec.options
-        return _prepare(spec.dataset, options.lm_dataset, spec.backbone, options.max_length, options.lm_length)
+        limit = None if whole else options.eval_examples
+        return _prepare(spec.dataset, options.lm_dataset, spec.backbone, options.max_length, options.lm_length, limit)
 
     def load_backbone(self, backbone: str) -> Any:
         return load_decoder(backbone)[0]
@@ -136,11 +144,15 @@ class LFormerSystem(ToolUseReport):
         phase_a = [r for r in evaluations_of(records) if r["step"] == spec.options.phase_a_steps]
         if phase_a:
             row["phase_a"] = {key: value for key, value in measured(phase_a[-1]).items() if key in BASELINE_KEYS}
+        LOG.info("loss of the base before training")
         base = self.build(self.load_backbone(spec.backbone), part.spec.config, data, spec.options).to(device)
         base_lm_loss = evaluate_alone(base, data, spec.options.eval_batch_size)["lm_loss"]
         return {"baseline": row, "base_lm_loss": base_lm_loss}
 
 
 @lru_cache(maxsize=2)
-def _prepare(dataset: str, corpus: str, backbone: str, max_length: int, lm_length: int) -> ToolData:
-    return ToolData(load_tool_task(dataset), load_text(corpus), load_decoder(backbone)[1], max_length, lm_length)
+def _prepare(
+    dataset: str, corpus: str, backbone: str, max_length: int, lm_length: int, eval_examples: int | None
+) -> ToolData:
+    task, tokenizer = load_tool_task(dataset), load_decoder(backbone)[1]
+    return ToolData(task, load_text(corpus), tokenizer, max_length, lm_length, eval_examples)

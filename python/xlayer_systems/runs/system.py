@@ -29,6 +29,7 @@ from xlayer_systems.training.trainer import TrainingData
 
 SEED_HELP = "Initial parameters, order of the examples, dropout."
 QUICK_HELP = "Settings that train in a minute or two on two CPU cores."
+ALL_OR_NONE = {"all": "true", "none": "false"}  # words for an option that is true or false
 PLAIN = "plain"  # the preset without what the system adds
 
 
@@ -73,6 +74,7 @@ class System(ABC):
         preset_help, dataset_help, backbone_help: what the command line says about the three names of a run.
         default_preset, default_dataset, default_backbone: what a run has where nothing else is asked for.
         flags: options that have a flag of their own on the command line, by the flag's name (``soft-tokens``).
+        flag_words: by flag, words in place of values of its option.
         swept_flags: those of them that take several values in a sweep, separated by commas.
         usage_title: caption of what `plot_usage` draws.
         sweep_defaults: overrides that a sweep begins with.
@@ -88,6 +90,7 @@ class System(ABC):
     default_dataset: ClassVar[str]
     default_backbone: ClassVar[str]
     flags: ClassVar[Mapping[str, str]] = {}
+    flag_words: ClassVar[Mapping[str, Mapping[str, str]]] = {}
     swept_flags: ClassVar[Sequence[str]] = ()
     usage_title: ClassVar[str] = ""
     sweep_defaults: ClassVar[Mapping[str, str]] = {}
@@ -111,6 +114,14 @@ class System(ABC):
     def options(self, preset: str, dataset: str, backbone: str, quick: bool) -> LoopOptions:
         """Returns the default training options."""
 
+    def check_backbone(self, backbone: str) -> None:
+        """Checks, at little cost, that there is such a backbone.
+
+        Raises:
+            UserError: there is none.
+        """
+        self.defaults(backbone=backbone)
+
     def fingerprint(self, backbone: str) -> str:
         """Identifies the weights that a run starts from."""
         return backbone
@@ -129,6 +140,9 @@ class System(ABC):
     ) -> RunSpec:
         """Fills in a run from the defaults of system, preset, data set and backbone.
 
+        A bound on steps or validation examples among ``overrides`` holds for every part of the run, see
+        `LoopOptions.bounded`.
+
         Args:
             overrides: changes, as text, of training options and of the config, whichever has the name.
             options, config: changes of the one or the other alone; they win over ``overrides``.
@@ -144,9 +158,11 @@ class System(ABC):
         backbone = backbone or self.default_backbone
         made_config, made_options = self.defaults(preset, dataset, backbone, quick)
         for_options, for_config = split_overrides(overrides or {}, made_options, made_config)
+        asked = set(for_options)
         for_options |= split_overrides(options or {}, made_options)[0]
         for_config |= split_overrides(config or {}, made_config)[0]
-        made_options = apply_overrides(made_options, for_options)
+        # A run file's section of all options reproduces a run as it was: it asks for no bound.
+        made_options = apply_overrides(made_options, for_options).bounded(asked, for_options.keys())
         if made_config is not None:
             made_config = apply_overrides(made_config, for_config)
         weights = self.fingerprint(backbone)
@@ -339,6 +355,10 @@ class System(ABC):
     @abstractmethod
     def report(self, spec: RunSpec, data: Any, result: Mapping[str, Any], run: RunDirectory) -> list[str]:
         """Draws the plots of a run into its folder plots and returns the lines of its report below the title."""
+
+    def warnings(self, result: Mapping[str, Any]) -> list[str]:
+        """Returns sentences about a result that its reader must not miss, such as a model worse than its baseline."""
+        return []
 
     def plot_usage(self, evaluations: Records, path: Path) -> bool:
         """Draws the usage of the added modules in each evaluation; returns False where there is none."""

@@ -13,10 +13,14 @@
 ``linear_probe``      logistic regression on the sender's states at the bridge's layer; closed answers only
 ``noise``             the bridge's soft tokens replaced by Gaussian noise of the same root mean square
 ====================  =================================================================================================
+
+A model whose tokenizer has a chat template reads text as messages. Its answer is the label that it begins with, else
+the first that it contains, else the most likely one; the row counts them under ``found``.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 import time
@@ -40,10 +44,13 @@ from xlayer_systems.telepathy.prompting import (
     complete,
     encode,
     few_shots,
+    find_label,
+    is_chat,
     rank_labels,
     summary_prompts,
 )
 
+LOG = logging.getLogger(__name__)
 SHOTS = 5
 SUMMARY_TOKENS = 32
 BATCH = 64
@@ -60,7 +67,7 @@ def run_baselines(
     seed: int,
     limit: int | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Runs every baseline; the seed and the models determine all but the times.
+    """Runs the baselines that ``options`` name; the seed and the models determine all but the times.
 
     Args:
         config: of the bridge: soft tokens, primer and source layer.
@@ -75,10 +82,13 @@ def run_baselines(
     run = _Run(task, config, options, bridge_model, seed, limit)
     bridge_model.eval()
     rows: dict[str, dict[str, Any]] = {}
-    for name, baseline in run.all().items():
+    wanted = {name: baseline for name, baseline in run.all().items() if name in options.baseline_names()}
+    for number, (name, baseline) in enumerate(wanted.items(), 1):
         started = time.perf_counter()
+        examples = run.read if name in TEXT + RANKED else run.examples
+        LOG.info("baseline %d/%d: %s on %d examples", number, len(wanted), name, len(examples))
         generated, notes = baseline()
-        rows[name] = {**score(task, generated, run.read if name in TEXT + RANKED else run.examples), **notes}
+        rows[name] = {**score(task, generated, examples), **notes}
         rows[name]["seconds"] = time.perf_counter() - started
     return rows
 
@@ -144,7 +154,17 @@ class _Run:
     def text(self, reader: tuple[Any, Any], texts: Sequence[str], shots: Sequence[AnswerExample]) -> Result:
         model, tokenizer = reader
         prompts = answer_prompts(self.task, tokenizer, texts, shots, self.options.max_length)
-        return complete(model, tokenizer, prompts, answer_tokens(self.task, tokenizer), BATCH), {}
+        said = complete(model, tokenizer, prompts, answer_tokens(self.task, tokenizer), BATCH)
+        if not is_chat(tokenizer) or self.task.labels is None:
+            return said, {}
+        found = [find_label(self.task, text) for text in said]
+        labels = [label for label, _ in found]
+        silent = [index for index, label in enumerate(labels) if label is None]
+        ranked = rank_labels(model, tokenizer, [prompts[index] for index in silent], self.task.labels, BATCH)
+        for index, label in zip(silent, ranked, strict=True):
+            labels[index] = label
+        ways = Counter("ranked" if label is None else way for label, way in found)
+        return [str(label) for label in labels], {"found": dict(ways)}
 
     def ranked(self, reader: tuple[Any, Any], texts: Sequence[str]) -> Result:
         assert self.task.labels is not None
@@ -189,8 +209,11 @@ class _Run:
     def linear_probe(self) -> Result:
         assert self.task.labels is not None
         numbers = {label: index for index, label in enumerate(self.task.labels)}
-        pooled = self._pooled([example.text for example in self.task.train])
-        labels = [numbers[example.answer] for example in self.task.train]
+        train = self.task.train
+        count = min(self.options.probe_examples or len(train), len(train))
+        train = tuple(train[index * len(train) // count] for index in range(count))
+        pooled = self._pooled([example.text for example in train])
+        labels = [numbers[example.answer] for example in train]
         probe = fit_probe(pooled, labels, len(numbers), self.seed)
         said = [self.task.labels[i] for i in probe.predict(self._pooled(self.texts))]
         return said, {"features": probe.features, "penalty": probe.penalty, "held_out": probe.held_out}

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any, Literal
 
 from xlayer_systems.training.options import LoopOptions, check_fields, option, redefault
 
+BASELINES = (
+    "majority", "random", "sender_text", "sender_text_5shot", "receiver_text", "receiver_text_5shot", "text_relay",
+    "text_relay_5shot", "sender_text_ranked", "receiver_text_ranked", "text_relay_ranked", "prompt_tuning",
+    "prompt_tuning_text", "linear_probe", "noise",
+)  # fmt: skip
 LOSSES = ("lm", "flow", "anchor", "info_nce", "reconstruction", "bag_of_words", "batch_diversity", "variance_diversity")
 
 
@@ -114,10 +120,45 @@ class TelepathyOptions(LoopOptions):
     learning_rate: float = option(2e-4, "learning rate of the bridge", minimum=0)
     eval_every: int | None = redefault(LoopOptions, "eval_every", 500)
     eval_examples: int | None = option(
-        None, "validation examples that evaluations during training use, evenly spaced; none: all", minimum=1
+        None,
+        "validation examples that evaluations during training, baselines and latencies use, evenly spaced; none: all",
+        minimum=1,
+    )
+    probe_examples: int | None = option(
+        None,
+        "training examples that the linear probe is fitted to, evenly spaced; none: all, or where you set max_steps as "
+        "many as these steps read",
+        minimum=1,
     )
     max_new_tokens: int | None = option(None, "longest answer; none takes the longest of training", minimum=1)
     keep_states: bool = option(
         False, "compute the sender's states of all texts once and keep them in memory, instead of every time"
     )
-    baselines: bool = option(True, "after training, run every baseline on the same task and measure latencies")
+    baselines: str = option(
+        "all",
+        "what to run on the same task after training, and measure latencies: all baselines, none, or names separated "
+        f"by commas of {', '.join(BASELINES)}",
+    )
+
+    def __post_init__(self) -> None:
+        # Until it took names it was true or false, which run files and command lines still hold.
+        earlier = {"true": "all", "false": "none"}
+        object.__setattr__(self, "baselines", earlier.get(str(self.baselines).lower(), self.baselines))
+        super().__post_init__()
+        names = self.baseline_names()
+        unknown = [name for name in names if name not in BASELINES]
+        if unknown or (not names and self.baselines != "none"):
+            raise ValueError(f"baselines must be all, none or names of {', '.join(BASELINES)}, got {self.baselines!r}")
+
+    def baseline_names(self) -> tuple[str, ...]:
+        """Returns the names of the baselines to run, in the order of the report."""
+        if self.baselines == "all":
+            return BASELINES
+        names = [name.strip() for name in self.baselines.split(",")] if self.baselines != "none" else []
+        return tuple(sorted(names, key=lambda name: BASELINES.index(name) if name in BASELINES else -1))
+
+    def bounded(self, asked: Collection[str], given: Collection[str]) -> TelepathyOptions:
+        """Caps the examples of the linear probe at those that ``max_steps`` read."""
+        if "max_steps" in asked and self.max_steps is not None:
+            return self._capped(given, probe_examples=self.max_steps * self.batch_size)
+        return self

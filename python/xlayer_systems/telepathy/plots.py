@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from xlayer_systems.reporting.plots import color_of, draw_legend, draw_line, whole_ticks
+
 Evaluations = Sequence[Mapping[str, Any]]
 PANELS = (
     ("accuracy", "validation accuracy"),
@@ -65,11 +67,15 @@ def plot_bridges(runs: Mapping[str, Sequence[Evaluations]], path: Path) -> bool:
             for number, evaluations in enumerate(seeds):
                 found = [(r["step"], {**r.get("usage", {}), **r}.get(key)) for r in evaluations]
                 points = [(step, value) for step, value in found if value is not None]
-                style: dict[str, Any] = {"color": f"C{index}", "label": name if number == 0 else None}
-                axis.plot([x for x, _ in points], [y for _, y in points], marker=".", linewidth=1, **style)
+                named = name if number == 0 and len(runs) > 1 else None
+                if points:
+                    draw_line(axis, points, color=color_of(index, len(runs)), label=named)
         axis.set(xlabel="step", ylabel=label)
         axis.grid(alpha=0.3)
-    if len(runs) > 1:
-        figure.axes[0].legend(fontsize=7)
+        whole_ticks(axis)
+        if not axis.lines:  # such as the code perplexity of a bridge without codes
+            axis.set(xticks=[], yticks=[])
+            axis.text(0.5, 0.5, f"no {key}", ha="center", va="center", color="gray", transform=axis.transAxes)
+    draw_legend(figure)
     figure.savefig(path, dpi=120)
     return True

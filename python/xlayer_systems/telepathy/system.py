@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from xlayer_systems.data.answers import load_answer_task
 from xlayer_systems.errors import UserError
-from xlayer_systems.hf.decoders import RECEIVER, SENDER, fingerprint_decoder, load_decoder
+from xlayer_systems.hf.decoders import RECEIVER, SENDER, fingerprint_decoder, load_decoder, load_tokenizer
 from xlayer_systems.reporting.stats import counted
 from xlayer_systems.reporting.tables import Records
 from xlayer_systems.runs.spec import RunSpec
@@ -30,6 +31,7 @@ from xlayer_systems.training.directory import Record
 from xlayer_systems.training.model import TrainingModel
 from xlayer_systems.training.optim import decay_groups, is_matrix
 
+LOG = logging.getLogger(__name__)
 CALIBRATION_BATCH = 50
 
 
@@ -47,10 +49,14 @@ class TelepathySystem(TelepathyReport):
     default_preset = "classification"
     default_dataset = "stdlib-topics"
     default_backbone = f"{SENDER},{RECEIVER}"
-    flags: ClassVar[Mapping[str, str]] = {"bridge": "bridge", "soft-tokens": "soft_tokens"}
+    flags: ClassVar[Mapping[str, str]] = {
+        "bridge": "bridge",
+        "soft-tokens": "soft_tokens",
+        "baselines": "baselines",
+    }
     swept_flags = ("bridge", "soft-tokens")
     usage_title = "accuracy, likeness of the messages and codes in use"
-    sweep_defaults: ClassVar[Mapping[str, str]] = {"baselines": "false"}
+    sweep_defaults: ClassVar[Mapping[str, str]] = {"baselines": "none"}
 
     def presets(self) -> Sequence[str]:
         return tuple(PRESETS)
@@ -70,6 +76,10 @@ class TelepathySystem(TelepathyReport):
             )
         return options
 
+    def check_backbone(self, backbone: str) -> None:
+        for name in split_pair(backbone):
+            load_tokenizer(name)
+
     def fingerprint(self, backbone: str) -> str:
         return ",".join(fingerprint_decoder(name) for name in split_pair(backbone))
 
@@ -78,18 +88,30 @@ class TelepathySystem(TelepathyReport):
         limit = None if whole else options.eval_examples
         return _prepare(spec.dataset, config.sender, config.receiver, options.max_length, config.target, limit)
 
+    def upgrade(self, stored: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Translates the option ``baselines``, which was true or false."""
+        options = stored.get("options")
+        if isinstance(options, Mapping) and isinstance(options.get("baselines"), bool):
+            named = "all" if options["baselines"] else "none"
+            stored = {**stored, "options": {**options, "baselines": named}}
+        return stored
+
     def load_backbone(self, backbone: str) -> Any:
         return Pair.load(*split_pair(backbone))
 
     def build(self, backbone: Any, config: Any, data: Any, options: TelepathyOptions) -> TrainingModel:
         longest = data.longest if options.max_new_tokens is None else options.max_new_tokens
         model = TelepathyModel.build(backbone, config, longest)
-        if options.keep_states:
+        # Texts that are read at most once are not worth keeping.
+        read = len(data.train) * options.epochs if options.max_steps is None else options.max_steps * options.batch_size
+        if options.keep_states and read >= len(data.train):
+            LOG.info("states of %d texts", len(data.train) + len(data.validation))
             device = next(model.sender.parameters()).device
             data.keep_states(lambda ids, mask: model.encode(ids.to(device), mask.to(device)), model.layer)
         # Evenly spaced, so that the statistics do not depend on the seed.
-        step = max(1, len(data.train) // config.calibration_examples)
-        chosen = data.train[::step][: config.calibration_examples]
+        count = max(1, min(config.calibration_examples, read))
+        step = max(1, len(data.train) // count)
+        chosen = data.train[::step][:count]
         model.bridge.calibrate(_states(model, data, chosen), model.receiver.get_input_embeddings().weight)
         return model
 
@@ -111,18 +133,23 @@ class TelepathySystem(TelepathyReport):
         return plot_bridges({"": [evaluations]}, path)
 
     def post_train(self, spec: RunSpec, data: TelepathyData, model: TelepathyModel) -> Record:
-        """Runs every baseline on the same task and measures latencies, where the options ask for them."""
-        if not spec.options.baselines:
+        """Runs the baselines that the options ask for on the same task, and measures latencies."""
+        if not spec.options.baseline_names():
             return {}
         model.eval()
-        rows = run_baselines(data.task, spec.config, spec.options, model, spec.seed)
+        task = data.task
+        if len(data.validation) < len(task.validation):  # by eval_examples: the baselines answer the same ones
+            kept = tuple(task.validation[example.number] for example in data.validation)
+            task = dataclasses.replace(task, validation=kept)
+        rows = run_baselines(task, spec.config, spec.options, model, spec.seed)
+        LOG.info("latency of the bridge, of a summary in words and of the text itself")
         baselines = {
             name: {**row, **counted(row["correct"], row["total"])} if "correct" in row else row
             for name, row in rows.items()
         }
         return {
             "baselines": baselines,
-            "latency": measure_latency(model, data.task, max_length=spec.options.max_length),
+            "latency": measure_latency(model, task, max_length=spec.options.max_length),
         }
 
 

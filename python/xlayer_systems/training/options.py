@@ -12,13 +12,14 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, ClassVar, Literal, TypeVar
 
 from xlayer_systems.errors import UserError
 
 Settings = TypeVar("Settings")
 Value = TypeVar("Value")
+Loop = TypeVar("Loop", bound="LoopOptions")
 MAX_SEED = 2**32 - 1  # what every generator takes
 DTYPES = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # to Accelerate's names for mixed precision
 
@@ -238,6 +239,26 @@ class LoopOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+    def bounded(self: Loop, asked: Collection[str], given: Collection[str]) -> Loop:
+        """Returns a copy in which bounds hold for every part of the run.
+
+        The default has no other parts: a system with some lowers their sizes.
+
+        Args:
+            asked: names of the options that the user set; the bounds among them count.
+            given: names of all options that are not defaults of the system, which stay as they are.
+        """
+        return self
+
+    def _capped(self: Loop, given: Collection[str], **bounds: int) -> Loop:
+        """Returns a copy with each option at most its bound, but those that were ``given``."""
+        lower: dict[str, Any] = {}
+        for name, bound in bounds.items():
+            value = getattr(self, name)
+            if name not in given and (value is None or value > bound):
+                lower[name] = bound
+        return dataclasses.replace(self, **lower)
 
     def micro_batch(self, processes: int) -> int:
         """Returns the examples per process and forward pass.

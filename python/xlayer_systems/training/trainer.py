@@ -11,6 +11,7 @@ that it is in, with a checkpoint; a loss, metric or parameter that is not finite
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import random
@@ -37,6 +38,8 @@ from xlayer_systems.training.optim import linear_schedule
 from xlayer_systems.training.options import DTYPES, LoopOptions
 from xlayer_systems.training.regions import region
 
+LOG = logging.getLogger(__name__)
+ANNOUNCED = ("loss", "accuracy", "r2_mean", "lm_loss")  # metrics in the line about an evaluation
 EMA_DECAY = 0.98
 
 
@@ -210,6 +213,8 @@ class Trainer:
         self.state = TrainingState(accelerator, self.model, self.optimizer, self.schedule)
         self.signals = StopSignals()
         self._agreed_signal: int | None = None
+        self._announced = (0, 0.0)  # step and time of the last line
+        self._shown_loss = ""
         # After the model was built, so that its parameters do not depend on the number of processes.
         seed_everything(seed * 1000 + accelerator.process_index)
 
@@ -227,6 +232,7 @@ class Trainer:
         """Trains to the end and returns the last evaluation."""
         if self.options.tensorboard:
             self.run.open_tensorboard(self.progress.step)
+        self._announced = (self.progress.step, time.perf_counter())
         with nullcontext() if not self.handles_signals else self.signals, self._progress_bar() as advance:
             while self.progress.step < self.total_steps and not self.progress.is_stopped:
                 self._train_epoch(advance)
@@ -348,6 +354,19 @@ class Trainer:
                 "learning_rate": max(self.schedule.get_last_lr()),
             }
         )
+        self._announce(sum(losses) / len(losses))
+
+    def _announce(self, loss: float) -> None:
+        """Shows the training loss: beside the progress bar, or in a line of its own where there is no terminal."""
+        self._shown_loss = f"loss {loss:.4f}"
+        if _has_terminal():
+            return
+        (step, then), now = self._announced, time.perf_counter()
+        speed = (self.progress.step - step) / max(now - then, 1e-9)
+        LOG.info(
+            "%s: step %d of %d, loss %.4f, %.3g steps/s", self.name, self.progress.step, self.total_steps, loss, speed
+        )
+        self._announced = (self.progress.step, now)
 
     def _diverged(self, what: str) -> NoReturn:
         self.run.close_tensorboard()
@@ -379,6 +398,7 @@ class Trainer:
     def _evaluate(self) -> None:
         model, progress = self.accelerator.unwrap_model(self.model), self.progress
         model.usage(reset=True)
+        started = time.perf_counter()
         with region("eval"):
             try:
                 metrics = evaluate(self.accelerator, self.model, self.data, self.options.eval_batch_size)
@@ -395,6 +415,13 @@ class Trainer:
             record["gradient_norms"] = self.gradient_norms
         self.run.log(record)
         progress.last_evaluation = record
+        now = time.perf_counter()
+        found = ", ".join(f"{name} {metrics[name]:.4f}" for name in ANNOUNCED if name in metrics)
+        LOG.info(
+            "%s: step %d, %d validation examples: %s (%.1f s)",
+            self.name, progress.step, len(self.data.validation), found or "no loss", now - started,
+        )  # fmt: skip
+        self._announced = (progress.step, self._announced[1] + now - started)  # evaluations are no training time
 
     def _save_checkpoint(self, window: Sequence[Tensor] = ()) -> None:
         """Writes a checkpoint; ``window`` has the losses that were not logged yet."""
@@ -410,14 +437,22 @@ class Trainer:
 
     @contextmanager
     def _progress_bar(self) -> Iterator[Any]:
+        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        is_hidden = not (self.accelerator.is_main_process and sys.stderr.isatty())
-        with Bar(*columns, disable=is_hidden, transient=True) as bar:
-            task = bar.add_task(self.name, total=self.total_steps, completed=self.progress.step)
-            yield lambda: bar.advance(task)
+        described, loss = TextColumn("{task.description}"), TextColumn("{task.fields[loss]}")
+        columns = (described, BarColumn(), MofNCompleteColumn(), loss, TimeRemainingColumn())
+        is_hidden = not (self.accelerator.is_main_process and _has_terminal())
+        console = Console(stderr=True)
+        with Bar(*columns, console=console, disable=is_hidden, transient=True, redirect_stdout=False) as bar:
+            task = bar.add_task(self.name, total=self.total_steps, completed=self.progress.step, loss="")
+            yield lambda: bar.update(task, advance=1, loss=self._shown_loss)
+
+
+def _has_terminal() -> bool:
+    """Tells whether the progress bar has a terminal; announcements go where it would be."""
+    return sys.stderr.isatty()
 
 
 def evaluate_alone(model: nn.Module, data: TrainingData, batch_size: int) -> dict[str, float | int]:

@@ -61,6 +61,9 @@ class XLRBSystem(ClassificationReport):
             options = dataclasses.replace(options, epochs=3, max_length=64)
         return options
 
+    def check_backbone(self, backbone: str) -> None:
+        encoders.load_tokenizer(backbone)
+
     def fingerprint(self, backbone: str) -> str:
         return encoders.fingerprint(backbone)
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xlayer_systems.reporting.plots import draw_layers, name_ticks
+
 from .target import MessageBlend, Routing
 
 KINDS = ("attn", "hdim")
@@ -95,27 +97,25 @@ def plot_usage(history: Sequence[Mapping[str, Any]], path: str | Path) -> None:
         "norm": "mean message norm",
     }
     for axis, (name, title) in zip(axes, titles.items(), strict=False):
-        for kind, style in (("attn", "--"), ("hdim", "-")):
-            _draw_curves(axis, history, f"{name}_{kind}", style, kind)
+        _draw_curves(axis, history, {kind: f"{name}_{kind}" for kind in ("hdim", "attn")})
         axis.set_title(title, fontsize=10)
     axes[1].set_yscale("log")
-    _draw_curves(axes[3], history, "router_entropy", "-", "")
+    _draw_curves(axes[3], history, {"": "router_entropy"})
     axes[3].set_title("router entropy (nats)", fontsize=10)
-    for axis in axes[:4]:
-        axis.set_xlabel("epoch")
-        if axis.get_lines():
-            axis.legend(fontsize=7)
     axes[5].remove()
     _draw_sources(figure, axes[4], history)
     figure.savefig(Path(path), dpi=110)
 
 
-def _draw_curves(axis: Any, history: Sequence[Mapping[str, Any]], key: str, style: str, kind: str) -> None:
-    epochs = range(1, len(history) + 1)
-    for index, layer in enumerate(history[0]["layers"]):
-        values = [usage["layers"][layer].get(key) for usage in history]
-        if all(value is not None for value in values):
-            axis.plot(epochs, values, style, marker=".", color=f"C{index}", label=f"layer {layer} {kind}".strip())
+def _draw_curves(axis: Any, history: Sequence[Mapping[str, Any]], keys: Mapping[str, str]) -> None:
+    """Draws the metrics ``keys``, by kind of message, of the layers that have them in every epoch."""
+    kinds: dict[str, dict[str, list[float]]] = {}
+    for kind, key in keys.items():
+        for layer in history[0]["layers"]:
+            values = [usage["layers"][layer].get(key) for usage in history]
+            if all(value is not None for value in values):
+                kinds.setdefault(kind, {})[layer] = values
+    draw_layers(axis, range(1, len(history) + 1), kinds, "epoch")
 
 
 def _draw_sources(figure: Any, axis: Any, history: Sequence[Mapping[str, Any]]) -> None:
@@ -126,10 +126,10 @@ def _draw_sources(figure: Any, axis: Any, history: Sequence[Mapping[str, Any]]) 
         for epoch, usage in enumerate(history, start=1):
             counts = usage["layers"][layer]["sources"]
             rows.append([count / max(1, sum(counts)) for count in counts] + [float("nan")] * (width - len(counts)))
-            labels.append(f"layer {layer}, epoch {epoch}")
+            labels.append(f"layer {layer}" if len(history) == 1 else f"layer {layer}, epoch {epoch}")
     image = axis.imshow(rows, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
-    step = max(1, len(labels) // 24)
-    axis.set_yticks(range(0, len(labels), step), labels[::step], fontsize=7)
+    name_ticks(axis.yaxis, labels)
+    name_ticks(axis.xaxis, [str(source) for source in range(width)])
     axis.set_xlabel("source layer")
     axis.set_title("share of choices per source", fontsize=10)
     figure.colorbar(image, ax=axis)
