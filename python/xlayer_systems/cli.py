@@ -127,6 +127,7 @@ def train(
         xlayer train --config runs/mine/run.yaml --run-dir runs/again    (every run directory holds its run.yaml)
     """
     from xlayer_systems.runs.execute import format_result, train_run
+    from xlayer_systems.training.directory import RunDirectory
     from xlayer_systems.training.options import parse_overrides
 
     if _lists_settings(system, preset, quick, settings):
@@ -138,6 +139,11 @@ def train(
     overrides = parse_overrides(settings or [])
     chosen, spec, given = _run_of(command, flags, overrides, config)
     path = Path(given["run_dir"] or Path("runs") / _run_name(chosen, spec, bool(given["quick"])))
+    if given["resume"] and path.exists():
+        # One that an earlier version began, which bounded the training loop alone, goes on as it began.
+        unbounded = _run_of(command, flags, overrides, config, bounded=False)[1]
+        if unbounded != spec and chosen.read_spec(RunDirectory(path).read_config()["run"]) == unbounded:
+            spec = unbounded
     _announce()
     result = train_run(chosen, spec, path, bool(given["resume"]))
     if _is_main_process():
@@ -547,7 +553,11 @@ def _fail(error: CommandError) -> NoReturn:
 
 
 def _run_of(
-    command: Mapping[str, Any], flags: Mapping[str, str | None], overrides: dict[str, str], file: Path | None
+    command: Mapping[str, Any],
+    flags: Mapping[str, str | None],
+    overrides: dict[str, str],
+    file: Path | None,
+    bounded: bool = True,
 ) -> tuple[Any, RunSpec, dict[str, Any]]:
     """Returns the system, the run, and the merged values of the command line and the run file."""
     from xlayer_systems.registry import get_system
@@ -597,6 +607,7 @@ def _run_of(
         overrides={**sections["set"], **by_command},
         options=sections["options"],
         config=sections["config"],
+        bounded=bounded,
     )
     return chosen, spec, given
 

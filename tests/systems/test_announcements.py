@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bypass_tools import save_decoder
-from training_tools import contents, make_spec, run_xlayer, save_backbone, save_rte
+from training_tools import contents, make_spec, run_xlayer, save_backbone, save_rte, train_run
 from xlayer_systems.bypass.report import format_compared
 from xlayer_systems.cli import _run_name
 from xlayer_systems.errors import UserError
@@ -46,6 +46,25 @@ def test_a_bound_on_steps_bounds_every_part(
     assert f"run directory: {run}  ({result['total_seconds']:.0f} s)" in printed.out
     assert "steps/s" not in printed.out
     assert any(line.startswith("warning: full is ") for line in lines) == ("warning: full is " in printed.out)
+
+
+def test_a_run_from_before_the_bounds_goes_on_as_it_began(
+    decoder: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = [*SHORT, "--set", "max_steps=3", "--set", "reconstruct_steps=4", "--set", "latent=4"]
+    chosen += ["--set", "compare=false", "--set", "eval_blocks=2"]
+    overrides = dict(setting.split("=") for setting in chosen[1::2])
+    names = {"dataset": decoder[1], "backbone": decoder[3], "quick": True}
+    before = make_spec("bypass", overrides=overrides, bounded=False, **names)
+    assert before.options.pca_tokens > make_spec("bypass", overrides=overrides, **names).options.pca_tokens
+    run = tmp_path / "run"
+    train_run(before, run)
+    kept = contents(run)
+    command = ["train", "bypass", *decoder, *chosen, "--quick", "--run-dir", run, "--resume"]
+    assert run_xlayer(monkeypatch, *command) == 0
+    assert contents(run) == kept
+    assert run_xlayer(monkeypatch, *command, "--set", "latent=5") != 0
+    assert "cannot resume" in capsys.readouterr().err
 
 
 def test_what_the_user_names_is_not_lowered() -> None:

@@ -41,7 +41,7 @@ def written_out_rotation(x: Tensor, base: float) -> Tensor:
 
 
 def written_out_attention(attention: Any, x: Tensor, base: float) -> Tensor:
-    heads, size = attention.heads, attention.head_size
+    heads, size = attention.num_heads, attention.head_size
     q, k, v = (part.unflatten(-1, (heads, size)) for part in (x @ attention.input.weight.T).chunk(3, -1))
     q, k = written_out_rotation(q, base), written_out_rotation(k, base)
     scores = torch.einsum("bshd,bthd->bhst", q, k) / size**0.5

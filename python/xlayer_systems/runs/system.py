@@ -137,6 +137,7 @@ class System(ABC):
         overrides: Mapping[str, str] | None = None,
         options: Mapping[str, str] | None = None,
         config: Mapping[str, str] | None = None,
+        bounded: bool = True,
     ) -> RunSpec:
         """Fills in a run from the defaults of system, preset, data set and backbone.
 
@@ -146,6 +147,7 @@ class System(ABC):
         Args:
             overrides: changes, as text, of training options and of the config, whichever has the name.
             options, config: changes of the one or the other alone; they win over ``overrides``.
+            bounded: apply `LoopOptions.bounded`; versions before it did not.
 
         Raises:
             UserError: a name is unknown, or a value is out of range.
@@ -162,7 +164,9 @@ class System(ABC):
         for_options |= split_overrides(options or {}, made_options)[0]
         for_config |= split_overrides(config or {}, made_config)[0]
         # A run file's section of all options reproduces a run as it was: it asks for no bound.
-        made_options = apply_overrides(made_options, for_options).bounded(asked, for_options.keys())
+        made_options = apply_overrides(made_options, for_options)
+        if bounded:
+            made_options = made_options.bounded(asked, for_options.keys())
         if made_config is not None:
             made_config = apply_overrides(made_config, for_config)
         weights = self.fingerprint(backbone)
