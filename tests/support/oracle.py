@@ -200,7 +200,7 @@ def assert_near(actual: Results, expected: Results, tolerance: float) -> None:
     assert actual.keys() == expected.keys()
     for name, tensor in actual.items():
         wanted = expected[name]
-        room = tolerance * max(1.0, float(wanted.abs().max()) if wanted.numel() else 0.0)
+        room = tolerance * max(1.0, float(wanted.detach().abs().max()) if wanted.numel() else 0.0)
         torch.testing.assert_close(
             tensor, wanted.to(tensor.dtype), rtol=0, atol=room, msg=lambda m, n=name: f"{n}: {m}"
         )

@@ -10,7 +10,7 @@ import pytest
 from bypass_tools import save_decoder
 from training_tools import contents, make_spec, run_xlayer, save_backbone, save_rte, train_run
 from xlayer_systems.bypass.report import format_compared
-from xlayer_systems.cli import _run_name
+from xlayer_systems.cli.runs import run_name
 from xlayer_systems.errors import UserError
 from xlayer_systems.registry import get_system
 from xlayer_systems.telepathy.config import BASELINES, TelepathyOptions
@@ -113,7 +113,7 @@ def test_run_directories_name_a_backbone_that_is_not_the_default(tmp_path: Path)
     system = get_system("xlrb")
 
     def name(backbone: str) -> str:
-        return _run_name(system, make_spec("xlrb", backbone=backbone), quick=False)
+        return run_name(system, make_spec("xlrb", backbone=backbone), quick=False)
 
     assert name("small") == "xlrb-H9-stdlib-topics-seed0"
     assert name("org/model-1.5") == "xlrb-H9-org-model-1.5-stdlib-topics-seed0"

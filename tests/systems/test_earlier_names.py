@@ -24,9 +24,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaMo
 import bypass_tools
 import lformer_tools
 import telepathy_tools
+import xlayer_systems
 from hyper_lm_tools import save_text
 from training_tools import contents, evaluate_run, read_metrics, run_xlayer, save_backbone, save_rte
-from xlayer_systems import bypass, cli
+from xlayer_systems import bypass
+from xlayer_systems.cli.runs import run_of
 from xlayer_systems.data.corpus import Corpus, load_corpus
 from xlayer_systems.errors import UserError
 from xlayer_systems.hyper_lm import HyperTransformer
@@ -116,7 +118,7 @@ def test_the_config_of_a_run_is_read(name: str) -> None:
 def test_a_run_file_gives_the_run_of_its_config(name: str) -> None:
     given = ("system", "preset", "dataset", "backbone", "seed", "epochs", "quick", "run_dir", "resume")
     command = dict.fromkeys(given)
-    _, spec, _ = cli._run_of(command, {}, {}, KEPT / name / "run.yaml")
+    _, spec, _ = run_of(command, {}, {}, KEPT / name / "run.yaml")
     expected = get_system(name).read_spec(stored_run(name))
     assert dataclasses.replace(spec, backbone_weights="") == dataclasses.replace(expected, backbone_weights="")
 
@@ -125,7 +127,7 @@ def test_the_command_line_takes_earlier_names_and_wins(tmp_path: Path, capsys: A
     file = KEPT / "xlrb" / "run.yaml"
     command = dict.fromkeys(("system", "preset", "dataset", "backbone", "seed", "epochs", "quick", "run_dir", "resume"))
     for overrides in ({"topk": "3"}, {"top_k": "3"}):
-        assert cli._run_of(command, {}, overrides, file)[1].config.top_k == 3
+        assert run_of(command, {}, overrides, file)[1].config.top_k == 3
     content = yaml.safe_load(file.read_text())
     content["config"]["top_k"] = 3
     (tmp_path / "both.yaml").write_text(yaml.safe_dump(content))
@@ -236,7 +238,7 @@ def test_the_recipe_beside_a_backbone_is_read(name: str) -> None:
 
 @pytest.mark.parametrize("asset", ["encoder-small", "decoder-sender", "decoder-receiver"])
 def test_the_recipes_of_the_shipped_backbones_are_read(asset: str) -> None:
-    folder = Path(cli.__file__).parent / "assets" / asset
+    folder = Path(xlayer_systems.__file__).parent / "assets" / asset
     stored = json.loads((folder / "recipe.json").read_text())["run"]
     config = get_system(asset.split("-")[0]).read_spec(stored).config
     shipped = json.loads((folder / "config.json").read_text())

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from training_tools import contents, read_metrics, run_xlayer, save_backbone, save_rte
-from xlayer_systems import cli
+from xlayer_systems.cli.runs import run_of
 from xlayer_systems.errors import UserError
 from xlayer_systems.registry import PRETRAINING, SYSTEMS, get_system
 from xlayer_systems.runs.run_file import as_text, read_run_file, write_run_file
@@ -195,7 +195,7 @@ def test_the_command_line_wins_over_a_run_file(places, tmp_path, monkeypatch, ca
 def of_command_line(file: Path, **command: Any) -> RunSpec:
     """Returns the run of a run file and the options of a command."""
     names = ("system", "preset", "dataset", "backbone", "seed", "epochs", "quick", "run_dir", "resume")
-    return cli._run_of({**dict.fromkeys(names), **command}, {}, {}, file)[1]
+    return run_of({**dict.fromkeys(names), **command}, {}, {}, file)[1]
 
 
 @pytest.fixture
@@ -247,9 +247,9 @@ def test_a_flag_of_a_system_may_stand_in_a_run_file(tmp_path) -> None:
     file.write_text("system: hyper_lm\npreset: dhc\nstreams: 2\n")
     names = ("system", "preset", "dataset", "backbone", "seed", "epochs", "quick", "run_dir", "resume")
     command = dict.fromkeys(names)
-    assert cli._run_of(command, {}, {}, file)[1].config.expansion_rate == 2
-    assert cli._run_of(command, {"streams": "3"}, {}, file)[1].config.expansion_rate == 3
-    assert cli._run_of(command, {}, {"expansion_rate": "5"}, file)[1].config.expansion_rate == 5
+    assert run_of(command, {}, {}, file)[1].config.expansion_rate == 2
+    assert run_of(command, {"streams": "3"}, {}, file)[1].config.expansion_rate == 3
+    assert run_of(command, {}, {"expansion_rate": "5"}, file)[1].config.expansion_rate == 5
 
 
 @pytest.mark.parametrize(

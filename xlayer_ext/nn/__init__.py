@@ -8,17 +8,10 @@ that it made, but not a ``branch`` that it was given; calling it on every submod
 from xlayer_ext.nn.aggregate import DepthAttentionAggregator, EMAAggregator, GRUAggregator, TapProjector
 from xlayer_ext.nn.fsq import FSQ, FSQOutput
 from xlayer_ext.nn.hdim import HDIMMessage, QKVMessage
-from xlayer_ext.nn.hyper import (
-    HyperConnection,
-    HyperConnections,
-    ManifoldHyperConnection,
-    expand_streams,
-    hyper_connections,
-    no_weight_decay,
-    reduce_streams,
-)
+from xlayer_ext.nn.hyper import HyperConnection, ManifoldHyperConnection, no_weight_decay
 from xlayer_ext.nn.quantize import VectorQuantizer, VQOutput
 from xlayer_ext.nn.routing import LayerRouter
+from xlayer_ext.nn.streams import HyperConnections, expand_streams, hyper_connections, reduce_streams
 
 __all__ = [
     "FSQ",

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import inspect
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable, Mapping
 from functools import lru_cache, wraps
-from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_args
+from typing import Annotated, Any, NoReturn, get_args
 
 import typer
 
+from xlayer_systems.cli.runs import as_overrides, backbone_part, own_flags, run_name, run_of
 from xlayer_systems.errors import CommandError, InterruptionError, UserError
-
-if TYPE_CHECKING:
-    from xlayer_systems.runs.spec import RunSpec
 
 # typer may vendor click; of its classes, BadParameter is a UsageError is a ClickException.
 ClickException: type[Exception] = typer.BadParameter.__mro__[2]
 INTERRUPTED = 130
-MAX_BACKBONE_NAME = 48  # characters in the name of a run directory
 SYSTEM_COMMANDS = {"train", "sweep", "profile", "options"}  # whose help and flags are those of the systems
 
 HELP = """Train and compare systems for cross-layer communication in transformers.
@@ -137,11 +131,11 @@ def train(
         "quick": quick or None, "run_dir": run_dir, "resume": resume or None,
     }  # fmt: skip
     overrides = parse_overrides(settings or [])
-    chosen, spec, given = _run_of(command, flags, overrides, config)
-    path = Path(given["run_dir"] or Path("runs") / _run_name(chosen, spec, bool(given["quick"])))
+    chosen, spec, given = run_of(command, flags, overrides, config)
+    path = Path(given["run_dir"] or Path("runs") / run_name(chosen, spec, bool(given["quick"])))
     if given["resume"] and path.exists():
         # One that an earlier version began, which bounded the training loop alone, goes on as it began.
-        unbounded = _run_of(command, flags, overrides, config, bounded=False)[1]
+        unbounded = run_of(command, flags, overrides, config, bounded=False)[1]
         if unbounded != spec and chosen.read_spec(RunDirectory(path).read_config()["run"]) == unbounded:
             spec = unbounded
     _announce()
@@ -201,9 +195,9 @@ def sweep(
     if _lists_settings(system, None, quick, settings):
         return
     chosen = get_system(system)
-    own = _own_flags(chosen, flags)
+    own = own_flags(chosen, flags)
     swept = {chosen.flags[name]: own.pop(chosen.flags[name], None) for name in chosen.swept_flags}
-    common = {**chosen.sweep_defaults, **_as_overrides(epochs=epochs), **own, **parse_overrides(settings or [])}
+    common = {**chosen.sweep_defaults, **as_overrides(epochs=epochs), **own, **parse_overrides(settings or [])}
     default = f"{PLAIN},{chosen.default_preset}" if PLAIN in chosen.presets() else chosen.default_preset
     variants = cross_variants(parse_variants(default if presets is None else presets), **swept)
     numbers = parse_seeds(seeds)
@@ -222,8 +216,8 @@ def sweep(
         for variant in variants
     }
     name = (dataset or chosen.default_dataset).replace("/", "-")
-    backbone_part = _backbone_part(chosen, backbone or chosen.default_backbone)
-    path = out or Path("runs") / f"sweep-{system}-{backbone_part}{name}{'-quick' * quick}"
+    part = backbone_part(chosen, backbone or chosen.default_backbone)
+    path = out or Path("runs") / f"sweep-{system}-{part}{name}{'-quick' * quick}"
     _announce()
     summary = run_sweep(chosen, specs, path, resume)
     if _is_main_process():
@@ -307,11 +301,11 @@ def profile(
     from xlayer_systems.training.options import parse_overrides
 
     chosen = get_system(system)
-    overrides = {**_own_flags(chosen, flags), **parse_overrides(settings or [])}
+    overrides = {**own_flags(chosen, flags), **parse_overrides(settings or [])}
     spec = chosen.make_spec(
         preset, dataset=dataset, backbone=backbone, seed=seed or 0, quick=quick, overrides=overrides
     )
-    path = run_dir or Path("runs") / f"profile-{_run_name(chosen, spec, quick)}"
+    path = run_dir or Path("runs") / f"profile-{run_name(chosen, spec, quick)}"
     print("\n".join(profile_run(chosen, spec, path, steps=steps, warmup=warmup, tool=tool)))
     print(f"run directory: {path}")
 
@@ -380,7 +374,7 @@ def encoder(
     from xlayer_systems.training.options import parse_overrides
 
     system = PRETRAINING["encoder"]
-    overrides = {**_as_overrides(epochs=epochs), **parse_overrides(settings or [])}
+    overrides = {**as_overrides(epochs=epochs), **parse_overrides(settings or [])}
     spec = system.make_spec(seed=seed, overrides=overrides, config={"contrast": str(contrast)})
     _announce()
     result = train_run(system, spec, out, resume)
@@ -552,111 +546,6 @@ def _fail(error: CommandError) -> NoReturn:
     sys.exit(error.exit_code)
 
 
-def _run_of(
-    command: Mapping[str, Any],
-    flags: Mapping[str, str | None],
-    overrides: dict[str, str],
-    file: Path | None,
-    bounded: bool = True,
-) -> tuple[Any, RunSpec, dict[str, Any]]:
-    """Returns the system, the run, and the merged values of the command line and the run file."""
-    from xlayer_systems.registry import get_system
-    from xlayer_systems.runs.run_file import NAMES, SECTIONS, as_text, check_run_file, chosen_values, read_run_file
-    from xlayer_systems.training.options import current_overrides
-
-    stored = {} if file is None else read_run_file(file)
-    given = {name: stored.get(name) if value is None else value for name, value in command.items()}
-    if not isinstance(given["system"], str):
-        raise UserError("name the system to train, or a run file with its name by --config")
-    chosen = get_system(given["system"])
-    names: dict[str, Any] = {
-        name: None if given[name] is None else str(given[name]) for name in ("preset", "dataset", "backbone")
-    }
-    seed, quick = given["seed"] or 0, given["quick"] or False
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise UserError(f"seed in {file} must be an integer, got {seed!r}")
-    for name in ("quick", "resume"):
-        if not isinstance(given[name] or False, bool):
-            raise UserError(f"{name} in {file} must be true or false, got {given[name]!r}")
-    sections: dict[str, dict[str, str]] = {name: {} for name in SECTIONS}
-    if file is not None:
-        of_run = chosen.defaults(**names, quick=quick)
-        of_file = of_run if stored.get("system", chosen.name) != chosen.name else _defaults_of(chosen, stored)
-        config, options = (_field_names(*kinds) for kinds in zip(of_file, of_run, strict=True))
-        own = {name.replace("-", "_"): key for name, key in chosen.flags.items()}
-        targets = (*of_file, *of_run)
-        stored = current_overrides(stored, *targets)
-        for name in SECTIONS:
-            stored[name] = current_overrides(stored.get(name) or {}, *targets)
-        overrides = current_overrides(overrides, *targets)
-        check_run_file(file, stored, options, config, own)
-        sections = {"set": as_text(stored.get("set") or {}), **chosen_values(of_file, of_run, stored)}
-        plain = {own.get(key, key): value for key, value in stored.items() if key not in {*NAMES, *SECTIONS}}
-        sections["set"] = {**as_text(plain), **sections["set"]}
-    by_command = {**_as_overrides(epochs=given["epochs"]), **_own_flags(chosen, flags), **overrides}
-    for section in ("options", "config"):
-        sections[section] = {key: value for key, value in sections[section].items() if key not in by_command}
-    if file is not None:
-        for key in sorted(sections["config"].keys() - _field_names(of_run[0])):
-            preset = names["preset"] or chosen.default_preset
-            raise UserError(f"the preset {preset} has no {key}, which {file} sets in config: remove it there")
-    spec = chosen.make_spec(
-        **names,
-        seed=seed,
-        quick=quick,
-        overrides={**sections["set"], **by_command},
-        options=sections["options"],
-        config=sections["config"],
-        bounded=bounded,
-    )
-    return chosen, spec, given
-
-
-def _defaults_of(system: Any, stored: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Returns config and options by default of the names in a run file."""
-    names = {name: str(stored[name]) for name in ("preset", "dataset", "backbone") if stored.get(name) is not None}
-    found: tuple[Any, Any] = system.defaults(**names, quick=stored.get("quick") is True)
-    return found
-
-
-def _field_names(*settings: Any) -> set[str]:
-    """Returns the names of the fields of dataclasses, any of which may be None."""
-    return {field.name for one in settings if one is not None for field in dataclasses.fields(one)}
-
-
-def _own_flags(system: Any, flags: Mapping[str, str | None]) -> dict[str, str]:
-    """Returns the overrides that the flags of systems set; flags of another system are refused."""
-    known = {name.replace("-", "_"): key for name, key in system.flags.items()}
-    given = {name: value for name, value in flags.items() if value is not None}
-    for name in given:
-        if name not in known:
-            raise UserError(
-                f"{system.name} has no option --{name.replace('_', '-')}; see `xlayer options {system.name}`"
-            )
-    words = {name.replace("-", "_"): found for name, found in system.flag_words.items()}
-    return {known[name]: words.get(name, {}).get(value, value) for name, value in given.items()}
-
-
-def _as_overrides(**values: int | str | None) -> dict[str, str]:
-    return {key: str(value) for key, value in values.items() if value is not None}
-
-
-def _run_name(system: Any, spec: RunSpec, quick: bool) -> str:
-    dataset = spec.dataset.strip("/").replace("/", "-")
-    backbone = _backbone_part(system, spec.backbone)
-    return f"{spec.system}-{spec.preset}-{backbone}{dataset}-seed{spec.seed}{'-quick' * quick}"
-
-
-def _backbone_part(system: Any, backbone: str) -> str:
-    """Returns the part of a directory's name for a backbone; empty for the system's default."""
-    if backbone == system.default_backbone:
-        return ""
-    name = re.sub(r"[^A-Za-z0-9._]+", "-", backbone).strip("-.")
-    if len(name) > MAX_BACKBONE_NAME:  # the end of a path says most; the hash keeps two of them apart
-        name = f"{name[-MAX_BACKBONE_NAME:].strip('-.')}-{sha256(backbone.encode()).hexdigest()[:6]}"
-    return f"{name}-"
-
-
 class _Announcements(logging.Handler):
     """Prints what the systems log to stderr, as stdout is for results."""
 
@@ -674,7 +563,3 @@ def _announce() -> None:
 
 def _is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
-
-
-if __name__ == "__main__":
-    main()
