@@ -82,9 +82,10 @@ def test_fresh_seeds_run_what_draws_again_and_say_how_to_repeat_it(tmp_path: Pat
     assert len(repeats) == 3 and "3 failed" in said
     seed = repeats[1].split("--seed ")[1].split()[0]
     _, first = run(tmp_path, "--seed", seed, "-k", "fails", body=body)
-    wrong = [line for line in said.splitlines() if (line.startswith("E") and "assert -" in line) or "assert 0." in line]
-    shown = [line for line in first.splitlines() if line.startswith("E") and "assert" in line]
-    assert wrong and shown and any(line in wrong for line in shown)
+    wrong, shown = (
+        [line for line in text.splitlines() if line.startswith("E") and "> 9" in line] for text in (said, first)
+    )
+    assert len(wrong) == 3 and len(shown) == 1 and shown[0] in wrong, said + first
 
 
 def test_a_generator_of_its_own_seed_is_left_alone() -> None:

@@ -374,9 +374,11 @@ def unfinished(tmp_path, command, monkeypatch, capsys) -> Path:
 
 
 def check_line(capsys, *parts: str) -> None:
+    """Asserts that the command ended with one error line, behind what it announced until then."""
     captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 1 and captured.err.startswith("error: "), captured.err
-    assert all(part in captured.err for part in parts), captured.err
+    errors = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    assert captured.out == "" and "Traceback" not in captured.err and len(errors) == 1, captured.err
+    assert captured.err.endswith(f"{errors[0]}\n") and all(part in errors[0] for part in parts), captured.err
 
 
 def test_the_command_refuses_hostile_files_held_runs_and_divergence(tmp_path, command, unfinished, monkeypatch, capsys):
