@@ -16,7 +16,7 @@ import torch.utils._pytree as pytree
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lformer_tools import LAYERS, OPTIONS, WIDTH, make_base, make_model, tokens
+from lformer_tools import LAYERS, OPTIONS, WIDTH, make_base, make_model, tokens, toy_data
 from xlayer_systems.lformer import AGGREGATORS, LFormer, ModelConfig, attach
 from xlayer_systems.lformer.path import count
 
@@ -403,3 +403,13 @@ def test_a_model_of_its_own_is_saved_whole(tmp_path: Path) -> None:
 def test_examples_in_the_docstrings() -> None:
     result = doctest.testmod(importlib.import_module("xlayer_systems.lformer.model"))
     assert result.attempted >= 5 and not result.failed
+
+
+def test_data_is_the_same_whatever_the_tokenizer_was_last_asked_for() -> None:
+    """Truncation and padding of requests stay with the tokenizer, and must not cut the documents of later data."""
+    first = toy_data()
+    first.tokenizer(["a b c", "d"], truncation=True, max_length=2, padding="max_length")
+    second = toy_data()
+    assert torch.equal(first.text.train, second.text.train) and len(first.text.train) > 10
+    assert torch.equal(first.text.validation, second.text.validation)
+    assert first.fingerprint == second.fingerprint

@@ -110,6 +110,9 @@ def encode_text(tokenizer: Any, texts: Iterable[str]) -> list[list[int]]:
     text."""
     backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = True
+    # What the tokenizer's file asks for, or its last call asked for, cuts or pads no document.
+    backend.no_truncation()
+    backend.no_padding()
     return [row.ids for row in backend.encode_batch(list(texts), add_special_tokens=False)]
 
 
