@@ -9,19 +9,17 @@ import io
 import itertools
 import pickle
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from oracle import draw, fresh_generator
-from processes import join_processes
+from processes import join_processes, run_processes
 from xlayer_ext import backend
 from xlayer_ext.nn import DepthAttentionAggregator, EMAAggregator, GRUAggregator, TapProjector
 from xlayer_ext.nn.aggregate import POOLINGS
@@ -388,13 +386,7 @@ def worker(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory, device: str) -> list[dict[Any, dict[str, Tensor]]]:
-    if device != "cpu":
-        pytest.skip("two processes on the CPU; a second GPU is not assumed")
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.skip("this torch has no gloo")
-    folder: Path = tmp_path_factory.mktemp("aggregate")
-    mp.spawn(worker, (str(folder),), nprocs=WORLD)
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(WORLD)]
+    return run_processes(worker, tmp_path_factory.mktemp("aggregate"), device, WORLD)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hyper_module_tools import KINDS, D, randomize
-from processes import join_processes
+from processes import join_processes, run_processes
 
 pytestmark = pytest.mark.operators
 
@@ -88,13 +86,7 @@ def worker(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory, device: str) -> list[dict[Any, dict[str, Tensor]]]:
-    if device != "cpu":
-        pytest.skip("two processes on the CPU; a second GPU is not assumed")
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.skip("this torch has no gloo")
-    folder: Path = tmp_path_factory.mktemp("distributed")
-    mp.spawn(worker, (str(folder),), nprocs=WORLD)
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(WORLD)]
+    return run_processes(worker, tmp_path_factory.mktemp("distributed"), device, WORLD)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))

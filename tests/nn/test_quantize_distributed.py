@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from processes import join_processes
+from processes import join_processes, run_processes
 from xlayer_ext.nn import VectorQuantizer
 
 WORLD, STEPS, ROWS, D, K = 2, 20, 48, 5, 24
@@ -89,13 +87,7 @@ def worker(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory, device: str) -> list[dict[str, Result]]:
-    if device != "cpu":
-        pytest.skip("two processes on the CPU; a second GPU is not assumed")
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.skip("this torch has no gloo")
-    folder: Path = tmp_path_factory.mktemp("quantize")
-    mp.spawn(worker, (str(folder),), nprocs=WORLD)
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(WORLD)]
+    return run_processes(worker, tmp_path_factory.mktemp("quantize"), device, WORLD)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from processes import join_processes
+from processes import join_processes, run_processes
 from xlayer_ext.nn import HDIMMessage, LayerRouter, QKVMessage
 
 WORLD, BATCH, TOKENS, H = 2, 4, 6, 32
@@ -141,13 +139,7 @@ def worker(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory, device: str) -> list[dict[tuple[str, str], dict[str, Tensor]]]:
-    if device != "cpu":
-        pytest.skip("two processes on the CPU; a second GPU is not assumed")
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.skip("this torch has no gloo")
-    folder: Path = tmp_path_factory.mktemp("distributed")
-    mp.spawn(worker, (str(folder),), nprocs=WORLD)
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(WORLD)]
+    return run_processes(worker, tmp_path_factory.mktemp("distributed"), device, WORLD)
 
 
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])

@@ -373,9 +373,10 @@ def unfinished(tmp_path, command, monkeypatch, capsys) -> Path:
     return tmp_path / "run"
 
 
-def check_line(capsys, *parts: str) -> None:
-    """Asserts that the command ended with one error line, behind what it announced until then."""
+def check_line(capsys, *parts: str, announced: bool = False) -> None:
+    """Asserts that the command printed one error line alone, or with ``announced`` behind what it did until then."""
     captured = capsys.readouterr()
+    assert announced or captured.err.count("\n") == 1, captured.err
     errors = [line for line in captured.err.splitlines() if line.startswith("error: ")]
     assert captured.out == "" and "Traceback" not in captured.err and len(errors) == 1, captured.err
     assert captured.err.endswith(f"{errors[0]}\n") and all(part in errors[0] for part in parts), captured.err
@@ -387,7 +388,7 @@ def test_the_command_refuses_hostile_files_held_runs_and_divergence(tmp_path, co
         kept = path.read_bytes()
         plant(path, marker, as_torch=False)
         assert run_xlayer(monkeypatch, "eval", run) == 2
-        check_line(capsys, str(run / "model"))
+        check_line(capsys, str(run / "model"), announced=True)
         path.write_bytes(kept)
     (run / "result.json").unlink()
     checkpoint = next((run / "checkpoints").iterdir())
@@ -407,7 +408,7 @@ def test_the_command_refuses_hostile_files_held_runs_and_divergence(tmp_path, co
     assert not marker.exists()
     capsys.readouterr()
     assert run_xlayer(monkeypatch, *command, tmp_path / "far", "--set", "encoder_lr=1e30") == 3
-    check_line(capsys, "diverged")
+    check_line(capsys, "diverged", announced=True)
     assert not (tmp_path / "far" / "result.json").exists()
 
 

@@ -41,8 +41,8 @@ from xlayer_systems.hf.layers import is_causal, layers_of, stack_of
 from xlayer_systems.hf.pretrained import (
     Attachment,
     check_model,
-    check_state,
     describe_model,
+    load_attached,
     read_config,
     read_own,
     resolve_config,
@@ -287,12 +287,7 @@ class Bypass(Attachment):
         """
         config, state = _read(Path(folder), stack_of(model))
         made = cls(model, config)
-        try:
-            check_state(state, made.state_dict(), Path(folder))
-        except ValueError:
-            made.remove()
-            raise
-        made.load_state_dict(state)
+        load_attached(made, state, Path(folder))
         return made
 
     @classmethod

@@ -555,7 +555,7 @@ class _Announcements(logging.Handler):
 
 
 def _announce() -> None:
-    """Shows on stderr what a run is at, from the main process alone."""
+    """Shows the progress of a run on stderr, from the main process alone."""
     log = logging.getLogger("xlayer_systems")
     log.handlers = [_Announcements() if _is_main_process() else logging.NullHandler()]
     log.setLevel(logging.INFO)

@@ -230,6 +230,20 @@ def check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], fol
         raise ValueError(f"the weights in {folder} do not fit their configuration: {wrong[0]} is missing or wrong")
 
 
+def load_attached(attached: Any, state: Mapping[str, Tensor], folder: Path) -> None:
+    """Loads tensors from ``folder`` into what was just attached to a model, or takes it off again.
+
+    Raises:
+        ValueError: a tensor is missing, unknown or of another shape; the model is then as it was.
+    """
+    try:
+        check_state(state, attached.state_dict(), folder)
+    except ValueError:
+        attached.remove()
+        raise
+    attached.load_state_dict(state)
+
+
 def weights_fingerprint(
     parameters: Iterable[tuple[str, Tensor]], sample: int, shape_as: Callable[[torch.Size], object] = tuple
 ) -> str:

@@ -22,8 +22,8 @@ from xlayer_systems.hf.layers import layers_of
 from xlayer_systems.hf.pretrained import (
     Attachment,
     check_model,
-    check_state,
     describe_model,
+    load_attached,
     read_config,
     read_own,
     resolve_config,
@@ -218,12 +218,7 @@ class HyperAttachment(Attachment):
         decoder = _decoder_of(model)
         check_model(saved["model"], describe_model(decoder), directory)
         made = cls(model, read_config(AttachConfig, saved["config"], directory))
-        try:
-            check_state(state, made.state_dict(), directory)
-        except ValueError:
-            made.remove()
-            raise
-        made.load_state_dict(state)
+        load_attached(made, state, directory)
         return made
 
     @classmethod

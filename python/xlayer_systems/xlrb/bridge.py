@@ -17,8 +17,8 @@ from xlayer_systems.hf.layers import layers_of
 from xlayer_systems.hf.pretrained import (
     Attachment,
     check_model,
-    check_state,
     describe_model,
+    load_attached,
     read_own,
     resolve_config,
     save_own,
@@ -155,12 +155,7 @@ class XLRBBridge(Attachment):
         _check_encoder(encoder)
         check_model(saved["model"], describe_model(encoder), directory)
         made = cls(model, XLRBConfig.from_dict(saved["config"]))
-        try:
-            check_state(state, made.state_dict(), directory)
-        except ValueError:
-            made.remove()
-            raise
-        made.load_state_dict(state)
+        load_attached(made, state, directory)
         return made
 
     @classmethod
