@@ -340,6 +340,20 @@ def test_open_and_shut_gates(native: str) -> None:
         assert torch.equal(results["grad_gate_logits"], torch.zeros_like(gates))
 
 
+def test_gates_far_from_zero_keep_their_digits(native: str) -> None:
+    """1 − σ(a) comes from an exponential and two roundings of its own, so that each layer adds at most 3 eps to what it
+    passes on; taken from σ(a) it would have lost 17 of 24 bits at a = 12."""
+    logits = torch.tensor([-12.0, -6.0, 0.0, 6.0, 12.0], device=native)
+    case = aggregate_case(fresh_generator(), "ema_scan", (5, 4, 24), device=native, norm="none", last_only=True)
+    positive = case.with_tensors(
+        x=2 + case.tensors["x"].abs(), initial_state=0 * case.tensors["initial_state"], gate_logits=logits
+    )
+    case = type(case)(case.op, positive.tensors, torch.ones_like(case.grad), case.options).to(torch.float32)
+    actual, exact = evaluate(case), evaluate(case.to(torch.float64), "reference")
+    for name in ("states", "grad_x", "grad_initial_state"):
+        assert ((actual[name].double() - exact[name]).abs() <= 5 * 3 * 2**-23 * exact[name].abs()).all(), name
+
+
 def test_saturated_units_of_the_gru(native: str) -> None:
     """Gates of pre-activations of some 1e4 are 0 or 1 and candidates ±1 to the bit, but for the one unit in a hundred
     that has a small one, rounded with all of eps/2 · 1e4 · a few."""

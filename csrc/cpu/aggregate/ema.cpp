@@ -42,7 +42,7 @@ class Forward {
         const EmaScan& scan = args_.scan;
         for (int64_t t = 0; t < count; ++t) scan_.load_initial(first + t, memory + t * scan_.row);
         for (int64_t l = 0; l < scan.layers; ++l) {
-            const T gate = scan_.gate(l);
+            const Gate<T> gate = scan_.gate(l);
             for_groups(count, [&](auto group, int64_t t)
                                   XLAYER_FLATTEN { step<decltype(group)::value, output>(memory, l, first, t, gate); });
         }
@@ -59,9 +59,8 @@ class Forward {
 
     // One layer of a group of tokens.
     template <int Group, Output output>
-    XLAYER_INLINE void step(T* memory, int64_t layer, int64_t first, int64_t t, T gate) const {
+    XLAYER_INLINE void step(T* memory, int64_t layer, int64_t first, int64_t t, Gate<T> gate) const {
         const EmaScan& scan = args_.scan;
-        const T decay = 1 - gate;
         T* scratch = memory + scan_.tile * scan_.row;
         const int64_t offset = (layer * scan.tokens + first + t) * scan.width;
         const GroupRows<const T> x = scan_.template read<Group>(scan.x, layer, first + t, scratch);
@@ -72,7 +71,7 @@ class Forward {
         T unused[Group];
         scan_.template for_each_value<Group>(x, prefetch_offset, unused,
                                              [&](int g, Vec<T> value, Vec<T>, int64_t e, auto io) XLAYER_FLATTEN {
-                                                 const Vec<T> now = decay * load(state[g] + e) + gate * value;
+                                                 const Vec<T> now = gate.keep * load(state[g] + e) + gate.take * value;
                                                  store(state[g] + e, now);
                                                  if constexpr (output == Output::states) {
                                                      prefetch_to_write(to[g] + e + prefetch_offset_to);

@@ -86,6 +86,12 @@ XLAYER_INLINE void inverse_deviations(const GroupRows<const T>& x, int64_t width
     }
 }
 
+// 1 − σ(a) and σ(a): each with a small error of its own, however far from zero a is.
+template <class T>
+struct Gate {
+    T keep, take;
+};
+
 template <class T>
 class Scan {
   public:
@@ -99,7 +105,10 @@ class Scan {
           tile(max<int64_t>(1, min(max_tokens, tile_bytes / static_cast<int64_t>(row * sizeof(T))))),
           same_dtype(args.dtype == dtype_of<T>) {}
 
-    T gate(int64_t layer) const { return 1 / (1 + exponential(-static_cast<const T*>(args.gate_logits)[layer])); }
+    Gate<T> gate(int64_t layer) const {
+        const T logit = static_cast<const T*>(args.gate_logits)[layer];
+        return {1 / (1 + exponential(logit)), 1 / (1 + exponential(-logit))};
+    }
 
     // Rows of a group of tokens where they lie, or widened into `scratch`, a row for each.
     template <int Group>

@@ -90,14 +90,14 @@ class Backward {
     void forward_pass(const Worker& worker, int64_t first, int64_t count) const {
         for (int64_t t = 0; t < count; ++t) scan_.load_initial(first + t, worker.state + t * scan_.row);
         for (int64_t l = 0; l < args_.scan.layers; ++l) {
-            const T gate = scan_.gate(l);
+            const T take = scan_.gate(l).take;
             for_groups(count, [&](auto group, int64_t t)
-                                  XLAYER_FLATTEN { forward_group<decltype(group)::value>(worker, l, first, t, gate); });
+                                  XLAYER_FLATTEN { forward_group<decltype(group)::value>(worker, l, first, t, take); });
         }
     }
 
     template <int Group>
-    XLAYER_INLINE void forward_group(const Worker& worker, int64_t layer, int64_t first, int64_t t, T gate) const {
+    XLAYER_INLINE void forward_group(const Worker& worker, int64_t layer, int64_t first, int64_t t, T take) const {
         const int64_t at = layer * scan_.tile + t, row = scan_.row,
                       prefetch_offset = scan_.prefetch_offset(args_.scan.x, layer, 1);
         const GroupRows<const T> x = scan_.template read<Group>(args_.scan.x, layer, first + t, worker.wide);
@@ -107,7 +107,7 @@ class Backward {
                                              [&](int g, Vec<T> value, Vec<T> unit, int64_t e, auto) XLAYER_FLATTEN {
                                                  const Vec<T> before = load(state[g] + e);
                                                  store(normal[g] + e, unit);
-                                                 store(state[g] + e + after, before + gate * (value - before));
+                                                 store(state[g] + e + after, before + take * (value - before));
                                              });
     }
 
@@ -120,13 +120,13 @@ class Backward {
             const T* given = scan_.template read<1>(args_.grad, 0, first + t, worker.wide)[0];
             for (int64_t e = 0; e < scan.width; ++e) grad[e] = given[e];
         }
-        T decay = 1;  // what the layer above multiplies its ∂L/∂S, which is in worker.grad, with on its way down
+        T keep = 1;  // what the layer above multiplies its ∂L/∂S, which is in worker.grad, with on its way down
         for (int64_t l = scan.layers - 1; l >= 0; --l) {
-            const T gate = scan_.gate(l);
+            const Gate<T> gate = scan_.gate(l);
             Vec<T> product = {};
             for_groups(count, [&](auto group, int64_t t) XLAYER_FLATTEN {
                 constexpr int kTokens = decltype(group)::value;
-                const Layer<kTokens> layer(*this, worker, l, first, t, gate, decay);
+                const Layer<kTokens> layer(*this, worker, l, first, t, gate.take, keep);
                 if (streaming_)
                     scan.last_only ? backward_group<kTokens, true, true>(layer, product)
                                    : backward_group<kTokens, true, false>(layer, product);
@@ -137,14 +137,14 @@ class Backward {
                 if (++worker.pending >= kRun) add_norm(worker, sums);
             });
             sums.gate[l] += sum_lanes<T>(product);
-            decay = 1 - gate;
+            keep = gate.keep;
         }
         if (args_.grad_initial_state == nullptr) return;
         for (int64_t t = 0; t < count; ++t) {
             const int64_t offset = (first + t) * scan.width;
             const T* grad = worker.grad + t * scan_.row;
             const GroupRows<T> to = scan_.target(args_.grad_initial_state, offset, worker.narrow);
-            for (int64_t e = 0; e < scan.width; ++e) to[0][e] = decay * grad[e];
+            for (int64_t e = 0; e < scan.width; ++e) to[0][e] = keep * grad[e];
             scan_.template finish<1>(to, args_.grad_initial_state, offset);
         }
     }
@@ -162,7 +162,7 @@ class Backward {
     // One layer of a group of tokens on the way down.
     template <int Group>
     struct Layer {
-        T gate, decay;
+        T take, keep;  // by which this layer and the one above multiply ∂L/∂S
         int64_t offset, prefetch_offset, prefetch_offset_to;
         GroupRows<const T> given;  // ∂L/∂states, unless only the last state was wanted
         GroupRows<T> to, grad;     // ∂L/∂x; ∂L/∂S, of the layer above until this one's takes its place
@@ -170,9 +170,9 @@ class Backward {
         const T* scale;
         T *weight, *bias;  // to add the norm's gradients to
 
-        XLAYER_INLINE Layer(const Backward& of, const Worker& worker, int64_t layer, int64_t first, int64_t t, T gate,
-                            T decay)
-            : gate(gate), decay(decay) {
+        XLAYER_INLINE Layer(const Backward& of, const Worker& worker, int64_t layer, int64_t first, int64_t t, T take,
+                            T keep)
+            : take(take), keep(keep) {
             const EmaScan& scan = of.args_.scan;
             const int64_t at = layer * of.scan_.tile + t, row = of.scan_.row;
             offset = (layer * scan.tokens + first + t) * scan.width;
@@ -191,7 +191,7 @@ class Backward {
         // ∂L/∂S_l.
         template <bool Last, class Io>
         XLAYER_INLINE Vec<T> grad_state(int g, int64_t e, const Io& io) const {
-            const Vec<T> above = decay * load(grad[g] + e);
+            const Vec<T> above = keep * load(grad[g] + e);
             if constexpr (Last) return io.zero_tail(above);
             return io.zero_tail(above + io.load(given[g] + e));
         }
@@ -219,7 +219,7 @@ class Backward {
                         if constexpr (!Last) prefetch_near(layer.given[g] + e + layer.prefetch_offset);
                         const Vec<T> now = layer.template grad_state<Last>(g, e, io);
                         run[g] += io.zero_tail(now * (load(layer.normal[g] + e) - load(layer.state[g] + e)));
-                        layer.template store_grad<Streaming>(g, e, io, layer.gate * now);
+                        layer.template store_grad<Streaming>(g, e, io, layer.take * now);
                         store(layer.grad[g] + e, now);
                     }
                 });
@@ -242,7 +242,7 @@ class Backward {
         for_runs<T>(width, [&](int64_t begin, int64_t end) XLAYER_FLATTEN {
             Vec<T> run_product[Group] = {}, run_sum[Group] = {}, run_along[Group] = {};
             for_vectors<T>(begin, end, [&](int64_t e, auto io) XLAYER_FLATTEN {
-                const Vec<T> slope = io.load(weight + e), gated = layer.gate * slope;
+                const Vec<T> slope = io.load(weight + e), gated = layer.take * slope;
                 const Vec<T> offset = bias == nullptr ? Vec<T>{} : io.load(bias + e);
                 Vec<T> of_weight = {}, of_bias = {};
                 XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
@@ -256,8 +256,8 @@ class Backward {
                     of_weight += now * unit;
                     of_bias += now;
                 }
-                store(layer.weight + e, load(layer.weight + e) + layer.gate * of_weight);
-                store(layer.bias + e, load(layer.bias + e) + layer.gate * of_bias);
+                store(layer.weight + e, load(layer.weight + e) + layer.take * of_weight);
+                store(layer.bias + e, load(layer.bias + e) + layer.take * of_bias);
             });
             XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
                 product[g] += run_product[g];
@@ -273,7 +273,7 @@ class Backward {
             projection[g] /= static_cast<T>(width);
         }
         for_vectors<T>(0, width, [&](int64_t e, auto io) XLAYER_FLATTEN {
-            const Vec<T> gated = layer.gate * io.load(weight + e);
+            const Vec<T> gated = layer.take * io.load(weight + e);
             XLAYER_UNROLL for (int g = 0; g < Group; ++g) {
                 if (!Last && g >= Group / 2) prefetch_near(layer.given[g] + e + layer.prefetch_offset);
                 const Vec<T> now = load(layer.grad[g] + e), unit = load(layer.normal[g] + e);
@@ -289,8 +289,9 @@ class Backward {
         for (int64_t l = 0; l < scan.layers; ++l) {
             double sum = 0;
             for (int64_t chunk = 0; chunk < chunks_; ++chunk) sum += partial(chunk).gate[l];
-            const double gate = scan_.gate(l);
-            static_cast<T*>(args_.grad_gate_logits)[l] = static_cast<T>(sum * gate * (1 - gate));
+            const double logit = static_cast<const T*>(scan.gate_logits)[l];
+            const double slope = 1 / ((1 + std::exp(-logit)) * (1 + std::exp(logit)));  // σ'
+            static_cast<T*>(args_.grad_gate_logits)[l] = static_cast<T>(sum * slope);
         }
         if (args_.grad_norm_weight == nullptr) return;
         T* weight = static_cast<T*>(args_.grad_norm_weight);
