@@ -26,6 +26,10 @@ uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
 namespace xlayer::emulator {
+
+Fiber* running = nullptr;
+Warp* running_in = nullptr;
+
 namespace {
 
 // --- State ----------------------------------------------------------------------------------------------------------
@@ -141,8 +145,6 @@ void* kernel_closure;
 
 std::vector<Fiber> fibers;
 std::vector<Warp> warps;
-Fiber* running = nullptr;
-Warp* running_in = nullptr;
 int live;               // threads of the block
 Meeting block_meeting;  // in sync_block
 uint8_t warp_order[kMaxThreads / kLanes];
@@ -375,7 +377,10 @@ void run_block(uint64_t block) {
         fiber.state = State::fresh;
         fiber.groups = 0;
     }
-    for (Warp& warp : warps) warp.live = warp.count;
+    for (Warp& warp : warps) {
+        warp.live = warp.count;
+        warp.parity = 0;
+    }
     live = static_cast<int>(fibers.size());
     make_all_ready();
     switch_to(scheduler, enter(*next_to_run()));
@@ -476,9 +481,6 @@ void Meeting::join(Operation new_operation, Site new_site) {
     }
 }
 
-Fiber& running_fiber() { return *running; }
-Warp& running_warp() { return warps[running->warp]; }
-
 InTheNameOf::InTheNameOf(Fiber& lane) : self_(running) { running = &lane; }
 InTheNameOf::~InTheNameOf() { running = self_; }
 
@@ -487,7 +489,8 @@ void meet_in_warp(Operation operation, Site site, void (*work)(Warp&)) {
     wait_in(operation, site);
     warp.meeting.join(operation, site);
     if (complete(warp.meeting, kLanes)) {
-        work(warp);
+        if (work != nullptr) work(warp);
+        warp.parity ^= 1;
         make_ready(warp);
     }
     wait();

@@ -24,8 +24,6 @@ uint32_t as_bits(float x) {
     return out;
 }
 
-Operands& own_operands() { return running_warp().operands[running_fiber().lane]; }
-
 // --- Matrix products ------------------------------------------------------------------------------------------------
 
 constexpr uint32_t kNaN = 0x7fffffff;  // the one that the device makes
@@ -36,31 +34,24 @@ using Longs = int64_t __attribute__((vector_size(8 * sizeof(int64_t))));
 using Ints = int32_t __attribute__((vector_size(8 * sizeof(int32_t))));
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define XLAYER_WIDEST __attribute__((target_clones("avx512f", "avx2", "default")))
+#define XLAYER_WIDEST __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"), optimize("O3")))
 #else
 #define XLAYER_WIDEST
 #endif
 
-// The operands of a product of 16×inner and inner×8 elements, and what it is added to. Products of 16-bit and tf32
-// elements are exact in float64.
+// d += a·b, of 16×inner and inner×8 elements; products of 16-bit and tf32 elements are exact in float64. The device
+// drops what it cannot keep of a sum, so that the result is never further from zero than the sum. Too large a sum
+// becomes infinity.
 template <int inner>
-struct Product {
-    double a[16][inner];
-    double b[inner][8];
-    float d[16][8];
-};
-
-// d += a·b. The device drops what it cannot keep of a sum, so that the result is never further from zero than the sum.
-// Too large a sum becomes infinity.
-XLAYER_WIDEST void add_product(int inner, const double* a, const double* b, float* d) {
+XLAYER_WIDEST void add_product(Product& product) {
     for (int i = 0; i < 16; ++i) {
         Doubles sum = {}, column;
         for (int k = 0; k < inner; ++k) {
-            memcpy(&column, b + k * 8, sizeof column);
-            sum += a[i * inner + k] * column;
+            memcpy(&column, product.b + k * 8, sizeof column);
+            sum += product.a[i * inner + k] * column;
         }
         Floats row;
-        memcpy(&row, d + i * 8, sizeof row);
+        memcpy(&row, product.d + i * 8, sizeof row);
         sum += __builtin_convertvector(row, Doubles);
 
         const Floats nearest = __builtin_convertvector(sum, Floats);
@@ -70,78 +61,72 @@ XLAYER_WIDEST void add_product(int inner, const double* a, const double* b, floa
         const Ints finite = ((Ints)nearest & INT32_MAX) < 0x7f800000;
         const Ints is_nan = nearest != nearest;
         const Ints out = (((Ints)nearest + (beyond & finite)) & ~is_nan) | (static_cast<int32_t>(kNaN) & is_nan);
-        memcpy(d + i * 8, &out, sizeof out);
+        memcpy(product.d + i * 8, &out, sizeof out);
     }
 }
 
-// Multiplies, for the layout that all 16×8 results have: lane 4g + t has columns 2t and 2t + 1 of rows g and g + 8.
-template <int inner>
-void add_to_lanes(Product<inner>& product, Warp& warp) {
-    constexpr size_t pair = 2 * sizeof(float);
-    for (int lane = 0; lane < kLanes; ++lane) {
-        const auto* d = static_cast<const float*>(warp.operands[lane].to);
-        memcpy(product.d[lane / 4] + lane % 4 * 2, d, pair);
-        memcpy(product.d[lane / 4 + 8] + lane % 4 * 2, d + 2, pair);
-    }
-    add_product(inner, product.a[0], product.b[0], product.d[0]);
-    for (int lane = 0; lane < kLanes; ++lane) {
-        auto* d = static_cast<float*>(warp.operands[lane].to);
-        memcpy(d, product.d[lane / 4] + lane % 4 * 2, pair);
-        memcpy(d + 2, product.d[lane / 4 + 8] + lane % 4 * 2, pair);
+// The same for 8×4 and 4×8 elements of float64, each product added with one rounding.
+XLAYER_WIDEST void add_wide_product(Product& product) {
+    for (int i = 0; i < 8; ++i) {
+        double* const row = product.wide_d + i * 8;
+        for (int k = 0; k < 4; ++k) {
+            for (int j = 0; j < 8; ++j) row[j] = __builtin_fma(product.a[i * 4 + k], product.b[k * 8 + j], row[j]);
+        }
     }
 }
 
 inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 inline float widen(__half x) { return __half2float(x); }
+inline float widen_tf32(uint32_t bits) { return as_float(bits & ~uint32_t{0x1fff}); }
+
+// Where a lane's elements of a 16×8 result are: columns 2t and 2t + 1 of rows g and g + 8, for lane 4g + t.
+void lay_down(float* d, const float* own, int g, int t) {
+    memcpy(d + g * 8 + 2 * t, own, 2 * sizeof *d);
+    memcpy(d + (g + 8) * 8 + 2 * t, own + 2, 2 * sizeof *d);
+}
+void take(const float* d, float* own, int g, int t) {
+    memcpy(own, d + g * 8 + 2 * t, 2 * sizeof *d);
+    memcpy(own + 2, d + (g + 8) * 8 + 2 * t, 2 * sizeof *d);
+}
 
 template <class Element>
-void multiply_16x8x16(Warp& warp) {
-    Product<16> product;
-    for (int lane = 0; lane < kLanes; ++lane) {
-        const int g = lane / 4, t = lane % 4;
-        const auto* a = static_cast<const uint32_t*>(warp.operands[lane].a);
-        const auto* b = static_cast<const uint32_t*>(warp.operands[lane].b);
-        for (int n = 0; n < 4; ++n) {
-            double* to = &product.a[g + n % 2 * 8][2 * t + n / 2 * 8];
-            to[0] = widen(Element{static_cast<uint16_t>(a[n])});
-            to[1] = widen(Element{static_cast<uint16_t>(a[n] >> 16)});
-        }
-        for (int n = 0; n < 2; ++n) {
-            product.b[2 * t + n * 8][g] = widen(Element{static_cast<uint16_t>(b[n])});
-            product.b[2 * t + n * 8 + 1][g] = widen(Element{static_cast<uint16_t>(b[n] >> 16)});
-        }
+void multiply_16x8x16(float* d, const uint32_t* a, const uint32_t* b, Site site) {
+    Product& product = running_warp().product;
+    const int lane = running_fiber().lane, g = lane / 4, t = lane % 4;
+    for (int n = 0; n < 4; ++n) {
+        double* const to = product.a + (g + n % 2 * 8) * 16 + 2 * t + n / 2 * 8;
+        to[0] = widen(Element{static_cast<uint16_t>(a[n])});
+        to[1] = widen(Element{static_cast<uint16_t>(a[n] >> 16)});
     }
-    add_to_lanes(product, warp);
+    for (int n = 0; n < 2; ++n) {
+        double* const to = product.b + (2 * t + n * 8) * 8 + g;
+        to[0] = widen(Element{static_cast<uint16_t>(b[n])});
+        to[8] = widen(Element{static_cast<uint16_t>(b[n] >> 16)});
+    }
+    lay_down(product.d, d, g, t);
+    meet_in_warp(Operation::mma_16x8x16, site, [](Warp& warp) { add_product<16>(warp.product); });
+    take(product.d, d, g, t);
 }
 
-float widen_tf32(uint32_t bits) { return as_float(bits & ~uint32_t{0x1fff}); }
-
-void multiply_16x8x8(Warp& warp) {
-    Product<8> product;
-    for (int lane = 0; lane < kLanes; ++lane) {
-        const int g = lane / 4, t = lane % 4;
-        const auto* a = static_cast<const uint32_t*>(warp.operands[lane].a);
-        const auto* b = static_cast<const uint32_t*>(warp.operands[lane].b);
-        for (int n = 0; n < 4; ++n) product.a[g + n % 2 * 8][t + n / 2 * 4] = widen_tf32(a[n]);
-        for (int n = 0; n < 2; ++n) product.b[t + n * 4][g] = widen_tf32(b[n]);
-    }
-    add_to_lanes(product, warp);
+void multiply_16x8x8(float* d, const uint32_t* a, const uint32_t* b, Site site) {
+    Product& product = running_warp().product;
+    const int lane = running_fiber().lane, g = lane / 4, t = lane % 4;
+    for (int n = 0; n < 4; ++n) product.a[(g + n % 2 * 8) * 8 + t + n / 2 * 4] = widen_tf32(a[n]);
+    for (int n = 0; n < 2; ++n) product.b[(t + n * 4) * 8 + g] = widen_tf32(b[n]);
+    lay_down(product.d, d, g, t);
+    meet_in_warp(Operation::mma_16x8x8_tf32, site, [](Warp& warp) { add_product<8>(warp.product); });
+    take(product.d, d, g, t);
 }
 
-void multiply_8x8x4(Warp& warp) {
-    double a[8][4], b[4][8];
-    for (int lane = 0; lane < kLanes; ++lane) {
-        const int g = lane / 4, t = lane % 4;
-        a[g][t] = *static_cast<const double*>(warp.operands[lane].a);
-        b[t][g] = *static_cast<const double*>(warp.operands[lane].b);
-    }
-    for (int lane = 0; lane < kLanes; ++lane) {
-        const int g = lane / 4, t = lane % 4;
-        auto* d = static_cast<double*>(warp.operands[lane].to);
-        for (int n = 0; n < 2; ++n) {
-            for (int k = 0; k < 4; ++k) d[n] = std::fma(a[g][k], b[k][2 * t + n], d[n]);
-        }
-    }
+void multiply_8x8x4(double* d, const double* a, const double* b, Site site) {
+    Product& product = running_warp().product;
+    const int lane = running_fiber().lane, g = lane / 4, t = lane % 4;
+    product.a[g * 4 + t] = *a;
+    product.b[t * 8 + g] = *b;
+    double* const own = product.wide_d + g * 8 + 2 * t;
+    memcpy(own, d, 2 * sizeof *d);
+    meet_in_warp(Operation::mma_8x8x4, site, [](Warp& warp) { add_wide_product(warp.product); });
+    memcpy(d, own, 2 * sizeof *d);
 }
 
 // --- Matrices from shared memory ------------------------------------------------------------------------------------
@@ -154,28 +139,27 @@ void multiply_8x8x4(Warp& warp) {
 
 // Row r of matrix n, whose address lane 8n + r brought.
 const char* row_of(const Warp& warp, int n, int r) {
-    const Operands& operands = warp.operands[8 * n + r];
-    const auto* row = static_cast<const char*>(operands.a);
+    const MatrixLoad& load = warp.loads[8 * n + r];
+    const auto* row = static_cast<const char*>(load.row);
     const InTheNameOf lane(warp.lanes[8 * n + r]);
     if (outside_shared(row)) fault_address("load_matrices", row, "is not in shared memory", warp.meeting.site);
     if (reinterpret_cast<uintptr_t>(row) % 16 != 0) {
         fault_address("misaligned load_matrices", row, "is not a multiple of 16", warp.meeting.site);
     }
-    check_warp_read(row, 16, operands.b);
+    check_warp_read(row, 16, load.pc);
     return row;
 }
 
 template <bool transposed>
 void load(Warp& warp) {
-    const int count = warp.operands[0].lane;
-    for (int n = 0; n < count; ++n) {
+    for (int n = 0; n < warp.matrix_count; ++n) {
         uint16_t matrix[8][8];
         for (int r = 0; r < 8; ++r) memcpy(matrix[r], row_of(warp, n, r), sizeof matrix[r]);
         for (int lane = 0; lane < kLanes; ++lane) {
             const int g = lane / 4, t = lane % 4;
             const uint16_t first = transposed ? matrix[2 * t][g] : matrix[g][2 * t];
             const uint16_t second = transposed ? matrix[2 * t + 1][g] : matrix[g][2 * t + 1];
-            static_cast<uint32_t*>(warp.operands[lane].to)[n] = first | uint32_t{second} << 16;
+            warp.loads[lane].to[n] = first | uint32_t{second} << 16;
         }
     }
 }
@@ -241,26 +225,21 @@ uint32_t pair_fma(uint32_t a, uint32_t b, uint32_t c) {
 // --- Instructions of a warp -----------------------------------------------------------------------------------------
 
 unsigned ballot(bool vote, Site site) {
-    Operands& own = own_operands();
-    own.value = vote;
+    Warp& warp = running_warp();
+    warp.values[warp.parity][running_fiber().lane] = vote;
     meet_in_warp(Operation::ballot, site, [](Warp& warp) {
-        uint64_t votes = 0;
-        for (int lane = 0; lane < kLanes; ++lane) votes |= warp.operands[lane].value << lane;
-        for (Operands& operands : warp.operands) operands.value = votes;
+        warp.votes = 0;
+        for (int lane = 0; lane < kLanes; ++lane) warp.votes |= unsigned(warp.values[warp.parity][lane]) << lane;
     });
-    return static_cast<unsigned>(own.value);
+    return warp.votes;
 }
 
 uint64_t shuffle(uint64_t value, int lane, Site site) {
-    Operands& own = own_operands();
-    own.value = value;
-    own.lane = lane & (kLanes - 1);
-    meet_in_warp(Operation::shuffle, site, [](Warp& warp) {
-        uint64_t values[kLanes];
-        for (int to = 0; to < kLanes; ++to) values[to] = warp.operands[warp.operands[to].lane].value;
-        for (int to = 0; to < kLanes; ++to) warp.operands[to].value = values[to];
-    });
-    return own.value;
+    Warp& warp = running_warp();
+    uint64_t* const values = warp.values[warp.parity];
+    values[running_fiber().lane] = value;
+    meet_in_warp(Operation::shuffle, site, nullptr);
+    return values[lane & (kLanes - 1)];
 }
 
 uint64_t shuffle_xor(uint64_t value, int mask, Site site) {
@@ -269,28 +248,25 @@ uint64_t shuffle_xor(uint64_t value, int mask, Site site) {
 }
 
 void multiply_matrices(MatrixKind kind, void* d, const void* a, const void* b, Site site) {
-    Operands& own = own_operands();
-    own.to = d;
-    own.a = a;
-    own.b = b;
+    auto* const to = static_cast<float*>(d);
+    const auto *left = static_cast<const uint32_t*>(a), *right = static_cast<const uint32_t*>(b);
     switch (kind) {
         case MatrixKind::bfloat16_16x8x16:
-            return meet_in_warp(Operation::mma_16x8x16, site, multiply_16x8x16<__nv_bfloat16>);
+            return multiply_16x8x16<__nv_bfloat16>(to, left, right, site);
         case MatrixKind::float16_16x8x16:
-            return meet_in_warp(Operation::mma_16x8x16, site, multiply_16x8x16<__half>);
+            return multiply_16x8x16<__half>(to, left, right, site);
         case MatrixKind::tf32_16x8x8:
-            return meet_in_warp(Operation::mma_16x8x8_tf32, site, multiply_16x8x8);
+            return multiply_16x8x8(to, left, right, site);
         case MatrixKind::float64_8x8x4:
-            return meet_in_warp(Operation::mma_8x8x4, site, multiply_8x8x4);
+            return multiply_8x8x4(static_cast<double*>(d), static_cast<const double*>(a), static_cast<const double*>(b),
+                                  site);
     }
 }
 
 void load_matrices(uint32_t* to, int count, bool transposed, const void* row, Site site, const void* pc) {
-    Operands& own = own_operands();
-    own.lane = count;
-    own.to = to;
-    own.a = row;
-    own.b = pc;
+    Warp& warp = running_warp();
+    warp.matrix_count = count;
+    warp.loads[running_fiber().lane] = {to, row, pc};
     if (transposed) {
         meet_in_warp(Operation::load_matrices_transposed, site, load<true>);
     } else {

@@ -47,13 +47,21 @@ struct Fiber : Thread {
     unsigned groups;  // of copies, committed so far
 };
 
-// What a lane brings to a meeting of its warp, and takes from it.
-struct Operands {
-    uint64_t value;
-    int lane;
-    void* to;
-    const void* a;
-    const void* b;
+// The matrices of a product. Every lane lays its elements down as it comes and takes its part of d as it goes on, while
+// its own stack is in the cache; nobody else touches that part.
+struct Product {
+    double a[16 * 16], b[16 * 8];  // those of 16 bits and of tf32 widened
+    union {
+        float d[16 * 8];
+        double wide_d[8 * 8];
+    };
+};
+
+// What a lane brings to a load of matrices.
+struct MatrixLoad {
+    uint32_t* to;
+    const void* row;
+    const void* pc;
 };
 
 // Those who wait for each other. They can only meet if all do the same at the same line.
@@ -72,13 +80,22 @@ struct Warp {
     Meeting meeting;
     uint8_t ready[kLanes];  // lanes that can run, in their order; those before `next` have had their turn
     int ready_count, next;
-    Operands operands[kLanes];
+    // A lane may be one meeting ahead of others, that have yet to take what the last one gave them.
+    int parity;
+    uint64_t values[2][kLanes];  // of this meeting and the one before
+    unsigned votes;
+    int matrix_count;
+    MatrixLoad loads[kLanes];
+    alignas(64) Product product;
 };
 
 [[noreturn]] void fault(const std::string& what, Site site);
 
-Fiber& running_fiber();
-Warp& running_warp();
+// The thread that runs, and its warp.
+extern Fiber* running;
+extern Warp* running_in;
+inline Fiber& running_fiber() { return *running; }
+inline Warp& running_warp() { return *running_in; }
 
 // Lets a check find its fault in the name of another lane.
 class InTheNameOf {
@@ -92,7 +109,7 @@ class InTheNameOf {
     Fiber* self_;
 };
 
-// Returns when all 32 lanes of the warp have come; the last one calls work().
+// Returns when all 32 lanes of the warp have come; the last one calls work() if there is any.
 void meet_in_warp(Operation operation, Site site, void (*work)(Warp&));
 
 bool outside_shared(const void* address);  // and not even near it
