@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 from transformers.cache_utils import DynamicCache
 
 from bypass_tools import DECODERS, ENCODER, LAYERS, PAD, WIDTH, make_bypass, make_ids, make_model, output
-from xlayer_systems.bypass import BypassConfig, attach
+from xlayer_systems.bypass import BypassConfig, attach, reconstruction
 from xlayer_systems.bypass.caches import Companion
 from xlayer_systems.bypass.model import WEIGHTS_FILE, Bypass
 from xlayer_systems.bypass.reconstruction import principal_directions, r2_per_layer, spread
@@ -411,6 +411,19 @@ def test_principal_directions_by_either_gram_matrix() -> None:
         expected = torch.linalg.svd(x, full_matrices=False).Vh[:5]
         found = principal_directions(x, 5)
         torch.testing.assert_close(found @ found.T, expected.T @ expected, rtol=1e-8, atol=1e-8)
+
+
+def test_principal_directions_of_many_tokens_and_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by random ones they keep what the exact ones keep, and are the same every time."""
+    torch.manual_seed(0)
+    states = torch.randn(400, 300) * torch.linspace(0.1, 3, 300) ** 2
+    exact = principal_directions(states, 20).to(states)
+    monkeypatch.setattr(reconstruction, "EXACT", 100)
+    before = torch.get_rng_state()
+    found = principal_directions(states, 20)
+    assert torch.equal(found, principal_directions(states, 20)) and torch.equal(torch.get_rng_state(), before)
+    torch.testing.assert_close(found.T @ found, torch.eye(20), rtol=0, atol=1e-5)
+    assert (states @ found).square().sum() > 0.999 * (states @ exact).square().sum()
 
 
 def test_r2_per_layer() -> None:

@@ -119,11 +119,15 @@ def test_same_seed_same_rows_and_models_stay(task, model, rows):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_open_answers_and_limit(model, monkeypatch):
+def test_open_answers_and_limit(model, monkeypatch, caplog):
     task = make_task(labels=None)
     monkeypatch.setattr(baselines, "READING", 5)
+    caplog.set_level("INFO")
     rows = run_baselines(task, CONFIG, OPTIONS, model, seed=1, limit=9)
     assert set(rows) == NAMES - {"linear_probe", *baselines.RANKED}
+    said = "baselines left out, since the answers are open: "
+    left_out = [line.removeprefix(said).split(", ") for line in caplog.messages if line.startswith(said)]
+    assert [set(names) for names in left_out] == [{"linear_probe", *baselines.RANKED}]
     assert {name for name, row in rows.items() if row["total"] == 5} == set(baselines.TEXT)
     assert all(row["total"] in (5, 9) and "entity_transfer" in row for row in rows.values())
 

@@ -92,7 +92,12 @@ class BypassOptions(LoopOptions):
     batch_size: int = redefault(LoopOptions, "batch_size", 16)
     max_length: int = redefault(LoopOptions, "max_length", 256, "tokens of a block; the model sees no further back")
     weight_decay: float = redefault(LoopOptions, "weight_decay", 0.0)
-    learning_rate: float = option(1e-3, "learning rate of the projectors on the task", minimum=0)
+    learning_rate: float = option(
+        1e-5,
+        "learning rate of the projectors on the task: a step of Adam moves a bias by up to this times the latent, in "
+        "every layer at once, so that much higher rates lose a deep model's own abilities within ten steps",
+        minimum=0,
+    )
     reconstruct_steps: int = option(1000, "optimizer steps of the first stage", minimum=1)
     reconstruct_rate: float = option(1e-3, "learning rate of the first stage", minimum=0)
     lora_rate: float = option(

@@ -19,6 +19,8 @@ from xlayer_systems.training.model import TrainingModel
 
 LOG = logging.getLogger(__name__)
 BATCH = 32  # blocks at once, where no gradient is needed
+EXACT = 4096  # tokens or features up to which principal components are exact
+OVERSAMPLING = 32  # random directions beyond those that are wanted
 
 
 class FrozenModel(TrainingModel):
@@ -111,43 +113,58 @@ def inputs_of(data: LanguageModelingData, blocks: Sequence[Tensor], device: Any)
 
 
 def standardized_states(bypass: Bypass, data: LanguageModelingData, blocks: Sequence[Tensor]) -> Tensor:
-    """Returns the standardized states ``[N, L, d]`` of all tokens of the blocks, in float64."""
+    """Returns the standardized states ``[N, L, d]`` of all tokens of the blocks."""
     found = []
     for inputs in inputs_of(data, blocks, bypass.mean.device):
         states = bypass.standardize(bypass.collect(**inputs))
-        found.append(states[inputs["attention_mask"].bool()].double())
+        found.append(states[inputs["attention_mask"].bool()])
     return torch.cat(found)
 
 
 def r2_per_layer(states: Tensor, said: Tensor) -> list[float]:
     """Computes 1 − squared error / squared deviation from the mean, of ``[N, L, d]`` per layer."""
-    errors = (states - said).square().sum((0, 2))
-    return (1 - errors / (states - states.mean(0)).square().sum((0, 2))).tolist()
+
+    def squares(x: Tensor) -> Tensor:
+        return x.square().sum((0, 2), dtype=torch.float64)
+
+    return (1 - squares(states - said) / squares(states - states.mean(0, dtype=torch.float64))).tolist()
 
 
 def principal_directions(centered: Tensor, rank: int) -> Tensor:
-    """Returns the ``rank`` directions ``[D, rank]`` of most variance in ``[N, D]``, by the smaller Gram matrix."""
+    """Returns the ``rank`` directions ``[D, rank]`` of most variance in ``[N, D]``.
+
+    Up to 4096 tokens or features they come from the smaller Gram matrix, in float64. A larger one would take minutes to
+    hours; there the directions come from random ones and four multiplications by the covariance (Halko, Martinsson and
+    Tropp, SIAM Review 2011, arXiv 0909.4061).
+    """
     count, width = centered.shape
+    if min(count, width) > EXACT:
+        with torch.random.fork_rng(devices=[centered.device] if centered.is_cuda else []):
+            torch.manual_seed(0)
+            return torch.svd_lowrank(centered, min(rank + OVERSAMPLING, count, width), niter=4)[2][:, :rank]
+    centered = centered.double()
     if count >= width:
-        return torch.linalg.eigh(centered.T @ centered).eigenvectors[:, -rank:]
-    vectors = centered.T @ torch.linalg.eigh(centered @ centered.T).eigenvectors[:, -rank:]
+        vectors = torch.linalg.eigh(centered.T @ centered).eigenvectors[:, -rank:]
+    else:
+        vectors = centered.T @ torch.linalg.eigh(centered @ centered.T).eigenvectors[:, -rank:]
     return vectors / vectors.norm(dim=0).clamp(min=1e-300)
 
 
 def principal_r2(bypass: Bypass, data: LanguageModelingData, tokens: int) -> list[float]:
     """Computes R² per layer on validation of principal components of the same rank in place of the bypass.
 
-    Components of all layers' standardized states together in the variant ``full``, layer by layer in ``offset``; in
-    float64, from about so many training tokens.
+    Components of all layers' standardized states together in the variant ``full``, layer by layer in ``offset``; from
+    about so many training tokens.
     """
     parts = (spread(list(data.train), tokens), list(data.validation))
     LOG.info("PCA of %d tokens", len(parts[0]) * (len(parts[0][0]) - 1))
     train, held_out = (standardized_states(bypass, data, blocks) for blocks in parts)
-    mean = train.mean(0)
+    mean = train.mean(0, dtype=torch.float64).to(train)
+    train -= mean
+    held_out -= mean
     said = torch.empty_like(held_out)
     layers = held_out.shape[1]
     for group in [slice(0, layers)] if bypass.config.variant == "full" else [slice(i, i + 1) for i in range(layers)]:
-        directions = principal_directions((train[:, group] - mean[group]).flatten(1), bypass.config.latent)
-        kept = (held_out[:, group] - mean[group]).flatten(1) @ directions
-        said[:, group] = (kept @ directions.T).view_as(held_out[:, group]) + mean[group]
+        directions = principal_directions(train[:, group].flatten(1), bypass.config.latent).to(train)
+        said[:, group] = (held_out[:, group].flatten(1) @ directions @ directions.T).view_as(held_out[:, group])
     return r2_per_layer(held_out, said)

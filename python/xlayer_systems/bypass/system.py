@@ -94,9 +94,11 @@ class BypassSystem(BypassReport):
 
     def options(self, preset: str, dataset: str, backbone: str, quick: bool) -> BypassOptions:
         options = BypassOptions()
+        if backbone == SENDER:
+            # The default rates are for models of thirty layers, with thirty times the inputs to the encoder.
+            options = dataclasses.replace(options, learning_rate=1e-3, reconstruct_rate=1e-2, lora_rate=5e-3)
         if backbone == SENDER or quick:
-            # The small decoder is a tenth as wide as the models that the default rates are chosen for.
-            options = dataclasses.replace(options, reconstruct_rate=1e-2, lora_rate=5e-3, max_length=128)
+            options = dataclasses.replace(options, max_length=128)
         if quick:
             options = dataclasses.replace(
                 options, max_steps=200, reconstruct_steps=250, eval_every=50, eval_blocks=64, compare_blocks=256

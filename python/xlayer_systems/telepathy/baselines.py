@@ -82,7 +82,11 @@ def run_baselines(
     run = _Run(task, config, options, bridge_model, seed, limit)
     bridge_model.eval()
     rows: dict[str, dict[str, Any]] = {}
-    wanted = {name: baseline for name, baseline in run.all().items() if name in options.baseline_names()}
+    known, named = run.all(), options.baseline_names()
+    wanted = {name: baseline for name, baseline in known.items() if name in named}
+    left_out = [name for name in named if name not in known]
+    if left_out:
+        LOG.info("baselines left out, since the answers are open: %s", ", ".join(left_out))
     for number, (name, baseline) in enumerate(wanted.items(), 1):
         started = time.perf_counter()
         examples = run.read if name in TEXT + RANKED else run.examples
