@@ -18,6 +18,7 @@ from xlayer_systems.bypass import BypassConfig, attach, reconstruction
 from xlayer_systems.bypass.caches import Companion
 from xlayer_systems.bypass.model import WEIGHTS_FILE, Bypass
 from xlayer_systems.bypass.reconstruction import principal_directions, r2_per_layer, spread
+from xlayer_systems.bypass.report import format_reconstruction
 from xlayer_systems.bypass.task import compare, matching_rank
 from xlayer_systems.hf.pretrained import weights_fingerprint
 
@@ -433,6 +434,14 @@ def test_r2_per_layer() -> None:
     worse = states.clone()
     worse[0, 1, 0] += 1  # error 1, deviations 2·1 + 2·4 = 10
     assert r2_per_layer(states, worse) == pytest.approx([1.0, 0.9])
+
+
+def test_many_layers_are_listed_one_below_the_other() -> None:
+    few = format_reconstruction({"r2": [0.5] * 8})
+    assert few[0].split() == ["layer", *map(str, range(8)), "mean"]
+    many = format_reconstruction({"r2": [0.5] * 30, "pca": [0.75] * 30, "latent": 12})
+    assert len(many) == 32 and max(map(len, many)) < 80
+    assert many[30].split() == ["29", "0.5000", "0.7500", "0.6667"] and many[31].split()[0] == "mean"
 
 
 def test_spread_blocks_do_not_depend_on_a_seed() -> None:

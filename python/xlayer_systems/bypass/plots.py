@@ -36,7 +36,8 @@ def plot_reconstruction(
     steps.set(xlabel="step", ylabel="R² on validation, mean over layers")
     for axis in (layers, steps):
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        # Above the bars, which may fill the axes.
+        axis.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
     figure.savefig(path, dpi=120)
 
 

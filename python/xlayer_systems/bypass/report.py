@@ -18,6 +18,7 @@ from xlayer_systems.training.directory import Record, RunDirectory
 
 TASK = "task"  # folder and name of stage 2 in a run; of stage 1:
 RECONSTRUCTION = "reconstruction"
+MAX_COLUMNS = 8  # layers that fit side by side in a terminal
 
 
 class BypassReport(System):
@@ -116,13 +117,13 @@ class BypassReport(System):
 
 
 def format_reconstruction(result: Mapping[str, Any]) -> list[str]:
-    """Formats R² per layer beside that of principal components."""
+    """Formats R² per layer beside that of principal components; many layers one below the other."""
     r2, pca = result["r2"], result.get("pca", [])
     rows = [("layer", *map(str, range(len(r2))), "mean"), ("R² of the latent", *(f"{v:.4f}" for v in (*r2, fmean(r2))))]
     if pca:
         rows.append((f"R² of {result['latent']} components", *(f"{v:.4f}" for v in (*pca, fmean(pca)))))
         rows.append(("ratio", *(f"{a / b:.4f}" for a, b in zip((*r2, fmean(r2)), (*pca, fmean(pca)), strict=True))))
-    return [f"  {line}" for line in table(rows)]
+    return [f"  {line}" for line in table(rows if len(r2) <= MAX_COLUMNS else list(zip(*rows, strict=True)))]
 
 
 def format_compared(compared: Mapping[str, Any]) -> list[str]:

@@ -159,7 +159,8 @@ def plot_curves(
 def plot_losses(
     runs: Mapping[str, Sequence[Sequence[tuple[float, float]]]], path: Path, target: float | None = None
 ) -> None:
-    """Plots validation loss over training tokens: thin lines per seed, a thick one for their mean.
+    """Plots validation loss over training tokens: thin lines per seed, a thick one for their mean; at the right the last
+    two thirds, enlarged, where there is more than one evaluation.
 
     Args:
         runs: per name the curves (tokens, loss) of its runs, one per seed, evaluated at the same tokens.
@@ -169,27 +170,28 @@ def plot_losses(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    curved = any(len(curve) > 1 for seeds in runs.values() for curve in seeds)
+    figure = Figure(figsize=(11 if curved else 6.4, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
-    whole, end = figure.subplots(1, 2)
+    axes = figure.subplots(1, 2 if curved else 1, squeeze=False)[0]
     losses = []
     for index, (name, seeds) in enumerate(runs.items()):
         mean = [(points[0][0], sum(loss for _, loss in points) / len(points)) for points in zip(*seeds, strict=True)]
         losses += [loss for tokens, loss in mean if tokens >= mean[-1][0] / 3]
         color = color_of(index, len(runs))
-        for axis in (whole, end):
+        for axis in axes:
             draw_line(axis, mean, color=color, linewidth=1.6, label=name)
             for curve in seeds if len(seeds) > 1 else ():
                 axis.plot(*_columns(curve), color=color, linewidth=0.5, alpha=0.6)
-    for axis in (whole, end):
+    for axis in axes:
         if target is not None:
             axis.axhline(target, color="gray", linestyle=":", label=f"final loss of plain, {target:.3f}")
         axis.set(xlabel="training tokens", ylabel="validation loss (nats per token)")
         axis.grid(alpha=0.3)
     draw_legend(figure)
-    last = max(curve[-1][0] for seeds in runs.values() for curve in seeds)
-    if any(len(curve) > 1 for seeds in runs.values() for curve in seeds):
-        end.set(xlim=(last / 3, last * 1.02), ylim=(min(losses) - 0.02, max(losses) + 0.02))
+    if curved:
+        last = max(curve[-1][0] for seeds in runs.values() for curve in seeds)
+        axes[1].set(xlim=(last / 3, last * 1.02), ylim=(min(losses) - 0.02, max(losses) + 0.02))
     figure.savefig(path, dpi=120)
 
 

@@ -30,7 +30,7 @@ Value = TypeVar("Value")
 
 @torch.no_grad()
 def measure_latency(
-    model: TelepathyModel, task: AnswerTask, examples: int = 32, warmup: int = 3, max_length: int = 64
+    model: TelepathyModel, task: AnswerTask, examples: int, warmup: int = 3, max_length: int = 64
 ) -> dict[str, dict[str, float]]:
     """Returns the median milliseconds per example and stage, batch size 1, each route on the same validation texts.
 

@@ -169,20 +169,26 @@ def rank_labels(
     """
     # A message begins without a space, an answer behind "Answer:" with one.
     tails = [encode(tokenizer, label if is_chat(tokenizer) else f" {label}") for label in labels]
-    longest = max(map(len, tails))
+    # Backwards twice: padded on the right.
+    tail, of_tail = (x.flip(1) for x in _left_padded([t[::-1] for t in tails], tokenizer.pad_token_id, model.device))
     chosen: list[str] = []
     count = max(1, batch_size // len(tails))
     for first in range(0, len(prompts), count):
-        rows = [[*prompt, *tail] for prompt in prompts[first : first + count] for tail in tails]
-        ids, mask = _left_padded(rows, tokenizer.pad_token_id, model.device)
+        ids, mask = _left_padded(prompts[first : first + count], tokenizer.pad_token_id, model.device)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        output = model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=longest + 1
-        )
-        each = output.logits[:, :-1].float().log_softmax(-1)
-        each = each.gather(2, ids[:, -longest:, None]).squeeze(2)  # of the last tokens, the label's at the end
-        means = [row[-len(tails[at % len(tails)]) :].mean() for at, row in enumerate(each)]
-        best = torch.stack(means).reshape(-1, len(tails)).argmax(1)
+        # Once over the prompts, and from their keys and values over each label behind each of them.
+        output = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+        cache, rows = output.past_key_values, len(ids)
+        cache.batch_repeat_interleave(len(tails))
+        masks = torch.cat([mask.repeat_interleave(len(tails), 0), of_tail.repeat(rows, 1)], dim=1)
+        behind = positions[:, -1:].repeat_interleave(len(tails), 0) + torch.arange(1, tail.shape[1] + 1).to(mask)
+        logits = model(
+            input_ids=tail.repeat(rows, 1), attention_mask=masks, position_ids=behind, past_key_values=cache
+        ).logits
+        before = torch.cat([output.logits.repeat_interleave(len(tails), 0), logits[:, :-1]], dim=1)
+        each = before.float().log_softmax(-1).gather(2, tail.repeat(rows, 1)[..., None]).squeeze(2)
+        means = each.where(of_tail.repeat(rows, 1).bool(), 0).sum(1) / of_tail.sum(1).repeat(rows)
+        best = means.view(rows, len(tails)).argmax(1)
         chosen += [labels[index] for index in best.tolist()]
     return chosen
 

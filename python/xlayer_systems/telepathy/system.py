@@ -32,6 +32,7 @@ from xlayer_systems.training.model import TrainingModel
 from xlayer_systems.training.optim import decay_groups, is_matrix
 
 LOG = logging.getLogger(__name__)
+TIMED = 32  # examples that latencies are the medians of, at most
 CALIBRATION_BATCH = 50
 
 
@@ -112,6 +113,7 @@ class TelepathySystem(TelepathyReport):
         count = max(1, min(config.calibration_examples, read))
         step = max(1, len(data.train) // count)
         chosen = data.train[::step][:count]
+        LOG.info("statistics of %d texts", len(chosen))
         model.bridge.calibrate(_states(model, data, chosen), model.receiver.get_input_embeddings().weight)
         return model
 
@@ -142,14 +144,15 @@ class TelepathySystem(TelepathyReport):
             kept = tuple(task.validation[example.number] for example in data.validation)
             task = dataclasses.replace(task, validation=kept)
         rows = run_baselines(task, spec.config, spec.options, model, spec.seed)
-        LOG.info("latency of the bridge, of a summary in words and of the text itself")
+        timed = min(TIMED, len(task.validation))
+        LOG.info("latency of the bridge, of a summary in words and of the text itself on %d examples", timed)
         baselines = {
             name: {**row, **counted(row["correct"], row["total"])} if "correct" in row else row
             for name, row in rows.items()
         }
         return {
             "baselines": baselines,
-            "latency": measure_latency(model, task, max_length=spec.options.max_length),
+            "latency": measure_latency(model, task, timed, max_length=spec.options.max_length),
         }
 
 
