@@ -159,8 +159,9 @@ def plot_curves(
 def plot_losses(
     runs: Mapping[str, Sequence[Sequence[tuple[float, float]]]], path: Path, target: float | None = None
 ) -> None:
-    """Plots validation loss over training tokens: thin lines per seed, a thick one for their mean; at the right the last
-    two thirds, enlarged, where there is more than one evaluation.
+    """Plots validation loss over training tokens: thin lines per seed, a thick one for their mean.
+
+    Where there is more than one evaluation, the last two thirds stand enlarged at the right.
 
     Args:
         runs: per name the curves (tokens, loss) of its runs, one per seed, evaluated at the same tokens.
