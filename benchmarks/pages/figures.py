@@ -90,7 +90,7 @@ def bars(title: str, values: Sequence[Bar], limit: float | None = None, limit_la
         out.append(_text(left - 8, y + 15, bar.label, anchor="end"))
         out.append(f"<rect x='{left:.1f}' y='{y + 3:.1f}' width='{width:.1f}' height='15' rx='2' fill='{bar.colour}'/>")
         out.append(f"<line x1='{left:.1f}' x2='{left:.1f}' y1='{y:.1f}' y2='{y + LINE:.1f}' stroke='{MUTED}'/>")
-        inside = left + width + 8 + 7.5 * len(bar.text) > WIDTH
+        inside = left + width + 8 + 7.5 * len(bar.text) > (right if limit else WIDTH)  # no text across the limit's line
         at, anchor, ink = (left + width - 6, "end", "#ffffff") if inside else (left + width + 6, "start", INK)
         out.append(_text(at, y + 15, bar.text, anchor=anchor, fill=ink))
         y += LINE
