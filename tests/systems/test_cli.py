@@ -64,7 +64,7 @@ def test_a_sweep_prints_its_table_and_goes_on_from_finished_runs(tmp_path, optio
     printed = capsys.readouterr().out
     names = [line.split("  ")[0] for line in printed.splitlines()]
     assert {"majority", "lexical overlap", "plain", "H9:router_weight=full_softmax"} <= set(names)
-    assert "Student's t over 2 seeds" in printed
+    assert "Student's t over 2 seeds" in printed and "published" not in printed  # nothing of a changed H9
     results = json.loads((out / "results.json").read_text())
     row = results["rows"][2]
     accuracies = [run["accuracy"]["mean"] for run in results["runs"]["plain"]]
@@ -76,7 +76,10 @@ def test_a_sweep_prints_its_table_and_goes_on_from_finished_runs(tmp_path, optio
     before = contents(out / "plain-seed0")
     assert run_xlayer(monkeypatch, *sweep, "--presets", f"{presets},A3", "--resume") == 0
     assert contents(out / "plain-seed0") == before
-    assert "A3" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert next(line for line in lines if line.startswith("A3 ")).endswith("  85.9 %")
+    assert not next(line for line in lines if line.startswith("plain ")).endswith("%")
+    assert any(line.startswith("published: RoBERTa-large on GLUE RTE") for line in lines)
 
 
 def test_variants_are_presets_with_overrides():

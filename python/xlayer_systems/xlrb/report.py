@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from xlayer_systems.data.batches import ClassificationData
 from xlayer_systems.reporting.plots import plot_curves
@@ -16,7 +16,17 @@ from xlayer_systems.training.directory import Record, RunDirectory
 
 
 class ClassificationReport(System):
-    """Reports accuracy with its interval, beside the majority and lexical baselines."""
+    """Reports accuracy with its interval, beside the majority and lexical baselines.
+
+    Attributes:
+        published_on: model, data set and measure of the accuracies of `published`.
+    """
+
+    published_on: ClassVar[str] = ""
+
+    def published(self, preset: str) -> float | None:
+        """Returns the accuracy that was published for a preset, as a proportion, if one was."""
+        return None
 
     def result(self, spec: RunSpec, data: ClassificationData, metrics: Mapping[str, Any]) -> Record:
         lexical = data.task.lexical()
@@ -73,20 +83,25 @@ class ClassificationReport(System):
         for name, runs in results.items():
             row = _row(name, [run["accuracy"] for run in runs])
             seconds = sum(run["seconds"] for run in runs) / len(runs)
-            rows.append({**row, "parameters": runs[0]["parameters"], "seconds": seconds})
+            published = self.published(name)
+            rows.append({**row, "parameters": runs[0]["parameters"], "seconds": seconds, "published": published})
         title = (
             f"{first['dataset']}, {first['backbone']}: accuracy on all {first['accuracy']['total']} validation examples"
         )
         return {"title": f"{title} ({kind}; baselines: Wilson)", "rows": rows}
 
     def format_sweep(self, summary: Mapping[str, Any]) -> str:
-        rows = [("", "accuracy", "95 % interval", "parameters", "seconds")]
+        rows = [["", "accuracy", "95 % interval", "parameters", "seconds", "published"]]
         for row in summary["rows"]:
             interval = f"[{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
             parameters = f"{row['parameters']:,}" if row["parameters"] else ""
             seconds = f"{row['seconds']:.0f}" if row["seconds"] else ""
-            rows.append((row["name"], f"{100 * row['accuracy']:.1f} %", interval, parameters, seconds))
-        return "\n".join([summary["title"], *table(rows)])
+            accuracy, published = f"{100 * row['accuracy']:.1f} %", row.get("published")
+            there = "" if published is None else f"{100 * published:.1f} %"
+            rows.append([row["name"], accuracy, interval, parameters, seconds, there])
+        if not any(row[-1] for row in rows[1:]):
+            return "\n".join([summary["title"], *table([row[:-1] for row in rows])])
+        return "\n".join([summary["title"], *table(rows), f"published: {self.published_on}"])
 
     def plot_sweep(self, summary: Mapping[str, Any], records: Mapping[str, Sequence[Records]], out: Path) -> list[str]:
         plot_curves(records, out / "curves.png", summary["rows"][0]["accuracy"])
