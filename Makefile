@@ -12,8 +12,9 @@ TORCH_INDEX ?=
 SEEDS ?= 30
 CALLS ?= 1000000
 PYTEST_ARGS ?=
-# A process per core; the tests of a file stay together, because they share what is slow to make.
-PARALLEL ?= -n auto --dist loadfile
+# A process per core; the tests of a file stay together, because they share what is slow to make. Files in their order:
+# those with the most tests first, as it would be otherwise, leave the few long ones to the end, on one core.
+PARALLEL ?= -n auto --dist loadfile --no-loadscope-reorder
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check

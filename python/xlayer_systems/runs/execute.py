@@ -160,7 +160,6 @@ def format_result(system: System, result: Mapping[str, Any]) -> str:
 def build_model(system: System, spec: RunSpec, data: Any) -> TrainingModel:
     """Makes the model of a run before its first step."""
     seed_everything(spec.seed)
-    LOG.info("loading backbone %s", spec.backbone)
     backbone = system.load_backbone(spec.backbone)
     # Again, so that the new parameters do not depend on what loading drew.
     seed_everything(spec.seed)
