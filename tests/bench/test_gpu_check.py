@@ -18,7 +18,7 @@ PARTS = ("build", "test", "sanitize", "bench", "profile")
 
 def gpu_check(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     variables = os.environ | {"PYTHON": sys.executable} | environment
-    return subprocess.run([SCRIPT, *arguments], capture_output=True, text=True, env=variables, timeout=300)
+    return subprocess.run([SCRIPT, *arguments], capture_output=True, text=True, env=variables, timeout=1200)
 
 
 @pytest.mark.slow
