@@ -289,3 +289,15 @@ def test_padded_tokens_do_not_count_in_reconstruction() -> None:
     for mine, theirs in zip(model(**padded), model(**cut), strict=True):
         torch.testing.assert_close(mine, theirs)
     assert dataclasses.is_dataclass(model.bypass.config)
+
+
+def test_rates_are_the_backbones_and_not_quicks() -> None:
+    """At the small decoder's rates the biases of thirty layers take a model's abilities within ten steps."""
+
+    def rates(backbone: str, quick: bool) -> tuple[float, float, float]:
+        options = make_spec("bypass", dataset="stdlib-lm", backbone=backbone, quick=quick).options
+        return options.learning_rate, options.reconstruct_rate, options.lora_rate
+
+    for quick in (False, True):
+        assert rates("decoder-sender", quick) == (1e-3, 1e-2, 5e-3)
+        assert rates("a/deep-model", quick) == (1e-5, 1e-3, 1e-3)
