@@ -75,6 +75,8 @@ def test_named_baselines_answer_the_examples_of_the_evaluations(
     assert run_xlayer(monkeypatch, *command, "--baselines", "noise,receiver_text") == 0
     lines = capsys.readouterr().err.splitlines()
     assert "baseline 1/2: receiver_text on 5 examples" in lines and "baseline 2/2: noise on 5 examples" in lines
+    assert any(line.startswith("latency of the bridge") and line.endswith(" on 5 examples") for line in lines)
+    assert any(line.startswith("statistics of ") for line in lines)
     result = json.loads((run / "result.json").read_text())
     assert result["accuracy"]["total"] == 5 and result["total_seconds"] >= result["seconds"]
     assert {name: row["total"] for name, row in result["baselines"].items()} == {"receiver_text": 5, "noise": 5}
