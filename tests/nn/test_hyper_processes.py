@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hyper_module_tools import KINDS, D, randomize
-from processes import join_processes, run_processes
+from processes import assert_same_gradients, join_processes, run_processes, whole_gradients
 
 pytestmark = pytest.mark.operators
 
@@ -62,8 +62,7 @@ def gradients(net: nn.Module, rank: int = 0, world: int = 1) -> dict[str, Tensor
     x, target = (torch.randn(BATCH, TOKENS, N, D, generator=generator, dtype=torch.float64) for _ in range(2))
     share = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
     (net(x[share]) - target[share]).square().mean().backward()
-    grads = {name.removeprefix("module."): parameter.grad for name, parameter in net.named_parameters()}
-    return {name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in grads.items()}
+    return whole_gradients(net)
 
 
 def distributed_gradients(wrapper: str, kind: str, recompute: bool, rank: int) -> dict[str, Tensor]:
@@ -95,7 +94,5 @@ def test_two_processes_give_the_gradients_of_one(
 ) -> None:
     expected = gradients(build(case[1], recompute=False))
     for rank in range(WORLD):
-        assert results[rank][case].keys() == expected.keys()
-        for name, grad in results[rank][case].items():
-            torch.testing.assert_close(grad, expected[name], rtol=1e-5, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+        assert_same_gradients(results[rank][case], expected)
     assert all(grad.abs().max() > 1e-6 for grad in expected.values())  # so that a lost share would show

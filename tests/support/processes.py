@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import Tensor, nn
 
 PATIENCE = timedelta(minutes=3)  # a process that fails alone would keep the other, and the suite, for half an hour
 
@@ -29,3 +30,16 @@ def run_processes(worker: Callable[[int, str], None], folder: Path, device: str,
         pytest.skip("this torch has no gloo")
     mp.spawn(worker, (str(folder),), nprocs=count)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(count)]
+
+
+def whole_gradients(net: nn.Module) -> dict[str, Tensor]:
+    """Returns the gradients by parameter's name, whole under FSDP2, and without the prefix that DDP gives to names."""
+    grads: dict[str, Any] = {name.removeprefix("module."): p.grad for name, p in net.named_parameters()}
+    return {name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in grads.items()}
+
+
+def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Compares gradients in float64 that were summed over processes with those of one."""
+    assert actual.keys() == expected.keys()
+    for name, grad in actual.items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-5, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")

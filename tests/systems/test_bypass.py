@@ -419,7 +419,7 @@ def test_principal_directions_of_many_tokens_and_features(monkeypatch: pytest.Mo
     torch.manual_seed(0)
     states = torch.randn(400, 300) * torch.linspace(0.1, 3, 300) ** 2
     exact = principal_directions(states, 20).to(states)
-    monkeypatch.setattr(reconstruction, "EXACT", 100)
+    monkeypatch.setattr(reconstruction, "MAX_EXACT", 100)
     before = torch.get_rng_state()
     found = principal_directions(states, 20)
     assert torch.equal(found, principal_directions(states, 20)) and torch.equal(torch.get_rng_state(), before)

@@ -292,7 +292,7 @@ def test_padded_tokens_do_not_count_in_reconstruction() -> None:
 
 
 def test_rates_are_the_backbones_and_not_quicks() -> None:
-    """At the small decoder's rates the biases of thirty layers take a model's abilities within ten steps."""
+    """At the small decoder's rates the biases of thirty layers soon lose what the model knew."""
 
     def rates(backbone: str, quick: bool) -> tuple[float, float, float]:
         options = make_spec("bypass", dataset="stdlib-lm", backbone=backbone, quick=quick).options

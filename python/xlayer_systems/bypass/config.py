@@ -95,7 +95,7 @@ class BypassOptions(LoopOptions):
     learning_rate: float = option(
         1e-5,
         "learning rate of the projectors on the task: a step of Adam moves a bias by up to this times the latent, in "
-        "every layer at once, so that much higher rates lose a deep model's own abilities within ten steps",
+        "every layer at once, so that much higher rates soon lose what a deep model knew",
         minimum=0,
     )
     reconstruct_steps: int = option(1000, "optimizer steps of the first stage", minimum=1)

@@ -19,7 +19,7 @@ from xlayer_systems.training.model import TrainingModel
 
 LOG = logging.getLogger(__name__)
 BATCH = 32  # blocks at once, where no gradient is needed
-EXACT = 4096  # tokens or features up to which principal components are exact
+MAX_EXACT = 4096  # tokens or features up to which principal components are exact
 OVERSAMPLING = 32  # random directions beyond those that are wanted
 
 
@@ -133,12 +133,12 @@ def r2_per_layer(states: Tensor, said: Tensor) -> list[float]:
 def principal_directions(centered: Tensor, rank: int) -> Tensor:
     """Returns the ``rank`` directions ``[D, rank]`` of most variance in ``[N, D]``.
 
-    Up to 4096 tokens or features they come from the smaller Gram matrix, in float64. A larger one would take minutes to
-    hours; there the directions come from random ones and four multiplications by the covariance (Halko, Martinsson and
-    Tropp, SIAM Review 2011, arXiv 0909.4061).
+    Up to 4096 tokens or features they come from the smaller Gram matrix, in float64. Its decomposition
+    takes time that grows with the cube; above, the directions come from random ones and four multiplications by the
+    covariance (Halko, Martinsson and Tropp, SIAM Review 2011, arXiv 0909.4061).
     """
     count, width = centered.shape
-    if min(count, width) > EXACT:
+    if min(count, width) > MAX_EXACT:
         with torch.random.fork_rng(devices=[centered.device] if centered.is_cuda else []):
             torch.manual_seed(0)
             return torch.svd_lowrank(centered, min(rank + OVERSAMPLING, count, width), niter=4)[2][:, :rank]

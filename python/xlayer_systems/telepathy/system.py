@@ -32,7 +32,7 @@ from xlayer_systems.training.model import TrainingModel
 from xlayer_systems.training.optim import decay_groups, is_matrix
 
 LOG = logging.getLogger(__name__)
-TIMED = 32  # examples that latencies are the medians of, at most
+MAX_TIMED = 32  # examples that latencies are the medians of
 CALIBRATION_BATCH = 50
 
 
@@ -144,7 +144,7 @@ class TelepathySystem(TelepathyReport):
             kept = tuple(task.validation[example.number] for example in data.validation)
             task = dataclasses.replace(task, validation=kept)
         rows = run_baselines(task, spec.config, spec.options, model, spec.seed)
-        timed = min(TIMED, len(task.validation))
+        timed = min(MAX_TIMED, len(task.validation))
         LOG.info("latency of the bridge, of a summary in words and of the text itself on %d examples", timed)
         baselines = {
             name: {**row, **counted(row["correct"], row["total"])} if "correct" in row else row
